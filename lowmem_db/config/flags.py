@@ -1,0 +1,205 @@
+"""The flags of diffusers' ``train_dreambooth.py``, as its users know them, mapped to fields of the configuration.
+
+Underscores and hyphens are the same. A flag that has no meaning here is an error that says what to use.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowmem_db.config.loading import parse_override
+from lowmem_db.errors import ConfigError
+
+VALUE_FLAGS = {
+    "pretrained_model_name_or_path": "model.base",
+    "revision": "model.revision",
+    "variant": "model.variant",
+    "instance_data_dir": "subject.instance_dir",
+    "instance_prompt": "subject.instance_prompt",
+    "class_prompt": "subject.class_prompt",
+    "class_data_dir": "prior.class_dir",
+    "prior_loss_weight": "prior.loss_weight",
+    "num_class_images": "prior.num_class_images",
+    "sample_batch_size": "prior.sample_batch_size",
+    "prior_generation_precision": "prior.precision",
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "resolution": "data.resolution",
+    "train_batch_size": "training.train_batch_size",
+    "max_train_steps": "training.max_train_steps",
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "learning_rate": "training.learning_rate",
+    "text_encoder_lr": "training.learning_rate_text_encoder",
+    "lr_warmup_steps": "training.lr_warmup_steps",
+    "stop_text_encoder_training": "training.stop_text_encoder_training",
+    "mixed_precision": "training.mixed_precision",
+    "max_grad_norm": "training.max_grad_norm",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_weight_decay": "optimizer.weight_decay",
+    "adam_epsilon": "optimizer.epsilon",
+    "snr_gamma": "objective.snr_gamma",
+    "noise_offset": "objective.noise_offset",
+    "checkpointing_steps": "checkpointing.every",
+    "checkpoints_total_limit": "checkpointing.keep",
+    "num_validation_images": "sampling.num_images",
+    "validation_steps": "sampling.every",
+    "hub_model_id": "final.hub_model_id",
+}
+"""Flags that take a value, and the field that takes it as it is."""
+
+SWITCH_FLAGS = {
+    "with_prior_preservation": ("prior.enabled", True),
+    "train_text_encoder": ("training.train_text_encoder", True),
+    "gradient_checkpointing": ("memory.gradient_checkpointing", True),
+    "use_8bit_adam": ("optimizer.name", "adamw8bit"),
+    "enable_xformers_memory_efficient_attention": ("memory.attention", "xformers"),
+    "center_crop": ("data.crop", "center"),
+    "offset_noise": ("objective.noise_offset", 0.1),
+    "allow_tf32": ("training.allow_tf32", True),
+    "scale_lr": ("training.scale_learning_rate", True),
+    "use_ema": ("ema.enabled", True),
+    "push_to_hub": ("final.push_to_hub", True),
+}
+"""Flags without a value, and what they set."""
+
+CHOICE_FLAGS = {
+    "lr_scheduler": (
+        "training.lr_scheduler",
+        {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"},
+    ),
+    "validation_scheduler": (
+        "sampling.sampler",
+        {"DPMSolverMultistepScheduler": "dpm_solver", "DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"},
+    ),
+    "report_to": ("logging.tensorboard", {"tensorboard": True, "none": False}),
+}
+"""Flags whose values are called otherwise here."""
+
+ALWAYS_SO = {
+    "set_grads_to_none": "gradients are always freed",
+    "pre_compute_text_embeddings": "text embeddings are always computed once while the text encoder is frozen",
+    "cache_latents": "latents are always cached",
+}
+"""Switches for what is done in any case: accepted, and said."""
+
+REFUSED_FLAGS = {
+    "num_train_epochs": "count optimizer steps instead: --max_train_steps",
+    "tokenizer_name": "the tokenizer is the one in the model's folder: --pretrained_model_name_or_path",
+    "tokenizer_max_length": "the length is the one of the model's tokenizer; leave it out",
+    "text_encoder_use_attention_mask": "Stable Diffusion attends to all tokens; leave it out",
+    "skip_save_text_encoder": "final/ is always a whole model; leave it out",
+    "lr_num_cycles": "restarts are not offered: --lr_scheduler constant, linear or cosine",
+    "lr_power": "polynomial decay is not offered: --lr_scheduler constant, linear or cosine",
+    "logging_dir": "TensorBoard's files are in output_dir/tensorboard: --output_dir",
+    "dataloader_num_workers": "batches come from the caches, without workers; leave it out",
+    "hub_token": "log in with: hf auth login",
+    "validation_images": "set the prompts instead: --validation_prompt",
+    "class_labels_conditioning": "only upscalers know it; leave it out",
+    "local_rank": "one device trains; leave it out",
+}
+"""Flags without a meaning here, and what to use."""
+
+_KNOWN = {
+    *VALUE_FLAGS, *SWITCH_FLAGS, *CHOICE_FLAGS, *ALWAYS_SO, *REFUSED_FLAGS,
+    "validation_prompt", "resume_from_checkpoint", "resume",
+}  # fmt: skip
+
+
+@dataclass
+class Arguments:
+    """What the command line says.
+
+    Attributes:
+        overrides: Fields and their values, in order.
+        resume: Continue the newest complete checkpoint.
+        notes: What the user should know of the flags given.
+        flags: Names of the flags given.
+        positional: Arguments that are neither flags nor overrides.
+    """
+
+    overrides: list[tuple[str, Any]] = field(default_factory=list)
+    resume: bool = False
+    notes: list[str] = field(default_factory=list)
+    flags: set[str] = field(default_factory=set)
+    positional: list[str] = field(default_factory=list)
+
+
+def parse_arguments(arguments: Sequence[str]) -> Arguments:
+    """Read flags, ``section.key=value`` overrides and positional arguments, in any order.
+
+    Without a configuration file, diffusers' default for prior preservation holds: off unless its flag is given.
+
+    Raises:
+        ConfigError: With every argument that cannot be understood, one per line.
+    """
+    parsed, problems, rest = Arguments(), [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        try:
+            if argument.startswith("--"):
+                _read_flag(argument, rest, parsed)
+            elif "=" in argument:
+                parsed.overrides.append(parse_override(argument))
+            else:
+                parsed.positional.append(argument)
+        except ConfigError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if not parsed.positional and "pretrained_model_name_or_path" in parsed.flags:
+        parsed.overrides.insert(0, ("prior.enabled", False))
+    return parsed
+
+
+def _read_flag(argument: str, rest: list[str], parsed: Arguments) -> None:
+    text, separator, inline = argument.removeprefix("--").partition("=")
+    name = text.replace("-", "_")
+    parsed.flags.add(name)
+    if name in REFUSED_FLAGS:
+        _skip_value(separator, rest)
+        raise ConfigError(f"--{name}: has no meaning here; {REFUSED_FLAGS[name]}")
+    if name in ALWAYS_SO:
+        parsed.notes.append(f"--{name}: {ALWAYS_SO[name]}")
+    elif name in SWITCH_FLAGS:
+        parsed.overrides.append(SWITCH_FLAGS[name])
+    elif name == "resume":
+        parsed.resume = True
+    elif name in _KNOWN:
+        _read_value_flag(name, inline if separator else _value(name, rest), parsed)
+    else:
+        _skip_value(separator, rest)
+        nearest = difflib.get_close_matches(name, _KNOWN, n=1)
+        hint = f"did you mean --{nearest[0]}?" if nearest else "`lowmem-db train --help` lists them"
+        raise ConfigError(f"--{text}: there is no such flag; {hint}")
+
+
+def _read_value_flag(name: str, value: str, parsed: Arguments) -> None:
+    if name in VALUE_FLAGS:
+        parsed.overrides.append((VALUE_FLAGS[name], value))
+    elif name in CHOICE_FLAGS:
+        path, choices = CHOICE_FLAGS[name]
+        if value not in choices:
+            raise ConfigError(f"--{name}: {value!r} is not offered; allowed: {', '.join(choices)}")
+        parsed.overrides.append((path, choices[value]))
+    elif name == "validation_prompt":
+        parsed.overrides.append(("sampling.prompts", [value]))
+    elif value == "latest":
+        parsed.resume = True
+    else:
+        raise ConfigError(
+            f"--{name}: {value!r} is not offered; allowed: latest, the newest complete checkpoint of --output_dir"
+        )
+
+
+def _value(name: str, rest: list[str]) -> str:
+    if not rest or rest[0].startswith("--"):
+        raise ConfigError(f"--{name}: needs a value; --{name}=VALUE")
+    return rest.pop(0)
+
+
+def _skip_value(separator: str, rest: list[str]) -> None:
+    """Drop the value of a flag that is refused anyway, so that it is not reported as a second problem."""
+    if not separator and rest and not rest[0].startswith("--") and "=" not in rest[0]:
+        rest.pop(0)

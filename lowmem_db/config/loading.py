@@ -1,0 +1,142 @@
+"""From a YAML file, ``section.key=value`` arguments and known flags to one checked configuration.
+
+Every problem is found before the first one is reported, and each names its field.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from lowmem_db.config.rules import refusals
+from lowmem_db.config.schema import Config
+from lowmem_db.errors import ConfigError
+
+Tree = dict[str, Any]
+
+
+def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> Config:
+    """Read, override and check a configuration.
+
+    Args:
+        path: YAML file, or None where the overrides say everything.
+        overrides: Dotted field paths and their values, the later ones winning.
+
+    Raises:
+        ConfigError: With every problem of the configuration, one per line.
+    """
+    tree = read_yaml(path) if path is not None else {}
+    problems = [problem for field, value in overrides if (problem := _set(tree, field, value))]
+    config, found = _validate(tree)
+    problems += found
+    if config is not None:
+        problems += refusals(config)
+    if problems or config is None:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def read_yaml(path: Path) -> Tree:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: The file is missing, is no YAML, or is no mapping.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such configuration file{_nearby(path)}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path}: holds {type(tree).__name__}; allowed: a mapping of sections, as in configs/demo.yaml"
+        )
+    return tree
+
+
+def write_yaml(config: Config, path: Path) -> None:
+    """Write a resolved configuration, every field of it."""
+    path.write_text(to_yaml(config), encoding="utf-8")
+
+
+def to_yaml(config: Config) -> str:
+    """Return a resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse_override(argument: str) -> tuple[str, Any]:
+    """Split ``section.key=value``; the value is read as YAML.
+
+    Raises:
+        ConfigError: There is no ``=``, or the value is no YAML.
+    """
+    field, separator, text = argument.partition("=")
+    if not separator or not field:
+        raise ConfigError(
+            f"{argument}: is no override; allowed: section.key=value, for instance training.learning_rate=2e-6"
+        )
+    try:
+        return field, yaml.safe_load(text)
+    except yaml.YAMLError:
+        return field, text
+
+
+def field_paths(section: type[BaseModel] = Config, prefix: str = "") -> Iterable[str]:
+    """Yield the dotted path of every field of the tree."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from field_paths(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _set(tree: Tree, field: str, value: Any) -> str | None:
+    """Set a dotted path in the tree; return what is wrong, or None."""
+    *sections, name = field.split(".")
+    for section in sections:
+        child = tree.setdefault(section, {})
+        if not isinstance(child, dict):
+            return _unknown(field)
+        tree = child
+    tree[name] = value
+    return None
+
+
+def _validate(tree: Tree) -> tuple[Config | None, list[str]]:
+    empty_sections: Tree = {"model": {}, "subject": {}}
+    try:
+        return Config.model_validate(empty_sections | tree), []
+    except ValidationError as error:
+        return None, [_describe(dict(problem)) for problem in error.errors()]
+
+
+def _describe(problem: dict[str, Any]) -> str:
+    field = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return _unknown(field)
+    if problem["type"] == "missing":
+        return f"{field}: is missing; set {field}=VALUE"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{field}: {problem['input']!r} is not allowed: {message}"
+
+
+def _unknown(field: str) -> str:
+    known = list(field_paths())
+    name = field.rpartition(".")[2]
+    same_name = [path for path in known if path.rpartition(".")[2] == name]
+    nearest = same_name or difflib.get_close_matches(field, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]}?" if nearest else f"; allowed sections: {', '.join(Config.model_fields)}"
+    return f"{field}: there is no such field{hint}"
+
+
+def _nearby(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; the folder {path.parent} is missing too"
+    names = sorted(file.name for file in path.parent.iterdir() if file.suffix in {".yaml", ".yml"})
+    nearest = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / nearest[0]}?" if nearest else f" in {path.parent.absolute()}"

@@ -1,0 +1,67 @@
+"""The table of refused combinations: each row says what is refused, and the way out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lowmem_db.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A combination of fields that is refused.
+
+    Attributes:
+        refuses: Whether a configuration holds the combination.
+        message: The field, what is allowed and the way out; formatted with ``config``.
+    """
+
+    refuses: Callable[[Config], bool]
+    message: str
+
+
+RULES = (
+    Rule(
+        lambda c: c.prior.enabled and not c.subject.class_prompt,
+        "prior.enabled: true needs subject.class_prompt, which is missing; "
+        'set subject.class_prompt="a dog" (your class noun), or prior.enabled=false',
+    ),
+    Rule(
+        lambda c: c.data.resolution % 8 != 0,
+        "data.resolution: {config.data.resolution} is not a multiple of 8, the size of a latent pixel; round it",
+    ),
+    Rule(
+        lambda c: c.objective.snr_gamma is not None and c.objective.debiased,
+        "objective.debiased: true and objective.snr_gamma: {config.objective.snr_gamma} are two weightings of the same "
+        "loss; leave one of them out",
+    ),
+    Rule(
+        lambda c: c.training.learning_rate_text_encoder is not None and not c.training.train_text_encoder,
+        "training.learning_rate_text_encoder: {config.training.learning_rate_text_encoder} has no use while the text "
+        "encoder is frozen; set training.train_text_encoder=true or leave it out",
+    ),
+    Rule(
+        lambda c: c.training.stop_text_encoder_training is not None and not c.training.train_text_encoder,
+        "training.stop_text_encoder_training: {config.training.stop_text_encoder_training} has no use while the text "
+        "encoder is frozen; set training.train_text_encoder=true or leave it out",
+    ),
+    Rule(
+        lambda c: c.training.lr_warmup_steps >= c.training.max_train_steps,
+        "training.lr_warmup_steps: {config.training.lr_warmup_steps} leaves no step at the full learning rate; "
+        "allowed: less than training.max_train_steps, {config.training.max_train_steps}",
+    ),
+    Rule(
+        lambda c: c.sampling.every is not None and not c.sampling.prompts,
+        "sampling.every: {config.sampling.every} draws nothing without sampling.prompts; "
+        'set sampling.prompts=["a sks dog"] or leave it out',
+    ),
+    Rule(
+        lambda c: c.final.hub_model_id is not None and not c.final.push_to_hub,
+        "final.hub_model_id: {config.final.hub_model_id!r} has no use without final.push_to_hub=true; set it, or leave "
+        "hub_model_id out",
+    ),
+)
+
+
+def refusals(config: Config) -> list[str]:
+    """Return the messages of all refused combinations that a configuration holds."""
+    return [rule.message.format(config=config) for rule in RULES if rule.refuses(config)]

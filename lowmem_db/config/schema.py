@@ -1,0 +1,249 @@
+"""The configuration: one frozen tree, a text under each field, unknown keys refused.
+
+Nothing here imports torch, so that the command line answers at once. Combinations of fields that are refused stand in
+:mod:`lowmem_db.config.rules`.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Precision = Literal["fp32", "fp16", "bf16"]
+Sampler = Literal["ddpm", "ddim", "dpm_solver"]
+
+
+class Section(BaseModel):
+    """A part of the tree."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True, validate_default=True,
+        allow_inf_nan=False,
+    )  # fmt: skip
+
+
+class ModelConfig(Section):
+    """Which model is fine-tuned."""
+
+    base: str
+    """``demo`` (the small model in this package), a folder in diffusers' layout, or an id on the Hugging Face hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    variant: str | None = None
+    """Variant of the weight files, for instance ``fp16``."""
+    allow_pickle: bool = False
+    """Also read pickled weights (``.bin``), with ``weights_only=True``; safetensors otherwise."""
+
+
+class SubjectConfig(Section):
+    """Photos of the subject and what they are called."""
+
+    instance_dir: Path
+    """Folder of the photos; a text file of the same name beside a photo replaces the prompt for that photo."""
+    instance_prompt: str
+    """Prompt with a rare identifier and the class noun: ``a sks dog``."""
+    class_prompt: str | None = None
+    """Prompt of the class without the identifier: ``a dog``; needed for prior preservation."""
+
+
+class DataConfig(Section):
+    """How pictures become training samples."""
+
+    resolution: PositiveInt = 512
+    """Pixels of the shorter side; a multiple of 8."""
+    crop: Literal["random", "center"] = "random"
+    """Where the square is cut from a picture that is not square."""
+    num_crops: PositiveInt = 4
+    """How many random crops of each picture are encoded; ignored for square pictures, which have one."""
+
+
+class PriorConfig(Section):
+    """Prior preservation (arXiv:2208.12242, section 3.3)."""
+
+    enabled: bool = True
+    """Train on class images beside the photos."""
+    loss_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Lambda of Equation 2."""
+    num_class_images: PositiveInt = 200
+    """How many class images there shall be; the paper draws about 1000."""
+    class_dir: Path | None = None
+    """Folder of class images. None: in the cache, by content. A folder with pictures of your own is used as it is."""
+    sampler: Sampler = "ddpm"
+    """Sampler of the class images; the paper uses the ancestral one, ``ddpm``."""
+    num_inference_steps: PositiveInt = 50
+    """Sampling steps of a class image."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 7.5
+    """Classifier-free guidance of a class image."""
+    sample_batch_size: PositiveInt = 4
+    """Class images generated at once."""
+    precision: Precision | None = None
+    """Type the frozen model generates in. None: fp16 on CUDA devices, fp32 on the CPU."""
+
+
+class TrainingConfig(Section):
+    """The training loop."""
+
+    max_train_steps: PositiveInt = 800
+    """Optimizer steps."""
+    train_batch_size: PositiveInt = 1
+    """Photos in a batch; with prior preservation as many class images come on top."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Batches whose gradients make one optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
+    """Learning rate of the UNet."""
+    learning_rate_text_encoder: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the text encoder. None: the same as the UNet's."""
+    scale_learning_rate: bool = False
+    """Multiply the learning rates by the batch size and the accumulation steps."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rates after the warm-up: constant, or falling to zero."""
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rates rise from zero."""
+    train_text_encoder: bool = False
+    """Train the text encoder too."""
+    stop_text_encoder_training: PositiveInt | None = None
+    """Step after which the text encoder stays as it is. None: never."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest joint norm of all gradients. None: no clipping."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Type of the autocast; the weights that train are fp32."""
+    allow_tf32: bool = False
+    """Let CUDA devices multiply fp32 matrices in TF32."""
+
+
+class ObjectiveConfig(Section):
+    """The loss (arXiv:2208.12242, Equation 2)."""
+
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the denoiser predicts. None: as the model's scheduler says."""
+    loss: Literal["mse", "huber", "l1"] = "mse"
+    """Distance between prediction and target; ``huber`` is the pseudo-Huber loss."""
+    huber_c: Annotated[float, Field(gt=0)] = 0.1
+    """Where the pseudo-Huber loss turns from square to linear."""
+    snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """Gamma of the min-SNR weights (arXiv:2303.09556); 5 is usual. None: all timesteps weigh the same."""
+    debiased: bool = False
+    """Weights of the debiased estimation loss (arXiv:2310.08442)."""
+    noise_offset: Annotated[float, Field(ge=0)] = 0.0
+    """Strength of the noise that is constant over each channel of a sample."""
+    input_perturbation: Annotated[float, Field(ge=0)] = 0.0
+    """Strength of the noise that the input has and the target has not (arXiv:2301.11706)."""
+    conditioning_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of samples trained with the empty prompt."""
+
+
+class OptimizerConfig(Section):
+    """The optimizer."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """``adamw8bit`` keeps its states in 8 bits (bitsandbytes)."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the second moment."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    """Decoupled weight decay."""
+
+
+class EmaConfig(Section):
+    """Exponential moving average of the weights, in fp32; samples and the final model use it."""
+
+    enabled: bool = False
+    """Keep the average."""
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Largest decay; it rises to this value over the first steps."""
+
+
+class MemoryConfig(Section):
+    """What saves memory around the model."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention implementation; xformers needs a CUDA device."""
+
+
+class CheckpointingConfig(Section):
+    """What a run can be continued from."""
+
+    every: PositiveInt = 500
+    """Steps between checkpoints; the last step always has one."""
+    keep: PositiveInt | None = 2
+    """How many complete checkpoints stay on disk. None: all."""
+
+
+class SamplingConfig(Section):
+    """Samples during training, drawn from the model in memory, always after a checkpoint."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts to draw; none: no samples."""
+    every: PositiveInt | None = None
+    """Steps between samples. None: at every checkpoint."""
+    num_images: PositiveInt = 4
+    """Images of each prompt."""
+    sampler: Sampler = "ddim"
+    """Sampler of the samples."""
+    num_inference_steps: PositiveInt = 25
+    """Sampling steps."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 7.5
+    """Classifier-free guidance (arXiv:2207.12598)."""
+    seed: int = 0
+    """Seed of the samples, the same at every step, so that progress can be seen."""
+
+
+class FinalConfig(Section):
+    """The model that is left when the run is done."""
+
+    precision: Precision = "fp32"
+    """Type of the trained weights in ``final/``."""
+    push_to_hub: bool = False
+    """Upload ``final/`` to the Hugging Face hub when the run is done; needs ``hf auth login``."""
+    hub_model_id: str | None = None
+    """Repository on the hub. None: the name of ``output_dir``."""
+
+
+class LoggingConfig(Section):
+    """What is written beside ``metrics.jsonl``."""
+
+    tensorboard: bool | None = None
+    """Write TensorBoard event files. None: where tensorboard is installed."""
+
+
+def default_cache_dir() -> Path:
+    """Return the cache folder: ``LOWMEM_DB_CACHE``, or ``~/.cache/lowmem-db``."""
+    return Path(os.environ.get("LOWMEM_DB_CACHE") or Path.home() / ".cache" / "lowmem-db")
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    model: ModelConfig
+    subject: SubjectConfig
+    output_dir: Path
+    """Run folder: configuration, metrics, checkpoints, samples and the final model."""
+    seed: int = 0
+    """Seed of every random draw of the run."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    cache_dir: Path = Field(default_factory=default_cache_dir)
+    """Class images, latents and text embeddings, by content; shared by all runs."""
+    data: DataConfig = DataConfig()
+    prior: PriorConfig = PriorConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
+    memory: MemoryConfig = MemoryConfig()
+    checkpointing: CheckpointingConfig = CheckpointingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    final: FinalConfig = FinalConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def samples_per_step(self) -> int:
+        """Number of photos that make one optimizer step."""
+        return self.training.train_batch_size * self.training.gradient_accumulation_steps

@@ -1,0 +1,175 @@
+"""The only place that probes optional libraries, devices, free memory and versions.
+
+Importing this module loads none of them. What is asked for by name and is missing raises with the command that mends it;
+what is chosen automatically says why.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from lowmem_db.errors import ConfigError, DependencyError
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class OptionalLibrary:
+    """A library that something can use and nothing needs."""
+
+    name: str
+    serves: str
+    without_it: str
+    install: str
+
+
+OPTIONAL_LIBRARIES = (
+    OptionalLibrary("bitsandbytes", "8-bit AdamW", "AdamW in fp32", 'pip install "lowmem-db[8bit]"'),
+    OptionalLibrary("xformers", "attention on CUDA devices", "SDPA of torch", 'pip install "lowmem-db[cuda]"'),
+    OptionalLibrary("triton", "compiled kernels on CUDA devices", "eager PyTorch", 'pip install "lowmem-db[cuda]"'),
+    OptionalLibrary("pillow_heif", "HEIC photos", "HEIC photos are refused", 'pip install "lowmem-db[heic]"'),
+    OptionalLibrary("tensorboard", "live curves", "metrics.jsonl alone", 'pip install "lowmem-db[tensorboard]"'),
+)
+_BY_NAME = {library.name: library for library in OPTIONAL_LIBRARIES}
+_REPORTED_PACKAGES = (
+    "torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub", "pydantic", "pillow", "numpy",
+)  # fmt: skip
+
+
+def is_installed(name: str) -> bool:
+    """Say whether an optional library can be found, without importing it."""
+    return importlib.util.find_spec(name) is not None
+
+
+def require(name: str) -> ModuleType:
+    """Import an optional library that was asked for.
+
+    Raises:
+        DependencyError: It is missing or does not load; the message holds the command that installs it.
+    """
+    library = _BY_NAME[name]
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise DependencyError(
+            f"{library.serves} needs {name}, which does not load ({error}): {library.install}"
+        ) from error
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Return the version of Python, of what is always needed and of each optional library."""
+    names = [*_REPORTED_PACKAGES, *(library.name for library in OPTIONAL_LIBRARIES)]
+    return {"python": platform.python_version()} | {name: version_of(name) for name in names}
+
+
+def devices() -> list[dict[str, Any]]:
+    """Describe every device that torch can use; sizes in bytes."""
+    import torch
+
+    found: list[dict[str, Any]] = [
+        {
+            "device": "cpu",
+            "name": platform.processor() or platform.machine(),
+            "num_threads": torch.get_num_threads(),
+            "total_bytes": total_host_bytes(),
+        }
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "total_bytes": total_bytes,
+                "free_bytes": free_bytes,
+                "bf16": properties.major >= 8,
+            }
+        )
+    return found
+
+
+def resolve_device(name: str) -> "torch.device":
+    """Turn the field ``device`` into a device; ``auto`` takes the first CUDA device, or else the CPU.
+
+    Raises:
+        ConfigError: A CUDA device is asked for and torch sees none.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: {name!r} is not there, torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
+            "allowed: auto, cpu, or a device that `lowmem-db doctor` lists"
+        )
+    return device
+
+
+def check_precision(mixed_precision: str, device: "torch.device") -> None:
+    """Refuse an autocast type that the device cannot compute in.
+
+    Raises:
+        ConfigError: bf16 on a card older than Ampere.
+    """
+    import torch
+
+    if mixed_precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        raise ConfigError(
+            f"training.mixed_precision: 'bf16' is not native on {torch.cuda.get_device_name(device)}; "
+            "allowed here: no, fp16. Use training.mixed_precision=fp16"
+        )
+
+
+def peak_bytes(device: "torch.device") -> int:
+    """Return the most memory in use so far: of the device's allocator, or of the whole process on the CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def total_host_bytes() -> int | None:
+    """Return the size of the host's memory in bytes, or None where the system does not say."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_disk_bytes(path: Path) -> int:
+    """Return the free bytes of the disk that holds a path, which need not exist yet."""
+    existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def describe() -> dict[str, Any]:
+    """Return what ``environment.json`` of a run folder holds: versions, platform and devices."""
+    return {"versions": versions(), "platform": platform.platform(), "devices": devices()}

@@ -1,0 +1,45 @@
+"""Errors a user can mend, and the exit code that each of them gives.
+
+Every message is one line that names the field or file, its value, what is allowed and the way out. Anything that is not
+one of these classes is a bug of ours and keeps its traceback.
+"""
+
+
+class LowmemDbError(Exception):
+    """An error that a user can mend; the command line prints it without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(LowmemDbError):
+    """The configuration is wrong; the message holds every problem found, one per line."""
+
+
+class DataError(LowmemDbError):
+    """A photo, a caption or a folder cannot be used."""
+
+
+class ModelError(LowmemDbError):
+    """A model folder, hub id or weights file cannot be used."""
+
+
+class CheckpointError(LowmemDbError):
+    """A run folder or a checkpoint in it cannot be used."""
+
+
+class DependencyError(LowmemDbError):
+    """An optional library that was asked for is missing, or cannot serve on this machine."""
+
+
+class StorageError(LowmemDbError):
+    """The disk is full, or a file on it is damaged."""
+
+
+class NonFiniteError(LowmemDbError):
+    """The loss or the gradient is not finite; the weights were not touched."""
+
+
+class RunInterrupted(LowmemDbError):
+    """The run was asked to stop; a checkpoint was saved first."""
+
+    exit_code = 130

@@ -1,0 +1,72 @@
+"""The frozen records that travel between the packages."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord:
+    """One picture on disk, checked and ready to be read.
+
+    Attributes:
+        path: The file.
+        content_key: Key of the file's bytes.
+        width: Pixels, after the EXIF orientation is applied.
+        height: Pixels, after the EXIF orientation is applied.
+        prompt: What the picture shows, as the model is told during training.
+    """
+
+    path: Path
+    content_key: str
+    width: int
+    height: int
+    prompt: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """What the denoiser is told, one row per sample: token ids, and embeddings where the text encoder is frozen."""
+
+    input_ids: Int[Tensor, "b tokens"]
+    prompt_embeds: Float[Tensor, "b tokens dim"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Instance samples first, then prior samples.
+
+    Attributes:
+        latent_mean: Mean of the autoencoder's posterior, in the denoiser's scale.
+        latent_std: Its standard deviation; zero for a deterministic autoencoder.
+        conditioning: What the denoiser is told of each sample.
+        sample_ids: Number of each sample within its optimizer step: every random draw of the sample depends on it.
+        num_instance: How many of the samples are instance samples.
+        sources: File name of each sample, for messages.
+    """
+
+    latent_mean: Float[Tensor, "b c h w"]
+    latent_std: Float[Tensor, "b c h w"]
+    conditioning: Conditioning
+    sample_ids: Int[Tensor, " b"]
+    num_instance: int
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """What one optimizer step reports.
+
+    Attributes:
+        loss: Equation 2 of arXiv:2208.12242, the mean over the accumulated batches.
+        loss_instance: Its first term.
+        loss_prior: Its second term before the factor ``prior_loss_weight``; None without prior preservation.
+        grad_norm: Joint norm of all gradients before clipping; None where it is not computed.
+    """
+
+    loss: float
+    loss_instance: float
+    loss_prior: float | None
+    grad_norm: float | None

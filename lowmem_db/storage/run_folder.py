@@ -1,0 +1,126 @@
+"""The run folder: where each file of a run stands, and which checkpoints are complete.
+
+A checkpoint exists only when its marker ``COMPLETE``, written last, exists.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lowmem_db.errors import CheckpointError
+from lowmem_db.storage.atomic import as_storage_error, write_folder, write_text
+
+MARKER = "COMPLETE"
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        root: The field ``output_dir``.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config_file = root / "config.yaml"
+        self.environment_file = root / "environment.json"
+        self.metrics_file = root / "metrics.jsonl"
+        self.checkpoints_dir = root / "checkpoints"
+        self.tensorboard_dir = root / "tensorboard"
+        self.final_dir = root / "final"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder.
+
+        Raises:
+            CheckpointError: Another run writes to it now.
+            StorageError: The folder cannot be made.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise as_storage_error(error, self.root) from error
+        try:
+            with FileLock(self.root / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise CheckpointError(
+                f"output_dir: {self.root} is being written by another run; wait for it, or choose another output_dir"
+            ) from None
+
+    def samples_dir(self, step: int) -> Path:
+        """Return the folder of the samples of a step."""
+        return self.root / "samples" / f"step-{step:06d}"
+
+    def checkpoint_dir(self, step: int) -> Path:
+        """Return the folder of the checkpoint of a step."""
+        return self.checkpoints_dir / f"step-{step:06d}"
+
+    def complete_steps(self) -> list[int]:
+        """Return the steps that have a complete checkpoint, the oldest first."""
+        if not self.checkpoints_dir.is_dir():
+            return []
+        found = ((_STEP_FOLDER.fullmatch(folder.name), folder) for folder in self.checkpoints_dir.iterdir())
+        return sorted(int(match[1]) for match, folder in found if match and (folder / MARKER).is_file())
+
+    def write_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Write a checkpoint: temporary folder, flush, rename, marker.
+
+        Args:
+            step: Optimizer steps done.
+            write: Fills the folder it is given.
+
+        Raises:
+            StorageError: The disk is full; older checkpoints still stand.
+        """
+        path = self.checkpoint_dir(step)
+        if (path / MARKER).is_file():  # the same step of the same run: the same bytes
+            return path
+        write_folder(path, write)
+        write_text(path / MARKER, f"{step}\n")
+        return path
+
+    def prune_checkpoints(self, keep: int | None) -> None:
+        """Delete all but the newest ``keep`` complete checkpoints, and what killed runs left behind."""
+        complete = self.complete_steps()
+        kept = {self.checkpoint_dir(step) for step in (complete if keep is None else complete[-keep:])}
+        for folder in list(self.checkpoints_dir.iterdir()):
+            if folder not in kept:
+                (folder / MARKER).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the rows after a step, and a last row that was not written whole."""
+        if not self.metrics_file.is_file():
+            return
+        rows = [row for line in self.metrics_file.read_text().splitlines() if (row := _parse_row(line)) is not None]
+        write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any | None:
+    """Return what a JSON file holds, or None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _parse_row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None

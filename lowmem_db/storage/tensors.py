@@ -1,0 +1,110 @@
+"""Tensors in safetensors files: a content-addressed store, and nested states.
+
+A file that cannot be read whole is as good as missing: the store says so, and the caller makes it anew.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowmem_db.errors import StorageError
+from lowmem_db.storage.atomic import write_file
+
+
+class TensorStore:
+    """Small groups of tensors by content key: ``root/ab/abcdef….safetensors``.
+
+    Args:
+        root: Folder of the store; made when the first group is written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, key: str) -> Path:
+        """Return the file of a key."""
+        return self.root / key[:2] / f"{key}.safetensors"
+
+    def read(self, key: str) -> dict[str, Tensor] | None:
+        """Return the tensors of a key, or None where there are none or the file is damaged."""
+        try:
+            return read_tensors(self.path(key))[0]
+        except StorageError:
+            return None
+
+    def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write the tensors of a key, whole or not at all."""
+        write_tensors(self.path(key), tensors)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_file(path, lambda temporary: save_file(contiguous, temporary, dict(metadata or {})))
+
+
+def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: its tensors and its metadata.
+
+    Raises:
+        StorageError: The file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise StorageError(f"{path}: there is no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"{path}: is damaged ({error}); delete it") from error
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a nested state (mappings and lists of tensors and JSON values) as one safetensors file.
+
+    Tensors that share memory, as bitsandbytes' code maps do, are written once.
+    """
+    tensors: dict[str, Tensor] = {}
+    names: dict[tuple[int, torch.Size, torch.dtype], str] = {}
+    skeleton = _take_tensors(state, tensors, names)
+    write_tensors(path, tensors, {"state": json.dumps(skeleton)})
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_state` wrote.
+
+    Raises:
+        StorageError: The file is missing or damaged.
+    """
+    tensors, metadata = read_tensors(path)
+    return _put_tensors(json.loads(metadata["state"]), tensors)
+
+
+def _take_tensors(value: Any, tensors: dict[str, Tensor], names: dict[tuple[int, torch.Size, torch.dtype], str]) -> Any:
+    if isinstance(value, Tensor):
+        identity = (value.data_ptr(), value.shape, value.dtype)
+        if value.numel() == 0 or identity not in names:
+            names[identity] = str(len(tensors))
+            tensors[names[identity]] = value
+        return {"tensor": names[identity]}
+    if isinstance(value, Mapping):
+        return {"items": [[key, _take_tensors(item, tensors, names)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"list": [_take_tensors(item, tensors, names) for item in value]}
+    return {"value": value}
+
+
+def _put_tensors(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+    kind, content = next(iter(skeleton.items()))
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "items":
+        return {key: _put_tensors(item, tensors) for key, item in content}
+    if kind == "list":
+        return [_put_tensors(item, tensors) for item in content]
+    return content
