@@ -7,6 +7,7 @@ what is chosen automatically says why.
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -41,6 +42,7 @@ OPTIONAL_LIBRARIES = (
     OptionalLibrary("pillow_heif", "HEIC photos", "HEIC photos are refused", 'pip install "lowmem-db[heic]"'),
     OptionalLibrary("tensorboard", "live curves", "metrics.jsonl alone", 'pip install "lowmem-db[tensorboard]"'),
 )
+_NEEDS_CUDA = {"xformers", "triton"}
 _BY_NAME = {library.name: library for library in OPTIONAL_LIBRARIES}
 _REPORTED_PACKAGES = (
     "torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub", "pydantic", "pillow", "numpy",
@@ -65,6 +67,28 @@ def require(name: str) -> ModuleType:
         raise DependencyError(
             f"{library.serves} needs {name}, which does not load ({error}): {library.install}"
         ) from error
+
+
+def back_ends() -> list[dict[str, Any]]:
+    """Say of each optional library whether it serves on this machine, and if not, why and what serves instead."""
+    return [_back_end(library) for library in OPTIONAL_LIBRARIES]
+
+
+def _back_end(library: OptionalLibrary) -> dict[str, Any]:
+    import torch
+
+    if not is_installed(library.name):
+        reason = f"not installed, {library.without_it} instead: {library.install}"
+    elif library.name in _NEEDS_CUDA and not torch.cuda.is_available():
+        reason = f"torch sees no CUDA device, {library.without_it} instead"
+    else:
+        try:
+            require(library.name)
+        except DependencyError as error:
+            reason = str(error)
+        else:
+            return {"name": library.name, "serves": library.serves, "active": True, "reason": "installed and loads"}
+    return {"name": library.name, "serves": library.serves, "active": False, "reason": reason}
 
 
 def version_of(package: str) -> str | None:
@@ -168,6 +192,14 @@ def free_disk_bytes(path: Path) -> int:
     """Return the free bytes of the disk that holds a path, which need not exist yet."""
     existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())
     return shutil.disk_usage(existing).free
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and remarks of libraries that say nothing a user of the command line needs."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def describe() -> dict[str, Any]:

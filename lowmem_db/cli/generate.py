@@ -1,0 +1,74 @@
+"""``lowmem-db generate``."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def generate(
+    source: Annotated[str, typer.Argument(help="A run folder, a model folder, a hub id, or demo.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="What to draw; may be given again.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A text file with one prompt in each line.")] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="A suite of the paper's prompts; --list-suites names them.")
+    ] = None,
+    list_suites: Annotated[bool, typer.Option("--list-suites", help="Print the names of the suites and stop.")] = False,
+    identifier: Annotated[
+        str | None, typer.Option(help="Rare token of the subject, for suites; read from a run.")
+    ] = None,
+    class_noun: Annotated[str | None, typer.Option(help="Class of the subject, for suites; read from a run.")] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed; image i of every prompt starts from the same noise.")] = 0,
+    sampler: Annotated[
+        Literal["ddim", "dpm_solver", "ddpm"], typer.Option(help="ddpm is the ancestral sampler.")
+    ] = "ddim",
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance.")] = 7.5,
+    resolution: Annotated[int | None, typer.Option(min=8, help="Pixels of a side; the model's own by default.")] = None,
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="fp16 on CUDA devices by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images and their grid.")] = Path(
+        "images"
+    ),
+) -> None:
+    """Draw images of prompts, and a grid of all."""
+    from lowmem_db.sampling.prompts import collect_prompts, suite_names
+
+    if list_suites:
+        typer.echo("\n".join(suite_names()))
+        return
+
+    from lowmem_db import environment
+    from lowmem_db.models.saving import DTYPES
+    from lowmem_db.sampling.generate import default_resolution, find_source, generate_images
+    from lowmem_db.sampling.images import GRID_FILE, save_rows
+    from lowmem_db.sampling.latents import SamplingSettings
+
+    found = find_source(source)
+    prompts = collect_prompts(
+        prompt or [],
+        prompt_file,
+        suite or [],
+        identifier=identifier,
+        class_noun=class_noun,
+        run_config=found.run_config,
+    )
+    where = environment.resolve_device(device)
+    rows = generate_images(
+        found,
+        prompts,
+        SamplingSettings(sampler=sampler, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale),
+        num_images=num_images,
+        resolution=resolution or default_resolution(found),
+        seed=seed,
+        device=where,
+        dtype=DTYPES[precision or ("fp16" if where.type == "cuda" else "fp32")],
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    save_rows(output, rows)
+    typer.echo(output / GRID_FILE)

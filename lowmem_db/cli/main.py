@@ -1,0 +1,44 @@
+"""``lowmem-db``: the commands, and the exit codes of their errors. Nothing here imports torch."""
+
+import signal
+import sys
+from types import FrameType
+
+import typer
+
+from lowmem_db import environment
+from lowmem_db.cli import doctor, generate, identifiers, prepare, train
+from lowmem_db.console import console
+from lowmem_db.errors import LowmemDbError, RunInterrupted
+
+app = typer.Typer(
+    name="lowmem-db",
+    help="Full DreamBooth fine-tuning of diffusion models inside the memory of a gaming GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_FREE_ARGUMENTS = {"ignore_unknown_options": True}
+app.command("train", context_settings=_FREE_ARGUMENTS)(train.train)
+app.command("prepare", context_settings=_FREE_ARGUMENTS)(prepare.prepare)
+app.command("generate")(generate.generate)
+app.command("identifiers")(identifiers.identifiers)
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    """Run a command; an error that the user can mend is printed without a traceback."""
+    environment.quiet_libraries()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        app()
+    except LowmemDbError as error:
+        for line in str(error).splitlines():
+            console.print(f"error: {line}" if error.exit_code == 2 else line, markup=False)
+        sys.exit(error.exit_code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise RunInterrupted(f"{signal.Signals(number).name}: stopped; the same command goes on where it was")

@@ -1,0 +1,33 @@
+"""``lowmem-db prepare``."""
+
+from typing import Annotated
+
+import typer
+
+
+def prepare(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml] [section.key=value]... [--flag value]...", help="As for train.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Fill the caches of a run: class images, latents, text embeddings; say what was there already."""
+    from lowmem_db.cli.arguments import read_arguments
+
+    config, _ = read_arguments(arguments or [])
+
+    from lowmem_db import environment
+    from lowmem_db.console import say
+    from lowmem_db.models.source import find_model
+    from lowmem_db.preparation.prepare import check_subject
+    from lowmem_db.preparation.prepare import prepare as prepare_data
+
+    device = environment.resolve_device(config.device)
+    model = find_model(**config.model.model_dump())
+    photos = check_subject(config, model)
+    batches = prepare_data(config, model, device, photos)
+    say(
+        f"ready: {len(batches.instance_images)} photos, {len(batches.class_images)} class images, in {config.cache_dir}"
+    )

@@ -1,0 +1,1 @@
+"""Photos to records, crops, order, batches, identifiers. A tokenizer is passed in; models are not known here."""

@@ -1,0 +1,1 @@
+"""Models: the table of families, loading component by component, prompts to conditioning, what trains."""

@@ -1,0 +1,34 @@
+"""From prompts to what the denoiser is told."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Int[Tensor, "b tokens"]:
+    """Return token ids, padded or cut to the length the model was trained with."""
+    encoded = tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    )
+    return encoded.input_ids
+
+
+def num_cut_tokens(tokenizer: CLIPTokenizer, prompt: str) -> int:
+    """Return how many tokens of a prompt the model will not see."""
+    return max(0, len(tokenizer(prompt, verbose=False).input_ids) - tokenizer.model_max_length)
+
+
+def encode_prompt(text_encoder: CLIPTextModel, input_ids: Int[Tensor, "b tokens"]) -> Float[Tensor, "b tokens dim"]:
+    """Return the last hidden state after the final layer norm, without attention mask, as Stable Diffusion uses it."""
+    return text_encoder(input_ids.to(text_encoder.device))[0]
+
+
+@torch.no_grad()
+def embed_prompts(
+    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]
+) -> Float[Tensor, "b tokens dim"]:
+    """Tokenize and encode prompts without gradients."""
+    return encode_prompt(text_encoder, tokenize(tokenizer, prompts))

@@ -1,0 +1,44 @@
+"""Pictures to latents and back, in the denoiser's scale, for every autoencoder."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowmem_db.models.loading import Autoencoder
+
+
+@torch.no_grad()
+def encode_moments(
+    autoencoder: Autoencoder, pixels: Float[Tensor, "b 3 h w"]
+) -> tuple[Float[Tensor, "b c x y"], Float[Tensor, "b c x y"]]:
+    """Return mean and standard deviation of the latents' posterior, times the autoencoder's scaling factor.
+
+    A deterministic autoencoder has the standard deviation zero.
+
+    Args:
+        autoencoder: Computes in its own type.
+        pixels: Values in [-1, 1].
+    """
+    encoded = autoencoder.encode(pixels.to(autoencoder.device, autoencoder.dtype))
+    scale = scaling_factor(autoencoder)
+    if hasattr(encoded, "latent_dist"):
+        return (encoded.latent_dist.mean * scale).float(), (encoded.latent_dist.std * scale).float()
+    mean = (encoded.latents * scale).float()
+    return mean, torch.zeros_like(mean)
+
+
+@torch.no_grad()
+def decode_latents(autoencoder: Autoencoder, latents: Float[Tensor, "b c x y"]) -> Float[Tensor, "b 3 h w"]:
+    """Return pictures in [-1, 1]; decoded one at a time, which bounds the memory by one picture."""
+    scaled = latents.to(autoencoder.device, autoencoder.dtype) / scaling_factor(autoencoder)
+    return torch.cat([autoencoder.decode(latent[None]).sample for latent in scaled]).float().clamp(-1, 1)
+
+
+def scaling_factor(autoencoder: Autoencoder) -> float:
+    """Return what latents are multiplied by before the denoiser sees them."""
+    return getattr(autoencoder.config, "scaling_factor", 1.0)
+
+
+def downscaling(autoencoder_config: dict) -> int:
+    """Return how many pixels one latent pixel stands for, along one side."""
+    return 2 ** (len(autoencoder_config["block_out_channels"]) - 1)

@@ -1,0 +1,77 @@
+"""Loading component by component: what is not needed is not in memory."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lowmem_db.errors import ModelError
+from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
+from lowmem_db.models.source import ModelFolder
+
+Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderTAEF2
+_AUTOENCODERS: dict[str, type[ModelMixin]] = {
+    kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, AutoencoderTAEF2)
+}
+_DAMAGED = (SafetensorError, OSError, ValueError, RuntimeError, KeyError)
+_Component = TypeVar("_Component")
+
+
+def load_unet(model: ModelFolder, *, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """Load the UNet onto the CPU, in evaluation mode, whatever type its file has."""
+    return _load(UNet2DConditionModel, model, "unet", dtype)
+
+
+def load_text_encoder(model: ModelFolder, *, dtype: torch.dtype = torch.float32) -> CLIPTextModel:
+    """Load the text encoder onto the CPU, in evaluation mode."""
+    return _load(CLIPTextModel, model, "text_encoder", dtype)
+
+
+def load_autoencoder(model: ModelFolder, *, dtype: torch.dtype = torch.float32) -> Autoencoder:
+    """Load the autoencoder onto the CPU, in evaluation mode.
+
+    Raises:
+        ModelError: Its class is none of those known here.
+    """
+    name = model.config_of("vae").get("_class_name", "AutoencoderKL")
+    if name not in _AUTOENCODERS:
+        raise ModelError(f"{model.path / 'vae'}: is a {name}; allowed: {', '.join(_AUTOENCODERS)}")
+    return _load(_AUTOENCODERS[name], model, "vae", dtype)
+
+
+def load_tokenizer(model: ModelFolder) -> CLIPTokenizer:
+    """Load the tokenizer."""
+    path = model.path / "tokenizer"
+    try:
+        return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+    except _DAMAGED as error:
+        raise _damaged(path, error) from error
+
+
+def load_noise_schedule(model: ModelFolder) -> DDPMScheduler:
+    """Load the noise schedule the model was trained with; which sampler its folder names does not matter."""
+    return DDPMScheduler.from_config(model.config_of("scheduler"))
+
+
+def _load(kind: type[_Component], model: ModelFolder, component: str, dtype: torch.dtype) -> _Component:
+    path = model.path / component
+    options: dict[str, Any] = {"use_safetensors": not model.allow_pickle or _has_safetensors(path)}
+    options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
+    try:
+        loaded = kind.from_pretrained(path, local_files_only=True, variant=model.variant, **options)  # type: ignore[attr-defined]
+    except _DAMAGED as error:
+        raise _damaged(path, error) from error
+    return loaded.eval().requires_grad_(False)
+
+
+def _has_safetensors(path: Path) -> bool:
+    return any(file.suffix == ".safetensors" for file in path.iterdir())
+
+
+def _damaged(path: Path, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())[:200]
+    return ModelError(f"{path}: cannot be loaded ({reason}); get the model anew, or check model.base and model.variant")

@@ -1,0 +1,66 @@
+"""Writing a trained model as a folder that every diffusers pipeline loads, safetensors alone."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from lowmem_db.models.source import COMPONENTS, ModelFolder
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def save_model(folder: Path, source: ModelFolder, trained: Mapping[str, nn.Module], *, dtype: torch.dtype) -> None:
+    """Write a whole model: trained components in ``dtype``, the others as they are in the source.
+
+    Args:
+        folder: An existing, empty folder.
+        source: The model that training started from.
+        trained: Trained components by name.
+        dtype: Type of their weights on disk; the modules themselves are not changed.
+    """
+    for component in COMPONENTS:
+        if component in trained:
+            save_component(folder / component, trained[component], dtype=dtype)
+        else:
+            shutil.copytree(source.path / component, folder / component, copy_function=shutil.copyfile)
+    index = json.loads((source.path / "model_index.json").read_text(encoding="utf-8"))
+    (folder / "model_index.json").write_text(json.dumps(_without_extras(index), indent=2) + "\n", encoding="utf-8")
+
+
+def save_component(folder: Path, module: nn.Module, *, dtype: torch.dtype) -> None:
+    """Write one component with its configuration; floating-point tensors are converted to ``dtype``."""
+    folder.mkdir(parents=True)
+    if isinstance(module, ModelMixin):
+        module.save_config(folder)
+        file = folder / "diffusion_pytorch_model.safetensors"
+    else:
+        module.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        file = folder / "model.safetensors"
+    save_file(published_state(module, dtype), file, {"format": "pt"})
+
+
+def published_state(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a module's weights under the names of the published files.
+
+    transformers 5 dropped the prefix ``text_model.`` of CLIP's text encoder in memory; other tools still expect it.
+    """
+    prefix = "text_model." if isinstance(module, CLIPTextModel) else ""
+    state = {}
+    for name, tensor in module.state_dict().items():
+        published = name if name.startswith(prefix) else prefix + name
+        state[published] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+    return state
+
+
+def _without_extras(index: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is not part of the folder, so that the pipeline loads without it."""
+    extras = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
+    return index | extras | {"requires_safety_checker": False}

@@ -1,0 +1,189 @@
+"""Where a model's files are: the model in this package, a folder in diffusers' layout, or the hub.
+
+Everything is checked before a weight is read: layout, family, and that the weights are safetensors.
+"""
+
+import difflib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+
+from lowmem_db import fingerprint
+from lowmem_db.errors import ModelError
+
+DEMO_DIR = Path(__file__).parent / "demo" / "base"
+COMPONENTS = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
+_WEIGHT_SUFFIXES = {".safetensors", ".bin"}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_NETWORK_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model that can be trained.
+
+    Attributes:
+        name: As it is shown.
+        cross_attention_dim: Width of the text embeddings; None: any, the last row of the table.
+    """
+
+    name: str
+    cross_attention_dim: int | None
+
+
+FAMILIES = (
+    Family("Stable Diffusion 1.x", 768),
+    Family("Stable Diffusion 2.x", 1024),
+    Family("Stable Diffusion architecture", None),
+)
+_PIPELINE_CLASSES = {"StableDiffusionPipeline"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """A local model in diffusers' layout whose files were checked.
+
+    Attributes:
+        name: What the user called it.
+        path: The folder.
+        family: Its row in the table of families.
+        variant: Variant of the weight files.
+        allow_pickle: Whether pickled weights may be read.
+    """
+
+    name: str
+    path: Path
+    family: Family
+    variant: str | None = None
+    allow_pickle: bool = False
+
+    def config_of(self, component: str) -> dict[str, Any]:
+        """Return the JSON configuration of a component."""
+        name = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(
+            component, "config.json"
+        )
+        return _read_json(self.path / component / name)
+
+    def num_parameters(self, component: str) -> int:
+        """Return the number of values in a component's weight files, read from their headers."""
+        files = [file for file in (self.path / component).iterdir() if file.suffix in _WEIGHT_SUFFIXES]
+        return max(_num_values(file) for file in files)
+
+    def content_key(self, *components: str) -> str:
+        """Return the key of the bytes of some components, configuration and weights together."""
+        keys = []
+        for component in components:
+            files = [file for file in sorted((self.path / component).iterdir()) if file.is_file()]
+            keys.append((component, fingerprint.of_files(files)))
+        return fingerprint.of_values(keys, self.variant)
+
+
+def find_model(
+    base: str, *, revision: str | None = None, variant: str | None = None, allow_pickle: bool = False
+) -> ModelFolder:
+    """Find a model and check its layout; a hub id is downloaded first.
+
+    Args:
+        base: ``demo``, a folder in diffusers' layout, or a hub id such as ``owner/name``.
+        revision: Branch, tag or commit on the hub.
+        variant: Variant of the weight files, for instance ``fp16``.
+        allow_pickle: Accept ``.bin`` weights where there are no safetensors.
+
+    Raises:
+        ModelError: It is not there, is no Stable Diffusion model, or has pickled weights alone.
+    """
+    if base == "demo":
+        path = DEMO_DIR
+    elif Path(base).is_dir():
+        path = Path(base)
+    elif Path(base).is_file():
+        raise ModelError(f"model.base: {base} is a file; allowed: demo, a folder in diffusers' layout, or a hub id")
+    elif _HUB_ID.fullmatch(base) and not base.startswith("."):
+        path = _download(base, revision, allow_pickle)
+    else:
+        raise ModelError(
+            f"model.base: {base!r} is neither a folder nor a hub id; allowed: demo, a folder, owner/name{_near(base)}"
+        )
+    family = _check_layout(base, path)
+    model = ModelFolder(name=base, path=path, family=family, variant=variant, allow_pickle=allow_pickle)
+    _check_weights(model)
+    return model
+
+
+def _num_values(file: Path) -> int:
+    if file.suffix != ".safetensors":
+        return file.stat().st_size // 4
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: is damaged ({error}); get the model anew") from error
+
+
+def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
+    patterns = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    patterns += ["*/*.bin"] if allow_pickle else []
+    ignored = ["safety_checker/*", "*/flax*", "*/tf_*", "*/openvino*"]
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
+    except _NETWORK_ERRORS as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"model.base: {hub_id!r} is no folder here and cannot be had from the hub ({reason}); check the name, the "
+            "network and `hf auth login`, or give a local folder"
+        ) from error
+
+
+def _check_layout(base: str, path: Path) -> Family:
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise ModelError(
+            f"model.base: {base} holds no model_index.json; allowed: a folder in diffusers' layout "
+            f"(model_index.json, {', '.join(COMPONENTS)})"
+        )
+    pipeline = _read_json(index).get("_class_name")
+    if pipeline not in _PIPELINE_CLASSES:
+        raise ModelError(f"model.base: {base} is a {pipeline}; allowed: {', '.join(sorted(_PIPELINE_CLASSES))}")
+    missing = [component for component in COMPONENTS if not (path / component).is_dir()]
+    if missing:
+        raise ModelError(
+            f"model.base: {base} lacks {', '.join(missing)}; a whole folder in diffusers' layout is needed"
+        )
+    width = _read_json(path / "unet" / "config.json").get("cross_attention_dim")
+    return next(family for family in FAMILIES if family.cross_attention_dim in {width, None})
+
+
+def _check_weights(model: ModelFolder) -> None:
+    for component in ("unet", "text_encoder", "vae"):
+        folder = model.path / component
+        suffixes = {file.suffix for file in folder.iterdir()} & _WEIGHT_SUFFIXES
+        if not suffixes:
+            raise ModelError(f"model.base: {folder} holds no weights; allowed: a .safetensors file")
+        if suffixes == {".bin"} and not model.allow_pickle:
+            raise ModelError(
+                f"model.base: {folder} holds pickled weights alone, which can run code when they are read; "
+                "use a safetensors version, or set model.allow_pickle=true (they are then read with weights_only=True)"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: is missing; a whole folder in diffusers' layout is needed") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: is damaged ({error}); get the model anew") from error
+
+
+def _near(base: str) -> str:
+    parent = Path(base).parent
+    names = [folder.name for folder in parent.iterdir() if folder.is_dir()] if parent.is_dir() else []
+    nearest = difflib.get_close_matches(Path(base).name, ["demo", *names], n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""

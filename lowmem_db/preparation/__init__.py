@@ -1,0 +1,4 @@
+"""Everything before training that writes to disk: class images, latent moments, text embeddings.
+
+Each phase loads one component, uses it, and frees it; what is there already is not made again.
+"""

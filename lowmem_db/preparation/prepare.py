@@ -1,0 +1,90 @@
+"""The phases before training, one after the other, and what they leave for it."""
+
+import gc
+
+import torch
+
+from lowmem_db.config.schema import Config
+from lowmem_db.console import say, warn
+from lowmem_db.data.batches import BatchSource
+from lowmem_db.data.identifiers import identifier_warnings
+from lowmem_db.data.photos import scan_photos
+from lowmem_db.models.conditioning import num_cut_tokens
+from lowmem_db.models.loading import load_tokenizer
+from lowmem_db.models.source import ModelFolder
+from lowmem_db.preparation.class_images import class_image_files, prepare_class_images
+from lowmem_db.preparation.encode import encode_images, encode_prompts
+from lowmem_db.records import ImageRecord
+
+
+def check_subject(config: Config, model: ModelFolder) -> list[ImageRecord]:
+    """Read the photos' headers and the prompts; warn where a prompt does not do what its writer thinks.
+
+    Raises:
+        DataError: A photo cannot be used.
+    """
+    photos = scan_photos(
+        config.subject.instance_dir,
+        prompt=config.subject.instance_prompt,
+        resolution=config.data.resolution,
+        field="subject.instance_dir",
+    )
+    tokenizer = load_tokenizer(model)
+    for prompt in sorted({photo.prompt for photo in photos} | {config.subject.class_prompt or ""}):
+        if cut := num_cut_tokens(tokenizer, prompt):
+            warn(
+                f"the last {cut} tokens of {prompt!r} are not seen by the model, which reads {tokenizer.model_max_length}"
+            )
+    for message in identifier_warnings(config.subject.instance_prompt, config.subject.class_prompt, tokenizer):
+        warn(message)
+    return photos
+
+
+def prepare(config: Config, model: ModelFolder, device: torch.device, photos: list[ImageRecord]) -> BatchSource:
+    """Make class images, latent moments and text embeddings where they are missing; return the batches of the run.
+
+    Raises:
+        DataError: The class images cannot be used.
+    """
+    class_records = _class_images(config, model, device) if config.prior.enabled else []
+    instance_images = encode_images(config, model, device, photos)
+    class_images = encode_images(config, model, device, class_records) if class_records else []
+    _free(device)
+    prompts = {record.prompt for record in [*photos, *class_records]} | set(config.sampling.prompts)
+    table = encode_prompts(config, model, device, prompts)
+    _free(device)
+    return BatchSource(
+        instance_images=instance_images,
+        class_images=class_images,
+        prompts=table,
+        seed=config.seed,
+        train_batch_size=config.training.train_batch_size,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        conditioning_dropout=config.objective.conditioning_dropout,
+    )
+
+
+def _class_images(config: Config, model: ModelFolder, device: torch.device) -> list[ImageRecord]:
+    folder = prepare_class_images(config, model, device)
+    _free(device)
+    records = scan_photos(
+        folder,
+        prompt=str(config.subject.class_prompt),
+        resolution=config.data.resolution,
+        field="prior.class_dir",
+    )
+    drawn = class_image_files(config, folder)
+    if drawn is None:
+        if len(records) < config.prior.num_class_images:
+            say(
+                f"class images: {folder} holds {len(records)}, prior.num_class_images asks for {config.prior.num_class_images}"
+            )
+        return records[: config.prior.num_class_images]
+    return [record for record in records if record.path in set(drawn)]
+
+
+def _free(device: torch.device) -> None:
+    """Give memory of components that are no longer referenced back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""Images from a loaded model, grids of them, and the paper's prompts."""

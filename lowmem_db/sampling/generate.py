@@ -1,0 +1,147 @@
+"""Images of prompts from a model on disk: a run, a folder, or a hub id. One component is in memory at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lowmem_db.config.loading import load_config
+from lowmem_db.config.schema import Config
+from lowmem_db.console import say, track
+from lowmem_db.errors import DataError
+from lowmem_db.models.conditioning import embed_prompts
+from lowmem_db.models.latents import decode_latents, downscaling
+from lowmem_db.models.loading import load_autoencoder, load_noise_schedule, load_text_encoder, load_tokenizer, load_unet
+from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.randomness import generator
+from lowmem_db.sampling.images import to_images
+from lowmem_db.sampling.latents import SamplingSettings, sample_latents
+from lowmem_db.storage.run_folder import RunFolder
+from lowmem_db.storage.tensors import read_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource:
+    """A model to draw from.
+
+    Attributes:
+        model: The folder that holds its components.
+        checkpoint: Checkpoint whose weights replace those of the folder, for a run that is not done; or None.
+        run_config: Configuration of the run it comes from; or None.
+    """
+
+    model: ModelFolder
+    checkpoint: Path | None = None
+    run_config: Config | None = None
+
+
+def find_source(source: str) -> ImageSource:
+    """Find what to draw from: the final model of a run, else its newest checkpoint; or any model.
+
+    Raises:
+        DataError: A run folder has neither.
+        ModelError: There is no such model.
+    """
+    run = RunFolder(Path(source))
+    if not run.config_file.is_file():
+        return ImageSource(model=find_model(source))
+    config = load_config(run.config_file)
+    if run.final_dir.is_dir():
+        return ImageSource(model=find_model(str(run.final_dir)), run_config=config)
+    steps = run.complete_steps()
+    if not steps:
+        raise DataError(f"{run.root}: the run has no final model and no complete checkpoint yet; train it first")
+    say(f"the run is not done: drawing from its checkpoint of step {steps[-1]}")
+    model = find_model(
+        config.model.base,
+        revision=config.model.revision,
+        variant=config.model.variant,
+        allow_pickle=config.model.allow_pickle,
+    )
+    return ImageSource(model=model, checkpoint=run.checkpoint_dir(steps[-1]), run_config=config)
+
+
+def default_resolution(source: ImageSource) -> int:
+    """Return the pixels of a side that a model draws best: those of its run, or those it was made for."""
+    if source.run_config is not None:
+        return source.run_config.data.resolution
+    return source.model.config_of("unet")["sample_size"] * downscaling(source.model.config_of("vae"))
+
+
+def generate_images(
+    source: ImageSource,
+    prompts: Sequence[str],
+    settings: SamplingSettings,
+    *,
+    num_images: int,
+    resolution: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[tuple[str, list[Image.Image]]]:
+    """Draw ``num_images`` of each prompt.
+
+    Image ``i`` of a prompt starts from the same noise whatever the prompt, so that prompts can be compared.
+
+    Args:
+        source: What to draw from.
+        prompts: What to draw.
+        settings: Sampler, steps and guidance.
+        num_images: Images of each prompt.
+        resolution: Pixels of a side.
+        seed: Seed of the noise.
+        device: Where to compute.
+        dtype: Type to compute in.
+    """
+    embeds = _embed(source, [*prompts, ""], device, dtype)
+    latents = _sample(source, embeds, settings, num_images=num_images, resolution=resolution, seed=seed)
+    autoencoder = load_autoencoder(source.model).to(device)
+    return [
+        (prompt, to_images(decode_latents(autoencoder, drawn))) for prompt, drawn in zip(prompts, latents, strict=True)
+    ]
+
+
+def _embed(source: ImageSource, prompts: list[str], device: torch.device, dtype: torch.dtype) -> Tensor:
+    text_encoder = _with_checkpoint(load_text_encoder(source.model), source, "text_encoder").to(device, dtype)
+    return embed_prompts(load_tokenizer(source.model), text_encoder, prompts)
+
+
+def _sample(
+    source: ImageSource, embeds: Tensor, settings: SamplingSettings, *, num_images: int, resolution: int, seed: int
+) -> list[Tensor]:
+    unet = _with_checkpoint(load_unet(source.model), source, "unet").to(embeds.device, embeds.dtype)
+    noise_schedule = load_noise_schedule(source.model)
+    latent_size = resolution // downscaling(source.model.config_of("vae"))
+    prompt_embeds, empty_embeds = embeds[:-1], embeds[-1:]
+    return [
+        sample_latents(
+            unet,
+            noise_schedule,
+            settings,
+            prompt_embeds=prompt[None].expand(num_images, -1, -1),
+            empty_embeds=empty_embeds,
+            latent_size=latent_size,
+            generators=[generator(seed, "samples", index) for index in range(num_images)],
+        )
+        for prompt in track(prompt_embeds, "drawing prompts", len(prompt_embeds))
+    ]
+
+
+def _with_checkpoint(module: nn.Module, source: ImageSource, component: str) -> nn.Module:
+    """Put the weights of a run's checkpoint into a component, those of its moving average where it keeps one."""
+    if source.checkpoint is None or not (source.checkpoint / f"{component}.safetensors").is_file():
+        return module
+    module.load_state_dict(read_state(source.checkpoint / f"{component}.safetensors"))
+    average_file = source.checkpoint / "ema.safetensors"
+    if average_file.is_file():
+        average = read_state(average_file)
+        own = {
+            name.removeprefix(f"{component}."): value
+            for name, value in average.items()
+            if name.startswith(f"{component}.")
+        }
+        module.load_state_dict(own, strict=False)
+    return module

@@ -1,0 +1,54 @@
+"""Tensors to pictures, and pictures to a labelled grid."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GRID_FILE = "grid.png"
+_MARGIN = 4
+_LABEL_HEIGHT = 18
+
+
+def to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
+    """Return 8-bit pictures of values in [-1, 1]."""
+    scaled = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in scaled]
+
+
+def save_rows(folder: Path, rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> None:
+    """Save each picture as ``PROMPT-IMAGE.png``, numbered from zero, and a grid of all."""
+    for number, (_, pictures) in enumerate(rows):
+        for index, picture in enumerate(pictures):
+            picture.save(folder / f"{number:02d}-{index:02d}.png")
+    labelled_grid(rows).save(folder / GRID_FILE)
+
+
+def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Return one picture with a row for each label, the label above its row.
+
+    Args:
+        rows: Labels and pictures, all pictures of one size.
+    """
+    width, height = rows[0][1][0].size
+    columns = max(len(pictures) for _, pictures in rows)
+    row_height = height + _LABEL_HEIGHT + _MARGIN
+    sheet = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, len(rows) * row_height + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=12)
+    for row, (label, pictures) in enumerate(rows):
+        top = row * row_height + _MARGIN
+        draw.text((_MARGIN, top), _shortened(label, sheet.width - 2 * _MARGIN, font), fill="black", font=font)
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture, (column * (width + _MARGIN) + _MARGIN, top + _LABEL_HEIGHT))
+    return sheet
+
+
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

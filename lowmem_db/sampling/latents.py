@@ -1,0 +1,65 @@
+"""From prompt embeddings to latents: the sampling loop with classifier-free guidance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float
+from torch import Tensor
+
+from lowmem_db.config.schema import Sampler
+
+_SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm_solver": DPMSolverMultistepScheduler}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How images are drawn.
+
+    Attributes:
+        sampler: ``ddpm`` (ancestral, arXiv:2006.11239), ``ddim`` (arXiv:2010.02502) or ``dpm_solver`` (arXiv:2211.01095).
+        num_inference_steps: Evaluations of the UNet for each image.
+        guidance_scale: Weight of the prompt against the empty prompt (arXiv:2207.12598, Eq. 6 with w = scale - 1).
+    """
+
+    sampler: Sampler
+    num_inference_steps: int
+    guidance_scale: float
+
+
+@torch.no_grad()
+def sample_latents(
+    unet: UNet2DConditionModel,
+    noise_schedule: DDPMScheduler,
+    settings: SamplingSettings,
+    *,
+    prompt_embeds: Float[Tensor, "b tokens dim"],
+    empty_embeds: Float[Tensor, "1 tokens dim"],
+    latent_size: int,
+    generators: Sequence[torch.Generator],
+) -> Float[Tensor, "b c x y"]:
+    """Draw latents, one image for each row of the embeddings.
+
+    Args:
+        unet: Predicts in its own type; its mode is not changed.
+        noise_schedule: The schedule the model was trained with.
+        settings: Sampler, steps and guidance.
+        prompt_embeds: What each image shall show.
+        empty_embeds: Embedding of the empty prompt.
+        latent_size: Latent pixels of a side.
+        generators: One CPU generator for each image: an image does not depend on those drawn beside it.
+    """
+    scheduler = _SAMPLERS[settings.sampler].from_config(noise_schedule.config)
+    scheduler.set_timesteps(settings.num_inference_steps, device=unet.device)
+    count = len(prompt_embeds)
+    embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds]).to(unet.device, unet.dtype)
+    shape = (count, unet.config.in_channels, latent_size, latent_size)
+    latents = randn_tensor(shape, generator=list(generators), device=unet.device, dtype=torch.float32)
+    for timestep in scheduler.timesteps:
+        inputs = torch.cat([latents, latents]).to(unet.dtype)
+        empty, prompted = unet(inputs, timestep, encoder_hidden_states=embeds).sample.float().chunk(2)
+        prediction = empty + settings.guidance_scale * (prompted - empty)
+        latents = scheduler.step(prediction, timestep, latents, generator=list(generators), return_dict=False)[0]
+    return latents

@@ -1,0 +1,107 @@
+"""Prompts to draw: the paper's suites, prompt files, and the names of the subject in them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowmem_db.config.schema import Config
+from lowmem_db.errors import DataError
+
+SUITES_DIR = Path(__file__).parent / "suites"
+
+
+def collect_prompts(
+    prompts: Sequence[str],
+    prompt_file: Path | None,
+    suites: Sequence[str],
+    *,
+    identifier: str | None,
+    class_noun: str | None,
+    run_config: Config | None,
+) -> list[str]:
+    """Return prompts given one by one, those of a file, and those of suites.
+
+    Args:
+        prompts: Given one by one.
+        prompt_file: A file with one prompt in each line, or None.
+        suites: Names of suites.
+        identifier: Rare token of the subject; None: as the run's prompts say.
+        class_noun: Class of the subject; None: as the run's prompts say.
+        run_config: Configuration of the run, or None.
+
+    Raises:
+        DataError: There is no prompt at all, or a suite lacks the names of the subject.
+    """
+    collected = list(prompts) + (read_prompt_file(prompt_file) if prompt_file is not None else [])
+    if suites:
+        if (identifier is None or class_noun is None) and run_config is not None and run_config.subject.class_prompt:
+            names = subject_names(run_config.subject.instance_prompt, run_config.subject.class_prompt)
+            identifier, class_noun = identifier or names[0], class_noun or names[1]
+        if identifier is None or class_noun is None:
+            raise DataError("--suite: needs the names of the subject; say --identifier sks --class-noun dog")
+        for suite in suites:
+            collected += read_suite(suite, identifier=identifier, class_noun=class_noun)
+    if not collected:
+        raise DataError('there is nothing to draw; say --prompt "a sks dog", --prompt-file FILE or --suite NAME')
+    return collected
+
+
+def suite_names() -> list[str]:
+    """Return the names of the prompt suites."""
+    return sorted(file.stem for file in SUITES_DIR.glob("*.txt"))
+
+
+def read_suite(name: str, *, identifier: str, class_noun: str) -> list[str]:
+    """Return the prompts of a suite for one subject.
+
+    Args:
+        name: One of :func:`suite_names`.
+        identifier: The rare token, for instance ``sks``.
+        class_noun: The class, for instance ``dog``.
+
+    Raises:
+        DataError: There is no such suite.
+    """
+    if name not in suite_names():
+        raise DataError(f"--suite: there is no suite {name!r}; allowed: {', '.join(suite_names())}")
+    templates = read_prompt_file(SUITES_DIR / f"{name}.txt")
+    return [template.format(identifier=identifier, class_noun=class_noun) for template in templates]
+
+
+def read_prompt_file(path: Path) -> list[str]:
+    """Return the lines of a prompt file; empty lines and lines that begin with ``#`` are left out.
+
+    Raises:
+        DataError: The file cannot be read or holds no prompt.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text ({error}); allowed: UTF-8, one prompt in each line") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise DataError(f"{path}: holds no prompt; allowed: one prompt in each line")
+    return prompts
+
+
+def subject_names(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
+    """Find identifier and class noun by comparing two prompts.
+
+    ``a photo of sks dog`` and ``a photo of dog`` give ``sks`` and ``dog``.
+
+    Raises:
+        DataError: The prompts do not differ by words put before a class noun.
+    """
+    instance, base = instance_prompt.split(), class_prompt.split()
+    start = 0
+    while start < min(len(instance), len(base)) and instance[start] == base[start]:
+        start += 1
+    end = 0
+    while end < min(len(instance), len(base)) - start and instance[-1 - end] == base[-1 - end]:
+        end += 1
+    identifier, noun = instance[start : len(instance) - end], instance[len(instance) - end :]
+    if start + end != len(base) or not identifier or not noun:
+        raise DataError(
+            f"the identifier cannot be read from {instance_prompt!r} and {class_prompt!r}; "
+            "say --identifier and --class-noun"
+        )
+    return " ".join(identifier), " ".join(noun)

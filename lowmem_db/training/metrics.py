@@ -1,0 +1,48 @@
+"""What a run writes about its steps: a row in ``metrics.jsonl``, and TensorBoard curves where asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lowmem_db import environment
+from lowmem_db.storage.run_folder import RunFolder
+
+
+class MetricsWriter:
+    """Appends a row per step.
+
+    Args:
+        run: The run folder; rows after ``start_step`` must be gone already.
+        tensorboard: Whether to write event files; None: where tensorboard is installed.
+        start_step: Steps that are done.
+
+    Raises:
+        DependencyError: TensorBoard is asked for and is missing.
+    """
+
+    def __init__(self, run: RunFolder, *, tensorboard: bool | None, start_step: int) -> None:
+        self._file = run.metrics_file.open("a", encoding="utf-8")
+        wanted = environment.is_installed("tensorboard") if tensorboard is None else tensorboard
+        self._curves = _open_curves(run.tensorboard_dir, start_step) if wanted else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; values that are None are null in the file and absent from the curves."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._curves is not None:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._curves.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        if self._curves is not None:
+            self._curves.close()
+
+
+def _open_curves(folder: Path, start_step: int) -> Any:
+    environment.require("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=start_step + 1)

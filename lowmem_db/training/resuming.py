@@ -1,0 +1,55 @@
+"""Whether a run may be started or continued in a folder, and what differs from when it was begun."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from lowmem_db.config.loading import read_yaml
+from lowmem_db.config.schema import Config
+from lowmem_db.console import say
+from lowmem_db.errors import CheckpointError
+from lowmem_db.storage.run_folder import RunFolder
+
+FIXED_FIELDS = (
+    "model.base",
+    "model.revision",
+    "training.train_text_encoder",
+    "optimizer.name",
+    "ema.enabled",
+    "data.resolution",
+)
+"""Fields that a run keeps from its first step to its last."""
+
+
+def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
+    """Refuse to overwrite a run, or to continue it with a field that it cannot change; say what else differs.
+
+    Raises:
+        CheckpointError: The folder holds checkpoints and ``--resume`` was not given, or a fixed field differs.
+    """
+    if not run.complete_steps():
+        return
+    if not resume:
+        raise CheckpointError(
+            f"output_dir: {run.root} holds a run with checkpoints; continue it with --resume, choose another output_dir, "
+            "or delete the folder"
+        )
+    before, now = (dict(_flat(tree)) for tree in (read_yaml(run.config_file), config.model_dump(mode="json")))
+    changed = {field: (before.get(field), value) for field, value in now.items() if before.get(field) != value}
+    fixed = [
+        f"{field} was {changed[field][0]!r}, is {changed[field][1]!r}" for field in FIXED_FIELDS if field in changed
+    ]
+    if fixed:
+        raise CheckpointError(
+            f"--resume: {run.root} cannot change {'; '.join(fixed)}; resume with {run.config_file}, or choose another "
+            "output_dir"
+        )
+    for field, (old, new) in changed.items():
+        say(f"resume: {field} was {old!r}, is now {new!r}")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,69 @@
+"""Samples during training, from the model in memory; the autoencoder is loaded for them and freed again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lowmem_db.config.schema import Config
+from lowmem_db.console import say
+from lowmem_db.data.batches import PromptTable
+from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.models.latents import decode_latents, downscaling
+from lowmem_db.models.loading import load_autoencoder, load_noise_schedule
+from lowmem_db.models.source import ModelFolder
+from lowmem_db.randomness import generator
+from lowmem_db.sampling.images import GRID_FILE, save_rows, to_images
+from lowmem_db.sampling.latents import SamplingSettings, sample_latents
+from lowmem_db.storage.atomic import write_folder
+from lowmem_db.storage.run_folder import RunFolder
+
+
+def draw_samples(
+    config: Config, model: ModelFolder, denoiser: Denoiser, prompts: PromptTable, run: RunFolder, step: int
+) -> None:
+    """Draw ``sampling.num_images`` of each of ``sampling.prompts`` into ``samples/step-N/``, with a grid of all."""
+    latents = [_latents(config, model, denoiser, prompts, prompt) for prompt in config.sampling.prompts]
+    autoencoder = load_autoencoder(model).to(denoiser.device)
+    rows = [
+        (prompt, to_images(decode_latents(autoencoder, drawn)))
+        for prompt, drawn in zip(config.sampling.prompts, latents, strict=True)
+    ]
+    folder = run.samples_dir(step)
+    write_folder(folder, lambda temporary: save_rows(temporary, rows))
+    say(f"samples of step {step}: {folder / GRID_FILE}")
+
+
+def _latents(config: Config, model: ModelFolder, denoiser: Denoiser, prompts: PromptTable, prompt: str) -> torch.Tensor:
+    count = config.sampling.num_images
+    settings = SamplingSettings(
+        sampler=config.sampling.sampler,
+        num_inference_steps=config.sampling.num_inference_steps,
+        guidance_scale=config.sampling.guidance_scale,
+    )
+    with torch.no_grad(), _evaluating(denoiser):
+        embeds = denoiser.embeds(prompts.conditioning([prompt, ""]))
+        return sample_latents(
+            denoiser.unet,
+            load_noise_schedule(model),
+            settings,
+            prompt_embeds=embeds[:1].expand(count, -1, -1),
+            empty_embeds=embeds[1:],
+            latent_size=config.data.resolution // downscaling(model.config_of("vae")),
+            generators=[generator(config.sampling.seed, "samples", index) for index in range(count)],
+        )
+
+
+@contextmanager
+def _evaluating(denoiser: Denoiser) -> Iterator[None]:
+    """Put what trains into evaluation mode, and back."""
+    modules: list[nn.Module] = list(denoiser.modules().values())
+    for module in modules:
+        module.eval()
+    try:
+        with denoiser.autocast():
+            yield
+    finally:
+        for module in modules:
+            module.train()

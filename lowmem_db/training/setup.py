@@ -1,0 +1,129 @@
+"""From a configuration and prepared data to a trainer, and from a trained model to ``final/``."""
+
+from collections.abc import Callable
+
+import torch
+
+from lowmem_db import environment
+from lowmem_db.config.schema import Config
+from lowmem_db.console import say
+from lowmem_db.data.batches import BatchSource
+from lowmem_db.errors import StorageError
+from lowmem_db.memory import attention, checkpointing
+from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
+from lowmem_db.models.loading import load_noise_schedule, load_text_encoder, load_unet
+from lowmem_db.models.saving import DTYPES, save_model
+from lowmem_db.models.source import ModelFolder
+from lowmem_db.objective.objective import Objective
+from lowmem_db.optimizers.ema import ExponentialMovingAverage
+from lowmem_db.optimizers.handle import build_optimizer
+from lowmem_db.storage.atomic import write_folder
+from lowmem_db.storage.run_folder import RunFolder
+from lowmem_db.training.samples import draw_samples
+from lowmem_db.training.trainer import Trainer
+
+
+def check_machine(config: Config, model: ModelFolder, device: torch.device) -> None:
+    """Refuse what this machine cannot do, before the first expensive byte.
+
+    Raises:
+        ConfigError: The device cannot compute in ``training.mixed_precision``.
+        DependencyError: A library that was asked for is missing.
+        StorageError: The disk is too small for the run's checkpoints and final model.
+    """
+    environment.check_precision(config.training.mixed_precision, device)
+    attention.check(config.memory.attention, device)
+    if config.optimizer.name == "adamw8bit":
+        environment.require("bitsandbytes")
+    if config.logging.tensorboard:
+        environment.require("tensorboard")
+    needed, free = disk_bytes(config, model), environment.free_disk_bytes(config.output_dir)
+    if needed > free:
+        raise StorageError(
+            f"output_dir: {config.output_dir} needs {needed / environment.GIB:.1f} GiB for checkpoints and the final "
+            f"model, and {free / environment.GIB:.1f} GiB are free; lower checkpointing.keep, or choose another disk"
+        )
+
+
+def disk_bytes(config: Config, model: ModelFolder) -> int:
+    """Return the most bytes that checkpoints and the final model of a run take on the disk at once."""
+    names = ["unet", "text_encoder"] if config.training.train_text_encoder else ["unet"]
+    parameters = sum(model.num_parameters(name) for name in names)
+    per_parameter = 4 + (2.1 if config.optimizer.name == "adamw8bit" else 8) + (4 if config.ema.enabled else 0)
+    at_once = min(config.checkpointing.keep or config.training.max_train_steps, _num_checkpoints(config)) + 1
+    whole_model = sum(model.num_parameters(name) for name in ("unet", "text_encoder", "vae")) * 4
+    return int(parameters * per_parameter * at_once + whole_model)
+
+
+def build_trainer(
+    config: Config, model: ModelFolder, device: torch.device, batches: BatchSource, run: RunFolder
+) -> Trainer:
+    """Load what trains onto the device and put the trainer together."""
+    _set_arithmetic(config, device)
+    unet = load_unet(model).to(device)
+    text_encoder = load_text_encoder(model).to(device) if config.training.train_text_encoder else None
+    denoiser = Denoiser(unet, text_encoder, AUTOCAST_TYPES[config.training.mixed_precision])
+    for module in denoiser.modules().values():
+        module.train().requires_grad_(True)
+    attention.apply(unet, config.memory.attention, device)
+    if config.memory.gradient_checkpointing:
+        checkpointing.apply(denoiser.modules().values())
+    noise_schedule = load_noise_schedule(model)
+    objective = Objective(
+        config.objective,
+        alphas_cumprod=noise_schedule.alphas_cumprod,
+        prediction_type=config.objective.prediction_type or noise_schedule.config.prediction_type,
+        prior_loss_weight=config.prior.loss_weight,
+        seed=config.seed,
+        device=device,
+    )
+    optimizer = build_optimizer(
+        config.optimizer,
+        denoiser.modules(),
+        max_grad_norm=config.training.max_grad_norm,
+        scale_loss=config.training.mixed_precision == "fp16",
+        device=device,
+    )
+    parameters = {
+        f"{component}.{name}": parameter
+        for component, module in denoiser.modules().items()
+        for name, parameter in module.named_parameters()
+    }
+    ema = ExponentialMovingAverage(parameters, decay=config.ema.decay) if config.ema.enabled else None
+    _say_what_trains(model, denoiser, device)
+    sampler: Callable[[int], None] = lambda step: draw_samples(config, model, denoiser, batches.prompts, run, step)  # noqa: E731
+    return Trainer(config, run, denoiser, objective, optimizer, batches, ema, sampler)
+
+
+def write_final(trainer: Trainer, model: ModelFolder) -> None:
+    """Write ``final/``, a folder that ``StableDiffusionPipeline.from_pretrained`` loads.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    dtype = DTYPES[trainer.config.final.precision]
+    with trainer.weights():
+        write_folder(
+            trainer.run.final_dir,
+            lambda folder: save_model(folder, model, trainer.denoiser.modules(), dtype=dtype),
+        )
+
+
+def _set_arithmetic(config: Config, device: torch.device) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.training.allow_tf32
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _num_checkpoints(config: Config) -> int:
+    return -(-config.training.max_train_steps // config.checkpointing.every)
+
+
+def _say_what_trains(model: ModelFolder, denoiser: Denoiser, device: torch.device) -> None:
+    counts = {
+        name: sum(parameter.numel() for parameter in module.parameters()) for name, module in denoiser.modules().items()
+    }
+    trained = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items())
+    say(f"training {model.name} ({model.family.name}) on {device}: {trained} parameters")

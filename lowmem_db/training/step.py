@@ -1,0 +1,64 @@
+"""One training step on one screen."""
+
+from collections.abc import Sequence
+
+import math
+
+from lowmem_db.errors import NonFiniteError
+from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.objective.objective import Loss, Objective
+from lowmem_db.optimizers.handle import OptimizerHandle
+from lowmem_db.records import Batch, StepOutput
+
+
+def train_step(
+    denoiser: Denoiser, objective: Objective, optimizer: OptimizerHandle, batches: Sequence[Batch], step: int
+) -> StepOutput:
+    """Do one optimizer step on Equation 2 of arXiv:2208.12242.
+
+    Args:
+        denoiser: Predicts; its parameters are those of the optimizer.
+        objective: Draws noise and timesteps, and measures the prediction.
+        optimizer: Its learning rates are set.
+        batches: The batches whose mean gradient makes the step.
+        step: Optimizer steps done before; every random draw depends on it.
+
+    Raises:
+        NonFiniteError: The loss or the gradient is not finite; the weights were not touched.
+    """
+    optimizer.zero_grad()
+    losses: list[Loss] = []
+    for batch in batches:
+        noised = objective.noise(batch, step)
+        prediction = denoiser.predict(noised.noisy_latents, noised.timesteps, batch.conditioning)
+        loss = objective.loss(prediction, noised)
+        _refuse_non_finite_loss(loss, batch, step)
+        optimizer.backward(loss.total / len(batches))
+        losses.append(loss)
+    gradient_norm = optimizer.gradient_norm()
+    if optimizer.scaler is None and not math.isfinite(gradient_norm):
+        raise NonFiniteError(f"step {step + 1}: the gradient's norm is {gradient_norm}; lower training.learning_rate")
+    optimizer.step(gradient_norm)
+    optimizer.zero_grad()
+    return _report(losses, has_prior=batches[0].num_instance < len(batches[0].sources), gradient_norm=gradient_norm)
+
+
+def _refuse_non_finite_loss(loss: Loss, batch: Batch, step: int) -> None:
+    if loss.finite:
+        return
+    bad = [
+        name for name, value in zip(batch.sources, loss.per_sample.tolist(), strict=True) if not math.isfinite(value)
+    ]
+    raise NonFiniteError(f"step {step + 1}: the loss of {', '.join(bad)} is not finite")
+
+
+def _report(losses: Sequence[Loss], *, has_prior: bool, gradient_norm: float) -> StepOutput:
+    def mean(name: str) -> float:
+        return sum(getattr(loss, name).item() for loss in losses) / len(losses)
+
+    return StepOutput(
+        loss=mean("total"),
+        loss_instance=mean("instance"),
+        loss_prior=mean("prior") if has_prior else None,
+        grad_norm=gradient_norm if math.isfinite(gradient_norm) else None,
+    )
