@@ -1,0 +1,281 @@
+"""From a folder of photos to checked records, and from a file to sRGB pixels.
+
+This module owns what a picture file may be. Every file is decoded once before anything is loaded, so that a damaged one
+is known at the start of a run and not in the middle of it.
+"""
+
+import difflib
+import io
+import logging
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
+
+from lowmem_db import environment, fingerprint
+from lowmem_db.errors import DataError, DependencyError
+from lowmem_db.records import ImageRecord
+
+MIN_PIXELS = 64
+"""Smallest shorter side that is worth enlarging to 512 pixels and more."""
+MAX_MEGAPIXELS = 150
+"""Largest picture that is decoded: 450 MB as RGB, and below the size at which Pillow refuses by itself (179)."""
+
+_ALLOWED = "JPEG, PNG, WebP, HEIC, TIFF, BMP or GIF"
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+_PHOTO_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif", ".hif", ".tif", ".tiff", ".bmp", ".gif")
+)
+_OTHER_SUFFIXES = frozenset((".txt", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".md", ".csv", ".ini", ".db"))
+_HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
+_DECODING_ERRORS = (
+    OSError, EOFError, SyntaxError, ValueError, IndexError, OverflowError, struct.error, zlib.error,
+)  # fmt: skip
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PROFILE_SPACES = {("L", "GRAY"), ("L", "RGB"), ("RGB", "RGB"), ("CMYK", "CMYK")}
+
+_log = logging.getLogger(__name__)
+
+
+def scan_photos(folder: Path, *, prompt: str, resolution: int, field: str) -> list[ImageRecord]:
+    """Check every picture of a folder and describe it; sub-folders are not read.
+
+    Args:
+        folder: Folder of pictures. A text file of the same stem beside a picture holds its own prompt.
+        prompt: Prompt of the pictures without a text file.
+        resolution: Pixels of the shorter side that the pictures will be resized to.
+        field: The configuration field that named the folder, for messages.
+
+    Returns:
+        One record per picture, in the order of the names.
+
+    Raises:
+        DataError: The folder is missing or has no picture, or pictures cannot be used; the message has a line for each.
+    """
+    records, problems = [], []
+    for path in _photo_paths(folder, field):
+        try:
+            records.append(_record(path, prompt, resolution))
+        except (DataError, DependencyError) as error:
+            problems.append(f"{field}: {error}")
+    if problems:
+        raise DataError("\n".join(problems))
+    return records
+
+
+def read_photo(path: Path) -> Image.Image:
+    """Read the first frame of a picture as upright 8-bit sRGB, transparent parts on white.
+
+    A colour profile or an EXIF block that is broken is ignored and logged.
+
+    Raises:
+        DataError: The file is missing, empty, damaged, of another format, or larger than ``MAX_MEGAPIXELS``.
+        DependencyError: The file is HEIC and pillow-heif is not installed.
+    """
+    with _quiet_pillow():
+        return _to_srgb(_upright(_decode(path), path), path)
+
+
+def duplicates(records: Sequence[ImageRecord]) -> list[tuple[ImageRecord, ...]]:
+    """Return the groups of records whose files are the same byte for byte."""
+    groups: dict[str, list[ImageRecord]] = {}
+    for record in records:
+        groups.setdefault(record.content_key, []).append(record)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def photo_warnings(records: Sequence[ImageRecord], *, resolution: int, field: str) -> list[str]:
+    """Say what is allowed and yet makes the result worse: the same file twice, pictures that must be enlarged."""
+    repeated = [
+        f"{field}: {', '.join(record.path.name for record in group)} are the same file, so that photo counts "
+        f"{len(group)} times; remove all but one"
+        for group in duplicates(records)
+    ]
+    small = [record for record in records if min(record.width, record.height) < resolution]
+    names = ", ".join(f"{record.path.name} ({record.width} x {record.height})" for record in small)
+    enlarged = f"{field}: enlarged to {resolution} pixels and therefore blurred: {names}; larger originals train better"
+    return repeated + [enlarged] * bool(small)
+
+
+def _photo_paths(folder: Path, field: str) -> list[Path]:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise DataError(f"{field}: {folder} {what}; allowed: a folder of pictures{_nearest(folder)}")
+    entries = sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda e: e.name)
+    files = [entry for entry in entries if entry.is_file()]
+    photos = [path for path in files if path.suffix.lower() in _PHOTO_SUFFIXES]
+    unknown = [path.name for path in files if path.suffix.lower() not in _PHOTO_SUFFIXES | _OTHER_SUFFIXES]
+    if unknown:
+        _log.warning("%s: not read: %s; pictures are %s files", field, ", ".join(unknown), _ALLOWED)
+    if not photos:
+        raise DataError(_no_photos(field, folder, [entry.name for entry in entries]))
+    return photos
+
+
+def _nearest(folder: Path) -> str:
+    """Return a hint at the folder that was probably meant."""
+    parent = folder.absolute().parent
+    names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    found = difflib.get_close_matches(folder.name, names, n=1)
+    return f"; did you mean {folder.parent / found[0]}?" if found else f"; relative paths start at {Path.cwd()}"
+
+
+def _no_photos(field: str, folder: Path, names: list[str]) -> str:
+    holds = f"holds no picture (only {', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else "is empty"
+    return (
+        f"{field}: {folder} {holds}; allowed: {_ALLOWED} files in the folder itself, not in sub-folders. "
+        "Put 3 to 5 photos of the subject there"
+    )
+
+
+def _record(path: Path, prompt: str, resolution: int) -> ImageRecord:
+    width, height = read_photo(path).size
+    smallest = min(resolution, max(MIN_PIXELS, resolution // 4))
+    if min(width, height) < smallest:
+        raise DataError(
+            f"{path}: is {width} x {height} pixels, too small to be enlarged to {resolution}; allowed: "
+            f"{smallest} or more on the shorter side. Use a larger original, or a lower data.resolution"
+        )
+    return ImageRecord(
+        path=path,
+        content_key=fingerprint.of_file(path),
+        width=width,
+        height=height,
+        prompt=_caption(path.with_suffix(".txt"), prompt),
+    )
+
+
+def _caption(path: Path, prompt: str) -> str:
+    """Return the prompt of a caption file, or the one that all share where there is no such file."""
+    if not path.is_file():
+        return prompt
+    try:
+        caption = " ".join(path.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); allowed: UTF-8 text. Save it again as UTF-8") from error
+    if not caption:
+        raise DataError(
+            f"{path}: is empty; allowed: the prompt of the picture beside it. Write one, or remove the file: "
+            f"the picture then has the prompt {prompt!r}"
+        )
+    return caption
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Silence Pillow's warnings: sizes are checked here, and odd metadata does not matter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        yield
+
+
+def _decode(path: Path) -> Image.Image:
+    try:
+        with _open(path) as image:
+            _check_size(path, image.width, image.height)
+            image.load()
+            return image
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: {_too_large(str(error))}") from error
+    except _DECODING_ERRORS as error:
+        raise DataError(
+            f"{path}: cannot be decoded, it is damaged or cut off ({' '.join(str(error).split())}); "
+            f"allowed: {_ALLOWED}. Save it again from the original, or remove it"
+        ) from error
+
+
+def _open(path: Path) -> Image.Image:
+    with path.open("rb") as file:
+        head = file.read(12)
+    if not head:
+        raise DataError(f"{path}: is empty (0 bytes); allowed: {_ALLOWED}. Copy it again, or remove it")
+    if head[4:8] != b"ftyp" or head[8:12] not in _HEIF_BRANDS:
+        return Image.open(path, formats=_FORMATS)
+    try:
+        environment.require("pillow_heif").register_heif_opener()
+    except DependencyError as error:
+        raise DependencyError(f"{path}: is HEIC: {error}, or save it as JPEG") from error
+    return Image.open(path, formats=("HEIF",))
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_MEGAPIXELS * 1_000_000:
+        raise DataError(f"{path}: {_too_large(f'{width} x {height} pixels')}")
+
+
+def _too_large(size: str) -> str:
+    return f"is too large ({size}); allowed: up to {MAX_MEGAPIXELS} megapixels. Save it smaller: 4000 pixels are plenty"
+
+
+def _upright(image: Image.Image, path: Path) -> Image.Image:
+    """Apply the EXIF orientation."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _DECODING_ERRORS as error:
+        _log.warning("%s: its EXIF block is broken and ignored (%s); check that it is upright", path, error)
+        return image
+    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+
+
+def _to_srgb(image: Image.Image, path: Path) -> Image.Image:
+    """Convert any mode of Pillow to RGB in sRGB, on white."""
+    profile = image.info.get("icc_profile")
+    colour, alpha = _split_alpha(_to_8_bits(image))
+    rgb = _apply_profile(colour, profile, path) if profile else colour.convert("RGB")
+    if alpha is None:
+        return rgb
+    return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale greyscale of 16 bits and more to 8 bits; Pillow would clip it."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    grey = np.clip(values * (255 / _white(image.mode, float(values.max()))), 0, 255)
+    return Image.fromarray(grey.round().astype(np.uint8))
+
+
+def _white(mode: str, largest: float) -> float:
+    """Return the value of white: the least that is usual for the mode and not below the largest value."""
+    usual = (1.0, 255.0, 65535.0) if mode == "F" else (65535.0, 2.0**31 - 1)
+    return next((white for white in usual if largest <= white), largest)
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Return the colours in mode L, RGB or CMYK, and the opacity or None."""
+    grey = image.mode in ("1", "L", "LA", "La")
+    if not image.has_transparency_data:
+        return (image if image.mode == "CMYK" else image.convert("L" if grey else "RGB")), None
+    # Pillow leaves premultiplied modes only by way of RGBA or LA, which un-premultiplies them.
+    image = image.convert("LA" if grey else "RGBA")
+    return image.convert("L" if grey else "RGB"), image.getchannel("A")
+
+
+def _apply_profile(colour: Image.Image, profile: bytes, path: Path) -> Image.Image:
+    """Convert from an embedded ICC profile to sRGB."""
+    space = profile[16:20].decode("ascii", "replace").strip()
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if (colour.mode, space) not in _PROFILE_SPACES:
+            raise ImageCms.PyCMSError(f"it is for {space!r}, the picture is {colour.mode}")
+        pixels = colour.convert("RGB") if space == "RGB" else colour
+        converted = ImageCms.profileToProfile(pixels, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, *_DECODING_ERRORS) as error:
+        _log.warning("%s: its colour profile is broken and ignored (%s); colours may be a little off", path, error)
+        return colour.convert("RGB")
+    return converted or colour.convert("RGB")
