@@ -1,0 +1,5 @@
+"""``lowmem-db identifiers``."""
+
+
+def identifiers() -> None:
+    """Print rare identifiers."""

@@ -1,0 +1,92 @@
+"""Tiny models with random weights in the layout of Stable Diffusion, for tests."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from tokenizers import pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lowmem_db.models.saving import save_component
+
+RESOLUTION = 32
+NUM_TOKENS = 16
+
+
+def write_tiny_model(folder: Path, *, prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32) -> Path:
+    """Write a Stable Diffusion model of about 0.1 M parameters: 32 px pictures, 16 px latents of 4 channels."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    save_component(folder / "unet", tiny_unet(), dtype=dtype)
+    save_component(folder / "text_encoder", tiny_text_encoder(), dtype=dtype)
+    save_component(folder / "vae", tiny_autoencoder(), dtype=dtype)
+    write_byte_tokenizer(folder / "tokenizer")
+    DDPMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        prediction_type=prediction_type,
+    ).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+
+
+def tiny_text_encoder() -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=NUM_TOKENS,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+    return CLIPTextModel(config)
+
+
+def tiny_autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=RESOLUTION,
+    )
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """Write CLIP's tokenizer without a single merge: every byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=NUM_TOKENS).save_pretrained(folder)
