@@ -1,0 +1,45 @@
+# `make demo` and `make test` need Python >= 3.10 and a package index, nothing else: they make .venv by themselves.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test slow gpu lint types format clean
+
+demo: $(INSTALLED)
+	$(RUN)/lowmem-db train configs/demo.yaml --resume
+	$(RUN)/lowmem-db generate runs/demo --prompt "a sks dog" --prompt "a dog" --prompt "a cat" \
+		--num-images 6 --guidance-scale 3 --output runs/demo/pictures
+	@echo "The pictures are in runs/demo/pictures/grid.png"
+
+test: $(INSTALLED)
+	$(RUN)/python -m pytest
+
+slow: $(INSTALLED)
+	$(RUN)/python -m pytest -m slow
+
+gpu: $(INSTALLED)
+	$(RUN)/python -m pytest -m gpu
+
+lint: $(INSTALLED)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/lint-imports
+	$(RUN)/codespell
+
+types: $(INSTALLED)
+	$(RUN)/basedpyright --pythonpath $(RUN)/python
+
+format: $(INSTALLED)
+	$(RUN)/ruff format .
+	$(RUN)/ruff check --fix .
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --upgrade pip
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs
