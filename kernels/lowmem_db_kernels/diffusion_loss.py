@@ -1,0 +1,491 @@
+# ruff: noqa: ANN001, ANN202 -- the arguments of a Triton function have no Python type
+# pyright: reportInvalidTypeForm=false
+"""Diffusion loss and its gradient in one pass over the prediction.
+
+With w a table over timesteps, n the elements of a sample and r the elementwise loss of prediction minus target,
+
+    loss_b = w[t_b] / n * sum_i mask_i r_i,    instance = mean of loss_b over the first num_instance samples,
+    prior = mean over the others,              total = instance + prior_loss_weight * prior,
+
+Eq. 2 of Ruiz et al. 2022, arXiv:2208.12242. Every scheme of weights by signal-to-noise ratio is a table w; the operator
+knows no scheme by name. Nothing is read back to the host and nothing is added atomically: equal inputs give equal bits.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ._ops import add_op_namespace_prefix
+from ._triton import cdiv, jit, load_fp32, next_power_of_2, or_dummy, store_rounded, tl
+from .dispatch import register, uses_kernel
+from .launch import device_of, launch_config
+
+LossKind = Literal["mse", "huber", "l1"]
+LOSS_KINDS = ("mse", "huber", "l1")
+_NUM_PARTS = 4
+# The smallest magnitude that no longer rounds to a finite number.
+_OVERFLOW = {torch.float32: float("inf"), torch.float16: 65520.0, torch.bfloat16: 3.3961775292304957e38}
+
+MSE = tl.constexpr(0)
+HUBER = tl.constexpr(1)
+
+
+@dataclass(frozen=True)
+class DiffusionLoss:
+    """What `diffusion_loss` returns: views of one fp32 tensor on the device.
+
+    Attributes:
+        packed: `(total, instance, prior, finite, loss of each sample ...)`, without gradient.
+        total: Scalar; the only part with a gradient.
+    """
+
+    packed: Tensor
+    total: Tensor
+
+    @property
+    def instance(self) -> Tensor:
+        """Mean loss of the instance samples; 0 without any."""
+        return self.packed[1]
+
+    @property
+    def prior(self) -> Tensor:
+        """Mean loss of the prior samples, without `prior_loss_weight`; 0 without any."""
+        return self.packed[2]
+
+    @property
+    def finite(self) -> Tensor:
+        """1 where the loss and every element of the stored gradient are finite, else 0."""
+        return self.packed[3]
+
+    @property
+    def per_sample(self) -> Tensor:
+        """Weighted loss of each sample, shape `(B,)`."""
+        return self.packed[_NUM_PARTS:]
+
+
+def diffusion_loss(
+    prediction: Tensor,
+    target: Tensor,
+    timesteps: Tensor,
+    weights: Tensor,
+    *,
+    num_instance: int,
+    prior_loss_weight: float = 1.0,
+    kind: LossKind = "mse",
+    huber_c: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    grad_scale: float = 1.0,
+    overwrite_prediction: bool = False,
+) -> DiffusionLoss:
+    """Compute the loss of a batch of instance and prior samples, and its gradient with it.
+
+    Args:
+        prediction: `(B, C, ...)`; with `2 C` channels the second half is a learned variance and gets a zero gradient.
+        target: `(B, C, ...)`.
+        timesteps: int64 `(B,)`.
+        weights: fp32 `(T,)`, the weight of each timestep.
+        num_instance: The first so many samples are instance samples, the rest prior samples.
+        prior_loss_weight: Lambda of Eq. 2.
+        kind: `mse` d^2; `huber` 2 c (sqrt(d^2 + c^2) - c); `l1` |d|.
+        huber_c: c of the pseudo-Huber loss: a number, or an fp32 table `(T,)` over timesteps.
+        mask: Weights `(B, 1, ...)` of the positions. The mean is taken over all elements, so an empty mask gives 0.
+        grad_scale: Multiplies the gradient before it is rounded to the prediction's type, not the loss: with fp16 it
+            lifts gradients out of the subnormal range, and the optimizer divides by it.
+        overwrite_prediction: Store the gradient in the prediction's memory, where it is contiguous. The prediction may
+            then not be read again, and backward may run once.
+
+    Returns:
+        The losses; `total` has a gradient where the prediction requires one.
+
+    Raises:
+        ValueError: An argument is out of its range or the shapes do not fit.
+    """
+    _check(prediction, target, mask, num_instance, kind, huber_c)
+    c_table = torch.full_like(weights, huber_c) if isinstance(huber_c, int | float) else huber_c
+    kind_index = LOSS_KINDS.index(kind)
+    arguments = (target, timesteps, weights, c_table, mask, num_instance, prior_loss_weight, kind_index, grad_scale)
+    if overwrite_prediction and prediction.is_contiguous():
+        packed = _OverwritingLoss.apply(prediction, *arguments)
+    else:
+        packed, _ = _loss_op(prediction, *arguments)
+    return DiffusionLoss(packed.detach(), packed[0])
+
+
+def _check(
+    prediction: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    num_instance: int,
+    kind: str,
+    huber_c: float | Tensor | None,
+) -> None:
+    if kind not in LOSS_KINDS:
+        raise ValueError(f"kind={kind!r} is not one of {', '.join(LOSS_KINDS)}")
+    if (kind == "huber") != (huber_c is not None):
+        raise ValueError("huber_c belongs to kind='huber', and is needed there")
+    if not 0 <= num_instance <= prediction.shape[0]:
+        raise ValueError(f"num_instance={num_instance} is outside [0, {prediction.shape[0]}]")
+    batch, channels, *spatial = target.shape
+    if list(prediction.shape) not in ([batch, channels, *spatial], [batch, 2 * channels, *spatial]):
+        raise ValueError(f"prediction {tuple(prediction.shape)} does not fit target {tuple(target.shape)}")
+    if mask is not None and list(mask.shape) != [batch, 1, *spatial]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, not {(batch, 1, *spatial)}")
+
+
+@torch.library.custom_op(add_op_namespace_prefix("diffusion_loss"), mutates_args=())
+def _loss_op(
+    prediction: Tensor,
+    target: Tensor,
+    timesteps: Tensor,
+    weights: Tensor,
+    c_table: Tensor | None,
+    mask: Tensor | None,
+    num_instance: int,
+    prior_loss_weight: float,
+    kind: int,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor]:
+    gradient = torch.empty_like(prediction, memory_format=torch.contiguous_format)
+    serve = diffusion_loss_triton if uses_kernel("diffusion_loss", prediction) else diffusion_loss_eager
+    packed = serve(
+        prediction.contiguous(), target, timesteps, weights, c_table, mask, num_instance, prior_loss_weight, kind,
+        grad_scale, gradient,
+    )  # fmt: skip
+    return packed, gradient
+
+
+@_loss_op.register_fake
+def _(prediction: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    packed = prediction.new_empty((_NUM_PARTS + prediction.shape[0],), dtype=torch.float32)
+    return packed, torch.empty_like(prediction, memory_format=torch.contiguous_format)
+
+
+def _save_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+
+
+def _scale_gradient(ctx: Any, grad_packed: Tensor, grad_gradient: Tensor) -> tuple:
+    (gradient,) = ctx.saved_tensors
+    return gradient * grad_packed[0], *[None] * 9
+
+
+_loss_op.register_autograd(_scale_gradient, setup_context=_save_gradient)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("diffusion_loss_"), mutates_args=("prediction",))
+def _overwriting_loss_op(
+    prediction: Tensor,
+    target: Tensor,
+    timesteps: Tensor,
+    weights: Tensor,
+    c_table: Tensor | None,
+    mask: Tensor | None,
+    num_instance: int,
+    prior_loss_weight: float,
+    kind: int,
+    grad_scale: float,
+) -> Tensor:
+    serve = diffusion_loss_triton if uses_kernel("diffusion_loss", prediction) else diffusion_loss_eager
+    return serve(
+        prediction,
+        target,
+        timesteps,
+        weights,
+        c_table,
+        mask,
+        num_instance,
+        prior_loss_weight,
+        kind,
+        grad_scale,
+        prediction,
+    )
+
+
+@_overwriting_loss_op.register_fake
+def _(prediction: Tensor, *arguments: Any) -> Tensor:
+    return prediction.new_empty((_NUM_PARTS + prediction.shape[0],), dtype=torch.float32)
+
+
+class _OverwritingLoss(torch.autograd.Function):
+    """An operator that writes its argument cannot carry an autograd formula itself, so this function carries it."""
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, *arguments: Any) -> Tensor:
+        # Detached, or autograd would refuse the write; its version counter is shared, so a layer that saved the
+        # prediction for its own backward is still caught.
+        memory = prediction.detach()
+        packed = _overwriting_loss_op(memory, *arguments)
+        ctx.save_for_backward(memory)
+        return packed
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grad_outputs[0][0]), *[None] * 9
+
+
+def _part_weight(prior_loss_weight: float, num_samples: int, num_instance: int) -> tuple[float, float]:
+    """Return what one instance and one prior sample count in the total."""
+    num_prior = num_samples - num_instance
+    return 1.0 / max(num_instance, 1), prior_loss_weight / max(num_prior, 1)
+
+
+# --- plain PyTorch ---
+
+
+def diffusion_loss_eager(
+    prediction: Tensor,
+    target: Tensor,
+    timesteps: Tensor,
+    weights: Tensor,
+    c_table: Tensor | None,
+    mask: Tensor | None,
+    num_instance: int,
+    prior_loss_weight: float,
+    kind: int,
+    grad_scale: float,
+    gradient: Tensor,
+) -> Tensor:
+    """Twin of `diffusion_loss_triton` in plain PyTorch; arguments as there."""
+    num_samples, num_channels = target.shape[:2]
+    per_sample = (-1, *[1] * (target.ndim - 1))
+    difference = prediction[:, :num_channels].to(torch.float32) - target.to(torch.float32)
+    c = None if c_table is None else c_table[timesteps].reshape(per_sample)
+    value, slope = _elementwise(difference, LOSS_KINDS[kind], c)
+    if mask is not None:
+        value, slope = value * mask, slope * mask
+    weight = weights[timesteps] / (target.numel() // max(num_samples, 1) or 1)
+    losses = value.flatten(1).sum(1) * weight
+    instance_share, prior_share = _part_weight(prior_loss_weight, num_samples, num_instance)
+    share = torch.full_like(weight, prior_share)
+    share[:num_instance] = instance_share
+    gradient[:, :num_channels] = slope * (weight * share * grad_scale).reshape(per_sample)
+    gradient[:, num_channels:] = 0
+    instance = losses[:num_instance].sum() * instance_share
+    prior = losses[num_instance:].sum() / max(num_samples - num_instance, 1)
+    total = instance + prior_loss_weight * prior
+    finite = (torch.isfinite(gradient).all() & torch.isfinite(total)).to(torch.float32)
+    return torch.cat([torch.stack([total, instance, prior, finite]), losses])
+
+
+def _elementwise(difference: Tensor, kind: str, c: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the loss of each element and its derivative."""
+    if kind == "mse":
+        return difference * difference, 2.0 * difference
+    if kind == "l1":
+        # sign() of NaN is 0, and a NaN must not turn into a gradient of 0.
+        return difference.abs(), torch.where(difference.isnan(), difference, difference.sign())
+    assert c is not None
+    root = torch.sqrt(difference * difference + c * c)
+    # sqrt(d^2 + c^2) - c, without the cancellation.
+    return 2.0 * c * (difference * difference / (root + c)), 2.0 * c * difference / root
+
+
+# --- Triton ---
+
+
+@jit
+def _elementwise_triton(difference, c, KIND: tl.constexpr):
+    """Device form of `_elementwise`."""
+    if KIND == MSE:
+        value = difference * difference
+        slope = 2.0 * difference
+    elif KIND == HUBER:
+        root = tl.sqrt(difference * difference + c * c)
+        value = 2.0 * c * (difference * difference / (root + c))
+        slope = 2.0 * c * difference / root
+    else:
+        value = tl.abs(difference)
+        slope = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
+    return value, slope
+
+
+@jit
+def _loss_kernel(
+    prediction_ptr,
+    target_ptr,
+    mask_ptr,
+    gradient_ptr,
+    partial_ptr,
+    timesteps_ptr,
+    weights_ptr,
+    c_table_ptr,
+    num_channels,
+    spatial_size,
+    num_chunks,
+    num_instance,
+    instance_scale,
+    prior_scale,
+    overflow,
+    KIND: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    LEARNED_VARIANCE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the gradient, and per chunk the sum of losses and the number of gradients that overflow.
+
+    Grid `(programs, channels, B)`. Without a mask a sample is one channel as long as all of them. The channel stands on
+    an axis of its own, or the compiler could not see that the mask is read contiguously. `partial` is
+    `(2, B, C, chunks)`.
+    """
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    if REVERSE:
+        program = num_programs - 1 - program
+    channel = tl.program_id(1)
+    sample = tl.program_id(2)
+    timestep = tl.load(timesteps_ptr + sample)
+    scale = tl.load(weights_ptr + timestep) * tl.where(sample < num_instance, instance_scale, prior_scale)
+    c = 1.0
+    if KIND == HUBER:
+        c = tl.load(c_table_ptr + timestep)
+    row = sample.to(tl.int64) * num_channels + channel
+    prediction_row = row
+    if LEARNED_VARIANCE:
+        prediction_row = sample.to(tl.int64) * num_channels * 2 + channel
+    partial_size = tl.num_programs(2) * num_channels * num_chunks
+    for chunk in range(program, num_chunks, num_programs):
+        positions = chunk * BLOCK + tl.arange(0, BLOCK)
+        inside = positions < spatial_size
+        prediction_offsets = prediction_row * spatial_size + positions
+        prediction = load_fp32(prediction_ptr + prediction_offsets, inside)
+        target = load_fp32(target_ptr + row * spatial_size + positions, inside)
+        value, slope = _elementwise_triton(prediction - target, c, KIND)
+        if HAS_MASK:
+            weight = load_fp32(mask_ptr + sample.to(tl.int64) * spatial_size + positions, inside)
+            value = value * weight
+            slope = slope * weight
+        gradient = slope * scale
+        store_rounded(gradient_ptr + prediction_offsets, gradient, inside)
+        if LEARNED_VARIANCE:
+            variance_offsets = prediction_offsets + num_channels.to(tl.int64) * spatial_size
+            store_rounded(gradient_ptr + variance_offsets, tl.zeros_like(gradient), inside)
+        overflows = inside & ((tl.abs(gradient) < overflow) == 0)
+        slot = partial_ptr + row * num_chunks + chunk
+        tl.store(slot, tl.sum(tl.where(inside, value, 0.0), axis=0))
+        tl.store(slot + partial_size, tl.sum(overflows.to(tl.float32), axis=0))
+
+
+@jit
+def _finish_kernel(
+    partial_ptr,
+    packed_ptr,
+    timesteps_ptr,
+    weights_ptr,
+    num_samples,
+    num_partials,
+    num_instance,
+    sample_size,
+    prior_loss_weight,
+    instance_share,
+    prior_mean_share,
+    BLOCK: tl.constexpr,
+):
+    """Add the partial sums in a fixed order and write the packed result; grid `(1,)`."""
+    instance = 0.0
+    prior = 0.0
+    overflows = 0.0
+    for sample in range(0, num_samples):
+        sums = tl.zeros((BLOCK,), tl.float32)
+        counts = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, num_partials, BLOCK):
+            index = first + tl.arange(0, BLOCK)
+            offsets = sample * num_partials + index
+            sums += tl.load(partial_ptr + offsets, mask=index < num_partials, other=0.0)
+            counts += tl.load(partial_ptr + num_samples * num_partials + offsets, mask=index < num_partials, other=0.0)
+        weight = tl.load(weights_ptr + tl.load(timesteps_ptr + sample)) / sample_size
+        loss = tl.sum(sums, axis=0) * weight
+        overflows += tl.sum(counts, axis=0)
+        tl.store(packed_ptr + 4 + sample, loss)
+        instance += tl.where(sample < num_instance, loss, 0.0)
+        prior += tl.where(sample < num_instance, 0.0, loss)
+    instance = instance * instance_share
+    prior = prior * prior_mean_share
+    total = instance + prior_loss_weight * prior
+    finite = (overflows == 0.0) & (tl.abs(total) < float("inf"))
+    tl.store(packed_ptr, total)
+    tl.store(packed_ptr + 1, instance)
+    tl.store(packed_ptr + 2, prior)
+    tl.store(packed_ptr + 3, finite.to(tl.float32))
+
+
+def diffusion_loss_triton(
+    prediction: Tensor,
+    target: Tensor,
+    timesteps: Tensor,
+    weights: Tensor,
+    c_table: Tensor | None,
+    mask: Tensor | None,
+    num_instance: int,
+    prior_loss_weight: float,
+    kind: int,
+    grad_scale: float,
+    gradient: Tensor,
+) -> Tensor:
+    """Launch the kernels.
+
+    Args:
+        prediction: As in `diffusion_loss`, contiguous.
+        target: As in `diffusion_loss`.
+        timesteps: As in `diffusion_loss`.
+        weights: As in `diffusion_loss`.
+        c_table: fp32 `(T,)` where the kind is Huber.
+        mask: As in `diffusion_loss`.
+        num_instance: As in `diffusion_loss`.
+        prior_loss_weight: As in `diffusion_loss`.
+        kind: Index into `LOSS_KINDS`.
+        grad_scale: As in `diffusion_loss`.
+        gradient: Contiguous, of the prediction's shape and type; may be the prediction.
+
+    Returns:
+        The packed result, see `DiffusionLoss`.
+    """
+    packed = prediction.new_zeros((_NUM_PARTS + prediction.shape[0],), dtype=torch.float32)
+    if target.numel() == 0:
+        packed[3] = 1.0
+        return packed
+    config = launch_config("diffusion_loss", prediction)
+    num_samples = target.shape[0]
+    sample_size = target.numel() // num_samples
+    num_channels = 1 if mask is None else target.shape[1]
+    spatial_size = sample_size // num_channels
+    num_chunks = cdiv(spatial_size, config.block)
+    num_partials = num_channels * num_chunks
+    partial = prediction.new_empty((2, num_samples, num_partials), dtype=torch.float32)
+    instance_share, prior_share = _part_weight(prior_loss_weight, num_samples, num_instance)
+    target, timesteps = target.contiguous(), timesteps.contiguous()
+    with device_of(prediction):
+        _loss_kernel[(config.grid(num_chunks), num_channels, num_samples)](
+            prediction, target, prediction if mask is None else mask.contiguous(), gradient, partial, timesteps,
+            weights, or_dummy(c_table, weights), num_channels, spatial_size, num_chunks, num_instance,
+            instance_share / sample_size * grad_scale, prior_share / sample_size * grad_scale,
+            _OVERFLOW[gradient.dtype], KIND=kind, HAS_MASK=mask is not None,
+            LEARNED_VARIANCE=prediction.shape[1] != target.shape[1], REVERSE=config.reverse, BLOCK=config.block, **config.options,
+        )  # fmt: skip
+        _finish_kernel[(1,)](
+            partial, packed, timesteps, weights, num_samples, num_partials, num_instance, sample_size,
+            prior_loss_weight, instance_share, 1.0 / max(num_samples - num_instance, 1),
+            BLOCK=min(1024, next_power_of_2(num_partials)), **config.options,
+        )  # fmt: skip
+    return packed
+
+
+def _self_test(device: torch.device) -> None:
+    prediction = torch.linspace(-2, 3, 3 * 8 * 49, device=device).reshape(3, 8, 7, 7)
+    target = torch.linspace(2, -1, 3 * 4 * 49, device=device).reshape(3, 4, 7, 7)
+    timesteps = torch.tensor([1, 0, 2], device=device)
+    weights = torch.tensor([0.5, 2.0, 1.0], device=device)
+    mask = torch.linspace(0, 1, 3 * 49, device=device).reshape(3, 1, 7, 7)
+    arguments = (prediction, target, timesteps, weights, weights, mask, 2, 0.7, LOSS_KINDS.index("huber"), 8.0)
+    results = []
+    for serve in (diffusion_loss_triton, diffusion_loss_eager):
+        gradient = torch.empty_like(prediction)
+        results.append((serve(*arguments, gradient), gradient))
+    for name, got, expected in zip(("losses", "gradient"), *results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
+register("diffusion_loss", _self_test)

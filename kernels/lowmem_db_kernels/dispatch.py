@@ -1,0 +1,232 @@
+"""Which implementation serves an operator: one decision, logged once, with its reason.
+
+`LOWMEM_DB_KERNELS` is one of
+
+* `auto` (default): Triton on a CUDA device of compute capability 7.5 or more, once its self-test passed; else eager,
+* `triton`: Triton, or `KernelUnavailableError`,
+* `eager`: the plain PyTorch twin,
+* `interpret`: the Triton kernels in Triton's interpreter, on the CPU; set it before Python starts.
+"""
+
+import logging
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._triton import HAS_TRITON, IMPORT_ERROR, INTERPRETED, triton
+
+ENVIRONMENT_VARIABLE = "LOWMEM_DB_KERNELS"
+MODES = ("auto", "triton", "eager", "interpret")
+MINIMUM_CAPABILITY = (7, 5)
+FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_logger = logging.getLogger("lowmem_db_kernels")
+# What a kernel that does not suit a machine raises: the compiler, its subprocesses, the driver, or a wrong result.
+_FAILURES: tuple[type[Exception], ...] = (
+    RuntimeError, ImportError, OSError, ValueError, TypeError, AttributeError, AssertionError,
+    subprocess.SubprocessError,
+)  # fmt: skip
+if HAS_TRITON:
+    _FAILURES = (*_FAILURES, triton.errors.TritonError)
+
+
+class KernelUnavailableError(RuntimeError):
+    """An implementation was asked for by name and cannot serve."""
+
+
+class Choice(NamedTuple):
+    """What serves an operator, and why.
+
+    Attributes:
+        backend: `triton`, `interpret` or `eager`.
+        reason: One clause.
+    """
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator the dispatcher knows.
+
+    Attributes:
+        name: Its name in the namespace.
+        self_test: Compares kernel and twin on a device; raises `AssertionError` on a mismatch.
+    """
+
+    name: str
+    self_test: Callable[[torch.device], None]
+
+
+class OperatorStatus(NamedTuple):
+    """One row of `status`.
+
+    Attributes:
+        op: Name of the operator.
+        backend: What serves it.
+        reason: Why.
+    """
+
+    op: str
+    backend: str
+    reason: str
+
+
+registry: dict[str, Operator] = {}
+_choices: dict[tuple[str, str, torch.device, torch.dtype], Choice] = {}
+_verdicts: dict[tuple[str, torch.device], str | None] = {}
+
+
+def register(name: str, self_test: Callable[[torch.device], None]) -> None:
+    """Make an operator known.
+
+    Args:
+        name: Its name.
+        self_test: See `Operator.self_test`.
+    """
+    registry[name] = Operator(name, self_test)
+
+
+def requested_mode() -> str:
+    """Return the value of `LOWMEM_DB_KERNELS`.
+
+    Returns:
+        One of `MODES`.
+
+    Raises:
+        KernelUnavailableError: The value is none of them.
+    """
+    mode = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if mode not in MODES:
+        raise KernelUnavailableError(f"{ENVIRONMENT_VARIABLE}={mode} is not one of {', '.join(MODES)}")
+    return mode
+
+
+def uses_kernel(op: str, tensor: Tensor) -> bool:
+    """Say whether the Triton kernel serves a call.
+
+    Args:
+        op: Name of the operator.
+        tensor: The argument whose device and dtype decide.
+
+    Returns:
+        False where the eager twin serves it.
+
+    Raises:
+        KernelUnavailableError: The environment asks for an implementation that cannot serve.
+    """
+    return choose(op, tensor.device, tensor.dtype).backend != "eager"
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
+    """Choose what serves an operator, and log the choice when it is made.
+
+    Args:
+        op: Name of the operator.
+        device: Device of its tensors.
+        dtype: Type of its main tensor.
+
+    Returns:
+        The choice, remembered per mode, operator, device and dtype.
+
+    Raises:
+        KernelUnavailableError: The environment asks for an implementation that cannot serve.
+    """
+    key = (requested_mode(), op, device, dtype)
+    if key not in _choices:
+        choice = _choose(*key)
+        _logger.info("%s on %s, %s: %s (%s)", op, device, dtype, *choice)
+        _choices[key] = choice
+    return _choices[key]
+
+
+def status(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> list[OperatorStatus]:
+    """List every operator, what serves it on a device and why.
+
+    Args:
+        device: The device; the first CUDA device where there is one, else the CPU, if not given.
+        dtype: Type of the operators' main tensors.
+
+    Returns:
+        One row per operator. A request that cannot be met is a row with backend `unavailable`.
+    """
+    where = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    return [_status(op, where, dtype) for op in registry]
+
+
+def self_test(device: torch.device | str) -> dict[str, str | None]:
+    """Compare every kernel with its twin on a device, and disable those that disagree or do not run.
+
+    Args:
+        device: A CUDA device, or the CPU under the interpreter.
+
+    Returns:
+        For each operator None, or what was wrong.
+    """
+    where = torch.device(device)
+    return {op: _verify(op, where) for op in registry}
+
+
+def _status(op: str, device: torch.device, dtype: torch.dtype) -> OperatorStatus:
+    try:
+        return OperatorStatus(op, *choose(op, device, dtype))
+    except KernelUnavailableError as error:
+        return OperatorStatus(op, "unavailable", str(error))
+
+
+def _choose(mode: str, op: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    if mode == "eager":
+        return Choice("eager", f"{ENVIRONMENT_VARIABLE}=eager")
+    reason = _why_not_interpret(device, dtype) if mode == "interpret" else _why_not_triton(op, device, dtype)
+    if reason is None:
+        return Choice("interpret" if mode == "interpret" else "triton", f"{ENVIRONMENT_VARIABLE}={mode}")
+    if mode == "auto":
+        return Choice("eager", reason)
+    raise KernelUnavailableError(
+        f"{ENVIRONMENT_VARIABLE}={mode}, but {op} cannot be served so: {reason}; set it to auto or eager"
+    )
+
+
+def _why_not_interpret(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not HAS_TRITON:
+        return f"Triton cannot be imported ({IMPORT_ERROR})"
+    if not INTERPRETED:
+        return "Triton was imported before the interpreter was asked for; set the variable before Python starts"
+    if device.type != "cpu":
+        return f"the interpreter serves the CPU and the tensor is on {device}"
+    return None if dtype in FLOATING_DTYPES else f"no kernel for {dtype}"
+
+
+def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"the tensor is on {device}, not on a CUDA device"
+    if not HAS_TRITON:
+        return f"Triton cannot be imported ({IMPORT_ERROR})"
+    if INTERPRETED:
+        return "Triton runs as an interpreter in this process (TRITON_INTERPRET)"
+    if dtype not in FLOATING_DTYPES:
+        return f"no kernel for {dtype}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MINIMUM_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below 7.5"
+    return _verify(op, device)
+
+
+def _verify(op: str, device: torch.device) -> str | None:
+    """Run an operator's self-test once per device; return None or what was wrong."""
+    key = (op, device)
+    if key not in _verdicts:
+        try:
+            registry[op].self_test(device)
+        except _FAILURES as error:
+            _verdicts[key] = f"its self-test failed on {device}: {type(error).__name__}: {error}"
+            _logger.warning("%s is disabled: %s", op, _verdicts[key])
+        else:
+            _verdicts[key] = None
+    return _verdicts[key]
