@@ -36,7 +36,7 @@ def decode_latents(autoencoder: Autoencoder, latents: Float[Tensor, "b c x y"]) 
 
 def scaling_factor(autoencoder: Autoencoder) -> float:
     """Return what latents are multiplied by before the denoiser sees them."""
-    return getattr(autoencoder.config, "scaling_factor", 1.0)
+    return autoencoder.config.get("scaling_factor", 1.0)
 
 
 def downscaling(autoencoder_config: dict) -> int:

@@ -1,12 +1,13 @@
 """Loading component by component: what is not needed is not in memory."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lowmem_db.errors import ModelError
@@ -17,22 +18,27 @@ Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderTAEF2
 _AUTOENCODERS: dict[str, type[ModelMixin]] = {
     kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, AutoencoderTAEF2)
 }
+CPU = torch.device("cpu")
 _DAMAGED = (SafetensorError, OSError, ValueError, RuntimeError, KeyError)
-_Component = TypeVar("_Component")
+_Component = TypeVar("_Component", bound=nn.Module)
 
 
-def load_unet(model: ModelFolder, *, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """Load the UNet onto the CPU, in evaluation mode, whatever type its file has."""
-    return _load(UNet2DConditionModel, model, "unet", dtype)
+def load_unet(
+    model: ModelFolder, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> UNet2DConditionModel:
+    """Load the UNet in evaluation mode, frozen, whatever type its file has."""
+    return _load(UNet2DConditionModel, model, "unet", device, dtype)
 
 
-def load_text_encoder(model: ModelFolder, *, dtype: torch.dtype = torch.float32) -> CLIPTextModel:
-    """Load the text encoder onto the CPU, in evaluation mode."""
-    return _load(CLIPTextModel, model, "text_encoder", dtype)
+def load_text_encoder(
+    model: ModelFolder, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> CLIPTextModel:
+    """Load the text encoder in evaluation mode, frozen."""
+    return _load(CLIPTextModel, model, "text_encoder", device, dtype)
 
 
-def load_autoencoder(model: ModelFolder, *, dtype: torch.dtype = torch.float32) -> Autoencoder:
-    """Load the autoencoder onto the CPU, in evaluation mode.
+def load_autoencoder(model: ModelFolder, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Autoencoder:
+    """Load the autoencoder in evaluation mode, frozen.
 
     Raises:
         ModelError: Its class is none of those known here.
@@ -40,7 +46,7 @@ def load_autoencoder(model: ModelFolder, *, dtype: torch.dtype = torch.float32) 
     name = model.config_of("vae").get("_class_name", "AutoencoderKL")
     if name not in _AUTOENCODERS:
         raise ModelError(f"{model.path / 'vae'}: is a {name}; allowed: {', '.join(_AUTOENCODERS)}")
-    return _load(_AUTOENCODERS[name], model, "vae", dtype)
+    return cast("Autoencoder", _load(_AUTOENCODERS[name], model, "vae", device, dtype))
 
 
 def load_tokenizer(model: ModelFolder) -> CLIPTokenizer:
@@ -54,10 +60,12 @@ def load_tokenizer(model: ModelFolder) -> CLIPTokenizer:
 
 def load_noise_schedule(model: ModelFolder) -> DDPMScheduler:
     """Load the noise schedule the model was trained with; which sampler its folder names does not matter."""
-    return DDPMScheduler.from_config(model.config_of("scheduler"))
+    return cast("DDPMScheduler", DDPMScheduler.from_config(model.config_of("scheduler")))
 
 
-def _load(kind: type[_Component], model: ModelFolder, component: str, dtype: torch.dtype) -> _Component:
+def _load(
+    kind: type[_Component], model: ModelFolder, component: str, device: torch.device, dtype: torch.dtype
+) -> _Component:
     path = model.path / component
     options: dict[str, Any] = {"use_safetensors": not model.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
@@ -65,7 +73,7 @@ def _load(kind: type[_Component], model: ModelFolder, component: str, dtype: tor
         loaded = kind.from_pretrained(path, local_files_only=True, variant=model.variant, **options)  # type: ignore[attr-defined]
     except _DAMAGED as error:
         raise _damaged(path, error) from error
-    return loaded.eval().requires_grad_(False)
+    return loaded.to(device).eval().requires_grad_(False)
 
 
 def _has_safetensors(path: Path) -> bool:

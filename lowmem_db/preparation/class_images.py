@@ -105,8 +105,8 @@ def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
 def _draw(config: Config, model: ModelFolder, device: torch.device, folder: Path, missing: list[int]) -> None:
     dtype = DTYPES[_manifest_precision(folder)]
     prompt_embeds, empty_embeds = _embed(model, device, dtype, str(config.subject.class_prompt))
-    unet = load_unet(model, dtype=dtype).to(device)
-    autoencoder = load_autoencoder(model, dtype=dtype).to(device)
+    unet = load_unet(model, device=device, dtype=dtype)
+    autoencoder = load_autoencoder(model, device=device, dtype=dtype)
     latent_size = config.data.resolution // downscaling(model.config_of("vae"))
     noise_schedule = load_noise_schedule(model)
     batches = _whole_batches(missing, config.prior.sample_batch_size)
@@ -133,7 +133,7 @@ def _manifest_precision(folder: Path) -> str:
 def _embed(
     model: ModelFolder, device: torch.device, dtype: torch.dtype, prompt: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    text_encoder = load_text_encoder(model, dtype=dtype).to(device)
+    text_encoder = load_text_encoder(model, device=device, dtype=dtype)
     return tuple(embed_prompts(load_tokenizer(model), text_encoder, [prompt, ""]).split(1))  # type: ignore[return-value]
 
 

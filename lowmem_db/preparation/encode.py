@@ -5,7 +5,6 @@ photo is encoded anew, and that photo alone.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -41,7 +40,7 @@ def encode_images(
     missing = [record for record, key in zip(records, keys, strict=True) if _read_moments(store, key) is None]
     _say_reused(config, records, keys, missing)
     if missing:
-        autoencoder = load_autoencoder(model).to(device)
+        autoencoder = load_autoencoder(model, device=device)
         for record in track(missing, "encoding pictures", len(missing)):
             pixels = torch.stack(
                 [
@@ -67,7 +66,7 @@ def encode_prompts(config: Config, model: ModelFolder, device: torch.device, pro
     store = TensorStore(config.cache_dir / "prompts")
     encoder_key = model.content_key("text_encoder", "tokenizer")
     keys = {prompt: fingerprint.of_values("prompt", _FORMAT_VERSION, encoder_key, prompt) for prompt in unique}
-    text_encoder = _lazily(lambda: load_text_encoder(model).to(device))
+    text_encoder = _lazily(lambda: load_text_encoder(model, device=device))
     embeds: dict[str, Tensor] = {}
     for prompt, key in keys.items():
         stored = store.read(key)

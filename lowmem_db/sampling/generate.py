@@ -98,21 +98,23 @@ def generate_images(
     """
     embeds = _embed(source, [*prompts, ""], device, dtype)
     latents = _sample(source, embeds, settings, num_images=num_images, resolution=resolution, seed=seed)
-    autoencoder = load_autoencoder(source.model).to(device)
+    autoencoder = load_autoencoder(source.model, device=device)
     return [
         (prompt, to_images(decode_latents(autoencoder, drawn))) for prompt, drawn in zip(prompts, latents, strict=True)
     ]
 
 
 def _embed(source: ImageSource, prompts: list[str], device: torch.device, dtype: torch.dtype) -> Tensor:
-    text_encoder = _with_checkpoint(load_text_encoder(source.model), source, "text_encoder").to(device, dtype)
+    text_encoder = load_text_encoder(source.model, device=device, dtype=dtype)
+    _take_checkpoint(text_encoder, source, "text_encoder")
     return embed_prompts(load_tokenizer(source.model), text_encoder, prompts)
 
 
 def _sample(
     source: ImageSource, embeds: Tensor, settings: SamplingSettings, *, num_images: int, resolution: int, seed: int
 ) -> list[Tensor]:
-    unet = _with_checkpoint(load_unet(source.model), source, "unet").to(embeds.device, embeds.dtype)
+    unet = load_unet(source.model, device=embeds.device, dtype=embeds.dtype)
+    _take_checkpoint(unet, source, "unet")
     noise_schedule = load_noise_schedule(source.model)
     latent_size = resolution // downscaling(source.model.config_of("vae"))
     prompt_embeds, empty_embeds = embeds[:-1], embeds[-1:]
@@ -130,18 +132,13 @@ def _sample(
     ]
 
 
-def _with_checkpoint(module: nn.Module, source: ImageSource, component: str) -> nn.Module:
+def _take_checkpoint(module: nn.Module, source: ImageSource, component: str) -> None:
     """Put the weights of a run's checkpoint into a component, those of its moving average where it keeps one."""
     if source.checkpoint is None or not (source.checkpoint / f"{component}.safetensors").is_file():
-        return module
+        return
     module.load_state_dict(read_state(source.checkpoint / f"{component}.safetensors"))
-    average_file = source.checkpoint / "ema.safetensors"
-    if average_file.is_file():
-        average = read_state(average_file)
-        own = {
-            name.removeprefix(f"{component}."): value
-            for name, value in average.items()
-            if name.startswith(f"{component}.")
-        }
+    if source.run_config is not None and source.run_config.ema.enabled:
+        average = read_state(source.checkpoint / "ema.safetensors")
+        prefix = f"{component}."
+        own = {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
         module.load_state_dict(own, strict=False)
-    return module

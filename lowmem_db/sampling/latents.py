@@ -55,7 +55,7 @@ def sample_latents(
     scheduler.set_timesteps(settings.num_inference_steps, device=unet.device)
     count = len(prompt_embeds)
     embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds]).to(unet.device, unet.dtype)
-    shape = (count, unet.config.in_channels, latent_size, latent_size)
+    shape = (count, unet.config["in_channels"], latent_size, latent_size)
     latents = randn_tensor(shape, generator=list(generators), device=unet.device, dtype=torch.float32)
     for timestep in scheduler.timesteps:
         inputs = torch.cat([latents, latents]).to(unet.dtype)

@@ -10,7 +10,7 @@ from pathlib import Path
 from lowmem_db.errors import StorageError
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a temporary file beside ``path``, flush it, and rename it to ``path``.
 
     Raises:
@@ -31,7 +31,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:

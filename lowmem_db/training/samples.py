@@ -25,7 +25,7 @@ def draw_samples(
 ) -> None:
     """Draw ``sampling.num_images`` of each of ``sampling.prompts`` into ``samples/step-N/``, with a grid of all."""
     latents = [_latents(config, model, denoiser, prompts, prompt) for prompt in config.sampling.prompts]
-    autoencoder = load_autoencoder(model).to(denoiser.device)
+    autoencoder = load_autoencoder(model, device=denoiser.device)
     rows = [
         (prompt, to_images(decode_latents(autoencoder, drawn)))
         for prompt, drawn in zip(config.sampling.prompts, latents, strict=True)

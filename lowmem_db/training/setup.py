@@ -60,8 +60,8 @@ def build_trainer(
 ) -> Trainer:
     """Load what trains onto the device and put the trainer together."""
     _set_arithmetic(config, device)
-    unet = load_unet(model).to(device)
-    text_encoder = load_text_encoder(model).to(device) if config.training.train_text_encoder else None
+    unet = load_unet(model, device=device)
+    text_encoder = load_text_encoder(model, device=device) if config.training.train_text_encoder else None
     denoiser = Denoiser(unet, text_encoder, AUTOCAST_TYPES[config.training.mixed_precision])
     for module in denoiser.modules().values():
         module.train().requires_grad_(True)
@@ -72,7 +72,7 @@ def build_trainer(
     objective = Objective(
         config.objective,
         alphas_cumprod=noise_schedule.alphas_cumprod,
-        prediction_type=config.objective.prediction_type or noise_schedule.config.prediction_type,
+        prediction_type=config.objective.prediction_type or noise_schedule.config["prediction_type"],
         prior_loss_weight=config.prior.loss_weight,
         seed=config.seed,
         device=device,

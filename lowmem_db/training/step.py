@@ -1,12 +1,13 @@
 """One training step on one screen."""
 
+import math
 from collections.abc import Sequence
 
-import math
+from lowmem_db_kernels import DiffusionLoss
 
 from lowmem_db.errors import NonFiniteError
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.objective.objective import Loss, Objective
+from lowmem_db.objective.objective import Objective
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.records import Batch, StepOutput
 
@@ -27,7 +28,7 @@ def train_step(
         NonFiniteError: The loss or the gradient is not finite; the weights were not touched.
     """
     optimizer.zero_grad()
-    losses: list[Loss] = []
+    losses: list[DiffusionLoss] = []
     for batch in batches:
         noised = objective.noise(batch, step)
         prediction = denoiser.predict(noised.noisy_latents, noised.timesteps, batch.conditioning)
@@ -43,7 +44,7 @@ def train_step(
     return _report(losses, has_prior=batches[0].num_instance < len(batches[0].sources), gradient_norm=gradient_norm)
 
 
-def _refuse_non_finite_loss(loss: Loss, batch: Batch, step: int) -> None:
+def _refuse_non_finite_loss(loss: DiffusionLoss, batch: Batch, step: int) -> None:
     if loss.finite:
         return
     bad = [
@@ -52,7 +53,7 @@ def _refuse_non_finite_loss(loss: Loss, batch: Batch, step: int) -> None:
     raise NonFiniteError(f"step {step + 1}: the loss of {', '.join(bad)} is not finite")
 
 
-def _report(losses: Sequence[Loss], *, has_prior: bool, gradient_norm: float) -> StepOutput:
+def _report(losses: Sequence[DiffusionLoss], *, has_prior: bool, gradient_norm: float) -> StepOutput:
     def mean(name: str) -> float:
         return sum(getattr(loss, name).item() for loss in losses) / len(losses)
 
