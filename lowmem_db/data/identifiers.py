@@ -1,8 +1,8 @@
 """Rare-token identifiers (Ruiz et al. 2022, arXiv:2208.12242, section 3.2).
 
-The identifier names the subject in the prompt. A word that the model knows brings its meaning along, and a random string
-such as ``xxy5syt00`` is split into letters, each with a meaning of its own. The paper therefore draws rare tokens of the
-model's vocabulary and inverts them to text.
+The identifier names the subject in the prompt. A word that the model knows brings its meaning along, and a random
+string such as ``xxy5syt00`` is split into letters, each with a meaning of its own. The paper therefore draws rare
+tokens of the model's vocabulary and inverts them to text.
 """
 
 import string
@@ -19,7 +19,7 @@ MAX_TOKENS = 3
 """Longest sequence that the paper found to work well."""
 MAX_CHARACTERS = 3
 """Most Unicode characters of one token."""
-_TRIES_PER_IDENTIFIER = 1000
+_MAX_TRIES = 2000
 _SENTENCEPIECE_SPACE = "\u2581"
 
 
@@ -81,29 +81,27 @@ def rare_identifiers(
     """
     ranks = rank_range or default_rank_range(tokenizer)
     tokens = rare_tokens(tokenizer, ranks)
-    lengths = (num_tokens,) if num_tokens else tuple(range(1, MAX_TOKENS + 1))
+    lengths = _lengths(num_tokens)
     found: dict[str, Identifier] = {}
-    for token_ids in _draws(tokens, lengths, seed, _TRIES_PER_IDENTIFIER * count):
-        identifier = invert(tokenizer, token_ids)
-        if identifier is not None:
-            found.setdefault(identifier.text, identifier)
-        if len(found) == count:
-            return list(found.values())
-    raise ConfigError(
-        f"count: {count} identifiers of {' or '.join(map(str, lengths))} tokens were asked for, ranks {ranks[0]} to "
-        f"{ranks[1] - 1} gave {len(found)}; allowed: ranks 0 to {len(tokenizer) - 1}. Take a wider range, or fewer"
-    )
+    for place in range(count):
+        draws = _draws(tokens, lengths, generator(seed, "identifiers", place))
+        inverted = (invert(tokenizer, token_ids) for token_ids in draws)
+        new = next((each for each in inverted if each is not None and each.text not in found), None)
+        if new is None:
+            raise ConfigError(_too_few(count, lengths, ranks, len(found), len(tokenizer)))
+        found[new.text] = new
+    return list(found.values())
 
 
 def default_rank_range(tokenizer: Tokenizer) -> tuple[int, int]:
     """Return the ranks in which identifiers are looked for: the first, and the one after the last.
 
-    T5 (SentencePiece): 5000 to 10000, as in the paper. CLIP's ids are ranks too: after the 512 bytes they follow its merges,
-    which byte-pair encoding makes in the order of their frequency. The range is the last fifth, 39526 to 49408 for Stable
-    Diffusion: at its lower end whole words are still being merged ("corgi" is 31320), so that what has only three letters
-    there is as rare as CLIP's training text can tell, and yet frequent enough to have a trained embedding. The identifiers
-    that users know to work lie in it (``ohwx`` 47993, ``sks`` 48136). A fifth also serves the demo model, whose
-    vocabulary is a prefix of CLIP's.
+    T5 (SentencePiece): 5000 to 10000, as in the paper. CLIP's ids are ranks too: after the 512 bytes they follow its
+    merges, which byte-pair encoding makes in the order of their frequency. The range is the last fifth, 39526 to 49408
+    for Stable Diffusion. Whole words are still being merged below it ("corgi" is 31320), so what has only three letters
+    there is as rare as the training text of the tokenizer can tell, and yet frequent enough for a trained embedding.
+    The identifiers that are known to work lie in it (``ohwx`` 47993, ``sks`` 48136). A fifth also serves the demo
+    model, whose vocabulary is a prefix of CLIP's.
     """
     size = len(tokenizer)
     if _SENTENCEPIECE_SPACE in tokenizer.get_vocab() and size > 10_000:
@@ -112,20 +110,21 @@ def default_rank_range(tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def rare_tokens(tokenizer: Tokenizer, rank_range: tuple[int, int]) -> list[int]:
-    """Return the ids of a rank range whose text is at most 3 letters or digits, of any script.
+    """Return the ids of a rank range whose text is at most 3 letters or digits.
 
-    Punctuation and emoji are left out beyond the paper's rule: an identifier must survive shells, YAML and keyboards.
+    The paper allows any 3 Unicode characters without spaces. Here they are ASCII letters and digits, because an
+    identifier has to pass through keyboards, shells, YAML and the terminals of all systems.
     """
     special = set(tokenizer.all_special_ids)
     ranks = range(max(0, rank_range[0]), min(len(tokenizer), rank_range[1]))
     texts = ((rank, _text(tokenizer, [rank])) for rank in ranks if rank not in special)
-    return [rank for rank, text in texts if text.isalnum() and len(text) <= MAX_CHARACTERS]
+    return [rank for rank, text in texts if _is_typeable(text) and len(text) <= MAX_CHARACTERS]
 
 
 def invert(tokenizer: Tokenizer, token_ids: tuple[int, ...]) -> Identifier | None:
     """Return the identifier that tokenises to exactly these ids, or None where no text without spaces does."""
     text = _text(tokenizer, list(token_ids))
-    if not text.isalnum() or tuple(tokenizer.encode(text, add_special_tokens=False)) != token_ids:
+    if not _is_typeable(text) or tuple(tokenizer.encode(text, add_special_tokens=False)) != token_ids:
         return None
     return Identifier(text, token_ids)
 
@@ -140,10 +139,9 @@ def identifier_warnings(prompt: str, class_prompt: str | None, tokenizer: Tokeni
         class_prompt: The class prompt; without one every word may be the identifier.
         tokenizer: The model's tokenizer.
     """
-    own_words = set(_words(class_prompt or ""))
-    candidates = {
-        word: tokenizer.encode(word, add_special_tokens=False) for word in _words(prompt) if word not in own_words
-    }
+    class_words = {word.casefold() for word in _words(class_prompt or "")}
+    own_words = [word for word in _words(prompt) if word.casefold() not in class_words]
+    candidates = {word: tokenizer.encode(word, add_special_tokens=False) for word in own_words}
     split = {word: token_ids for word, token_ids in candidates.items() if len(token_ids) > MAX_TOKENS}
     if split:
         return [_split_warning(word, len(token_ids)) for word, token_ids in split.items()]
@@ -154,12 +152,33 @@ def identifier_warnings(prompt: str, class_prompt: str | None, tokenizer: Tokeni
     return [_common_warning(prompt, common) if common and class_prompt else _missing_warning(prompt, class_prompt)]
 
 
-def _draws(tokens: list[int], lengths: tuple[int, ...], seed: int, tries: int) -> Iterator[tuple[int, ...]]:
-    """Draw sequences of tokens; every draw is a function of the seed and its number."""
-    for number in range(tries if tokens else 0):
-        source = generator(seed, "identifiers", number)
-        length = lengths[int(torch.randint(len(lengths), (), generator=source))]
+def _lengths(num_tokens: int | None) -> tuple[int, ...]:
+    allowed = tuple(range(1, MAX_TOKENS + 1))
+    if num_tokens is None:
+        return allowed
+    if num_tokens not in allowed:
+        raise ConfigError(
+            f"num_tokens: {num_tokens} is not possible; allowed: 1 to {MAX_TOKENS}, or none for all of them"
+        )
+    return (num_tokens,)
+
+
+def _draws(tokens: list[int], lengths: tuple[int, ...], source: torch.Generator) -> Iterator[tuple[int, ...]]:
+    """Draw a length, and then sequences of that length."""
+    length = lengths[int(torch.randint(len(lengths), (), generator=source))]
+    for _ in range(_MAX_TRIES if tokens else 0):
         yield tuple(tokens[place] for place in torch.randint(len(tokens), (length,), generator=source).tolist())
+
+
+def _too_few(count: int, lengths: tuple[int, ...], ranks: tuple[int, int], num_found: int, size: int) -> str:
+    return (
+        f"count: {count} identifiers of {' or '.join(map(str, lengths))} tokens were asked for, ranks {ranks[0]} to "
+        f"{ranks[1] - 1} gave {num_found}; allowed: ranks 0 to {size - 1}. Take a wider range of ranks, or fewer"
+    )
+
+
+def _is_typeable(text: str) -> bool:
+    return text.isascii() and text.isalnum()
 
 
 def _text(tokenizer: Tokenizer, token_ids: list[int]) -> str:
@@ -167,28 +186,28 @@ def _text(tokenizer: Tokenizer, token_ids: list[int]) -> str:
 
 
 def _words(prompt: str) -> list[str]:
-    stripped = (word.strip(string.punctuation) for word in prompt.casefold().split())
+    stripped = (word.strip(string.punctuation) for word in prompt.split())
     return [word for word in stripped if word]
 
 
 def _split_warning(word: str, num_tokens: int) -> str:
     return (
-        f"subject.instance_prompt: the identifier {word!r} is {num_tokens} tokens to this model, each with a meaning of its "
-        f"own; 1 to {MAX_TOKENS} work well. `lowmem-db identifiers` lists rare ones"
+        f"subject.instance_prompt: the identifier {word!r} is {num_tokens} tokens to this model, each with a meaning "
+        f"of its own; 1 to {MAX_TOKENS} work well. `lowmem-db identifiers` lists rare ones"
     )
 
 
 def _common_warning(prompt: str, words: list[str]) -> str:
     named = ", ".join(map(repr, words))
     return (
-        f"subject.instance_prompt: {prompt!r} has no rare identifier: the model knows {named} well, and mixes what it knows "
-        "into the subject. Use a rare word, as in 'a sks dog'; `lowmem-db identifiers` lists some"
+        f"subject.instance_prompt: {prompt!r} has no rare identifier: the model knows {named} well, and mixes what it "
+        "knows into the subject. Use a rare word, as in 'a sks dog'; `lowmem-db identifiers` lists some"
     )
 
 
 def _missing_warning(prompt: str, class_prompt: str | None) -> str:
     reason = f"the class prompt {class_prompt!r} has all its words" if class_prompt else "the model knows all its words"
     return (
-        f"subject.instance_prompt: {prompt!r} has no identifier, {reason}: the subject would take the place of the whole "
-        "class. Put a rare word before the class noun, as in 'a sks dog'; `lowmem-db identifiers` lists some"
+        f"subject.instance_prompt: {prompt!r} has no identifier, {reason}: the subject would take the place of the "
+        "whole class. Put a rare word before the class noun, as in 'a sks dog'; `lowmem-db identifiers` lists some"
     )
