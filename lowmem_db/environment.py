@@ -1,7 +1,7 @@
 """The only place that probes optional libraries, devices, free memory and versions.
 
-Importing this module loads none of them. What is asked for by name and is missing raises with the command that mends it;
-what is chosen automatically says why.
+Importing this module loads none of them. What is asked for by name and is missing raises with the command that mends
+it; what is chosen automatically says why.
 """
 
 import importlib

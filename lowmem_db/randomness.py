@@ -1,7 +1,7 @@
 """Random numbers as a pure function of where a run is, so that resuming needs nothing but the step number.
 
-``generator(seed, stream, step, item)`` gives the same numbers whatever was drawn before, on any device and in any batch.
-Generators live on the CPU; draws are moved to the device, because CUDA draws other numbers from the same seed.
+``generator(seed, stream, step, item)`` gives the same numbers whatever was drawn before, on any device and in any
+batch. Generators live on the CPU; draws are moved to the device, because CUDA draws other numbers from the same seed.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """``lowmem-db doctor``."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +14,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
     from lowmem_db import environment
 
-    report = environment.describe() | {"back_ends": environment.back_ends()}
+    report: dict[str, Any] = environment.describe() | {"back_ends": environment.back_ends()}
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return

@@ -26,8 +26,8 @@ def train(
     [bold]lowmem-db train configs/demo.yaml[/bold] trains the small model in this package on the bundled photos;
     fields can be overridden ([bold]training.learning_rate=2e-6[/bold]), and a configuration file is not needed:
 
-    lowmem-db train --pretrained_model_name_or_path MODEL --instance_data_dir PHOTOS --instance_prompt "a photo of sks dog"
-    --with_prior_preservation --class_prompt "a photo of dog" --output_dir runs/dog
+    lowmem-db train --pretrained_model_name_or_path MODEL --instance_data_dir PHOTOS --output_dir runs/dog
+    --instance_prompt "a photo of sks dog" --with_prior_preservation --class_prompt "a photo of dog"
 
     Every field with its meaning is in docs/configuration.md. Ctrl-C saves a checkpoint; --resume goes on.
     """

@@ -89,9 +89,9 @@ class AutoencoderTAEF2(ModelMixin, ConfigMixin):
         self.decoder = build_decoder(latent_channels, block_out_channels[0])
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        channels = self.config.latent_channels
-        mean = self.config.latents_mean or [0.0] * channels
-        std = self.config.latents_std or [1.0] * channels
+        channels = self.config["latent_channels"]
+        mean = self.config["latents_mean"] or [0.0] * channels
+        std = self.config["latents_std"] or [1.0] * channels
         return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
@@ -111,4 +111,4 @@ class AutoencoderTAEF2(ModelMixin, ConfigMixin):
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Encodes and decodes images in [-1, 1]."""
-        return self.decode(self.encode(sample).latents, return_dict=return_dict)
+        return self.decode(self.encode(sample, return_dict=False)[0], return_dict=return_dict)

@@ -1,5 +1,7 @@
 """Pictures to latents and back, in the denoiser's scale, for every autoencoder."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,7 +21,7 @@ def encode_moments(
         autoencoder: Computes in its own type.
         pixels: Values in [-1, 1].
     """
-    encoded = autoencoder.encode(pixels.to(autoencoder.device, autoencoder.dtype))
+    encoded: Any = autoencoder.encode(pixels.to(autoencoder.device, autoencoder.dtype))
     scale = scaling_factor(autoencoder)
     if hasattr(encoded, "latent_dist"):
         return (encoded.latent_dist.mean * scale).float(), (encoded.latent_dist.std * scale).float()
@@ -30,8 +32,9 @@ def encode_moments(
 @torch.no_grad()
 def decode_latents(autoencoder: Autoencoder, latents: Float[Tensor, "b c x y"]) -> Float[Tensor, "b 3 h w"]:
     """Return pictures in [-1, 1]; decoded one at a time, which bounds the memory by one picture."""
+    decode: Any = autoencoder.decode
     scaled = latents.to(autoencoder.device, autoencoder.dtype) / scaling_factor(autoencoder)
-    return torch.cat([autoencoder.decode(latent[None]).sample for latent in scaled]).float().clamp(-1, 1)
+    return torch.cat([decode(latent[None]).sample for latent in scaled]).float().clamp(-1, 1)
 
 
 def scaling_factor(autoencoder: Autoencoder) -> float:

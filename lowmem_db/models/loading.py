@@ -1,13 +1,12 @@
 """Loading component by component: what is not needed is not in memory."""
 
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
-from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lowmem_db.errors import ModelError
@@ -20,7 +19,6 @@ _AUTOENCODERS: dict[str, type[ModelMixin]] = {
 }
 CPU = torch.device("cpu")
 _DAMAGED = (SafetensorError, OSError, ValueError, RuntimeError, KeyError)
-_Component = TypeVar("_Component", bound=nn.Module)
 
 
 def load_unet(
@@ -63,14 +61,12 @@ def load_noise_schedule(model: ModelFolder) -> DDPMScheduler:
     return cast("DDPMScheduler", DDPMScheduler.from_config(model.config_of("scheduler")))
 
 
-def _load(
-    kind: type[_Component], model: ModelFolder, component: str, device: torch.device, dtype: torch.dtype
-) -> _Component:
+def _load(kind: Any, model: ModelFolder, component: str, device: torch.device, dtype: torch.dtype) -> Any:
     path = model.path / component
     options: dict[str, Any] = {"use_safetensors": not model.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
     try:
-        loaded = kind.from_pretrained(path, local_files_only=True, variant=model.variant, **options)  # type: ignore[attr-defined]
+        loaded = kind.from_pretrained(path, local_files_only=True, variant=model.variant, **options)
     except _DAMAGED as error:
         raise _damaged(path, error) from error
     return loaded.to(device).eval().requires_grad_(False)

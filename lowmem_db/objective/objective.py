@@ -52,7 +52,7 @@ class Objective:
         device: torch.device,
     ) -> None:
         self.config = config
-        self.prediction_type = prediction_type
+        self.prediction_type: PredictionType = prediction_type
         self.prior_loss_weight = prior_loss_weight
         self.seed = seed
         self.num_train_timesteps = len(alphas_cumprod)
@@ -71,7 +71,7 @@ class Objective:
         return torch.stack(draws)
 
     def noise(self, batch: Batch, step: int) -> NoisedBatch:
-        """Draw latents from their posterior, timesteps and noise; return noisy latents and target (arXiv:2006.11239, Eq. 4).
+        """Draw latents from their posterior, timesteps and noise; return noisy latents (arXiv:2006.11239, Eq. 4) and target.
 
         All arithmetic is fp32, whatever the model computes in.
         """

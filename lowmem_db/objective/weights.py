@@ -20,11 +20,11 @@ def timestep_weights(
 ) -> Float[Tensor, " t"]:
     """Return the fp32 weight of the loss at each timestep.
 
-    Min-SNR (arXiv:2303.09556, section 3.4) weighs the error of the predicted sample by min(SNR, gamma): for epsilon that
-    is min(SNR, gamma) / SNR, for v_prediction min(SNR, gamma) / (SNR + 1). At SNR = 0 the first has the limit 1.
+    Min-SNR (arXiv:2303.09556, section 3.4) weighs the error of the predicted sample by min(SNR, gamma): for epsilon
+    that is min(SNR, gamma) / SNR, for v_prediction min(SNR, gamma) / (SNR + 1). At SNR = 0 the first has the limit 1.
 
-    Debiased estimation (arXiv:2310.08442, Eq. 12) weighs the error of epsilon by 1 / sqrt(SNR), the SNR cut at 1000; for
-    v_prediction 1 / (SNR + 1), as sd-scripts does, whose settings users carry over.
+    Debiased estimation (arXiv:2310.08442) weighs the error of epsilon by 1 / sqrt(SNR), the SNR cut at 1000; for
+    v_prediction by 1 / (SNR + 1), as sd-scripts does, whose settings users carry over.
 
     Args:
         alphas_cumprod: The noise schedule.

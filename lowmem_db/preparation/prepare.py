@@ -32,9 +32,7 @@ def check_subject(config: Config, model: ModelFolder) -> list[ImageRecord]:
     tokenizer = load_tokenizer(model)
     for prompt in sorted({photo.prompt for photo in photos} | {config.subject.class_prompt or ""}):
         if cut := num_cut_tokens(tokenizer, prompt):
-            warn(
-                f"the last {cut} tokens of {prompt!r} are not seen by the model, which reads {tokenizer.model_max_length}"
-            )
+            warn(f"the model reads {tokenizer.model_max_length} tokens and does not see the last {cut} of {prompt!r}")
     for message in identifier_warnings(config.subject.instance_prompt, config.subject.class_prompt, tokenizer):
         warn(message)
     return photos
@@ -76,9 +74,7 @@ def _class_images(config: Config, model: ModelFolder, device: torch.device) -> l
     drawn = class_image_files(config, folder)
     if drawn is None:
         if len(records) < config.prior.num_class_images:
-            say(
-                f"class images: {folder} holds {len(records)}, prior.num_class_images asks for {config.prior.num_class_images}"
-            )
+            say(f"class images: {folder} holds {len(records)} of {config.prior.num_class_images} asked for")
         return records[: config.prior.num_class_images]
     return [record for record in records if record.path in set(drawn)]
 

@@ -19,7 +19,7 @@ class SamplingSettings:
     """How images are drawn.
 
     Attributes:
-        sampler: ``ddpm`` (ancestral, arXiv:2006.11239), ``ddim`` (arXiv:2010.02502) or ``dpm_solver`` (arXiv:2211.01095).
+        sampler: ``ddpm`` (ancestral, arXiv:2006.11239), ``ddim`` (arXiv:2010.02502), ``dpm_solver`` (arXiv:2211.01095).
         num_inference_steps: Evaluations of the UNet for each image.
         guidance_scale: Weight of the prompt against the empty prompt (arXiv:2207.12598, Eq. 6 with w = scale - 1).
     """

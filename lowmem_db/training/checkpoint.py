@@ -53,8 +53,8 @@ def restore_checkpoint(run: RunFolder, step: int, objects: Mapping[str, Stateful
         raise CheckpointError(f"{folder / _STATE_FILE}: is damaged; delete {folder} to continue from the one before")
     if state["objects"] != sorted(objects):
         raise CheckpointError(
-            f"{folder}: holds {', '.join(state['objects'])}, this run has {', '.join(sorted(objects))}; resume with the "
-            "settings of the run (config.yaml beside it), or choose another output_dir"
+            f"{folder}: holds {', '.join(state['objects'])}, this run has {', '.join(sorted(objects))}; resume with "
+            f"the settings in {run.config_file}, or choose another output_dir"
         )
     try:
         for name, stateful in objects.items():

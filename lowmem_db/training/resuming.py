@@ -30,8 +30,8 @@ def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
         return
     if not resume:
         raise CheckpointError(
-            f"output_dir: {run.root} holds a run with checkpoints; continue it with --resume, choose another output_dir, "
-            "or delete the folder"
+            f"output_dir: {run.root} holds a run with checkpoints; continue it with --resume, choose another "
+            "output_dir, or delete the folder"
         )
     before, now = (dict(_flat(tree)) for tree in (read_yaml(run.config_file), config.model_dump(mode="json")))
     changed = {field: (before.get(field), value) for field, value in now.items() if before.get(field) != value}
