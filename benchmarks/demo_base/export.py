@@ -24,10 +24,15 @@ def load_pipeline(state_file: Path, base: Path, raw: bool = False) -> StableDiff
         prefix = f"{name}."
         module.load_state_dict({key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)})
     return StableDiffusionPipeline(
-        vae=AutoencoderTAEF2.from_pretrained(base / "vae"), text_encoder=text_encoder.eval(), tokenizer=tokenizer,
-        unet=unet.eval(), scheduler=build_scheduler(arguments.get("zero_snr", False)), safety_checker=None, feature_extractor=None,
+        vae=AutoencoderTAEF2.from_pretrained(base / "vae"),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=build_scheduler(arguments.get("zero_snr", False)),
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
-    )  # fmt: skip
+    )
 
 
 def main() -> None:
