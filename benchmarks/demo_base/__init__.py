@@ -1,0 +1,1 @@
+"""Recipe of the small text-to-image model that ships with the package."""

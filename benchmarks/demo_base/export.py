@@ -12,6 +12,8 @@ from benchmarks.demo_base.tokenizer import write_vocabulary
 from benchmarks.demo_base.train import build_scheduler, build_text_encoder, build_unet
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
 
+LOCAL_ENTRIES = ("_name_or_path", "is_local", "local_files_only")
+
 
 def load_pipeline(state_file: Path, base: Path, raw: bool = False) -> StableDiffusionPipeline:
     """Returns a pipeline of the state's averaged (or raw) weights with the folder's tokenizer and VAE."""
@@ -24,10 +26,24 @@ def load_pipeline(state_file: Path, base: Path, raw: bool = False) -> StableDiff
         prefix = f"{name}."
         module.load_state_dict({key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)})
     return StableDiffusionPipeline(
-        vae=AutoencoderTAEF2.from_pretrained(base / "vae"), text_encoder=text_encoder.eval(), tokenizer=tokenizer,
-        unet=unet.eval(), scheduler=build_scheduler(arguments.get("zero_snr", False)), safety_checker=None, feature_extractor=None,
+        vae=AutoencoderTAEF2.from_pretrained(base / "vae"),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=build_scheduler(arguments.get("zero_snr", False)),
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
-    )  # fmt: skip
+    )
+
+
+def clean_config(path: Path) -> None:
+    """Drops what only this machine knows from a JSON file, and names the module that holds the VAE's class."""
+    entries = json.loads(path.read_text())
+    entries = {key: value for key, value in entries.items() if key not in LOCAL_ENTRIES}
+    if "vae" in entries:
+        entries["vae"] = ["lowmem_db.models.autoencoder_taef2", "AutoencoderTAEF2"]
+    path.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def main() -> None:
@@ -42,9 +58,8 @@ def main() -> None:
     out = args.out or args.base
     pipeline.save_pretrained(out)
     write_vocabulary(pipeline.tokenizer, out / "tokenizer")
-    index = json.loads((out / "model_index.json").read_text())
-    index["vae"] = ["lowmem_db.models.autoencoder_taef2", "AutoencoderTAEF2"]
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for config in [*out.glob("*.json"), *out.glob("*/*config.json")]:
+        clean_config(config)
 
 
 if __name__ == "__main__":

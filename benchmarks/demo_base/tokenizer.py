@@ -51,7 +51,8 @@ def write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Writes vocab.json and merges.txt, the files that older loaders read, beside tokenizer.json."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    vocabulary = json.dumps(tokenizer.get_vocab() | model["vocab"], ensure_ascii=False)
+    entries = sorted((tokenizer.get_vocab() | model["vocab"]).items(), key=lambda entry: entry[1])
+    vocabulary = json.dumps(dict(entries), ensure_ascii=False)
     (folder / "vocab.json").write_text(vocabulary + "\n", encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n", encoding="utf-8")
 

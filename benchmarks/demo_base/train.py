@@ -22,7 +22,11 @@ WIDTH, LENGTH = 128, 48
 
 
 def build_unet(channels: tuple[int, ...]) -> UNet2DConditionModel:
-    """Returns a UNet for 32-channel latents of 16x16 with cross-attention at the lowest level only."""
+    """Returns a UNet for 32-channel latents of 16x16.
+
+    Cross-attention is at the lowest level only; the pooled caption is also added to the time embedding
+    (`addition_embed_type="text"`), so that it reaches every level at little cost.
+    """
     plain = len(channels) - 1
     return UNet2DConditionModel(
         sample_size=16,
@@ -35,6 +39,9 @@ def build_unet(channels: tuple[int, ...]) -> UNet2DConditionModel:
         cross_attention_dim=WIDTH,
         attention_head_dim=4,
         norm_num_groups=16,
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
     )
 
 

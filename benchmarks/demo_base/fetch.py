@@ -1,0 +1,80 @@
+"""Fetches the drawings from npm and rasterises them to STYLE/SLUG.png (needs npm, and resvg-py from PyPI)."""
+
+import argparse
+import json
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+
+import resvg_py
+
+from benchmarks.demo_base.nouns import HELD_OUT, NOUNS, STYLES, noun_of
+
+SIZE = 128
+OTHER_NAMES = {
+    "black-bird": ("blackbird",),
+    "man-s-shoe": ("mensshoe",),
+    "woman-s-hat": ("womanshat",),
+}
+
+
+def is_wanted(key: str) -> bool:
+    """Returns whether the drawing `style/slug` is trained on or held out."""
+    return noun_of(key) is not None or key in HELD_OUT
+
+
+def fetch_icons(style: str) -> dict:
+    """Returns the icon set `@iconify-json/STYLE` as published on npm."""
+    with tempfile.TemporaryDirectory() as folder:
+        packed = subprocess.run(
+            ["npm", "pack", "--silent", f"@iconify-json/{style}"],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        with tarfile.open(Path(folder, packed.stdout.split()[-1])) as archive:
+            member = archive.extractfile("package/icons.json")
+            if member is None:
+                raise FileNotFoundError(f"@iconify-json/{style} holds no icons.json")
+            return json.load(member)
+
+
+def find_icon(icons: dict, slug: str) -> str | None:
+    """Returns the name under which an icon set holds a drawing: sets spell apostrophes and spaces differently."""
+    plain = slug.replace("-s-", "s-").replace("o-clock", "oclock")
+    squeezed = plain.replace("-", "")
+    names = (slug, plain, squeezed, *OTHER_NAMES.get(slug, ()))
+    return next((name for name in names if name in icons["icons"]), None)
+
+
+def rasterise(icons: dict, name: str) -> bytes:
+    """Returns one icon as a PNG of SIZE x SIZE pixels with transparency."""
+    icon = icons["icons"][name]
+    box = [icon.get(key, icons.get(key, default)) for key, default in (("left", 0), ("top", 0))]
+    box += [icon.get(key, icons.get(key, 16)) for key in ("width", "height")]
+    view = " ".join(str(value) for value in box)
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{view}">'
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg + icon["body"] + "</svg>", width=SIZE, height=SIZE))
+
+
+def main() -> None:
+    """Fetches every style and writes the drawings that are trained on or held out."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--styles", nargs="+", default=STYLES)
+    args = parser.parse_args()
+    slugs = sorted({slug for group in NOUNS.values() for slug in group})
+    for style in args.styles:
+        icons, folder = fetch_icons(style), args.out / style
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted = {slug: find_icon(icons, slug) for slug in slugs if is_wanted(f"{style}/{slug}")}
+        found = {slug: name for slug, name in wanted.items() if name}
+        for slug, name in found.items():
+            (folder / f"{slug}.png").write_bytes(rasterise(icons, name))
+        print(f"{style}: {len(found)} drawings", flush=True)
+
+
+if __name__ == "__main__":
+    main()
