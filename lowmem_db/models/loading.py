@@ -66,7 +66,7 @@ def _load(kind: Any, model: ModelFolder, component: str, device: torch.device, d
     options: dict[str, Any] = {"use_safetensors": not model.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
     try:
-        loaded = kind.from_pretrained(path, local_files_only=True, variant=model.variant, **options)
+        loaded: Any = kind.from_pretrained(path, local_files_only=True, variant=model.variant, **options)
     except _DAMAGED as error:
         raise _damaged(path, error) from error
     return loaded.to(device).eval().requires_grad_(False)
