@@ -5,7 +5,7 @@ Random numbers, the order of the data and the learning rates need no state: they
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lowmem_db.errors import CheckpointError, StorageError
 from lowmem_db.storage.run_folder import RunFolder, read_json, write_json
@@ -14,6 +14,7 @@ from lowmem_db.storage.tensors import read_state, write_state
 _STATE_FILE = "state.json"
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """Anything with a state that a run depends on."""
 

@@ -1,0 +1,206 @@
+"""A run that is killed at any moment and resumed ends bit for bit where the uninterrupted one ends.
+
+Every run is a child process that ends with SIGKILL where the test says so. The points are drawn at random; the seed
+stands in the message of a failing test.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lowmem_db import randomness
+from lowmem_db.cli.train import train
+from lowmem_db.errors import CheckpointError
+from lowmem_db.storage import atomic
+from lowmem_db.storage.run_folder import RunFolder
+from lowmem_db.storage.tensors import read_tensors
+from lowmem_db.training import trainer as trainer_module
+
+STEPS = 8
+MOVING = {
+    "training.max_train_steps": STEPS,
+    "training.gradient_accumulation_steps": 2,
+    "training.lr_scheduler": "cosine",
+    "training.lr_warmup_steps": 2,
+    "training.train_text_encoder": True,
+    "training.learning_rate_text_encoder": 5e-4,
+    "checkpointing.every": 3,
+    "objective.noise_offset": 0.1,
+    "objective.conditioning_dropout": 0.2,
+}
+VARIANTS = {
+    "adamw": {},
+    "adamw8bit": {"optimizer.name": "adamw8bit"},
+    "ema, text encoder stopped": {"ema.enabled": True, "training.stop_text_encoder_training": 4},
+    "frozen text encoder, no prior, samples": {
+        "training.train_text_encoder": False,
+        "training.learning_rate_text_encoder": None,
+        "prior.enabled": False,
+        "sampling.prompts": ["a zx dog"],
+        "sampling.num_images": 1,
+        "sampling.num_inference_steps": 2,
+    },
+    "gradient checkpointing, fp16 autocast": {
+        "memory.gradient_checkpointing": True,
+        "training.mixed_precision": "fp16",
+    },
+}
+KILLS_PER_VARIANT = 3
+
+
+def kill_in_step(step: int) -> Callable[[], None]:
+    """Return what makes the process kill itself in the middle of a step: gradients are there, weights untouched."""
+
+    def install() -> None:
+        original = trainer_module.train_step
+
+        def killing(*arguments):
+            if arguments[-1] == step:
+                arguments[2].step = lambda norm: os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments)
+
+        trainer_module.train_step = killing
+
+    return install
+
+
+def kill_in_write(number: int) -> Callable[[], None]:
+    """Return what makes the process kill itself at the n-th flush to disk: in the middle of a checkpoint or of final/."""
+
+    def install() -> None:
+        original, count = atomic._flush, [0]
+
+        def killing(path: Path) -> None:
+            count[0] += 1
+            if count[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(path)
+
+        atomic._flush = killing
+
+    return install
+
+
+def run_in_child(fields: dict[str, object], install: Callable[[], None] = lambda: None) -> int:
+    """Train in a child process; return its exit code, or minus the signal that killed it."""
+
+    def main() -> None:
+        install()
+        train([f"{field}={json.dumps(value)}" for field, value in fields.items()], resume=True)
+
+    child = multiprocessing.get_context("fork").Process(target=main)
+    child.start()
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def final_bytes(output_dir: Path) -> dict[str, bytes]:
+    final = output_dir / "final"
+    return {str(file.relative_to(final)): file.read_bytes() for file in sorted(final.rglob("*")) if file.is_file()}
+
+
+def metric_rows(output_dir: Path) -> list[dict[str, object]]:
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in {"seconds", "peak_bytes"}} for row in rows]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_killed_runs_end_bit_for_bit_as_uninterrupted_ones(
+    variant: str, tiny_fields: dict[str, object], tmp_path: Path
+) -> None:
+    fields = tiny_fields | MOVING | VARIANTS[variant]
+    whole = tmp_path / "whole"
+    writes = count_writes(fields | {"output_dir": str(whole)})
+    expected_final, expected_rows = final_bytes(whole), metric_rows(whole)
+    assert [row["step"] for row in expected_rows] == list(range(1, STEPS + 1))
+
+    seed = random.SystemRandom().randrange(1 << 32)
+    draw = random.Random(seed)
+    killed = tmp_path / "killed"
+    points = []
+    for kill in range(KILLS_PER_VARIANT):
+        in_step = kill % 2 == 0
+        point = draw.randrange(STEPS) if in_step else draw.randrange(1, writes)
+        points.append(("step" if in_step else "write", point))
+        code = run_in_child(fields | {"output_dir": str(killed)}, (kill_in_step if in_step else kill_in_write)(point))
+        assert code in {0, -signal.SIGKILL}, f"seed {seed}, {points}: exit code {code}"
+    assert run_in_child(fields | {"output_dir": str(killed)}) == 0, f"seed {seed}, {points}"
+
+    found = final_bytes(killed)
+    assert found.keys() == expected_final.keys(), f"seed {seed}, {points}"
+    for name, content in expected_final.items():
+        assert found[name] == content, f"{name} differs; seed {seed}, {points}"
+    assert metric_rows(killed) == expected_rows, f"seed {seed}, {points}"
+    if fields.get("sampling.prompts"):
+        grid = "samples/step-000008/grid.png"
+        assert (killed / grid).read_bytes() == (whole / grid).read_bytes()
+
+
+def count_writes(fields: dict[str, object]) -> int:
+    """Train to the end in a child process and return how often it flushed to the disk."""
+    counter = multiprocessing.get_context("fork").Value("i", 0)
+
+    def install() -> None:
+        original = atomic._flush
+
+        def counting(path: Path) -> None:
+            counter.value += 1
+            original(path)
+
+        atomic._flush = counting
+
+    assert run_in_child(fields, install) == 0
+    return counter.value
+
+
+def test_the_weights_of_the_variants_move(tiny_fields: dict[str, object], tmp_path: Path) -> None:
+    """Equality above would also hold for runs that train nothing."""
+    fields = tiny_fields | MOVING
+    run_in_child(fields | {"output_dir": str(tmp_path / "a")})
+    for component in ("unet", "text_encoder"):
+        trained = next((tmp_path / "a" / "final" / component).glob("*.safetensors"))
+        base = next((Path(str(tiny_fields["model.base"])) / component).glob("*.safetensors"))
+        before, after = read_tensors(base)[0], read_tensors(trained)[0]
+        assert all(before[name].ne(after[name]).any() for name in before)
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(tiny_fields: dict[str, object], tmp_path: Path) -> None:
+    small = {"training.train_batch_size": 1, "training.gradient_accumulation_steps": 3, "output_dir": str(tmp_path / "a")}
+    large = {"training.train_batch_size": 3, "training.gradient_accumulation_steps": 1, "output_dir": str(tmp_path / "b")}
+    for fields in (small, large):
+        assert run_in_child(tiny_fields | fields) == 0
+    for one, other in zip(metric_rows(tmp_path / "a"), metric_rows(tmp_path / "b"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_resume_continues_with_a_new_learning_rate(tiny_fields: dict[str, object], tmp_path: Path) -> None:
+    fields = tiny_fields | {"checkpointing.every": 2, "training.max_train_steps": 2}
+    assert run_in_child(fields) == 0
+    longer = fields | {"training.max_train_steps": 4, "training.learning_rate": 5e-4}
+    assert run_in_child(longer) == 0
+    assert [row["lr"] for row in metric_rows(tmp_path / "run")] == [1e-3, 1e-3, 5e-4, 5e-4]
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_serves(tiny_fields: dict[str, object], tmp_path: Path) -> None:
+    fields = tiny_fields | {"checkpointing.every": 2}
+    assert run_in_child(fields) == 0
+    run = RunFolder(tmp_path / "run")
+    assert run.complete_steps() == [2, 4]
+    weights = run.checkpoint_dir(4) / "unet.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    arguments = [f"{field}={json.dumps(value)}" for field, value in fields.items()]
+    with pytest.raises(CheckpointError, match="step-000004"):
+        train(arguments, resume=True)
+
+
+def test_streams_of_randomness_differ() -> None:
+    seeds = {randomness.derive_seed(0, stream, step) for stream in ("a", "b") for step in range(100)}
+    assert len(seeds) == 200
