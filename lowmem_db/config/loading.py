@@ -6,7 +6,7 @@ Every problem is found before the first one is reported, and each names its fiel
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -28,7 +28,7 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
     Raises:
         ConfigError: With every problem of the configuration, one per line.
     """
-    tree = read_yaml(path) if path is not None else {}
+    tree = _without_empty_sections(read_yaml(path)) if path is not None else {}
     problems = [problem for field, value in overrides if (problem := _set(tree, field, value))]
     config, found = _validate(tree)
     problems += found
@@ -49,13 +49,13 @@ def read_yaml(path: Path) -> Tree:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such configuration file{_nearby(path)}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{path}: holds {type(tree).__name__}; allowed: a mapping of sections, as in configs/demo.yaml"
         )
-    return tree
+    return {str(name): value for name, value in tree.items()}
 
 
 def write_yaml(config: Config, path: Path) -> None:
@@ -69,10 +69,12 @@ def to_yaml(config: Config) -> str:
 
 
 def parse_override(argument: str) -> tuple[str, Any]:
-    """Split ``section.key=value``; the value is read as YAML.
+    """Split ``section.key=value``; the value is read as YAML, but for a text, which is taken as it is.
+
+    YAML would cut ``a dog #1`` at its comment, and read ``yes`` as true and ``2024-11-23`` as a date.
 
     Raises:
-        ConfigError: There is no ``=``, or the value is no YAML.
+        ConfigError: There is no ``=``.
     """
     field, separator, text = argument.partition("=")
     if not separator or not field:
@@ -80,19 +82,31 @@ def parse_override(argument: str) -> tuple[str, Any]:
             f"{argument}: is no override; allowed: section.key=value, for instance training.learning_rate=2e-6"
         )
     try:
-        return field, yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
         return field, text
+    is_quoted = text[:1] in {'"', "'"} and isinstance(value, str)
+    is_text = field in {path for path, kind in _fields(Config) if _holds_text(kind)}
+    return field, text if is_text and text not in {"", "null"} and not is_quoted else value
 
 
-def field_paths(section: type[BaseModel] = Config, prefix: str = "") -> Iterable[str]:
+def field_paths() -> Iterable[str]:
     """Yield the dotted path of every field of the tree."""
+    return (path for path, _ in _fields(Config))
+
+
+def _fields(section: type[BaseModel], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield the dotted path and the type of every field of the tree."""
     for name, field in section.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from field_paths(kind, f"{prefix}{name}.")
+            yield from _fields(kind, f"{prefix}{name}.")
         else:
-            yield prefix + name
+            yield prefix + name, kind
+
+
+def _holds_text(kind: Any) -> bool:
+    return kind in (str, Path) or (get_origin(kind) is not tuple and any(map(_holds_text, get_args(kind))))
 
 
 def _set(tree: Tree, field: str, value: Any) -> str | None:
@@ -105,6 +119,12 @@ def _set(tree: Tree, field: str, value: Any) -> str | None:
         tree = child
     tree[name] = value
     return None
+
+
+def _without_empty_sections(tree: Tree) -> Tree:
+    """Leave out sections whose fields are all commented out: YAML reads them as null."""
+    sections = {path.partition(".")[0] for path in field_paths() if "." in path}
+    return {name: value for name, value in tree.items() if value is not None or name not in sections}
 
 
 def _validate(tree: Tree) -> tuple[Config | None, list[str]]:
@@ -129,7 +149,7 @@ def _unknown(field: str) -> str:
     known = list(field_paths())
     name = field.rpartition(".")[2]
     same_name = [path for path in known if path.rpartition(".")[2] == name]
-    nearest = same_name or difflib.get_close_matches(field, known, n=1, cutoff=0.5)
+    nearest = same_name or difflib.get_close_matches(field, [*Config.model_fields, *known], n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]}?" if nearest else f"; allowed sections: {', '.join(Config.model_fields)}"
     return f"{field}: there is no such field{hint}"
 

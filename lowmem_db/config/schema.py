@@ -8,8 +8,23 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+
+def _expand_home(path: Path) -> Path:
+    """Replace a leading ``~``, which no shell does in a YAML file or behind ``--flag=``."""
+    try:
+        return path.expanduser()
+    except RuntimeError:  # there is no such user
+        return path
+
+
+def _unquoted_no(value: object) -> object:
+    """Take ``no`` as the word it is: YAML reads it as false."""
+    return "no" if value is False else value
+
+
+LocalPath = Annotated[Path, AfterValidator(_expand_home)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Precision = Literal["fp32", "fp16", "bf16"]
 Sampler = Literal["ddpm", "ddim", "dpm_solver"]
@@ -27,7 +42,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which model is fine-tuned."""
 
-    base: str
+    base: Annotated[str, AfterValidator(lambda base: str(_expand_home(Path(base))) if base[:1] == "~" else base)]
     """``demo`` (the small model in this package), a folder in diffusers' layout, or an id on the Hugging Face hub."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -40,7 +55,7 @@ class ModelConfig(Section):
 class SubjectConfig(Section):
     """Photos of the subject and what they are called."""
 
-    instance_dir: Path
+    instance_dir: LocalPath
     """Folder of the photos; a text file of the same name beside a photo replaces the prompt for that photo."""
     instance_prompt: str
     """Prompt with a rare identifier and the class noun: ``a sks dog``."""
@@ -68,7 +83,7 @@ class PriorConfig(Section):
     """Lambda of Equation 2."""
     num_class_images: PositiveInt = 200
     """How many class images there shall be; the paper draws about 1000."""
-    class_dir: Path | None = None
+    class_dir: LocalPath | None = None
     """Folder of class images. None: in the cache, by content. A folder with pictures of your own is used as it is."""
     sampler: Sampler = "ddpm"
     """Sampler of the class images; the paper uses the ancestral one, ``ddpm``."""
@@ -107,7 +122,7 @@ class TrainingConfig(Section):
     """Step after which the text encoder stays as it is. None: never."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest joint norm of all gradients. None: no clipping."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_unquoted_no)] = "no"
     """Type of the autocast; the weights that train are fp32."""
     allow_tf32: bool = False
     """Let CUDA devices multiply fp32 matrices in TF32."""
@@ -223,13 +238,13 @@ class Config(Section):
 
     model: ModelConfig
     subject: SubjectConfig
-    output_dir: Path
+    output_dir: LocalPath
     """Run folder: configuration, metrics, checkpoints, samples and the final model."""
     seed: int = 0
     """Seed of every random draw of the run."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
-    cache_dir: Path = Field(default_factory=default_cache_dir)
+    cache_dir: LocalPath = Field(default_factory=default_cache_dir)
     """Class images, latents and text embeddings, by content; shared by all runs."""
     data: DataConfig = DataConfig()
     prior: PriorConfig = PriorConfig()
