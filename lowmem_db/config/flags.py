@@ -22,7 +22,6 @@ VALUE_FLAGS = {
     "prior_loss_weight": "prior.loss_weight",
     "num_class_images": "prior.num_class_images",
     "sample_batch_size": "prior.sample_batch_size",
-    "prior_generation_precision": "prior.precision",
     "output_dir": "output_dir",
     "seed": "seed",
     "resolution": "data.resolution",
@@ -40,6 +39,7 @@ VALUE_FLAGS = {
     "adam_weight_decay": "optimizer.weight_decay",
     "adam_epsilon": "optimizer.epsilon",
     "snr_gamma": "objective.snr_gamma",
+    "min_snr_gamma": "objective.snr_gamma",
     "noise_offset": "objective.noise_offset",
     "checkpointing_steps": "checkpointing.every",
     "checkpoints_total_limit": "checkpointing.keep",
@@ -59,12 +59,17 @@ SWITCH_FLAGS = {
     "offset_noise": ("objective.noise_offset", 0.1),
     "allow_tf32": ("training.allow_tf32", True),
     "scale_lr": ("training.scale_learning_rate", True),
+    "debiased_estimation_loss": ("objective.debiased", True),
     "use_ema": ("ema.enabled", True),
     "push_to_hub": ("final.push_to_hub", True),
 }
 """Flags without a value, and what they set."""
 
 CHOICE_FLAGS = {
+    "prior_generation_precision": (
+        "prior.precision",
+        {"no": "fp32", "fp32": "fp32", "fp16": "fp16", "bf16": "bf16"},
+    ),
     "lr_scheduler": (
         "training.lr_scheduler",
         {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"},
@@ -81,6 +86,8 @@ ALWAYS_SO = {
     "set_grads_to_none": "gradients are always freed",
     "pre_compute_text_embeddings": "text embeddings are always computed once while the text encoder is frozen",
     "cache_latents": "latents are always cached",
+    "cache_latents_to_disk": "latents are always cached",
+    "read_prompts_from_txts": "a text file beside a photo always replaces its prompt",
 }
 """Switches for what is done in any case: accepted, and said."""
 
@@ -98,6 +105,22 @@ REFUSED_FLAGS = {
     "validation_images": "set the prompts instead: --validation_prompt",
     "class_labels_conditioning": "only upscalers know it; leave it out",
     "local_rank": "one device trains; leave it out",
+    "train_text_encoder_frac": "say the step: --stop_text_encoder_training",
+    "caption_column": "a caption is a text file beside its photo, of the same name",
+    "repeats": "photos are drawn again until --max_train_steps are done; leave it out",
+    "offload_ema": "the average stays on the device; leave it out",
+    "optimizer": "AdamW in 8 bits is --use_8bit_adam, AdamW in fp32 needs no flag",
+    "rank": "all weights train, there is no LoRA; leave it out",
+    "use_dora": "all weights train, there is no LoRA; leave it out",
+    "fused_backward_pass": "the optimizer steps after the backward pass; leave it out",
+    "enable_bucket": "photos are cut to squares: --resolution and --center_crop",
+    "save_model_as": "final/ is always a folder of safetensors in diffusers' layout; leave it out",
+    "full_bf16": "weights in bf16 lose small updates: --mixed_precision bf16 keeps them in fp32",
+    "multires_noise_iterations": "only noise of one resolution is offered: --noise_offset",
+    "zero_terminal_snr": "the noise schedule is the one in the model's folder; leave it out",
+    "masked_loss": "the whole picture counts; leave it out",
+    "not_cache_latents": "latents are always cached, as moments that every step draws from; leave it out",
+    "concepts_list": "a run has one subject: --instance_data_dir, --instance_prompt, --class_prompt",
 }
 """Flags without a meaning here, and what to use."""
 
@@ -160,6 +183,8 @@ def _read_flag(argument: str, rest: list[str], parsed: Arguments) -> None:
     if name in REFUSED_FLAGS:
         _skip_value(separator, rest)
         raise ConfigError(f"--{name}: has no meaning here; {REFUSED_FLAGS[name]}")
+    if separator and name in {*ALWAYS_SO, *SWITCH_FLAGS, "resume"}:
+        raise ConfigError(f"--{name}: takes no value, {inline!r} was given; say --{name}, or leave it out")
     if name in ALWAYS_SO:
         parsed.notes.append(f"--{name}: {ALWAYS_SO[name]}")
     elif name in SWITCH_FLAGS:
@@ -171,7 +196,7 @@ def _read_flag(argument: str, rest: list[str], parsed: Arguments) -> None:
     else:
         _skip_value(separator, rest)
         nearest = difflib.get_close_matches(name, _KNOWN, n=1)
-        hint = f"did you mean --{nearest[0]}?" if nearest else "`lowmem-db train --help` lists them"
+        hint = f"did you mean --{nearest[0]}?" if nearest else "a field without a flag is set as section.key=value"
         raise ConfigError(f"--{text}: there is no such flag; {hint}")
 
 

@@ -1,0 +1,73 @@
+"""Each refused combination, and its nearest neighbour that is accepted."""
+
+import pytest
+
+from lowmem_db.config.loading import load_config
+from lowmem_db.config.rules import RULES, refusals
+from lowmem_db.errors import ConfigError
+
+NEEDED = {
+    "model.base": "demo",
+    "subject.instance_dir": "photos",
+    "subject.instance_prompt": "a sks dog",
+    "subject.class_prompt": "a dog",
+    "output_dir": "runs/dog",
+}
+# What is refused, the field that the message begins with, and a change that makes it acceptable.
+CASES = [
+    ({"subject.class_prompt": None}, "prior.enabled", {"prior.enabled": False}),
+    ({"subject.class_prompt": ""}, "prior.enabled", {"subject.class_prompt": "a dog"}),
+    ({"data.resolution": 500}, "data.resolution", {"data.resolution": 504}),
+    (
+        {"objective.snr_gamma": 5, "objective.debiased": True},
+        "objective.debiased",
+        {"objective.snr_gamma": None},
+    ),
+    (
+        {"training.learning_rate_text_encoder": 1e-6},
+        "training.learning_rate_text_encoder",
+        {"training.train_text_encoder": True},
+    ),
+    (
+        {"training.stop_text_encoder_training": 5},
+        "training.stop_text_encoder_training",
+        {"training.train_text_encoder": True},
+    ),
+    (
+        {"training.lr_warmup_steps": 10, "training.max_train_steps": 10},
+        "training.lr_warmup_steps",
+        {"training.max_train_steps": 11},
+    ),
+    ({"sampling.every": 5}, "sampling.every", {"sampling.prompts": ["a sks dog"]}),
+    ({"final.hub_model_id": "me/dog"}, "final.hub_model_id", {"final.push_to_hub": True}),
+]
+
+
+def test_every_rule_has_a_case() -> None:
+    used = set()
+    for fields, _, _ in CASES:
+        config = load_config(None, list(NEEDED.items()))
+        for path, value in fields.items():
+            section, _, name = path.partition(".")
+            part = getattr(config, section).model_copy(update={name: value})
+            config = config.model_copy(update={section: part})
+        used |= {number for number, rule in enumerate(RULES) if rule.refuses(config)}
+    assert used == set(range(len(RULES)))
+
+
+@pytest.mark.parametrize(("fields", "named", "mended"), CASES)
+def test_combination_is_refused_and_its_neighbour_is_not(
+    fields: dict[str, object], named: str, mended: dict[str, object]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, list((NEEDED | fields).items()))
+    (problem,) = str(refused.value).splitlines()
+    assert problem.startswith(f"{named}: ")
+    assert "{config" not in problem
+    assert refusals(load_config(None, list((NEEDED | fields | mended).items()))) == []
+
+
+def test_all_refused_combinations_are_shown_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, list((NEEDED | {"data.resolution": 500, "sampling.every": 5}).items()))
+    assert len(str(refused.value).splitlines()) == 2
