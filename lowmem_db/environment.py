@@ -64,9 +64,7 @@ def require(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:
-        raise DependencyError(
-            f"{library.serves} needs {name}, which does not load ({error}): {library.install}"
-        ) from error
+        raise DependencyError(f"{name}, for {library.serves}, does not load ({error}); {library.install}") from error
 
 
 def back_ends() -> list[dict[str, Any]]:

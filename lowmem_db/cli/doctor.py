@@ -10,6 +10,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     import json
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from lowmem_db import environment
@@ -27,5 +28,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         out.print(f"{found['device']}: {found['name']}, {total}{free}")
     table = Table("back end", "serves", "active", "why")
     for back_end in report["back_ends"]:
-        table.add_row(back_end["name"], back_end["serves"], "yes" if back_end["active"] else "no", back_end["reason"])
+        table.add_row(
+            back_end["name"], back_end["serves"], "yes" if back_end["active"] else "no", escape(back_end["reason"])
+        )
     out.print(table)

@@ -1,5 +1,26 @@
 """``lowmem-db identifiers``."""
 
+from typing import Annotated
 
-def identifiers() -> None:
-    """Print rare identifiers."""
+import typer
+
+
+def identifiers(
+    model: Annotated[
+        str, typer.Argument(help="The model whose vocabulary counts: a folder, a hub id, or demo.")
+    ] = "demo",
+    count: Annotated[int, typer.Option(min=1, help="How many to print.")] = 10,
+    num_tokens: Annotated[int | None, typer.Option(min=1, max=3, help="Tokens of each; 1 to 3 by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+) -> None:
+    """Print rare identifiers for a subject, as in section 3.2 of the paper: a word the model knows nothing about yet.
+
+    Each line holds the identifier and the ids of its tokens. Use one in the prompt: "a IDENTIFIER dog".
+    """
+    from lowmem_db.data.identifiers import rare_identifiers
+    from lowmem_db.models.loading import load_tokenizer
+    from lowmem_db.models.source import find_model
+
+    tokenizer = load_tokenizer(find_model(model))
+    for identifier in rare_identifiers(tokenizer, count=count, seed=seed, num_tokens=num_tokens):
+        typer.echo(f"{identifier.text}\t{' '.join(map(str, identifier.token_ids))}")

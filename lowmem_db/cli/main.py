@@ -1,5 +1,6 @@
 """``lowmem-db``: the commands, and the exit codes of their errors. Nothing here imports torch."""
 
+import logging
 import signal
 import sys
 from types import FrameType
@@ -8,7 +9,7 @@ import typer
 
 from lowmem_db import environment
 from lowmem_db.cli import doctor, generate, identifiers, prepare, train
-from lowmem_db.console import console
+from lowmem_db.console import console, warn
 from lowmem_db.errors import LowmemDbError, RunInterrupted
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command("doctor")(doctor.doctor)
 def main() -> None:
     """Run a command; an error that the user can mend is printed without a traceback."""
     environment.quiet_libraries()
+    logging.getLogger("lowmem_db").addHandler(_WarningHandler())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -38,6 +40,14 @@ def main() -> None:
         for line in str(error).splitlines():
             console.print(f"error: {line}" if error.exit_code == 2 else line, markup=False)
         sys.exit(error.exit_code)
+
+
+class _WarningHandler(logging.Handler):
+    """Shows what the packages log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record as a warning."""
+        warn(record.getMessage())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

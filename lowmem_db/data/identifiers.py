@@ -27,11 +27,6 @@ _SENTENCEPIECE_SPACE = "\u2581"
 class Tokenizer(Protocol):
     """What is needed of a tokenizer; those of transformers have it."""
 
-    @property
-    def all_special_ids(self) -> list[int]:
-        """Ids that stand for no text."""
-        ...
-
     def __len__(self) -> int:
         """Return the size of the vocabulary."""
         ...
@@ -98,9 +93,10 @@ def default_rank_range(tokenizer: Tokenizer) -> tuple[int, int]:
 
     T5 (SentencePiece): 5000 to 10000, as in the paper. CLIP's ids are ranks too: after the 512 bytes they follow its
     merges, which byte-pair encoding makes in the order of their frequency. The range is the last fifth, 39526 to 49408
-    for Stable Diffusion. Whole words are still being merged below it ("corgi" is 31320), so what has only three letters
-    there is as rare as the training text of the tokenizer can tell, and yet frequent enough for a trained embedding.
-    The identifiers that are known to work lie in it (``ohwx`` 47993, ``sks`` 48136). A fifth also serves the demo
+    for Stable Diffusion. Merges that late mostly make long words ("stargazing", "expeditions"), so what has only three
+    letters there is as rare as the tokenizer's training text can tell, and yet frequent enough for a trained embedding.
+    The identifiers that are known to work lie in it (``ohwx`` 47993, ``sks`` 48136). Some of its single tokens are
+    abbreviations that the model knows (``hmv``); two or three in a row hardly ever are. A fifth also serves the demo
     model, whose vocabulary is a prefix of CLIP's.
     """
     size = len(tokenizer)
@@ -115,9 +111,8 @@ def rare_tokens(tokenizer: Tokenizer, rank_range: tuple[int, int]) -> list[int]:
     The paper allows any 3 Unicode characters without spaces. Here they are ASCII letters and digits, because an
     identifier has to pass through keyboards, shells, YAML and the terminals of all systems.
     """
-    special = set(tokenizer.all_special_ids)
     ranks = range(max(0, rank_range[0]), min(len(tokenizer), rank_range[1]))
-    texts = ((rank, _text(tokenizer, [rank])) for rank in ranks if rank not in special)
+    texts = ((rank, _text(tokenizer, [rank])) for rank in ranks)
     return [rank for rank, text in texts if _is_typeable(text) and len(text) <= MAX_CHARACTERS]
 
 

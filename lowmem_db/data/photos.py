@@ -9,7 +9,6 @@ import io
 import logging
 import struct
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +32,7 @@ _PHOTO_SUFFIXES = frozenset(
 )
 _OTHER_SUFFIXES = frozenset((".txt", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".md", ".csv", ".ini", ".db"))
 _HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
-_DECODING_ERRORS = (
-    OSError, EOFError, SyntaxError, ValueError, IndexError, OverflowError, struct.error, zlib.error,
-)  # fmt: skip
+_DECODING_ERRORS = (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error)
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -45,7 +42,6 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PROFILE_SPACES = {("L", "GRAY"), ("L", "RGB"), ("RGB", "RGB"), ("CMYK", "CMYK")}
 
 _log = logging.getLogger(__name__)
 
@@ -268,12 +264,10 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 def _apply_profile(colour: Image.Image, profile: bytes, path: Path) -> Image.Image:
     """Convert from an embedded ICC profile to sRGB."""
-    space = profile[16:20].decode("ascii", "replace").strip()
+    is_for_rgb = profile[16:20] == b"RGB "
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if (colour.mode, space) not in _PROFILE_SPACES:
-            raise ImageCms.PyCMSError(f"it is for {space!r}, the picture is {colour.mode}")
-        pixels = colour.convert("RGB") if space == "RGB" else colour
+        pixels = colour.convert("RGB") if is_for_rgb else colour
         converted = ImageCms.profileToProfile(pixels, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, *_DECODING_ERRORS) as error:
         _log.warning("%s: its colour profile is broken and ignored (%s); colours may be a little off", path, error)

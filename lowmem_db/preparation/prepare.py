@@ -8,7 +8,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.console import say, warn
 from lowmem_db.data.batches import BatchSource
 from lowmem_db.data.identifiers import identifier_warnings
-from lowmem_db.data.photos import scan_photos
+from lowmem_db.data.photos import photo_warnings, scan_photos
 from lowmem_db.models.conditioning import num_cut_tokens
 from lowmem_db.models.loading import load_tokenizer
 from lowmem_db.models.source import ModelFolder
@@ -29,6 +29,8 @@ def check_subject(config: Config, model: ModelFolder) -> list[ImageRecord]:
         resolution=config.data.resolution,
         field="subject.instance_dir",
     )
+    for message in photo_warnings(photos, resolution=config.data.resolution, field="subject.instance_dir"):
+        warn(message)
     tokenizer = load_tokenizer(model)
     for prompt in sorted({photo.prompt for photo in photos} | {config.subject.class_prompt or ""}):
         if cut := num_cut_tokens(tokenizer, prompt):

@@ -34,9 +34,10 @@ class TensorStore:
     def read(self, key: str) -> dict[str, Tensor] | None:
         """Return the tensors of a key, or None where there are none or the file is damaged."""
         try:
-            return read_tensors(self.path(key))[0]
+            mapped, _ = read_tensors(self.path(key))
         except StorageError:
             return None
+        return {name: tensor.clone() for name, tensor in mapped.items()}  # what is mapped dies with its file
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors of a key, whole or not at all."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from lowmem_db import environment
 from lowmem_db.data import photos
@@ -208,15 +208,18 @@ class TestModes:
 
 
 class TestOrientation:
-    @pytest.mark.parametrize("orientation", range(1, 9))
-    def test_every_exif_orientation(self, tmp_path, orientation):
-        """The stored picture is what a camera held that way writes; upright, its corners are always the same."""
-        upright = Image.fromarray(np.array([[RED, GREEN], [BLUE, WHITE], [BLUE, WHITE]], np.uint8))
-        undo = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-        step = undo.get(orientation, photos._TRANSPOSE.get(orientation))
-        stored = upright if step is None else upright.transpose(step)
-        stored.save(tmp_path / "a.png", exif=_orientation(orientation))
-        assert _pixels(read_photo(tmp_path / "a.png")) == _pixels(upright)
+    @pytest.mark.parametrize(("orientation", "stored"), [
+        (1, "RG BW BW"), (2, "GR WB WB"), (3, "WB WB GR"), (4, "BW BW RG"),
+        (5, "RBB GWW"), (6, "GWW RBB"), (7, "WWG BBR"), (8, "BBR WWG"),
+    ])  # fmt: skip
+    def test_every_exif_orientation(self, tmp_path, orientation, stored):
+        """What cameras write according to the EXIF standard: where row 0 and column 0 of the upright picture lie."""
+        colours = {"R": RED, "G": GREEN, "B": BLUE, "W": WHITE}
+        rows = [[colours[letter] for letter in row] for row in stored.split()]
+        Image.fromarray(np.array(rows, np.uint8)).save(tmp_path / "a.png", exif=_orientation(orientation))
+        upright = read_photo(tmp_path / "a.png")
+        assert upright.size == (2, 3)
+        assert _pixels(upright) == [RED, GREEN, BLUE, WHITE, BLUE, WHITE]
 
     @pytest.mark.parametrize("exif", [b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00garbage", b"Exif\x00\x00"])
     def test_a_broken_exif_block_is_ignored(self, tmp_path, exif):
@@ -237,6 +240,12 @@ class TestColourProfiles:
     def test_a_grey_picture_with_a_colour_profile(self, tmp_path, caplog):
         path = save(tmp_path / "a.png", mode="L", colour=90, icc_profile=_srgb())
         assert np.abs(np.subtract(corner(path), 90)).max() <= 1
+        assert not caplog.records
+
+    def test_a_grey_picture_with_a_grey_profile(self, tmp_path, caplog):
+        """A linear value of 0.2159 is 0.5020 in sRGB's transfer function."""
+        path = save(tmp_path / "a.png", mode="L", colour=55, icc_profile=_linear_grey())
+        assert np.abs(np.subtract(corner(path), 128)).max() <= 1
         assert not caplog.records
 
     @pytest.mark.parametrize("damage", ["garbage", "cut", "other colour space"])
@@ -280,8 +289,27 @@ class TestHeic:
         assert scan(tmp_path)[1].width == 100
         assert asked == ["pillow_heif", "registered"]
 
+    def test_a_real_one_is_upright(self, tmp_path):
+        library = pytest.importorskip("pillow_heif")
+        library.register_heif_opener()
+        image = Image.new("RGB", (200, 100), RED)
+        image.paste(BLUE, (0, 0, 100, 100))
+        image.save(tmp_path / "a.heic", exif=_orientation(6).tobytes())
+        upright = read_photo(tmp_path / "a.heic")
+        assert upright.size == (100, 200)
+        assert np.abs(np.subtract(upright.getpixel((50, 20)), BLUE)).max() <= 8
+
 
 class TestDamagedFiles:
+    @pytest.mark.parametrize("error", [OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error])
+    def test_every_error_of_pillow_s_decoders_names_the_file(self, tmp_path, monkeypatch, error):
+        def fail(image):
+            raise error("broken\ndata stream")
+
+        monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+        with pytest.raises(DataError, match=r"a.png: cannot be decoded, .*\(broken data stream\)"):
+            read_photo(save(tmp_path / "a.png"))
+
     @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         image_format=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]),
@@ -332,3 +360,15 @@ def _swapped_primaries():
     places = [profile.index(name) for name in (b"rXYZ", b"gXYZ")]
     profile[places[0] : places[0] + 4], profile[places[1] : places[1] + 4] = b"gXYZ", b"rXYZ"
     return bytes(profile)
+
+
+def _linear_grey():
+    """A grey profile with a linear transfer function: header, and the tags for white and for the curve."""
+    white = b"XYZ \0\0\0\0" + struct.pack(">iii", 63190, 65536, 54061)
+    curve = b"curv\0\0\0\0" + struct.pack(">I", 0)
+    tags = struct.pack(">I", 2) + struct.pack(">4sII4sII", b"wtpt", 156, 20, b"kTRC", 176, 12)
+    body = tags + white + curve
+    header = struct.pack(">I4sI4s4s4s", 128 + len(body), b"lcms", 0x02100000, b"mntr", b"GRAY", b"XYZ ").ljust(
+        36, b"\0"
+    )
+    return (header + b"acsp" + bytes(28) + struct.pack(">iii", 63190, 65536, 54061)).ljust(128, b"\0") + body

@@ -172,8 +172,16 @@ def test_the_weights_of_the_variants_move(tiny_fields: dict[str, object], tmp_pa
 
 
 def test_accumulated_batches_make_the_step_of_one_large_batch(tiny_fields: dict[str, object], tmp_path: Path) -> None:
-    small = {"training.train_batch_size": 1, "training.gradient_accumulation_steps": 3, "output_dir": str(tmp_path / "a")}
-    large = {"training.train_batch_size": 3, "training.gradient_accumulation_steps": 1, "output_dir": str(tmp_path / "b")}
+    small = {
+        "training.train_batch_size": 1,
+        "training.gradient_accumulation_steps": 3,
+        "output_dir": str(tmp_path / "a"),
+    }
+    large = {
+        "training.train_batch_size": 3,
+        "training.gradient_accumulation_steps": 1,
+        "output_dir": str(tmp_path / "b"),
+    }
     for fields in (small, large):
         assert run_in_child(tiny_fields | fields) == 0
     for one, other in zip(metric_rows(tmp_path / "a"), metric_rows(tmp_path / "b"), strict=True):

@@ -80,9 +80,7 @@ def reference_loss(
 
 @pytest.mark.parametrize(
     ("prediction_type", "prior", "gamma", "offset", "trains_text_encoder"),
-    itertools.product(
-        ("epsilon", "v_prediction", "sample"), (True, False), (None, 5.0), (0.0, 0.1), (True, False)
-    ),
+    itertools.product(("epsilon", "v_prediction", "sample"), (True, False), (None, 5.0), (0.0, 0.1), (True, False)),
 )
 def test_loss_and_gradients_equal_a_plain_reference(
     prediction_type: str, prior: bool, gamma: float | None, offset: float, trains_text_encoder: bool
