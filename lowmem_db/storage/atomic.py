@@ -2,12 +2,17 @@
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lowmem_db.errors import StorageError
+
+_FAILURES = (OSError, SafetensorError)
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -16,17 +21,18 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         StorageError: The disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)
-    except OSError as error:
+    except _FAILURES as error:
         raise as_storage_error(error, path) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,29 +48,52 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         StorageError: The disk is full; what stood at ``path`` still stands.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
         write(temporary)
         for file in sorted(temporary.rglob("*")):
             _flush(file)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        _replace_folder(path, temporary)
         _flush(path.parent)
-    except OSError as error:
+    except StorageError as error:  # of a file in it: name the place the user knows
+        raise StorageError(str(error).replace(str(temporary), str(path))) from error
+    except _FAILURES as error:
         raise as_storage_error(error, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def as_storage_error(error: OSError, path: Path) -> StorageError:
+def as_storage_error(error: OSError | SafetensorError, path: Path) -> StorageError:
     """Say in one line what went wrong while ``path`` was written."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    number = error.errno if isinstance(error, OSError) else _number_in(str(error))
+    if number in {errno.ENOSPC, errno.EDQUOT}:
         return StorageError(f"{path}: the disk is full; free some space, then continue with --resume")
-    return StorageError(f"{path}: cannot be written ({error.strerror or error}); check the folder and its permissions")
+    reason = os.strerror(number) if number else str(error)
+    return StorageError(f"{path}: cannot be written ({reason}); check the folder and its permissions")
+
+
+def _number_in(message: str) -> int | None:
+    """Return the number of the system's error in safetensors' message, such as 28 in ``(os error 28)``."""
+    found = re.search(r"os error (\d+)", message)
+    return int(found[1]) if found else None
+
+
+def _replace_folder(path: Path, new: Path) -> None:
+    """Rename ``new`` to ``path``; what stands there is deleted afterwards, and put back where the renaming fails."""
+    old = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    if not path.exists():
+        new.rename(path)
+        return
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

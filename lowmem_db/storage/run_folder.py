@@ -18,6 +18,7 @@ from lowmem_db.storage.atomic import as_storage_error, write_folder, write_text
 
 MARKER = "COMPLETE"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
+_LEFT_BEHIND = re.compile(r"step-\d+|\.step-\d+(\.old)?\.tmp")
 
 
 class RunFolder:
@@ -48,13 +49,19 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise as_storage_error(error, self.root) from error
+        lock = FileLock(self.root / ".lock")
         try:
-            with FileLock(self.root / ".lock", timeout=0):
-                yield
+            lock.acquire(timeout=0)
         except Timeout:
             raise CheckpointError(
                 f"output_dir: {self.root} is being written by another run; wait for it, or choose another output_dir"
             ) from None
+        except OSError as error:
+            raise as_storage_error(error, self.root) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def samples_dir(self, step: int) -> Path:
         """Return the folder of the samples of a step."""
@@ -89,11 +96,14 @@ class RunFolder:
         return path
 
     def prune_checkpoints(self, keep: int | None) -> None:
-        """Delete all but the newest ``keep`` complete checkpoints, and what killed runs left behind."""
+        """Delete all but the newest ``keep`` complete checkpoints, and what killed runs left behind.
+
+        What is not of this program's making, such as ``.DS_Store`` or a checkpoint under another name, stays.
+        """
         complete = self.complete_steps()
         kept = {self.checkpoint_dir(step) for step in (complete if keep is None else complete[-keep:])}
         for folder in list(self.checkpoints_dir.iterdir()):
-            if folder not in kept:
+            if folder not in kept and _LEFT_BEHIND.fullmatch(folder.name):
                 (folder / MARKER).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -101,7 +111,11 @@ class RunFolder:
         """Drop the rows after a step, and a last row that was not written whole."""
         if not self.metrics_file.is_file():
             return
-        rows = [row for line in self.metrics_file.read_text().splitlines() if (row := _parse_row(line)) is not None]
+        rows = [
+            row
+            for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+            if (row := _parse_row(line)) is not None
+        ]
         write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
 
 

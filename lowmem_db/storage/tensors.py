@@ -16,6 +16,8 @@ from torch import Tensor
 from lowmem_db.errors import StorageError
 from lowmem_db.storage.atomic import write_file
 
+_Identity = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
+
 
 class TensorStore:
     """Small groups of tensors by content key: ``root/ab/abcdef….safetensors``.
@@ -46,8 +48,8 @@ class TensorStore:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_file(path, lambda temporary: save_file(contiguous, temporary, dict(metadata or {})))
+    own = _without_shared_memory(tensors)
+    write_file(path, lambda temporary: save_file(own, temporary, dict(metadata or {})))
 
 
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -71,7 +73,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     Tensors that share memory, as bitsandbytes' code maps do, are written once.
     """
     tensors: dict[str, Tensor] = {}
-    names: dict[tuple[int, torch.Size, torch.dtype], str] = {}
+    names: dict[_Identity, str] = {}
     skeleton = _take_tensors(state, tensors, names)
     write_tensors(path, tensors, {"state": json.dumps(skeleton)})
 
@@ -83,12 +85,26 @@ def read_state(path: Path) -> dict[str, Any]:
         StorageError: The file is missing or damaged.
     """
     tensors, metadata = read_tensors(path)
+    if "state" not in metadata:
+        raise StorageError(f"{path}: holds no state; delete it")
     return _put_tensors(json.loads(metadata["state"]), tensors)
 
 
-def _take_tensors(value: Any, tensors: dict[str, Tensor], names: dict[tuple[int, torch.Size, torch.dtype], str]) -> Any:
+def _without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that lie in the memory of another one, which safetensors refuses."""
+    own: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        contiguous = tensor.detach().contiguous()
+        storage = contiguous.untyped_storage().data_ptr()
+        own[name] = contiguous.clone() if storage in storages else contiguous
+        storages.add(storage)
+    return own
+
+
+def _take_tensors(value: Any, tensors: dict[str, Tensor], names: dict[_Identity, str]) -> Any:
     if isinstance(value, Tensor):
-        identity = (value.data_ptr(), value.shape, value.dtype)
+        identity = (value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() == 0 or identity not in names:
             names[identity] = str(len(tensors))
             tensors[names[identity]] = value

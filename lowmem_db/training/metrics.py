@@ -1,10 +1,12 @@
 """What a run writes about its steps: a row in ``metrics.jsonl``, and TensorBoard curves where asked for."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lowmem_db import environment
+from lowmem_db.storage.atomic import as_storage_error
 from lowmem_db.storage.run_folder import RunFolder
 
 
@@ -21,24 +23,31 @@ class MetricsWriter:
     """
 
     def __init__(self, run: RunFolder, *, tensorboard: bool | None, start_step: int) -> None:
-        self._file = run.metrics_file.open("a", encoding="utf-8")
+        self._file = run.metrics_file
         wanted = environment.is_installed("tensorboard") if tensorboard is None else tensorboard
         self._curves = _open_curves(run.tensorboard_dir, start_step) if wanted else None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; values that are None are null in the file and absent from the curves."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        if self._curves is not None:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self._curves.add_scalar(name, value, row["step"])
+        """Append one row; values that are None are null in the file and absent from the curves.
+
+        Raises:
+            StorageError: The disk is full.
+        """
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            if self._curves is not None:
+                for name, value in row.items():
+                    if name != "step" and value is not None:
+                        self._curves.add_scalar(name, value, row["step"])
+        except OSError as error:
+            raise as_storage_error(error, self._file) from error
 
     def close(self) -> None:
-        """Flush and close the files."""
-        self._file.close()
+        """Flush and close the curves; a full disk was reported by what was written before."""
         if self._curves is not None:
-            self._curves.close()
+            with suppress(OSError):
+                self._curves.close()
 
 
 def _open_curves(folder: Path, start_step: int) -> Any:

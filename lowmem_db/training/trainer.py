@@ -13,7 +13,7 @@ from lowmem_db import environment, fingerprint
 from lowmem_db.config.schema import Config
 from lowmem_db.console import progress, say
 from lowmem_db.data.batches import BatchSource
-from lowmem_db.errors import NonFiniteError, RunInterrupted
+from lowmem_db.errors import NonFiniteError, RunInterrupted, StorageError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.objective.objective import Objective
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
@@ -128,7 +128,10 @@ class Trainer:
                 self.denoiser, self.objective, self.optimizer, self.batches.batches_at(self.step), self.step
             )
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; {self._last_good_checkpoint()}") from error
+            raise NonFiniteError(
+                f"{error}; the weights were not touched; {self._last_good_checkpoint()}, lower the learning rate and "
+                "continue with --resume"
+            ) from error
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.step)
@@ -137,11 +140,17 @@ class Trainer:
     def _after_step(self, stop: StopRequest) -> None:
         done = self.step == self.config.training.max_train_steps
         if self._is_due(self.config.checkpointing.every) or self._samples_are_due() or done or stop:
-            save_checkpoint(self.run, self.step, self.stateful_objects(), data_key=self._data_key())
+            self._save_checkpoint()
             self.run.prune_checkpoints(self.config.checkpointing.keep)
         if stop and not done:
             raise RunInterrupted(f"{stop.signal_name}: stopped after step {self.step}; continue with --resume")
         self._sample_where_due()
+
+    def _save_checkpoint(self) -> None:
+        try:
+            save_checkpoint(self.run, self.step, self.stateful_objects(), data_key=self._data_key())
+        except StorageError as error:
+            raise StorageError(f"{error}; {self._last_good_checkpoint()}") from error
 
     def _sample_where_due(self) -> None:
         if self._samples_are_due() and not self.run.samples_dir(self.step).is_dir():
@@ -207,10 +216,8 @@ class Trainer:
     def _last_good_checkpoint(self) -> str:
         complete = self.run.complete_steps()
         if not complete:
-            return "the weights were not touched; there is no checkpoint yet"
-        return (
-            f"the last good checkpoint is {self.run.checkpoint_dir(complete[-1])}; lower the learning rate and --resume"
-        )
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.run.checkpoint_dir(complete[-1])}"
 
     def _show(self, bar: Progress, task: TaskID, row: dict[str, Any]) -> None:
         prior = "" if row["loss_prior"] is None else f" prior {row['loss_prior']:.4f}"

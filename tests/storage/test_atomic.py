@@ -1,0 +1,155 @@
+"""A write happens whole or not at all, whatever fails in the middle of it."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from lowmem_db.errors import StorageError
+from lowmem_db.storage import atomic
+from lowmem_db.storage.atomic import write_file, write_folder, write_text
+
+DISK_FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+DISK_FULL_AS_SAFETENSORS_SAYS_IT = SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+
+def fail(error: BaseException) -> Callable[..., None]:
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    return failing
+
+
+def break_write(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        (path / "new" if path.is_dir() else path).write_text("half")
+        raise error
+
+    return write
+
+
+def break_flush(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Callable[[Path], None]:
+    monkeypatch.setattr(atomic, "_flush", fail(error))
+    return write_new
+
+
+def break_rename(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Callable[[Path], None]:
+    monkeypatch.setattr(Path, "replace", fail(error))
+    rename = Path.rename
+
+    def rename_old_only(self: Path, target: Path) -> Path:
+        if self.name.startswith(".target.tmp"):
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_old_only)
+    return write_new
+
+
+def write_new(path: Path) -> None:
+    (path / "new" if path.is_dir() else path).write_text("new")
+
+
+@pytest.fixture
+def old_file(tmp_path: Path) -> Path:
+    path = tmp_path / "target"
+    path.write_text("old")
+    return path
+
+
+@pytest.fixture
+def old_folder(tmp_path: Path) -> Path:
+    path = tmp_path / "target"
+    path.mkdir()
+    (path / "old").write_text("old")
+    return path
+
+
+@pytest.mark.parametrize("break_", [break_write, break_flush, break_rename])
+@pytest.mark.parametrize("error", [DISK_FULL, RuntimeError("a bug"), KeyboardInterrupt()], ids=["full", "bug", "stop"])
+def test_failed_write_leaves_the_old_file(
+    monkeypatch: pytest.MonkeyPatch, old_file: Path, break_: Callable, error: BaseException
+) -> None:
+    write = break_(monkeypatch, error)
+    with pytest.raises(StorageError if error is DISK_FULL else type(error)):
+        write_file(old_file, write)
+    monkeypatch.undo()
+    assert old_file.read_text() == "old"
+    assert [file.name for file in old_file.parent.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("break_", [break_write, break_flush, break_rename])
+@pytest.mark.parametrize("error", [DISK_FULL, RuntimeError("a bug"), KeyboardInterrupt()], ids=["full", "bug", "stop"])
+def test_failed_write_leaves_the_old_folder(
+    monkeypatch: pytest.MonkeyPatch, old_folder: Path, break_: Callable, error: BaseException
+) -> None:
+    write = break_(monkeypatch, error)
+    with pytest.raises(StorageError if error is DISK_FULL else type(error)):
+        write_folder(old_folder, write)
+    monkeypatch.undo()
+    assert [(file.name, file.read_text()) for file in old_folder.iterdir()] == [("old", "old")]
+    assert [file.name for file in old_folder.parent.iterdir()] == ["target"]
+
+
+def test_new_folder_replaces_the_old_one(old_folder: Path) -> None:
+    write_folder(old_folder, write_new)
+    assert [(file.name, file.read_text()) for file in old_folder.iterdir()] == [("new", "new")]
+    assert [file.name for file in old_folder.parent.iterdir()] == ["target"]
+
+
+def test_new_file_replaces_the_old_one(old_file: Path) -> None:
+    write_text(old_file, "süß")
+    assert old_file.read_text(encoding="utf-8") == "süß"
+
+
+def test_what_a_killed_write_left_is_cleared(old_folder: Path) -> None:
+    for name in (".target.tmp", ".target.old.tmp"):
+        (old_folder.parent / name).mkdir()
+        (old_folder.parent / name / "half").touch()
+    write_folder(old_folder, write_new)
+    assert [file.name for file in old_folder.iterdir()] == ["new"]
+    assert [file.name for file in old_folder.parent.iterdir()] == ["target"]
+
+
+def test_parents_are_made(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / "b", "text")
+    write_folder(tmp_path / "c" / "d", write_new)
+    assert (tmp_path / "a" / "b").read_text() == "text"
+    assert (tmp_path / "c" / "d" / "new").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [DISK_FULL, DISK_FULL_AS_SAFETENSORS_SAYS_IT])
+def test_full_disk_is_said_with_the_way_out(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(StorageError, match=r"target: the disk is full; free some space, then continue with --resume"):
+        write_file(tmp_path / "target", fail(error))
+
+
+def test_full_disk_names_the_file_where_it_was_going_to_be(tmp_path: Path) -> None:
+    with pytest.raises(StorageError) as full:
+        write_folder(tmp_path / "step-1", lambda folder: write_file(folder / "unet", fail(DISK_FULL)))
+    assert str(full.value).startswith(f"{tmp_path / 'step-1' / 'unet'}: the disk is full")
+
+
+def test_other_errors_of_the_system_are_said(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"target: cannot be written \(Read-only file system\); check the folder"):
+        write_file(tmp_path / "target", fail(OSError(errno.EROFS, "Read-only file system")))
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_text(tmp_path / "file" / "below", "text")
+
+
+def test_everything_is_flushed_before_the_rename(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    events = []
+    flush, rename = atomic._flush, Path.rename
+    monkeypatch.setattr(atomic, "_flush", lambda path: (events.append(f"flush {path.name}"), flush(path)))
+    monkeypatch.setattr(Path, "rename", lambda a, b: (events.append(f"rename to {b.name}"), rename(a, b))[1])
+
+    def write(folder: Path) -> None:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").touch()
+
+    write_folder(tmp_path / "target", write)
+    assert events == ["flush inner", "flush file", "rename to target", f"flush {tmp_path.name}"]
