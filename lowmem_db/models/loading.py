@@ -1,6 +1,7 @@
 """Loading component by component: what is not needed is not in memory."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -17,8 +18,9 @@ Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderTAEF2
 _AUTOENCODERS: dict[str, type[ModelMixin]] = {
     kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, AutoencoderTAEF2)
 }
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 CPU = torch.device("cpu")
-_DAMAGED = (SafetensorError, OSError, ValueError, RuntimeError, KeyError)
+_DAMAGED = (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError, KeyError)
 
 
 def load_unet(
@@ -48,8 +50,14 @@ def load_autoencoder(model: ModelFolder, device: torch.device = CPU, dtype: torc
 
 
 def load_tokenizer(model: ModelFolder) -> CLIPTokenizer:
-    """Load the tokenizer."""
+    """Load the tokenizer.
+
+    Raises:
+        ModelError: Its files are missing, where transformers would make an empty one.
+    """
     path = model.path / "tokenizer"
+    if not any(all((path / name).is_file() for name in names) for names in _TOKENIZER_FILES):
+        raise ModelError(f"{path}: holds neither tokenizer.json nor vocab.json and merges.txt; get the model anew")
     try:
         return CLIPTokenizer.from_pretrained(path, local_files_only=True)
     except _DAMAGED as error:
@@ -57,8 +65,11 @@ def load_tokenizer(model: ModelFolder) -> CLIPTokenizer:
 
 
 def load_noise_schedule(model: ModelFolder) -> DDPMScheduler:
-    """Load the noise schedule the model was trained with; which sampler its folder names does not matter."""
-    return cast("DDPMScheduler", DDPMScheduler.from_config(model.config_of("scheduler")))
+    """Load the noise schedule the model was trained with; which sampler its folder names does not matter.
+
+    Samples are never clipped to [-1, 1], as for pixels; some samplers' configurations leave that open.
+    """
+    return cast("DDPMScheduler", DDPMScheduler.from_config(model.config_of("scheduler"), clip_sample=False))
 
 
 def _load(kind: Any, model: ModelFolder, component: str, device: torch.device, dtype: torch.dtype) -> Any:

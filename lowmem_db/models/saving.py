@@ -12,13 +12,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from lowmem_db.models.loading import load_autoencoder, load_text_encoder
 from lowmem_db.models.source import COMPONENTS, ModelFolder
 
+_LOADERS = {"vae": load_autoencoder, "text_encoder": load_text_encoder}
+_OTHER_WEIGHTS = shutil.ignore_patterns("*.bin*", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def save_model(folder: Path, source: ModelFolder, trained: Mapping[str, nn.Module], *, dtype: torch.dtype) -> None:
     """Write a whole model: trained components in ``dtype``, the others as they are in the source.
+
+    Weights that are pickled or a variant in the source are written as safetensors under the usual names, in fp32.
 
     Args:
         folder: An existing, empty folder.
@@ -29,10 +34,18 @@ def save_model(folder: Path, source: ModelFolder, trained: Mapping[str, nn.Modul
     for component in COMPONENTS:
         if component in trained:
             save_component(folder / component, trained[component], dtype=dtype)
+        elif component in _LOADERS and not _has_usual_weights(source, component):
+            save_component(folder / component, _LOADERS[component](source), dtype=torch.float32)
         else:
-            shutil.copytree(source.path / component, folder / component, copy_function=shutil.copyfile)
+            shutil.copytree(
+                source.path / component, folder / component, copy_function=shutil.copyfile, ignore=_OTHER_WEIGHTS
+            )
     index = json.loads((source.path / "model_index.json").read_text(encoding="utf-8"))
     (folder / "model_index.json").write_text(json.dumps(_without_extras(index), indent=2) + "\n", encoding="utf-8")
+
+
+def _has_usual_weights(source: ModelFolder, component: str) -> bool:
+    return source.variant is None and any((source.path / component).glob("*.safetensors"))
 
 
 def save_component(folder: Path, module: nn.Module, *, dtype: torch.dtype) -> None:

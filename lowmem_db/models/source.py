@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
 from lowmem_db import fingerprint
@@ -22,7 +22,7 @@ DEMO_DIR = Path(__file__).parent / "demo" / "base"
 COMPONENTS = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
 _WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_NETWORK_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+_NETWORK_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
     except _NETWORK_ERRORS as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"model.base: {hub_id!r} is no folder here and cannot be had from the hub ({reason}); check the name, the "
             "network and `hf auth login`, or give a local folder"
@@ -175,7 +175,10 @@ def _check_weights(model: ModelFolder) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"holds {type(found).__name__}, no mapping")
+        return found
     except FileNotFoundError:
         raise ModelError(f"{path}: is missing; a whole folder in diffusers' layout is needed") from None
     except (OSError, ValueError) as error:
