@@ -245,7 +245,8 @@ class Config(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     cache_dir: LocalPath = Field(default_factory=default_cache_dir)
-    """Class images, latents and text embeddings, by content; shared by all runs."""
+    """Class images, latents and text embeddings, by content, for all runs; the environment's ``LOWMEM_DB_CACHE``, or
+    ``~/.cache/lowmem-db``."""
     data: DataConfig = DataConfig()
     prior: PriorConfig = PriorConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

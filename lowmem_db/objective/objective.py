@@ -71,7 +71,7 @@ class Objective:
         return torch.stack(draws)
 
     def noise(self, batch: Batch, step: int) -> NoisedBatch:
-        """Draw latents from their posterior, timesteps and noise; return noisy latents (arXiv:2006.11239, Eq. 4) and target.
+        """Draw latents, timesteps and noise; return noisy latents (arXiv:2006.11239, Eq. 4) and target.
 
         All arithmetic is fp32, whatever the model computes in.
         """

@@ -140,7 +140,7 @@ def build_optimizer(
     if config.name == "adamw8bit":
         optimizer = environment.require("bitsandbytes").optim.AdamW8bit(groups, **options)
     else:
-        optimizer = torch.optim.AdamW(groups, **options)
+        optimizer = torch.optim.AdamW(groups, fused=True, **options)
     scaler = torch.amp.GradScaler(device.type) if scale_loss else None
     return OptimizerHandle(optimizer, max_grad_norm=max_grad_norm, scaler=scaler)
 

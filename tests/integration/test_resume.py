@@ -71,7 +71,7 @@ def kill_in_step(step: int) -> Callable[[], None]:
 
 
 def kill_in_write(number: int) -> Callable[[], None]:
-    """Return what makes the process kill itself at the n-th flush to disk: in the middle of a checkpoint or of final/."""
+    """Return what makes the process kill itself at the n-th flush to disk: inside a checkpoint, a cache or final/."""
 
     def install() -> None:
         original, count = atomic._flush, [0]

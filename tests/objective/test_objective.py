@@ -229,7 +229,7 @@ def test_weights_at_zero_terminal_snr() -> None:
     alphas = torch.cat([ALPHAS_CUMPROD[:-1], torch.zeros(1)])
     assert timestep_weights(alphas, "epsilon", snr_gamma=5.0, debiased=False)[-1] == 1
     assert timestep_weights(alphas, "v_prediction", snr_gamma=5.0, debiased=False)[-1] == 0
-    with pytest.raises(ConfigError, match="objective.snr_gamma=5"):
+    with pytest.raises(ConfigError, match=r"objective\.snr_gamma=5"):
         timestep_weights(alphas, "epsilon", snr_gamma=None, debiased=True)
 
 

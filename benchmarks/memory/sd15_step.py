@@ -1,0 +1,90 @@
+"""One training step of a model of Stable Diffusion 1.5's size with random weights, on the CPU: peak memory and time.
+
+    python benchmarks/memory/sd15_step.py [--output benchmarks/results/sd15_step.json]
+
+The model is built from the configuration in this package and written to a temporary folder (2.1 GB, fp16); then
+`lowmem-db train` does its whole job on it in a process of its own: class image, caches, one step of UNet and text encoder
+with fp32 AdamW and prior preservation at 64 px, checkpoint, final model. The peak is that of the whole process. Compared
+with the sum of weights, gradients and AdamW states in fp32, 16 bytes for each of 982.6 M parameters.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from lowmem_db import environment
+from lowmem_db.models.saving import save_component
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "lowmem_db" / "models" / "configs" / "sd15"
+GIB = 1 << 30
+
+
+def write_random_model(folder: Path) -> None:
+    """Write a model of Stable Diffusion 1.5's shapes with random weights in fp16."""
+    for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        config = json.loads((CONFIGS / name / "config.json").read_text())
+        save_component(folder / name, kind.from_config(config), dtype=torch.float16)
+    text_config = CLIPTextConfig(**json.loads((CONFIGS / "text_encoder" / "config.json").read_text()))
+    save_component(folder / "text_encoder", CLIPTextModel(text_config), dtype=torch.float16)
+    shutil.copytree(CONFIGS / "scheduler", folder / "scheduler")
+    shutil.copytree(ROOT / "tests" / "assets" / "sd15_tokenizer", folder / "tokenizer")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+
+
+def measure_step(work: Path, *overrides: str) -> dict[str, Any]:
+    """Train one step in a process of its own; return its peak resident memory, its times and its losses."""
+    write_random_model(work / "model")
+    arguments = [
+        f"model.base={work / 'model'}", f"subject.instance_dir={ROOT / 'examples' / 'dog3'}",
+        "subject.instance_prompt=a photo of sks dog", "subject.class_prompt=a photo of dog",
+        f"output_dir={work / 'run'}", f"cache_dir={work / 'cache'}", "device=cpu", "data.resolution=64",
+        "prior.num_class_images=1", "prior.num_inference_steps=1", "prior.sample_batch_size=1",
+        "training.max_train_steps=1", "training.train_text_encoder=true", "logging.tensorboard=false", *overrides,
+    ]  # fmt: skip
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "lowmem_db", "train", *arguments], check=True, cwd=ROOT)
+    seconds = time.perf_counter() - started
+    row = json.loads((work / "run" / "metrics.jsonl").read_text())
+    return {
+        "benchmark": "sd15_step",
+        "overrides": list(overrides),
+        "process_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        "step_peak_bytes": row["peak_bytes"],
+        "step_seconds": row["seconds"],
+        "process_seconds": round(seconds, 1),
+        "loss": row["loss"],
+        "grad_norm": row["grad_norm"],
+        "weights_gradients_states_bytes": 16 * (859_520_964 + 123_060_480),
+        "versions": environment.versions(),
+    }
+
+
+def main() -> None:
+    """Measure, print a JSON line and a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path)
+    options, overrides = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as work:
+        result = measure_step(Path(work), *overrides)
+    print(json.dumps(result))
+    print(f"peak of the process   {result['process_peak_bytes'] / GIB:6.2f} GiB")
+    print(f"weights + gradients + states {result['weights_gradients_states_bytes'] / GIB:6.2f} GiB")
+    print(f"step                  {result['step_seconds']:6.1f} s")
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

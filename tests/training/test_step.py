@@ -1,0 +1,74 @@
+"""A step on numbers that are not finite touches no weight and says where it happened."""
+
+import pytest
+import torch
+
+from lowmem_db.config.schema import ObjectiveConfig, OptimizerConfig
+from lowmem_db.errors import NonFiniteError
+from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.objective.objective import Objective
+from lowmem_db.optimizers.handle import OptimizerHandle, build_optimizer
+from lowmem_db.records import Batch
+from lowmem_db.training.step import train_step
+from tests.objective.test_objective import ALPHAS_CUMPROD, make_batch
+from tests.tiny_models import tiny_text_encoder, tiny_unet
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def parts() -> tuple[Denoiser, Objective, OptimizerHandle]:
+    torch.manual_seed(0)
+    denoiser = Denoiser(tiny_unet(), tiny_text_encoder())
+    objective = Objective(
+        ObjectiveConfig(),
+        alphas_cumprod=ALPHAS_CUMPROD,
+        prediction_type="epsilon",
+        prior_loss_weight=1.0,
+        seed=0,
+        device=CPU,
+    )
+    optimizer = build_optimizer(OptimizerConfig(), denoiser.modules(), max_grad_norm=1.0, scale_loss=False, device=CPU)
+    optimizer.set_learning_rates({"unet": 1e-3, "text_encoder": 1e-3})
+    return denoiser, objective, optimizer
+
+
+def weights(optimizer: OptimizerHandle) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in optimizer.parameters()]
+
+
+def broken(batch: Batch, sample: int) -> Batch:
+    batch.latent_mean[sample, 0, 0, 0] = float("nan")
+    return batch
+
+
+def test_non_finite_loss_names_the_sample_and_leaves_the_weights(parts) -> None:
+    denoiser, objective, optimizer = parts
+    before = weights(optimizer)
+    with pytest.raises(NonFiniteError, match=r"step 6: the loss of 3\.png is not finite"):
+        train_step(denoiser, objective, optimizer, [broken(make_batch(), 3)], 5)
+    assert all(torch.equal(one, other) for one, other in zip(before, weights(optimizer), strict=True))
+
+
+def test_non_finite_gradient_leaves_the_weights(parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser, objective, optimizer = parts
+    before = weights(optimizer)
+    denoiser.unet.conv_out.bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteError, match="the gradient's norm is"):
+        train_step(denoiser, objective, optimizer, [make_batch()], 0)
+    assert all(torch.equal(one, other) for one, other in zip(before, weights(optimizer), strict=True))
+
+
+def test_step_reports_its_parts_and_frees_the_gradients(parts) -> None:
+    denoiser, objective, optimizer = parts
+    output = train_step(denoiser, objective, optimizer, [make_batch()], 0)
+    assert output.loss == pytest.approx(output.loss_instance + output.loss_prior, rel=1e-6)
+    assert output.grad_norm is not None
+    assert output.grad_norm > 0
+    assert all(parameter.grad is None for parameter in optimizer.parameters())
+
+
+def test_without_prior_samples_the_prior_loss_is_none(parts) -> None:
+    output = train_step(*parts, [make_batch(num_prior=0)], 0)
+    assert output.loss_prior is None
+    assert output.loss == output.loss_instance
