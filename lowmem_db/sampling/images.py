@@ -1,5 +1,6 @@
 """Tensors to pictures, and pictures to a labelled grid."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +50,5 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Im
 def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    num_fitting = bisect_right(range(len(text)), width, key=lambda length: font.getlength(text[:length] + "…"))
+    return text[: max(0, num_fitting - 1)] + "…"
