@@ -3,9 +3,9 @@
     python benchmarks/memory/sd15_step.py [--output benchmarks/results/sd15_step.json]
 
 The model is built from the configuration in this package and written to a temporary folder (2.1 GB, fp16); then
-`lowmem-db train` does its whole job on it in a process of its own: class image, caches, one step of UNet and text encoder
-with fp32 AdamW and prior preservation at 64 px, checkpoint, final model. The peak is that of the whole process. Compared
-with the sum of weights, gradients and AdamW states in fp32, 16 bytes for each of 982.6 M parameters.
+`lowmem-db train` does its whole job on it in a process of its own: class image, caches, one step of UNet and text
+encoder with fp32 AdamW and prior preservation at 64 px, checkpoint, final model. The peak is that of the whole process.
+Compared with weights, gradients and AdamW states in fp32, 16 bytes for each of 982.6 M parameters.
 """
 
 import argparse

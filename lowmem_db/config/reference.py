@@ -66,8 +66,8 @@ def _flags() -> list[str]:
     return [
         "## Flags of diffusers' `train_dreambooth.py`",
         "",
-        "Accepted as they are, with underscores or hyphens. Without a configuration file prior preservation is off unless",
-        "`--with_prior_preservation` is given, as there.",
+        "Accepted as they are, with underscores or hyphens. Without a configuration file prior preservation is off",
+        "unless `--with_prior_preservation` is given, as there.",
         "",
         "| flag | here |",
         "|---|---|",

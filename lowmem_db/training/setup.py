@@ -18,6 +18,7 @@ from lowmem_db.models.source import ModelFolder
 from lowmem_db.objective.objective import Objective
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
 from lowmem_db.optimizers.handle import build_optimizer
+from lowmem_db.storage import hub
 from lowmem_db.storage.atomic import write_folder
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.samples import draw_samples
@@ -38,6 +39,8 @@ def check_machine(config: Config, model: ModelFolder, device: torch.device) -> N
         environment.require("bitsandbytes")
     if config.logging.tensorboard:
         environment.require("tensorboard")
+    if config.final.push_to_hub:
+        hub.check_login()
     needed = disk_bytes(config, model)
     free = environment.free_disk_bytes(config.output_dir) + _bytes_to_be_replaced(config.output_dir)
     if needed > free:
@@ -105,10 +108,10 @@ def build_trainer(
 
 
 def write_final(trainer: Trainer, model: ModelFolder) -> None:
-    """Write ``final/``, a folder that ``StableDiffusionPipeline.from_pretrained`` loads.
+    """Write ``final/``, which ``StableDiffusionPipeline.from_pretrained`` loads; upload it where that is asked for.
 
     Raises:
-        StorageError: The disk is full.
+        StorageError: The disk is full, or the upload failed.
     """
     dtype = DTYPES[trainer.config.final.precision]
     with trainer.weights():
@@ -116,6 +119,9 @@ def write_final(trainer: Trainer, model: ModelFolder) -> None:
             trainer.run.final_dir,
             lambda folder: save_model(folder, model, trainer.denoiser.modules(), dtype=dtype),
         )
+    if trainer.config.final.push_to_hub:
+        model_id = trainer.config.final.hub_model_id or trainer.config.output_dir.absolute().name
+        say(f"uploaded to {hub.upload_model(trainer.run.final_dir, model_id)}")
 
 
 def _set_arithmetic(config: Config, device: torch.device) -> None:

@@ -124,7 +124,8 @@ def test_odd_demands_are_met(run: Run, config_file: Path, photos_dir: Path, tmp_
         "train", config_file, f"subject.instance_dir={one}", "training.train_batch_size=3", "prior.enabled=true",
         "prior.num_class_images=1", "data.resolution=40", f"subject.instance_prompt={prompt}",
         f"sampling.prompts={json.dumps([prompt], ensure_ascii=False)}", "sampling.num_images=1",
-        "sampling.num_inference_steps=1",        "training.train_text_encoder=true", "training.max_train_steps=1", "final.precision=fp16",
+        "sampling.num_inference_steps=1", "training.train_text_encoder=true", "training.max_train_steps=1",
+        "final.precision=fp16",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert "the model reads 16 tokens and does not see the last" in outcome.err
