@@ -64,7 +64,8 @@ def require(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:
-        raise DependencyError(f"{name}, for {library.serves}, does not load ({error}); {library.install}") from error
+        reason = " ".join(str(error).split())
+        raise DependencyError(f"{name}, for {library.serves}, does not load ({reason}); {library.install}") from error
 
 
 def back_ends() -> list[dict[str, Any]]:

@@ -39,7 +39,10 @@ class NonFiniteError(LowmemDbError):
     """The loss or the gradient is not finite; the weights were not touched."""
 
 
-class RunInterrupted(LowmemDbError):
-    """The run was asked to stop; a checkpoint was saved first."""
+class RunInterrupted(BaseException):
+    """The run was asked to stop; a checkpoint was saved first.
+
+    As :class:`KeyboardInterrupt` it is no Exception, so that no library swallows it with its own errors.
+    """
 
     exit_code = 130

@@ -46,7 +46,7 @@ def generate(
     from lowmem_db import environment
     from lowmem_db.models.saving import DTYPES
     from lowmem_db.sampling.generate import default_resolution, find_source, generate_images
-    from lowmem_db.sampling.images import GRID_FILE, save_rows
+    from lowmem_db.sampling.images import GRID_FILE, make_folder, save_rows
     from lowmem_db.sampling.latents import SamplingSettings
 
     found = find_source(source)
@@ -59,6 +59,7 @@ def generate(
         run_config=found.run_config,
     )
     where = environment.resolve_device(device)
+    make_folder(output)
     rows = generate_images(
         found,
         prompts,
@@ -69,6 +70,5 @@ def generate(
         device=where,
         dtype=DTYPES[precision or ("fp16" if where.type == "cuda" else "fp32")],
     )
-    output.mkdir(parents=True, exist_ok=True)
     save_rows(output, rows)
     typer.echo(output / GRID_FILE)

@@ -36,7 +36,7 @@ def main() -> None:
         signal.signal(number, _interrupt)
     try:
         app()
-    except LowmemDbError as error:
+    except (LowmemDbError, RunInterrupted) as error:
         for line in str(error).splitlines():
             console.print(f"error: {line}" if error.exit_code == 2 else line, markup=False)
         sys.exit(error.exit_code)

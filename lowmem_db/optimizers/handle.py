@@ -94,9 +94,9 @@ class OptimizerHandle:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the states of :meth:`state_dict`."""
+        """Take over the states of :meth:`state_dict`; the scale of the loss where both scale it."""
         self.optimizer.load_state_dict(dict(state["optimizer"]))
-        if self.scaler is not None:
+        if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(dict(state["scaler"]))
 
     def bytes_per_parameter(self) -> float:

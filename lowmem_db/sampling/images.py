@@ -1,11 +1,14 @@
 """Tensors to pictures, and pictures to a labelled grid."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from lowmem_db.storage.atomic import as_storage_error
 
 GRID_FILE = "grid.png"
 _MARGIN = 4
@@ -18,12 +21,31 @@ def to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in scaled]
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of pictures, before the first of them is drawn.
+
+    Raises:
+        StorageError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise as_storage_error(error, folder) from error
+
+
 def save_rows(folder: Path, rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> None:
-    """Save each picture as ``PROMPT-IMAGE.png``, numbered from zero, and a grid of all."""
-    for number, (_, pictures) in enumerate(rows):
-        for index, picture in enumerate(pictures):
-            picture.save(folder / f"{number:02d}-{index:02d}.png")
-    labelled_grid(rows).save(folder / GRID_FILE)
+    """Save each picture as ``PROMPT-IMAGE.png``, numbered from zero, and a grid of all.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    try:
+        for number, (_, pictures) in enumerate(rows):
+            for index, picture in enumerate(pictures):
+                picture.save(folder / f"{number:02d}-{index:02d}.png")
+        labelled_grid(rows).save(folder / GRID_FILE)
+    except OSError as error:
+        raise as_storage_error(error, folder) from error
 
 
 def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
@@ -49,6 +71,5 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Im
 def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    num_fitting = bisect_right(range(len(text)), width, key=lambda length: font.getlength(text[:length] + "…"))
+    return text[: max(0, num_fitting - 1)] + "…"

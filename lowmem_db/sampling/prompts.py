@@ -74,7 +74,7 @@ def read_prompt_file(path: Path) -> list[str]:
         DataError: The file cannot be read or holds no prompt.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text ({error}); allowed: UTF-8, one prompt in each line") from error
     prompts = [line for line in lines if line and not line.startswith("#")]

@@ -1,6 +1,7 @@
 """From a configuration and prepared data to a trainer, and from a trained model to ``final/``."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -40,12 +41,20 @@ def check_machine(config: Config, model: ModelFolder, device: torch.device) -> N
         environment.require("tensorboard")
     if config.final.push_to_hub:
         hub.check_login()
-    needed, free = disk_bytes(config, model), environment.free_disk_bytes(config.output_dir)
+    needed = disk_bytes(config, model)
+    free = environment.free_disk_bytes(config.output_dir) + _bytes_to_be_replaced(config.output_dir)
     if needed > free:
         raise StorageError(
             f"output_dir: {config.output_dir} needs {needed / environment.GIB:.1f} GiB for checkpoints and the final "
             f"model, and {free / environment.GIB:.1f} GiB are free; lower checkpointing.keep, or choose another disk"
         )
+
+
+def _bytes_to_be_replaced(output_dir: Path) -> int:
+    """Return the bytes of checkpoints and final model that stand there already, as when a run goes on."""
+    run = RunFolder(output_dir)
+    files = [file for folder in (run.checkpoints_dir, run.final_dir) for file in folder.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def disk_bytes(config: Config, model: ModelFolder) -> int:

@@ -1,0 +1,93 @@
+"""``lowmem-db generate``: from a run, a checkpoint, a model folder."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lowmem_db.storage.run_folder import RunFolder
+from tests.cli.conftest import Run
+
+QUICK = ("--prompt", "a zx dog", "--num-inference-steps", 1, "--num-images", 2)
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def size_of(file: Path) -> tuple[int, int]:
+    with Image.open(file) as picture:
+        return picture.size
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_run_and_its_checkpoint_draw_the_same(run: Run, config_file: Path, tmp_path: Path, ema: bool) -> None:
+    fields = ("training.train_text_encoder=true", "training.learning_rate=1e-2", f"ema.enabled={ema}")
+    assert run("train", config_file, *fields).code == 0
+    folder = RunFolder(tmp_path / "run")
+    whole = run("generate", folder.root, *QUICK, "-o", tmp_path / "a")
+    assert (whole.code, whole.out.strip()) == (0, str(tmp_path / "a" / "grid.png"))
+    shutil.rmtree(folder.final_dir)
+    half = run("generate", folder.root, *QUICK, "-o", tmp_path / "b")
+    assert half.code == 0
+    assert "the run is not done: drawing from its checkpoint of step 2" in half.err
+    assert pictures(tmp_path / "a") == pictures(tmp_path / "b")
+    shutil.rmtree(folder.checkpoints_dir)
+    nothing = run("generate", folder.root, *QUICK)
+    assert nothing.code == 2
+    assert "has no final model and no complete checkpoint yet" in nothing.err
+
+
+def test_model_folder_draws_what_its_seed_says(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    drawn = {}
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        assert run("generate", tiny_model, *QUICK, "--seed", seed, "-o", tmp_path / name).code == 0
+        drawn[name] = pictures(tmp_path / name)
+    assert set(drawn["a"]) == {"00-00.png", "00-01.png", "grid.png"}
+    assert drawn["a"] == drawn["b"]
+    assert drawn["a"]["00-00.png"] != drawn["c"]["00-00.png"]
+    assert drawn["a"]["00-00.png"] != drawn["a"]["00-01.png"]
+
+
+def test_size_is_that_of_the_model_or_the_one_asked_for(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    assert run("generate", tiny_model, *QUICK, "-o", tmp_path / "own").code == 0
+    assert size_of(tmp_path / "own" / "00-00.png") == (32, 32)
+    assert run("generate", tiny_model, *QUICK, "--resolution", 40, "-o", tmp_path / "asked").code == 0
+    assert size_of(tmp_path / "asked" / "00-00.png") == (40, 40)
+
+
+def test_suites_are_listed(run: Run) -> None:
+    outcome = run("generate", "demo", "--list-suites")
+    assert outcome.code == 0
+    assert "live_subjects" in outcome.out.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ((), "there is nothing to draw"),
+        (("--suite", "objects"), "say --identifier sks --class-noun dog"),
+        (("--suite", "nothing"), "--suite: "),
+        (("--prompt-file", "nothing.txt"), "nothing.txt: cannot be read"),
+        (("--prompt", "x", "--device", "cuda:9"), "device: 'cuda:9' is not there"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(run: Run, tiny_model: Path, arguments: tuple, part: str) -> None:
+    outcome = run("generate", tiny_model, *arguments)
+    assert outcome.code == 2
+    assert part in outcome.err
+    assert outcome.out == ""
+
+
+def test_folder_that_cannot_be_made_is_refused_before_drawing(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    outcome = run("generate", tiny_model, *QUICK, "-o", tmp_path / "file")
+    assert outcome.code == 2
+    assert "file: cannot be written" in outcome.err
+
+
+def test_nothing_by_that_name_is_refused(run: Run, tmp_path: Path) -> None:
+    outcome = run("generate", tmp_path / "nothing", *QUICK)
+    assert outcome.code == 2
+    assert "neither a folder nor a hub id" in outcome.err

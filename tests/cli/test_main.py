@@ -1,0 +1,146 @@
+"""What all commands have in common: help, exit codes, what goes to which stream."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lowmem_db.cli import main as main_module
+from lowmem_db.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DependencyError,
+    ModelError,
+    NonFiniteError,
+    RunInterrupted,
+    StorageError,
+)
+from tests.cli.conftest import Run
+
+COMMANDS = ("train", "prepare", "generate", "identifiers", "doctor")
+HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL")
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_every_command_has_help_on_standard_output(run: Run, command: str | None) -> None:
+    outcome = run(*[command] if command else [], "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "Usage" in outcome.out
+    for name in COMMANDS if command is None else ():
+        assert name in outcome.out
+
+
+def test_help_imports_nothing_heavy(environment_of_commands: dict[str, str]) -> None:
+    program = (
+        "import sys\nfrom lowmem_db.cli.main import main\nsys.argv = ['lowmem-db', '--help']\n"
+        f"try:\n    main()\nexcept SystemExit:\n    print('\\n' + ','.join(set({HEAVY}) & set(sys.modules)) + '.')"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program], env=environment_of_commands, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.splitlines()[-1] == "."
+
+
+def test_wrong_configuration_is_answered_without_torch(environment_of_commands: dict[str, str]) -> None:
+    program = (
+        "import sys\nfrom lowmem_db.cli.main import main\nsys.argv = ['lowmem-db', 'train', 'seed=x']\n"
+        "try:\n    main()\nexcept SystemExit as ended:\n    print(ended.code, 'torch' in sys.modules)"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program], env=environment_of_commands, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed == "2 False\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError, 2),
+        (DataError, 2),
+        (ModelError, 2),
+        (CheckpointError, 2),
+        (DependencyError, 2),
+        (StorageError, 2),
+        (NonFiniteError, 2),
+        (RunInterrupted, 130),
+    ],
+)
+def test_error_gives_its_code_and_its_lines(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], code: int
+) -> None:
+    def fail() -> None:
+        raise error("first: :dog: [bold]\nsecond: way out")
+
+    monkeypatch.setattr(main_module, "app", fail)
+    outcome = run()
+    prefix = "error: " if code == 2 else ""
+    assert outcome.code == code
+    assert outcome.err == f"{prefix}first: :dog: [bold]\n{prefix}second: way out\n"
+    assert outcome.out == ""
+
+
+def test_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(main_module, "app", fail)
+    with pytest.raises(ZeroDivisionError):
+        run()
+
+
+def test_interruption_is_not_swallowed_with_the_errors_of_a_library() -> None:
+    assert not issubclass(RunInterrupted, Exception)
+
+
+def test_unknown_command_is_refused(run: Run) -> None:
+    outcome = run("trian")
+    assert outcome.code == 2
+    assert "train" in outcome.err
+    assert outcome.out == ""
+
+
+def test_doctor_prints_json_alone_on_standard_output(run: Run) -> None:
+    outcome = run("doctor", "--json")
+    report = json.loads(outcome.out)
+    assert outcome.code == 0
+    assert set(report) >= {"versions", "platform", "devices", "back_ends"}
+    assert report["versions"]["torch"]
+    assert report["devices"][0]["device"] == "cpu"
+    for back_end in report["back_ends"]:
+        assert set(back_end) == {"name", "serves", "active", "reason"}
+        assert back_end["reason"]
+
+
+def test_doctor_shows_every_back_end(run: Run) -> None:
+    outcome = run("doctor")
+    assert outcome.code == 0
+    for name in ("bitsandbytes", "xformers", "triton", "cpu"):
+        assert name in outcome.out
+
+
+def test_identifiers_are_printed_with_their_tokens(run: Run) -> None:
+    outcome = run("identifiers", "demo", "--count", 3)
+    assert outcome.code == 0
+    assert len(outcome.out.splitlines()) == 3
+    for line in outcome.out.splitlines():
+        text, ids = line.split("\t")
+        assert text
+        assert all(number.isdigit() for number in ids.split())
+    assert run("identifiers", "demo", "--count", 3).out == outcome.out
+    assert run("identifiers", "demo", "--count", 3, "--seed", 1).out != outcome.out
+
+
+def test_identifiers_of_no_model_are_refused(run: Run, tmp_path: Path) -> None:
+    outcome = run("identifiers", tmp_path / "nothing")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: model.base: ")
+
+
+def test_module_and_program_are_the_same(start: Callable[..., subprocess.Popen]) -> None:
+    out, err = start("--help").communicate(timeout=60)
+    assert "Usage: python -m lowmem_db" in out
+    assert err == ""

@@ -1,0 +1,185 @@
+"""``lowmem-db train`` and ``prepare``: what a user does wrong, and Ctrl-C."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lowmem_db import environment
+from lowmem_db.storage.run_folder import RunFolder
+from tests.cli.conftest import Run
+
+
+def assert_refused(outcome: object, *parts: str) -> None:
+    """Compare: exit code 2, one line on standard error that holds the parts, nothing on standard output."""
+    assert outcome.code == 2, outcome
+    errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, outcome.err
+    for part in parts:
+        assert part in errors[0]
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+
+
+def test_run_leaves_its_files_and_says_where(run: Run, config_file: Path, tmp_path: Path) -> None:
+    outcome = run("train", config_file)
+    folder = RunFolder(tmp_path / "run")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert f"lowmem-db generate {folder.root}" in outcome.err
+    assert folder.complete_steps() == [2]
+    assert (folder.final_dir / "model_index.json").is_file()
+    rows = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert set(rows[0]) == {
+        "step", "loss", "loss_instance", "loss_prior", "lr", "lr_text_encoder", "grad_norm", "seconds", "peak_bytes",
+    }  # fmt: skip
+    assert json.loads(folder.environment_file.read_text())["versions"]["torch"]
+
+    assert_refused(run("train", config_file), "output_dir: ", "holds a run with checkpoints; continue it with --resume")
+    assert_refused(
+        run("train", config_file, "--resume", "training.train_text_encoder=true"),
+        "cannot change training.train_text_encoder was False, is True",
+    )
+    again = run("train", "--resume", folder.config_file)
+    assert again.code == 0
+    assert "going on after step 2" in again.err
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--resume_from_checkpoint=latest", "--resume-from-checkpoint=latest"])
+def test_resume_starts_where_there_is_no_checkpoint(run: Run, config_file: Path, flag: str) -> None:
+    outcome = run("train", config_file, flag, "training.max_train_steps=1")
+    assert outcome.code == 0
+    assert "has no complete checkpoint, starting at step 1" in outcome.err
+
+
+def test_all_problems_of_a_configuration_are_shown_at_once(run: Run, config_file: Path) -> None:
+    outcome = run("train", config_file, "trainin.x=1", "seed=x", "data.crop=left")
+    assert outcome.code == 2
+    assert len([line for line in outcome.err.splitlines() if line.startswith("error: ")]) == 3
+
+
+def test_two_configuration_files_are_refused(run: Run, config_file: Path) -> None:
+    assert_refused(run("train", config_file, "other.yaml"), "other.yaml: one configuration file is read")
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("model.base=nowhere/at/all", ("model.base: ", "neither a folder nor a hub id")),
+        ("subject.instance_dir=nowhere", ("subject.instance_dir: ", "nowhere")),
+        ("device=cuda:9", ("device: 'cuda:9' is not there",)),
+        ("memory.attention=xformers", ("xformers",)),
+    ],
+)
+def test_what_is_missing_is_refused_by_its_field(
+    run: Run, config_file: Path, argument: str, parts: tuple[str, ...]
+) -> None:
+    assert_refused(run("train", config_file, argument), *parts)
+
+
+def test_output_dir_that_is_a_file_is_refused(run: Run, config_file: Path) -> None:
+    assert_refused(run("train", config_file, f"output_dir={config_file}"), "tiny.yaml", "cannot be written")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_output_dir_that_cannot_be_written_is_refused(run: Run, config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert_refused(run("train", config_file, f"output_dir={tmp_path / 'locked' / 'run'}"), "cannot be written")
+
+
+def test_disk_that_is_too_small_is_refused_before_the_run(
+    run: Run, config_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(environment, "free_disk_bytes", lambda path: 1000)
+    assert_refused(run("train", config_file), "output_dir: ", "GiB are free; lower checkpointing.keep")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_disk_that_held_a_run_is_large_enough_to_go_on(
+    run: Run, config_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+    monkeypatch.setattr("lowmem_db.training.setup.disk_bytes", lambda *_: asked.append(1) or 3_000_000)
+    monkeypatch.setattr(environment, "free_disk_bytes", lambda path: 3_000_000)
+    assert run("train", config_file).code == 0
+    written = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*.safetensors"))
+    monkeypatch.setattr(environment, "free_disk_bytes", lambda path: 3_000_000 - written)
+    assert run("train", config_file, "--resume").code == 0
+    assert len(asked) == 2
+
+
+def test_odd_demands_are_met(run: Run, config_file: Path, photos_dir: Path, tmp_path: Path) -> None:
+    """One photo, a batch larger than the photos, one class image, 8 times an odd number of pixels, an odd prompt."""
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(next(photos_dir.glob("*.png")), one)
+    prompt = "a \"zx\" 'dog' — süß 犬 🐕 {0} [bold] :dog: #1 " + "x" * 3000
+    outcome = run(
+        "train", config_file, f"subject.instance_dir={one}", "training.train_batch_size=3", "prior.enabled=true",
+        "prior.num_class_images=1", "data.resolution=40", f"subject.instance_prompt={prompt}",
+        f"sampling.prompts={json.dumps([prompt], ensure_ascii=False)}", "sampling.num_images=1",
+        "sampling.num_inference_steps=1", "training.train_text_encoder=true", "training.max_train_steps=1",
+        "final.precision=fp16",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "the model reads 16 tokens and does not see the last" in outcome.err
+    assert ":dog: #1" in outcome.err
+
+
+@pytest.mark.parametrize("seed", [-1, 0, 2**63, 10**30])
+def test_any_seed_trains(run: Run, config_file: Path, seed: int) -> None:
+    assert run("train", config_file, f"seed={seed}", "training.max_train_steps=1").code == 0
+
+
+def test_prepare_fills_the_caches_and_says_what_it_reused(run: Run, config_file: Path, tmp_path: Path) -> None:
+    arguments = ("prepare", config_file, "prior.enabled=true", "prior.num_class_images=2")
+    first, second = run(*arguments), run(*arguments)
+    assert (first.code, second.code) == (0, 0)
+    assert "drawing 2 of 2" in first.err
+    assert "all 2 are there" in second.err
+    assert "3 of 3 pictures" in second.err
+    assert "ready: 3 photos, 2 class images" in second.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_signal_saves_a_checkpoint_and_ends_with_130(
+    start: Callable[..., subprocess.Popen], config_file: Path, tmp_path: Path
+) -> None:
+    """Both signals at the same time, because most of it is waiting for the start."""
+    endless = ("training.max_train_steps=100000", "checkpointing.every=100000")
+    processes = {
+        number: start("train", config_file, f"output_dir={tmp_path / number.name}", *endless)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        for number, process in processes.items():
+            wait_for_first_step(process, RunFolder(tmp_path / number.name))
+            process.send_signal(number)
+        for number, process in processes.items():
+            out, err = process.communicate(timeout=60)
+            folder = RunFolder(tmp_path / number.name)
+            (step,) = folder.complete_steps()
+            assert process.returncode == 130
+            assert len(folder.metrics_file.read_text().splitlines()) == step
+            assert err.splitlines()[-1] == f"{number.name}: stopped after step {step}; continue with --resume"
+            assert "Traceback" not in err
+            assert out == ""
+            assert not list(folder.checkpoints_dir.glob("*tmp*"))
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.communicate()
+
+
+def wait_for_first_step(process: subprocess.Popen, folder: RunFolder) -> None:
+    deadline = time.monotonic() + 90
+    while not (folder.metrics_file.is_file() and folder.metrics_file.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no step in a minute and a half"
+        time.sleep(0.05)

@@ -1,0 +1,140 @@
+"""What the machine has, and what is said where it has it not."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from lowmem_db import environment
+from lowmem_db.errors import ConfigError, DependencyError
+
+NAMES = [library.name for library in environment.OPTIONAL_LIBRARIES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_library_is_refused_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DependencyError) as refused:
+        environment.require(name)
+    assert name in str(refused.value)
+    assert 'pip install "lowmem-db[' in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("error", [OSError("libcudart.so: cannot open"), RuntimeError("no\nCUDA"), ImportError("x")])
+def test_library_that_does_not_load_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(environment.importlib, "import_module", fail)
+    with pytest.raises(DependencyError) as refused:
+        environment.require("bitsandbytes")
+    assert str(error).split()[0] in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    for library in environment.OPTIONAL_LIBRARIES:
+        extra = library.install.partition("[")[2].partition("]")[0]
+        (line,) = [line for line in project.splitlines() if line.startswith(f"{extra} = [")]
+        assert library.name.replace("_", "-") in line
+
+
+def test_back_ends_say_why_they_do_not_serve() -> None:
+    found = {back_end["name"]: back_end for back_end in environment.back_ends()}
+    assert list(found) == NAMES
+    for back_end in found.values():
+        assert back_end["reason"]
+    if not torch.cuda.is_available():
+        assert not found["xformers"]["active"]
+        assert not found["triton"]["active"]
+
+
+def test_library_that_is_not_installed_is_not_active(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "is_installed", lambda name: False)
+    for back_end in environment.back_ends():
+        assert not back_end["active"]
+        assert "not installed" in back_end["reason"]
+
+
+def test_versions_are_those_installed() -> None:
+    versions = environment.versions()
+    assert versions["torch"] == torch.__version__
+    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert environment.version_of("no-such-package-at-all") is None
+
+
+def test_description_is_json() -> None:
+    described = json.loads(json.dumps(environment.describe()))
+    assert set(described) == {"versions", "platform", "devices"}
+    assert described["devices"][0]["device"] == "cpu"
+    assert described["devices"][0]["total_bytes"] > 1 << 28
+
+
+@pytest.mark.parametrize(("available", "device"), [(True, "cuda"), (False, "cpu")])
+def test_auto_takes_the_first_cuda_device_or_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, available: bool, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert environment.resolve_device("auto") == torch.device(device)
+
+
+@pytest.mark.parametrize(("count", "name"), [(0, "cuda"), (0, "cuda:0"), (1, "cuda:1"), (2, "cuda:7")])
+def test_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, count: int, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(
+        ConfigError, match=rf"device: '{name}' is not there, .* sees {count} CUDA devices; allowed: auto"
+    ):
+        environment.resolve_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:1"])
+def test_device_that_is_there_is_taken(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert environment.resolve_device(name) == torch.device(name)
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "refused"),
+    [((7, 5), "bf16", True), ((7, 5), "fp16", False), ((7, 5), "no", False), ((8, 0), "bf16", False)],
+)
+def test_bf16_is_refused_on_cards_that_have_it_not(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str, refused: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    if refused:
+        with pytest.raises(ConfigError, match=r"not native on Tesla T4; .* Use training\.mixed_precision=fp16"):
+            environment.check_precision(precision, torch.device("cuda"))
+    else:
+        environment.check_precision(precision, torch.device("cuda"))
+    environment.check_precision("bf16", torch.device("cpu"))
+
+
+def test_peak_of_the_process_is_what_the_system_says() -> None:
+    peak = environment.peak_bytes(torch.device("cpu"))
+    assert 0.9 * psutil.Process().memory_info().rss <= peak <= environment.total_host_bytes()
+    assert environment.total_host_bytes() == pytest.approx(psutil.virtual_memory().total, rel=0.01)
+
+
+def test_free_bytes_of_a_path_that_is_not_there_yet(tmp_path: Path) -> None:
+    assert environment.free_disk_bytes(tmp_path / "a" / "b" / "c") > 0
+    assert environment.free_disk_bytes(Path("a/b")) > 0
+
+
+def test_libraries_are_quiet_but_for_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    monkeypatch.delenv("DIFFUSERS_VERBOSITY", raising=False)
+    monkeypatch.setattr(logging.getLogger("bitsandbytes"), "level", logging.NOTSET)
+    environment.quiet_libraries()
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
+    assert os.environ["DIFFUSERS_VERBOSITY"] == "error"
+    monkeypatch.setenv("DIFFUSERS_VERBOSITY", "error")
