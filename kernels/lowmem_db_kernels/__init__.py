@@ -5,7 +5,16 @@ Every operator has an eager twin of the same signature. `status` says what serve
 """
 
 from .diffusion_loss import DiffusionLoss, diffusion_loss
-from .dispatch import Choice, KernelUnavailableError, Operator, OperatorStatus, registry, self_test, status
+from .dispatch import (
+    Choice,
+    KernelUnavailableError,
+    Operator,
+    OperatorStatus,
+    registry,
+    requested_mode,
+    self_test,
+    status,
+)
 from .noise import NoiseTables, noise, noise_tables
 from .philox import Stream
 
@@ -21,6 +30,7 @@ __all__ = [
     "noise",
     "noise_tables",
     "registry",
+    "requested_mode",
     "self_test",
     "status",
 ]
