@@ -25,6 +25,8 @@ from .dispatch import (
     self_test,
     status,
 )
+from .geglu import geglu
+from .group_norm_silu import group_norm_silu
 from .noise import NoiseTables, noise, noise_tables
 from .numerics import FrozenWeightsError, check_learning_rate, movable_fraction
 from .philox import Stream, standard_normal_eager
@@ -47,6 +49,8 @@ __all__ = [
     "check_learning_rate",
     "diffusion_loss",
     "from_bitsandbytes",
+    "geglu",
+    "group_norm_silu",
     "init_state",
     "movable_fraction",
     "noise",
