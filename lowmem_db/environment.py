@@ -90,6 +90,31 @@ def _back_end(library: OptionalLibrary) -> dict[str, Any]:
     return {"name": library.name, "serves": library.serves, "active": False, "reason": reason}
 
 
+def kernels() -> list[dict[str, str]]:
+    """Say of each operator of ``lowmem_db_kernels`` what serves it on this machine, and why.
+
+    Raises:
+        DependencyError: ``LOWMEM_DB_KERNELS`` asks for what cannot serve.
+    """
+    import lowmem_db_kernels
+
+    try:
+        return [status._asdict() for status in lowmem_db_kernels.status()]
+    except lowmem_db_kernels.KernelUnavailableError as error:
+        raise DependencyError(f"{error}; allowed: auto, triton on a CUDA device, eager, interpret") from error
+
+
+def check_kernels() -> None:
+    """Refuse a request for kernels that cannot serve here.
+
+    Raises:
+        DependencyError: ``LOWMEM_DB_KERNELS`` asks for them.
+    """
+    for status in kernels():
+        if status["backend"] == "unavailable":
+            raise DependencyError(f"{status['op']}: {status['reason']}")
+
+
 def version_of(package: str) -> str | None:
     """Return the version of an installed package, or None."""
     try:

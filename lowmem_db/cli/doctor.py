@@ -15,7 +15,10 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
     from lowmem_db import environment
 
-    report: dict[str, Any] = environment.describe() | {"back_ends": environment.back_ends()}
+    report: dict[str, Any] = environment.describe() | {
+        "back_ends": environment.back_ends(),
+        "kernels": environment.kernels(),
+    }
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
@@ -32,3 +35,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
             back_end["name"], back_end["serves"], "yes" if back_end["active"] else "no", escape(back_end["reason"])
         )
     out.print(table)
+    operators = Table("kernel", "served by", "why")
+    for kernel in report["kernels"]:
+        operators.add_row(kernel["op"], kernel["backend"], escape(kernel["reason"]))
+    out.print(operators)

@@ -1,5 +1,7 @@
 """TAEF2, a tiny autoencoder with factor 8 and 32 latent channels, as a diffusers module."""
 
+from collections.abc import Sequence
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
@@ -78,9 +80,9 @@ class AutoencoderTAEF2(ModelMixin, ConfigMixin):
     def __init__(
         self,
         latent_channels: int = 32,
-        block_out_channels: tuple[int, ...] = (64, 64, 64, 64),
-        latents_mean: list[float] | None = None,
-        latents_std: list[float] | None = None,
+        block_out_channels: Sequence[int] = (64, 64, 64, 64),
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
         scaling_factor: float = 1.0,
         force_upcast: bool = False,
     ) -> None:

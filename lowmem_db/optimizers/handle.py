@@ -94,8 +94,14 @@ class OptimizerHandle:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the states of :meth:`state_dict`; the scale of the loss where both scale it."""
+        """Take over the states of :meth:`state_dict`; the scale of the loss where both scale it.
+
+        Settings such as the weight decay stay those of this run: a resumed run may have changed them.
+        """
+        settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(dict(state["optimizer"]))
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(dict(state["scaler"]))
 

@@ -30,11 +30,12 @@ def check_machine(config: Config, model: ModelFolder, device: torch.device) -> N
 
     Raises:
         ConfigError: The device cannot compute in ``training.mixed_precision``.
-        DependencyError: A library that was asked for is missing.
+        DependencyError: A library that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for what cannot serve.
         StorageError: The disk is too small for the run's checkpoints and final model.
     """
     environment.check_precision(config.training.mixed_precision, device)
     attention.check(config.memory.attention, device)
+    environment.check_kernels()
     if config.optimizer.name == "adamw8bit":
         environment.require("bitsandbytes")
     if config.logging.tensorboard:

@@ -240,3 +240,15 @@ def test_missing_bitsandbytes_is_refused_with_the_command(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(DependencyError, match=r'bitsandbytes, for 8-bit AdamW, .*; pip install "lowmem-db\[8bit\]"'):
         build("adamw8bit", modules())
+
+
+def test_resumed_optimizer_keeps_the_settings_of_its_run() -> None:
+    def build(weight_decay: float) -> OptimizerHandle:
+        config = OptimizerConfig(weight_decay=weight_decay)
+        return build_optimizer(
+            config, {"unet": nn.Linear(2, 2)}, max_grad_norm=None, scale_loss=False, device=torch.device("cpu")
+        )
+
+    before, after = build(0.1), build(0.3)
+    after.load_state_dict(before.state_dict())
+    assert after.optimizer.param_groups[0]["weight_decay"] == 0.3
