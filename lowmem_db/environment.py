@@ -42,6 +42,7 @@ OPTIONAL_LIBRARIES = (
     OptionalLibrary("pillow_heif", "HEIC photos", "HEIC photos are refused", 'pip install "lowmem-db[heic]"'),
     OptionalLibrary("tensorboard", "live curves", "metrics.jsonl alone", 'pip install "lowmem-db[tensorboard]"'),
 )
+_ACCELERATING = {"bitsandbytes", "xformers", "triton"}
 _NEEDS_CUDA = {"xformers", "triton"}
 _BY_NAME = {library.name: library for library in OPTIONAL_LIBRARIES}
 _REPORTED_PACKAGES = (
@@ -88,6 +89,15 @@ def _back_end(library: OptionalLibrary) -> dict[str, Any]:
         else:
             return {"name": library.name, "serves": library.serves, "active": True, "reason": "installed and loads"}
     return {"name": library.name, "serves": library.serves, "active": False, "reason": reason}
+
+
+def reference_paths() -> str | None:
+    """Say in one line which accelerated parts do not serve here, and what does instead; None where all of them do."""
+    resting = {back_end["name"] for back_end in back_ends() if not back_end["active"]} & _ACCELERATING
+    if not resting:
+        return None
+    instead = "; ".join(f"{name}: {_BY_NAME[name].without_it}" for name in sorted(resting))
+    return f"reference paths: {instead} (`lowmem-db doctor` says why)"
 
 
 def kernels() -> list[dict[str, str]]:

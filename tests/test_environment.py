@@ -138,3 +138,15 @@ def test_libraries_are_quiet_but_for_what_the_user_set(monkeypatch: pytest.Monke
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
     assert os.environ["DIFFUSERS_VERBOSITY"] == "error"
     monkeypatch.setenv("DIFFUSERS_VERBOSITY", "error")
+
+
+def test_reference_paths_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"bitsandbytes": True, "xformers": False, "triton": False, "tensorboard": False}
+    monkeypatch.setattr(
+        environment, "back_ends", lambda: [{"name": name, "active": active} for name, active in states.items()]
+    )
+    assert environment.reference_paths() == (
+        "reference paths: triton: eager PyTorch; xformers: SDPA of torch (`lowmem-db doctor` says why)"
+    )
+    states |= {"xformers": True, "triton": True}
+    assert environment.reference_paths() is None

@@ -142,4 +142,6 @@ def _say_what_trains(model: ModelFolder, denoiser: Denoiser, device: torch.devic
         name: sum(parameter.numel() for parameter in module.parameters()) for name, module in denoiser.modules().items()
     }
     trained = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items())
+    if (note := environment.reference_paths()) is not None:
+        say(note)
     say(f"training {model.name} ({model.family.name}) on {device}: {trained} parameters")
