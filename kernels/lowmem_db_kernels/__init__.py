@@ -4,23 +4,63 @@ Every operator has an eager twin of the same signature. `status` says what serve
 `LOWMEM_DB_KERNELS` (`auto`, `triton`, `eager`, `interpret`) decides otherwise.
 """
 
+from .adamw8bit_step import (
+    MINIMUM_8BIT_SIZE,
+    AdamW8bitState,
+    adamw8bit_step,
+    adamw8bit_step_flat,
+    bias_corrections,
+    from_bitsandbytes,
+    init_state,
+    to_bitsandbytes,
+)
 from .diffusion_loss import DiffusionLoss, diffusion_loss
-from .dispatch import Choice, KernelUnavailableError, Operator, OperatorStatus, registry, self_test, status
+from .dispatch import (
+    Choice,
+    KernelUnavailableError,
+    Operator,
+    OperatorStatus,
+    registry,
+    requested_mode,
+    self_test,
+    status,
+)
+from .geglu import geglu
+from .group_norm_silu import group_norm_silu
 from .noise import NoiseTables, noise, noise_tables
-from .philox import Stream
+from .numerics import FrozenWeightsError, check_learning_rate, movable_fraction
+from .philox import Stream, standard_normal_eager
+from .rounding import pack_extra_bits_eager, unpack_extra_bits_eager
 
 __all__ = [
+    "MINIMUM_8BIT_SIZE",
+    "AdamW8bitState",
     "Choice",
     "DiffusionLoss",
+    "FrozenWeightsError",
     "KernelUnavailableError",
     "NoiseTables",
     "Operator",
     "OperatorStatus",
     "Stream",
+    "adamw8bit_step",
+    "adamw8bit_step_flat",
+    "bias_corrections",
+    "check_learning_rate",
     "diffusion_loss",
+    "from_bitsandbytes",
+    "geglu",
+    "group_norm_silu",
+    "init_state",
+    "movable_fraction",
     "noise",
     "noise_tables",
+    "pack_extra_bits_eager",
     "registry",
+    "requested_mode",
     "self_test",
+    "standard_normal_eager",
     "status",
+    "to_bitsandbytes",
+    "unpack_extra_bits_eager",
 ]

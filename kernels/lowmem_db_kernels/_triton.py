@@ -37,16 +37,19 @@ INTERPRETED = HAS_TRITON and not isinstance(tl.sum, triton.runtime.jit.JITFuncti
 FP_FUSION = False
 
 
-def jit(function: Any) -> Any:
+def jit(function: Any = None, *, unspecialized: tuple[str, ...] = ()) -> Any:
     """Mark a function as a Triton kernel or device function.
 
     Args:
-        function: The function.
+        function: The function; a decorator is returned where it is left out.
+        unspecialized: Integer arguments that change from call to call; no value of theirs gets a kernel of its own.
 
     Returns:
         The Triton function, or `function` itself where Triton is absent.
     """
-    return triton.jit(function) if HAS_TRITON else function
+    if function is None:
+        return lambda function: jit(function, unspecialized=unspecialized)
+    return triton.jit(function, do_not_specialize=list(unspecialized)) if HAS_TRITON else function
 
 
 def cdiv(numerator: int, denominator: int) -> int:

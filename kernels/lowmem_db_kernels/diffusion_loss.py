@@ -256,14 +256,14 @@ def diffusion_loss_eager(
     value, slope = _elementwise(difference, LOSS_KINDS[kind], c)
     if mask is not None:
         value, slope = value * mask, slope * mask
-    weight = weights[timesteps] / (target.numel() // max(num_samples, 1) or 1)
+    weight = weights[timesteps] / max(target[:1].numel(), 1)
     losses = value.flatten(1).sum(1) * weight
     instance_share, prior_share = _part_weight(prior_loss_weight, num_samples, num_instance)
     share = torch.full_like(weight, prior_share)
     share[:num_instance] = instance_share
     gradient[:, :num_channels] = slope * (weight * share * grad_scale).reshape(per_sample)
     gradient[:, num_channels:] = 0
-    instance = losses[:num_instance].sum() * instance_share
+    instance = losses[:num_instance].sum() / max(num_instance, 1)
     prior = losses[num_instance:].sum() / max(num_samples - num_instance, 1)
     total = instance + prior_loss_weight * prior
     finite = (torch.isfinite(gradient).all() & torch.isfinite(total)).to(torch.float32)
@@ -316,8 +316,10 @@ def _loss_kernel(
     spatial_size,
     num_chunks,
     num_instance,
-    instance_scale,
-    prior_scale,
+    sample_size,
+    instance_share,
+    prior_share,
+    grad_scale,
     overflow,
     KIND: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -338,7 +340,8 @@ def _loss_kernel(
     channel = tl.program_id(1)
     sample = tl.program_id(2)
     timestep = tl.load(timesteps_ptr + sample)
-    scale = tl.load(weights_ptr + timestep) * tl.where(sample < num_instance, instance_scale, prior_scale)
+    weight = tl.div_rn(tl.load(weights_ptr + timestep), sample_size)
+    scale = weight * tl.where(sample < num_instance, instance_share, prior_share) * grad_scale
     c = 1.0
     if KIND == HUBER:
         c = tl.load(c_table_ptr + timestep)
@@ -355,9 +358,9 @@ def _loss_kernel(
         target = load_fp32(target_ptr + row * spatial_size + positions, inside)
         value, slope = _elementwise_triton(prediction - target, c, KIND)
         if HAS_MASK:
-            weight = load_fp32(mask_ptr + sample.to(tl.int64) * spatial_size + positions, inside)
-            value = value * weight
-            slope = slope * weight
+            mask = load_fp32(mask_ptr + sample.to(tl.int64) * spatial_size + positions, inside)
+            value = value * mask
+            slope = slope * mask
         gradient = slope * scale
         store_rounded(gradient_ptr + prediction_offsets, gradient, inside)
         if LEARNED_VARIANCE:
@@ -380,8 +383,8 @@ def _finish_kernel(
     num_instance,
     sample_size,
     prior_loss_weight,
-    instance_share,
-    prior_mean_share,
+    num_instance_or_1,
+    num_prior_or_1,
     BLOCK: tl.constexpr,
 ):
     """Add the partial sums in a fixed order and write the packed result; grid `(1,)`."""
@@ -396,14 +399,14 @@ def _finish_kernel(
             offsets = sample * num_partials + index
             sums += tl.load(partial_ptr + offsets, mask=index < num_partials, other=0.0)
             counts += tl.load(partial_ptr + num_samples * num_partials + offsets, mask=index < num_partials, other=0.0)
-        weight = tl.load(weights_ptr + tl.load(timesteps_ptr + sample)) / sample_size
+        weight = tl.div_rn(tl.load(weights_ptr + tl.load(timesteps_ptr + sample)), sample_size)
         loss = tl.sum(sums, axis=0) * weight
         overflows += tl.sum(counts, axis=0)
         tl.store(packed_ptr + 4 + sample, loss)
         instance += tl.where(sample < num_instance, loss, 0.0)
         prior += tl.where(sample < num_instance, 0.0, loss)
-    instance = instance * instance_share
-    prior = prior * prior_mean_share
+    instance = tl.div_rn(instance, num_instance_or_1)
+    prior = tl.div_rn(prior, num_prior_or_1)
     total = instance + prior_loss_weight * prior
     finite = (overflows == 0.0) & (tl.abs(total) < float("inf"))
     tl.store(packed_ptr, total)
@@ -461,13 +464,14 @@ def diffusion_loss_triton(
         _loss_kernel[(config.grid(num_chunks), num_channels, num_samples)](
             prediction, target, prediction if mask is None else mask.contiguous(), gradient, partial, timesteps,
             weights, or_dummy(c_table, weights), num_channels, spatial_size, num_chunks, num_instance,
-            instance_share / sample_size * grad_scale, prior_share / sample_size * grad_scale,
+            float(sample_size), instance_share, prior_share, grad_scale,
             _OVERFLOW[gradient.dtype], KIND=kind, HAS_MASK=mask is not None,
-            LEARNED_VARIANCE=prediction.shape[1] != target.shape[1], REVERSE=config.reverse, BLOCK=config.block, **config.options,
+            LEARNED_VARIANCE=prediction.shape[1] != target.shape[1], REVERSE=config.reverse, BLOCK=config.block,
+            **config.options,
         )  # fmt: skip
         _finish_kernel[(1,)](
-            partial, packed, timesteps, weights, num_samples, num_partials, num_instance, sample_size,
-            prior_loss_weight, instance_share, 1.0 / max(num_samples - num_instance, 1),
+            partial, packed, timesteps, weights, num_samples, num_partials, num_instance, float(sample_size),
+            prior_loss_weight, float(max(num_instance, 1)), float(max(num_samples - num_instance, 1)),
             BLOCK=min(1024, next_power_of_2(num_partials)), **config.options,
         )  # fmt: skip
     return packed

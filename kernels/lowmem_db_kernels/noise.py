@@ -204,7 +204,7 @@ def _fresh(result: Tensor, *inputs: Tensor | None) -> Tensor:
 # --- Triton ---
 
 
-@jit
+@jit(unspecialized=("seed_low", "seed_high", "step"))
 def _offset_kernel(
     offset_ptr, sample_ids_ptr, num_channels, noise_offset, seed_low, seed_high, step, BLOCK: tl.constexpr
 ):
@@ -216,7 +216,7 @@ def _offset_kernel(
     tl.store(offset_ptr + sample * num_channels + channels, normals * noise_offset, mask=channels < num_channels)
 
 
-@jit
+@jit(unspecialized=("seed_low", "seed_high", "step"))
 def _noise_kernel(
     latents_ptr,
     std_ptr,

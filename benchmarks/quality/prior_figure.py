@@ -1,0 +1,65 @@
+"""The README's picture: the photos, and what the model draws with and without prior preservation (figure 6 of the paper).
+
+    lowmem-db train configs/demo.yaml
+    lowmem-db train configs/demo.yaml prior.enabled=false output_dir=runs/demo_without_prior
+    python benchmarks/quality/prior_figure.py runs/demo runs/demo_without_prior docs/images/demo.png
+
+Both runs start from the same model and draw from the same noise; the middle rows are that model before training.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+
+from lowmem_db.sampling.generate import ImageSource, find_source, generate_images
+from lowmem_db.sampling.images import labelled_grid
+from lowmem_db.sampling.latents import SamplingSettings
+
+PROMPTS = ("a sks dog", "a dog", "a cat")
+SETTINGS = SamplingSettings(sampler="ddim", num_inference_steps=40, guidance_scale=1.5)
+NUM_IMAGES = 6
+
+
+def photo_row(folder: Path, size: int) -> tuple[str, list[Image.Image]]:
+    """Return the photos of the subject as a row."""
+    photos = [ImageOps.fit(Image.open(path).convert("RGB"), (size, size)) for path in sorted(folder.glob("*.jpg"))]
+    return f"the {len(photos)} photos", photos[:NUM_IMAGES]
+
+
+def drawn_rows(source: ImageSource, label: str, prompts: tuple[str, ...]) -> list[tuple[str, list[Image.Image]]]:
+    """Return a row of images for each prompt."""
+    rows = generate_images(
+        source,
+        prompts,
+        SETTINGS,
+        num_images=NUM_IMAGES,
+        resolution=128,
+        seed=0,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    return [(f"{label}: “{prompt}”", images) for prompt, images in rows]
+
+
+def main() -> None:
+    """Draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("with_prior")
+    parser.add_argument("without_prior")
+    parser.add_argument("figure", type=Path)
+    options = parser.parse_args()
+    run = find_source(options.with_prior)
+    assert run.run_config is not None, f"{options.with_prior} is no run"
+    rows = [
+        photo_row(run.run_config.subject.instance_dir, 128),
+        *drawn_rows(find_source(run.run_config.model.base), "before training", PROMPTS[1:]),
+        *drawn_rows(run, "after training with prior preservation", PROMPTS),
+        *drawn_rows(find_source(options.without_prior), "after training without it", PROMPTS),
+    ]
+    labelled_grid(rows).quantize(256).save(options.figure, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+# ruff: noqa: ANN001, ANN201, ANN202 -- the arguments of a Triton function have no Python type
+# pyright: reportInvalidTypeForm=false
+"""The dynamic 8-bit map of bitsandbytes as arithmetic: no table, no search.
+
+A code has a sign, a decade and a linear fraction. With a magnitude d in 1 ... 2^7 (signed map) or 2 ... 2^8 (unsigned
+map), j = floor(log2 d), L = 2^j and f = d - L, the value is
+
+    10^(j - top) * (0.1 + 0.9 (f + 1/2) / L) = 5^j (18 d - 16 L + 9) * unit,
+
+with top and unit of the map; the highest code is 1, the lowest magnitude 0. Encoding inverts this: the decade by
+comparison with the midpoints between decades, the fraction by a floor.
+
+Reference: Dettmers et al. 2022, arXiv:2110.02861, section 2 (dynamic tree quantization, blocks).
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._triton import jit, tl
+
+BLOCK_SIZE = 256
+
+
+class _Map(NamedTuple):
+    """Constants of one map: its unit, the magnitude of 0 and of 1, and the bits of a decade beyond the signed map's."""
+
+    unit: float
+    top: int
+    extra_bit: int
+
+
+_SIGNED = _Map(5e-8, 128, 0)
+_UNSIGNED = _Map(5e-9, 256, 1)
+
+
+def _decade_thresholds(extra_bit: int) -> list[float]:
+    """Return the six midpoints between the last value of a decade and the first of the next one."""
+    return [10.0 ** (i - 6) * (1.0 + 0.9 / 2 ** (i + extra_bit)) for i in range(6)]
+
+
+def _zero_threshold(extra_bit: int) -> float:
+    """Return the midpoint between 0 and the smallest value."""
+    return 1e-6 * (0.1 + 0.45 / 2**extra_bit) / 2
+
+
+def _one_threshold(extra_bit: int) -> float:
+    """Return the midpoint between the last value of the last decade and 1."""
+    return 1.0 - 0.225 / 2 ** (6 + extra_bit)
+
+
+S0, S1, S2, S3, S4, S5 = (tl.constexpr(value) for value in _decade_thresholds(0))
+U0, U1, U2, U3, U4, U5 = (tl.constexpr(value) for value in _decade_thresholds(1))
+SIGNED_ZERO = tl.constexpr(_zero_threshold(0))
+UNSIGNED_ZERO = tl.constexpr(_zero_threshold(1))
+SIGNED_ONE = tl.constexpr(_one_threshold(0))
+UNSIGNED_ONE = tl.constexpr(_one_threshold(1))
+NINTH = tl.constexpr(1.0 / 9.0)
+
+# --- plain PyTorch ---
+
+
+def dynamic_map(signed: bool) -> Tensor:
+    """Build the table that bitsandbytes stores beside its states.
+
+    Args:
+        signed: The map of the first moment, else of the second.
+
+    Returns:
+        256 fp32 values, ascending.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        boundaries = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float32)
+        centres = (boundaries[:-1] + boundaries[1:]) / 2.0
+        values += (10 ** (decade - 6) * centres).tolist()
+        if signed:
+            values += (-(10 ** (decade - 6)) * centres).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@lru_cache
+def _decoded(signed: bool, device: torch.device) -> Tensor:
+    """Return the value of every code by the arithmetic of `decode`: a look-up is the quicker twin on a CPU."""
+    unit, top, _ = _SIGNED if signed else _UNSIGNED
+    code = torch.arange(256)
+    magnitude = (code - 127).abs() if signed else code + 1
+    exponent = torch.frexp(magnitude.to(torch.float32)).exponent - 1
+    level = 2.0 ** exponent.clamp(min=0)
+    scale = 5.0 ** exponent.clamp(0, 7) * unit
+    value = (18.0 * magnitude - 16.0 * level + 9.0) * scale
+    value = torch.where(magnitude == top, 1.0, torch.where(magnitude <= (0 if signed else 1), 0.0, value))
+    return (torch.where(code < 127, -value, value) if signed else value).to(device)
+
+
+def decode_eager(codes: Tensor, *, signed: bool) -> Tensor:
+    """Decode 8-bit codes.
+
+    Args:
+        codes: uint8, any shape.
+        signed: The map of the first moment, else of the second.
+
+    Returns:
+        fp32 in [-1, 1], to be multiplied by the block's absolute maximum.
+    """
+    return _decoded(signed, codes.device)[codes.to(torch.int32)]
+
+
+def encode_eager(values: Tensor, *, signed: bool) -> Tensor:
+    """Encode to the nearest code.
+
+    Args:
+        values: fp32 in [-1, 1], already divided by the block's absolute maximum.
+        signed: The map of the first moment, else of the second.
+
+    Returns:
+        uint8, of the same shape.
+    """
+    extra_bit = (_SIGNED if signed else _UNSIGNED).extra_bit
+    size = values.abs()
+    thresholds = torch.tensor(_decade_thresholds(extra_bit), dtype=torch.float32, device=values.device)
+    decade = torch.bucketize(size, thresholds, right=True)
+    level = (2.0 ** torch.arange(extra_bit, 7 + extra_bit, device=values.device))[decade]
+    power = (10.0 ** torch.arange(7, 0, -1, device=values.device))[decade]
+    magnitude = (level * (size * power + 8.0) * (1.0 / 9.0)).floor()
+    magnitude = torch.minimum(torch.maximum(magnitude, level), 2.0 * level - 1.0)
+    zero, one = (0.0, 128.0) if signed else (1.0, 256.0)
+    magnitude = torch.where(size < _zero_threshold(extra_bit), zero, magnitude)
+    at_top = values >= _one_threshold(extra_bit)
+    magnitude = torch.where(at_top, one, magnitude)
+    codes = torch.where(values < 0, 127.0 - magnitude, 127.0 + magnitude) if signed else magnitude - 1.0
+    return codes.to(torch.uint8)
+
+
+# --- device functions ---
+
+
+@jit
+def decode(codes, SIGNED: tl.constexpr):
+    """Decode 8-bit codes, as `decode_eager`."""
+    code = codes.to(tl.int32)
+    magnitude = tl.abs(code - 127) if SIGNED else code + 1
+    size = magnitude.to(tl.float32)
+    bits = size.to(tl.int32, bitcast=True)
+    level = (bits & 0x7F800000).to(tl.float32, bitcast=True)
+    # The exponent's low three bits after the bias of 127 = 128 - 1.
+    exponent = (bits >> 23) + 1
+    power = tl.where((exponent & 1) != 0, 5.0, 1.0) * tl.where((exponent & 2) != 0, 25.0, 1.0)
+    power = power * tl.where((exponent & 4) != 0, 625.0, 1.0)
+    if SIGNED:
+        value = (18.0 * size - 16.0 * level + 9.0) * (power * 5e-8)
+        value = tl.where(magnitude == 128, 1.0, tl.where(magnitude == 0, 0.0, value))
+        value = tl.where(code < 127, -value, value)
+    else:
+        value = (18.0 * size - 16.0 * level + 9.0) * (power * 5e-9)
+        value = tl.where(magnitude == 256, 1.0, tl.where(magnitude == 1, 0.0, value))
+    return value
+
+
+@jit
+def _decade_bits(size, T0, T1, T2, T3, T4, T5):
+    """Return the three bits of the number of thresholds that do not exceed `size`, by a search of three comparisons."""
+    four = size >= T3
+    two = size >= tl.where(four, T5, T1)
+    one = size >= tl.where(two, tl.where(four, 2.0, T2), tl.where(four, T4, T0))
+    return four, two, one
+
+
+@jit
+def encode(values, SIGNED: tl.constexpr):
+    """Encode to the nearest code, as `encode_eager`."""
+    size = tl.abs(values)
+    if SIGNED:
+        four, two, one = _decade_bits(size, S0, S1, S2, S3, S4, S5)
+        level = 1.0
+    else:
+        four, two, one = _decade_bits(size, U0, U1, U2, U3, U4, U5)
+        level = 2.0
+    level = level * tl.where(four, 16.0, 1.0) * tl.where(two, 4.0, 1.0) * tl.where(one, 2.0, 1.0)
+    power = tl.where(four, 1.0, 1e4) * tl.where(two, 1.0, 1e2) * tl.where(one, 1.0, 10.0)
+    magnitude = tl.floor(level * (size * power + 8.0) * NINTH)
+    magnitude = tl.minimum(tl.maximum(magnitude, level), 2.0 * level - 1.0)
+    if SIGNED:
+        magnitude = tl.where(size < SIGNED_ZERO, 0.0, magnitude)
+        magnitude = tl.where(values >= SIGNED_ONE, 128.0, magnitude)
+        code = tl.where(values < 0, 127.0 - magnitude, 127.0 + magnitude)
+    else:
+        magnitude = tl.where(size < UNSIGNED_ZERO, 1.0, magnitude)
+        magnitude = tl.where(values >= UNSIGNED_ONE, 256.0, magnitude)
+        code = magnitude - 1.0
+    return code.to(tl.int32).to(tl.uint8)

@@ -1,0 +1,93 @@
+"""The two numeric contracts, and buffers that notice a write outside of them."""
+
+from contextlib import contextmanager
+
+import torch
+from lowmem_db_kernels import launch
+
+GUARD = 64
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def assert_bit_equal(name, got, expected):
+    """Bit-exact contract: NaN equals NaN, -0 differs from 0."""
+    assert got.dtype == expected.dtype, name
+    as_bytes = [tensor.reshape(-1).view(torch.uint8).cpu() for tensor in (got, expected)]
+    assert torch.equal(*as_bytes), f"{name} differs in {(as_bytes[0] != as_bytes[1]).sum()} bytes"
+
+
+def assert_no_worse_than_eager(name, got, eager, exact, *, sums=False):
+    """At most 1.5 times eager's own error against float64, in the root mean square and in the largest error.
+
+    Of sums there are few, and which of them is largest is luck: the root mean square alone is compared.
+
+    Where eager is right by luck (all values representable) its error says nothing, so an error that the result's type
+    cannot avoid, half a unit in the last place of the largest value, always passes.
+    """
+    exact = exact.to(torch.float64).cpu()
+    assert got.shape == exact.shape, f"{name}: {got.shape} is not {exact.shape}"
+    if exact.numel() == 0:
+        return
+    unavoidable = torch.finfo(got.dtype).eps / 2 * exact.abs().max().item()
+    differences = [tensor.detach().to(torch.float64).cpu() - exact for tensor in (got, eager)]
+    measures = [lambda difference: difference.square().mean().sqrt(), lambda difference: difference.abs().max()]
+    for measure in measures[: 1 if sums else 2]:
+        mine, eagers = (measure(difference).item() for difference in differences)
+        assert mine <= max(1.5 * eagers, unavoidable), f"{name}: error {mine:.3e}, eager's {eagers:.3e}"
+
+
+def assert_sums_no_worse_than_eager(name, got, eager, exact):
+    """The same contract for sums, each of which is one number: the root mean square of their relative errors.
+
+    A single sum is right by luck as often as not, so pass the results of several problems.
+    """
+    exact = exact.to(torch.float64).cpu().flatten()
+    values = [tensor.detach().to(torch.float64).cpu().flatten() for tensor in (got, eager)]
+    zero = exact == 0
+    assert all(not value[zero].any() for value in values), f"{name} is not 0 where it should be"
+    mine, eagers = ((value[~zero] / exact[~zero] - 1).square().mean().sqrt().item() for value in values)
+    assert mine <= max(1.5 * eagers, torch.finfo(torch.float32).eps / 2), (
+        f"{name}: error {mine:.3e}, eager's {eagers:.3e}"
+    )
+
+
+class GuardedBuffers:
+    """Copies of tensors with a guard band on both sides of each, checked when the block ends."""
+
+    def __init__(self):
+        self._buffers = []
+
+    def __call__(self, tensor):
+        if tensor is None:
+            return None
+        size = tensor.element_size()
+        storage = torch.full((tensor.numel() * size + 2 * GUARD,), 0xAB, dtype=torch.uint8, device=tensor.device)
+        inner = storage[GUARD : GUARD + tensor.numel() * size].view(tensor.dtype)
+        inner = inner.as_strided(tensor.shape, tensor.stride())
+        inner.copy_(tensor)
+        self._buffers.append(storage)
+        return inner
+
+    def check(self):
+        for storage in self._buffers:
+            assert bool((storage[:GUARD] == 0xAB).all()), "written before a buffer"
+            assert bool((storage[-GUARD:] == 0xAB).all()), "written behind a buffer"
+
+
+@contextmanager
+def guarded():
+    """Give a function that copies a tensor between guard bands, and guard every tensor a launcher allocates."""
+    buffers = GuardedBuffers()
+    yield buffers
+    buffers.check()
+
+
+def assert_independent_of_order(run, *, blocks=()):
+    """Run with the programs reversed, with 1, 2 and 7 programs, and with other blocks where no sum depends on them."""
+    expected = run()
+    variants = [{"reverse": True}, *({"programs": programs} for programs in (1, 2, 7)), *({"block": b} for b in blocks)]
+    for fields in variants:
+        with launch.override_launch(**fields):
+            got = run()
+        for name in expected:
+            assert_bit_equal(f"{name} with {fields}", got[name], expected[name])

@@ -1,0 +1,115 @@
+import logging
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from lowmem_db_kernels import KernelUnavailableError, dispatch, registry, status
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def forget_choices(monkeypatch):
+    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(dispatch, "_verdicts", {})
+    monkeypatch.delenv("LOWMEM_DB_KERNELS", raising=False)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Pretend to have a card whose kernels pass; return a function that changes the card."""
+
+    def become(capability=(8, 6), verdict=None, has_triton=True):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(dispatch, "HAS_TRITON", has_triton)
+        monkeypatch.setattr(dispatch, "INTERPRETED", False)
+
+        def self_test(device):
+            assert verdict is None, verdict
+
+        monkeypatch.setitem(registry, "noise", dispatch.Operator("noise", self_test))
+
+    become()
+    return become
+
+
+def test_every_public_operator_is_listed_with_a_reason():
+    rows = {row.op: row for row in status("cpu")}
+    assert set(rows) == set(registry)
+    assert {"noise", "diffusion_loss"} <= set(rows)
+    assert all(row.backend == "eager" and "not on a CUDA device" in row.reason for row in rows.values())
+
+
+def test_automatic_choice_is_logged_once(caplog):
+    with caplog.at_level(logging.INFO, logger="lowmem_db_kernels"):
+        dispatch.choose("noise", CPU)
+        dispatch.choose("noise", CPU)
+    assert len(caplog.records) == 1
+    assert "noise on cpu" in caplog.text
+
+
+def test_a_card_that_passes_its_self_test_gets_triton(card):
+    assert dispatch.choose("noise", CUDA).backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"capability": (7, 0)}, "compute capability 7.0 is below 7.5"),
+        ({"verdict": "0.5 is not 0.7"}, "self-test failed .* 0.5 is not 0.7"),
+        ({"has_triton": False}, "Triton cannot be imported"),
+    ],
+)
+def test_what_cannot_serve_falls_back_or_fails_by_name(card, monkeypatch, change, reason):
+    card(**change)
+    choice = dispatch.choose("noise", CUDA)
+    assert choice.backend == "eager"
+    assert re.search(reason, choice.reason)
+    monkeypatch.setenv("LOWMEM_DB_KERNELS", "triton")
+    with pytest.raises(KernelUnavailableError, match=f"noise cannot be served so: .*{reason}"):
+        dispatch.choose("noise", CUDA)
+
+
+def test_a_failed_self_test_is_loud(card, caplog):
+    card(verdict="wrong")
+    dispatch.choose("noise", CUDA)
+    assert any(record.levelno == logging.WARNING and "noise is disabled" in record.message for record in caplog.records)
+
+
+def test_a_dtype_without_kernel_is_served_by_the_twin(card):
+    assert dispatch.choose("noise", CUDA, torch.float64).backend == "eager"
+
+
+def test_eager_can_be_asked_for(card, monkeypatch):
+    monkeypatch.setenv("LOWMEM_DB_KERNELS", "eager")
+    assert dispatch.choose("noise", CUDA) == ("eager", "LOWMEM_DB_KERNELS=eager")
+
+
+@pytest.mark.parametrize("mode", ["triton", "interpret"])
+def test_explicit_request_that_cannot_be_met_is_an_error(mode, monkeypatch):
+    monkeypatch.setenv("LOWMEM_DB_KERNELS", mode)
+    with pytest.raises(KernelUnavailableError, match=f"LOWMEM_DB_KERNELS={mode}, but noise"):
+        dispatch.choose("noise", CPU)
+    assert {row.backend for row in status("cpu")} == {"unavailable"}
+
+
+def test_unknown_mode_names_the_allowed_ones(monkeypatch):
+    monkeypatch.setenv("LOWMEM_DB_KERNELS", "fast")
+    with pytest.raises(
+        KernelUnavailableError, match="LOWMEM_DB_KERNELS=fast is not one of auto, triton, eager, interpret"
+    ):
+        dispatch.choose("noise", CPU)
+
+
+def test_package_works_without_triton():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, lowmem_db_kernels as k\n"
+        "tables = k.noise_tables(torch.linspace(0.9, 0.1, 4))\n"
+        "k.noise(torch.ones(1, 4, 2, 2), torch.tensor([1]), tables, seed=1, step=1, sample_ids=torch.tensor([0]))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ)

@@ -1,0 +1,24 @@
+"""Runs the contract tests in Triton's interpreter, each file in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+FILES = sorted((Path(__file__).parent / "contract").glob("test_*.py"))
+
+
+def test_there_are_contract_tests():
+    assert len(FILES) >= 5
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_contract(path):
+    environment = os.environ | {"LOWMEM_DB_KERNELS": "interpret", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=Path.cwd())
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
