@@ -95,7 +95,13 @@ def generate_images(
         seed: Seed of the noise.
         device: Where to compute.
         dtype: Type to compute in.
+
+    Raises:
+        DataError: The resolution is no whole number of latent pixels.
     """
+    latent_pixel = downscaling(source.model.config_of("vae"))
+    if resolution % latent_pixel:
+        raise DataError(f"--resolution: {resolution} is not a multiple of {latent_pixel}, the size of a latent pixel")
     embeds = _embed(source, [*prompts, ""], device, dtype)
     latents = _sample(source, embeds, settings, num_images=num_images, resolution=resolution, seed=seed)
     autoencoder = load_autoencoder(source.model, device=device)

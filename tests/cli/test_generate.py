@@ -70,6 +70,7 @@ def test_suites_are_listed(run: Run) -> None:
         (("--suite", "objects"), "say --identifier sks --class-noun dog"),
         (("--suite", "nothing"), "--suite: "),
         (("--prompt-file", "nothing.txt"), "nothing.txt: cannot be read"),
+        (("--prompt", "x", "--resolution", 33), "--resolution: 33 is not a multiple of 2, the size of a latent pixel"),
         (("--prompt", "x", "--device", "cuda:9"), "device: 'cuda:9' is not there"),
     ],
 )

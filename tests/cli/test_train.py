@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from lowmem_db import environment
+from lowmem_db.storage import tensors
 from lowmem_db.storage.run_folder import RunFolder
 from tests.cli.conftest import Run
 
@@ -112,6 +114,32 @@ def test_disk_that_held_a_run_is_large_enough_to_go_on(
     monkeypatch.setattr(environment, "free_disk_bytes", lambda path: 3_000_000 - written)
     assert run("train", config_file, "--resume").code == 0
     assert len(asked) == 2
+
+
+def test_disk_that_fills_up_in_a_checkpoint_leaves_the_one_before(
+    run: Run, config_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def save_file(own: object, path: Path, metadata: object) -> None:
+        if "step-000002" in str(path):
+            path.write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(own, path, metadata)
+
+    save = tensors.save_file
+    monkeypatch.setattr(tensors, "save_file", save_file)
+    folder = RunFolder(tmp_path / "run")
+    assert_refused(
+        run("train", config_file, "checkpointing.every=1"),
+        f"{folder.checkpoint_dir(2)}",
+        "the disk is full; free some space, then continue with --resume; the last good checkpoint is",
+        f"{folder.checkpoint_dir(1)}",
+    )
+    assert [entry.name for entry in folder.checkpoints_dir.iterdir()] == ["step-000001"]
+    monkeypatch.undo()
+    monkeypatch.setenv("COLUMNS", "300")
+    outcome = run("train", config_file, "checkpointing.every=1", "--resume")
+    assert outcome.code == 0
+    assert "going on after step 1" in outcome.err
 
 
 def test_odd_demands_are_met(run: Run, config_file: Path, photos_dir: Path, tmp_path: Path) -> None:
