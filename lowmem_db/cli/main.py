@@ -51,4 +51,4 @@ class _WarningHandler(logging.Handler):
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise RunInterrupted(f"{signal.Signals(number).name}: stopped; the same command goes on where it was")
+    raise RunInterrupted(f"{signal.Signals(number).name}: stopped; what is finished is kept: run the same command again, with --resume where there is a checkpoint")

@@ -106,7 +106,7 @@ def find_model(
     elif Path(base).is_file():
         raise ModelError(f"model.base: {base} is a file; allowed: demo, a folder in diffusers' layout, or a hub id")
     elif _HUB_ID.fullmatch(base) and not base.startswith("."):
-        path = _download(base, revision, allow_pickle)
+        path = _download(base, revision, variant, allow_pickle)
     else:
         raise ModelError(
             f"model.base: {base!r} is neither a folder nor a hub id; allowed: demo, a folder, owner/name{_near(base)}"
@@ -127,10 +127,11 @@ def _num_values(file: Path) -> int:
         raise ModelError(f"{file}: is damaged ({error}); get the model anew") from error
 
 
-def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
+def _download(hub_id: str, revision: str | None, variant: str | None, allow_pickle: bool) -> Path:
     patterns = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.safetensors"]
     patterns += ["*/*.bin"] if allow_pickle else []
     ignored = ["safety_checker/*", "*/flax*", "*/tf_*", "*/openvino*"]
+    ignored += ["*.fp16.*", "*.bf16.*", "*.non_ema.*"] if variant is None else []
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
     except _NETWORK_ERRORS as error:

@@ -13,6 +13,7 @@ FIXED_FIELDS = (
     "model.base",
     "model.revision",
     "training.train_text_encoder",
+    "training.stop_text_encoder_training",
     "optimizer.name",
     "ema.enabled",
     "data.resolution",
@@ -27,6 +28,7 @@ def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
         CheckpointError: The folder holds checkpoints and ``--resume`` was not given, or a fixed field differs.
     """
     if not run.complete_steps():
+        _refuse_finished_model(run)
         return
     if not resume:
         raise CheckpointError(
@@ -45,6 +47,14 @@ def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
         )
     for field, (old, new) in changed.items():
         say(f"resume: {field} was {old!r}, is now {new!r}")
+
+
+def _refuse_finished_model(run: RunFolder) -> None:
+    if run.final_dir.exists():
+        raise CheckpointError(
+            f"output_dir: {run.final_dir} holds a finished model and its run has no checkpoint left; choose another "
+            "output_dir, or delete the folder"
+        )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

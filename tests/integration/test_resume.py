@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -195,6 +196,17 @@ def test_resume_continues_with_a_new_learning_rate(tiny_fields: dict[str, object
     longer = fields | {"training.max_train_steps": 4, "training.learning_rate": 5e-4}
     assert run_in_child(longer) == 0
     assert [row["lr"] for row in metric_rows(tmp_path / "run")] == [1e-3, 1e-3, 5e-4, 5e-4]
+
+
+def test_finished_model_without_checkpoints_is_not_overwritten(
+    tiny_fields: dict[str, object], tmp_path: Path
+) -> None:
+    assert run_in_child(tiny_fields) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = final_bytes(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="holds a finished model"):
+        train([f"{field}={json.dumps(value)}" for field, value in tiny_fields.items()], resume=True)
+    assert final_bytes(tmp_path / "run") == before
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_serves(tiny_fields: dict[str, object], tmp_path: Path) -> None:
