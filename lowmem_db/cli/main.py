@@ -51,4 +51,5 @@ class _WarningHandler(logging.Handler):
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise RunInterrupted(f"{signal.Signals(number).name}: stopped; what is finished is kept: run the same command again, with --resume where there is a checkpoint")
+    name = signal.Signals(number).name
+    raise RunInterrupted(f"{name}: stopped; run the same command again, with --resume where there is a checkpoint")
