@@ -268,7 +268,7 @@ def _apply_kernel(
     _, z, _, _ = _load_normalized(
         x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, offsets, inside, sample, channels, num_channels, num_groups
     )
-    store_rounded(output_ptr + offsets, z * tl.sigmoid(z), inside)
+    store_rounded(output_ptr + offsets, z / (1.0 + tl.exp(-z)), inside)
 
 
 @jit
