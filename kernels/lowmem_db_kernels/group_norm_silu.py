@@ -24,7 +24,9 @@ from ._triton import cdiv, jit, load_fp32, next_power_of_2, store_rounded, tl
 from .dispatch import register, uses_kernel
 from .launch import LaunchConfig, device_of, launch_config
 
-_SPATIAL_CHUNK = 256
+_SPATIAL_TILE = 256
+_CHANNELS_LAST_TILE = 8
+_TILES_PER_CHUNK = 8
 
 
 def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -115,7 +117,9 @@ def group_norm_silu_eager(
     x = _dense(x)
     parameters = (weight.to(torch.float32), bias.to(torch.float32))
     sizes = (x.shape[0], x.shape[1], x.shape[2:].numel(), num_groups)
-    z, mean, rstd = torch.native_group_norm(x.to(torch.float32), *parameters, *sizes, eps)
+    # In channels_last the CPU routine takes the variance as a difference of squares.
+    wide = x.to(torch.float32).contiguous()
+    z, mean, rstd = torch.native_group_norm(wide, *parameters, *sizes, eps)
     return _like(torch.nn.functional.silu(z).to(x.dtype), x), mean, rstd
 
 
@@ -124,10 +128,10 @@ def group_norm_silu_backward_eager(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Twin of `group_norm_silu_backward_triton` in plain PyTorch."""
     x = _dense(x)
-    wide = x.to(torch.float32)
+    wide = x.to(torch.float32).contiguous()
     normalized = (wide - _per_channel(x, mean)) * _per_channel(x, rstd)
     z = normalized * _per_channel(x, weight) + _per_channel(x, bias)
-    grad_z = torch.ops.aten.silu_backward(_like(grad_output, x).to(torch.float32), z)
+    grad_z = torch.ops.aten.silu_backward(grad_output.to(torch.float32).contiguous(), z)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
         grad_z, wide, mean, rstd, weight.to(torch.float32), x.shape[0], x.shape[1], x.shape[2:].numel(), mean.shape[1],
         [True, True, True],
@@ -166,6 +170,7 @@ def _statistics_kernel(
     REVERSE: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Write the sum and the squared distance from the mean of each channel and chunk, `(N, C, chunks)`.
 
@@ -178,16 +183,24 @@ def _statistics_kernel(
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     sample = tl.program_id(2)
     for chunk in range(program, num_chunks, num_programs):
-        positions = chunk * POSITIONS + tl.arange(0, POSITIONS)
-        inside = (channels[:, None] < num_channels) & (positions[None, :] < spatial_size)
-        offsets = _offsets(sample, channels, positions, num_channels, spatial_size, CHANNELS_LAST)
-        x = load_fp32(x_ptr + offsets, inside)
-        count = tl.minimum(spatial_size - chunk * POSITIONS, POSITIONS).to(tl.float32)
-        sums = tl.sum(x, axis=1)
-        distance = tl.where(inside, x - (sums / count)[:, None], 0.0)
+        first = chunk * POSITIONS * TILES
+        sums = tl.zeros((CHANNELS,), tl.float32)
+        for tile in range(TILES):
+            positions = first + tile * POSITIONS + tl.arange(0, POSITIONS)
+            inside = (channels[:, None] < num_channels) & (positions[None, :] < spatial_size)
+            offsets = _offsets(sample, channels, positions, num_channels, spatial_size, CHANNELS_LAST)
+            sums += tl.sum(load_fp32(x_ptr + offsets, inside), axis=1)
+        mean = sums / tl.minimum(spatial_size - first, POSITIONS * TILES).to(tl.float32)
+        distances = tl.zeros((CHANNELS,), tl.float32)
+        for tile in range(TILES):
+            positions = first + tile * POSITIONS + tl.arange(0, POSITIONS)
+            inside = (channels[:, None] < num_channels) & (positions[None, :] < spatial_size)
+            offsets = _offsets(sample, channels, positions, num_channels, spatial_size, CHANNELS_LAST)
+            distance = tl.where(inside, load_fp32(x_ptr + offsets, inside) - mean[:, None], 0.0)
+            distances += tl.sum(distance * distance, axis=1)
         slots = (sample * num_channels + channels) * num_chunks + chunk
         tl.store(sum_ptr + slots, sums, mask=channels < num_channels)
-        tl.store(distance_ptr + slots, tl.sum(distance * distance, axis=1), mask=channels < num_channels)
+        tl.store(distance_ptr + slots, distances, mask=channels < num_channels)
 
 
 @jit
@@ -200,7 +213,7 @@ def _merge_statistics_kernel(
     num_chunks,
     num_partials,
     eps,
-    POSITIONS: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Merge the partial statistics of one group of one sample; grid `(N * G,)`."""
@@ -216,7 +229,7 @@ def _merge_statistics_kernel(
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_partials, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        count = tl.minimum(spatial_size - index % num_chunks * POSITIONS, POSITIONS).to(tl.float32)
+        count = tl.minimum(spatial_size - index % num_chunks * CHUNK, CHUNK).to(tl.float32)
         shift = tl.load(partial_sum_ptr + first + index, mask=index < num_partials, other=0.0) / count - mean
         inner = tl.load(partial_distance_ptr + first + index, mask=index < num_partials, other=0.0)
         sums += tl.where(index < num_partials, inner + count * shift * shift, 0.0)
@@ -268,7 +281,7 @@ def _apply_kernel(
     _, z, _, _ = _load_normalized(
         x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, offsets, inside, sample, channels, num_channels, num_groups
     )
-    store_rounded(output_ptr + offsets, z * tl.sigmoid(z), inside)
+    store_rounded(output_ptr + offsets, z / (1.0 + tl.exp(-z)), inside)
 
 
 @jit
@@ -295,6 +308,7 @@ def _sums_kernel(
     REVERSE: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Write sum dz and sum dz x^ of each channel and chunk, `(N, C, chunks)`; grid as `_statistics_kernel`."""
     program = tl.program_id(0)
@@ -304,16 +318,22 @@ def _sums_kernel(
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     sample = tl.program_id(2)
     for chunk in range(program, num_chunks, num_programs):
-        positions = chunk * POSITIONS + tl.arange(0, POSITIONS)
-        inside = (channels[:, None] < num_channels) & (positions[None, :] < spatial_size)
-        offsets = _offsets(sample, channels, positions, num_channels, spatial_size, CHANNELS_LAST)
-        normalized, z, _, _ = _load_normalized(
-            x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, offsets, inside, sample, channels, num_channels, num_groups
-        )
-        grad_z = _grad_z(load_fp32(grad_output_ptr + offsets, inside), z)
+        sums = tl.zeros((CHANNELS,), tl.float32)
+        products = tl.zeros((CHANNELS,), tl.float32)
+        for tile in range(TILES):
+            positions = (chunk * TILES + tile) * POSITIONS + tl.arange(0, POSITIONS)
+            inside = (channels[:, None] < num_channels) & (positions[None, :] < spatial_size)
+            offsets = _offsets(sample, channels, positions, num_channels, spatial_size, CHANNELS_LAST)
+            normalized, z, _, _ = _load_normalized(
+                x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, offsets, inside, sample, channels, num_channels,
+                num_groups,
+            )  # fmt: skip
+            grad_z = _grad_z(load_fp32(grad_output_ptr + offsets, inside), z)
+            sums += tl.sum(grad_z, axis=1)
+            products += tl.sum(grad_z * normalized, axis=1)
         slots = (sample * num_channels + channels) * num_chunks + chunk
-        tl.store(sum_ptr + slots, tl.sum(grad_z, axis=1), mask=channels < num_channels)
-        tl.store(product_ptr + slots, tl.sum(grad_z * normalized, axis=1), mask=channels < num_channels)
+        tl.store(sum_ptr + slots, sums, mask=channels < num_channels)
+        tl.store(product_ptr + slots, products, mask=channels < num_channels)
 
 
 @jit
@@ -406,23 +426,27 @@ class _Plan(NamedTuple):
     num_channels: int
     spatial_size: int
     num_chunks: int
-    tiles: tuple[int, int]
+    chunk: int
+    rest_of_grid: tuple[int, int]
     tile: dict[str, Any]
 
 
 def _plan(config: LaunchConfig, x: Tensor) -> _Plan:
-    """Cut positions into chunks of a fixed length, on which sums depend, and channels into what fills a tile."""
+    """Cut positions into tiles and fixed chunks of tiles, on which sums depend, and channels into what fills a tile.
+
+    In channels_last a tile is wide in channels, so it takes several to keep the partial sums few beside the input.
+    """
     num_samples, num_channels = x.shape[:2]
     spatial_size = x[0, 0].numel()
-    positions = min(_SPATIAL_CHUNK, next_power_of_2(spatial_size))
     channels_last = _is_channels_last(x)
-    if channels_last:
-        positions = min(positions, 16)
+    positions = min(_CHANNELS_LAST_TILE if channels_last else _SPATIAL_TILE, next_power_of_2(spatial_size))
+    num_tiles = min(_TILES_PER_CHUNK, next_power_of_2(cdiv(spatial_size, positions))) if channels_last else 1
     channels = min(max(config.block // positions, 1), next_power_of_2(num_channels))
     tile = {"CHANNELS_LAST": channels_last, "REVERSE": config.reverse, "CHANNELS": channels, "POSITIONS": positions}
-    num_chunks = cdiv(spatial_size, positions)
-    tiles = (cdiv(num_channels, channels), num_samples)
-    return _Plan(num_samples, num_channels, spatial_size, num_chunks, tiles, {**tile, **config.options})
+    chunk = positions * num_tiles
+    rest_of_grid = (cdiv(num_channels, channels), num_samples)
+    num_chunks = cdiv(spatial_size, chunk)
+    return _Plan(num_samples, num_channels, spatial_size, num_chunks, chunk, rest_of_grid, {**tile, **config.options})
 
 
 def group_norm_silu_triton(
@@ -450,15 +474,17 @@ def group_norm_silu_triton(
     plan = _plan(config, x)
     partial = x.new_empty((2, plan.num_samples, plan.num_channels, plan.num_chunks), dtype=torch.float32)
     num_partials = plan.num_channels // num_groups * plan.num_chunks
+    num_tiles = cdiv(plan.spatial_size, plan.tile["POSITIONS"])
     with device_of(x):
-        _statistics_kernel[(config.grid(plan.num_chunks), *plan.tiles)](
-            x, partial[0], partial[1], plan.num_channels, plan.spatial_size, plan.num_chunks, **plan.tile
-        )
+        _statistics_kernel[(config.grid(plan.num_chunks), *plan.rest_of_grid)](
+            x, partial[0], partial[1], plan.num_channels, plan.spatial_size, plan.num_chunks,
+            TILES=plan.chunk // plan.tile["POSITIONS"], **plan.tile,
+        )  # fmt: skip
         _merge_statistics_kernel[(plan.num_samples * num_groups,)](
             partial[0], partial[1], mean, rstd, plan.spatial_size, plan.num_chunks, num_partials, eps,
-            POSITIONS=plan.tile["POSITIONS"], BLOCK=min(1024, next_power_of_2(num_partials)), **config.options,
+            CHUNK=plan.chunk, BLOCK=min(1024, next_power_of_2(num_partials)), **config.options,
         )  # fmt: skip
-        _apply_kernel[(plan.num_chunks, *plan.tiles)](
+        _apply_kernel[(num_tiles, *plan.rest_of_grid)](
             x, mean, rstd, weight, bias, output, plan.num_channels, num_groups, plan.spatial_size, **plan.tile
         )
     return output, mean, rstd
@@ -491,17 +517,18 @@ def group_norm_silu_backward_triton(
     partial = x.new_empty((2, plan.num_samples, plan.num_channels, plan.num_chunks), dtype=torch.float32)
     groups = mean.new_empty((2, *mean.shape))
     channels = next_power_of_2(plan.num_channels // num_groups)
+    num_tiles = cdiv(plan.spatial_size, plan.tile["POSITIONS"])
     with device_of(x):
-        _sums_kernel[(config.grid(plan.num_chunks), *plan.tiles)](
+        _sums_kernel[(config.grid(plan.num_chunks), *plan.rest_of_grid)](
             grad_output, x, mean, rstd, weight, bias, partial[0], partial[1], plan.num_channels, num_groups,
-            plan.spatial_size, plan.num_chunks, **plan.tile,
+            plan.spatial_size, plan.num_chunks, TILES=plan.chunk // plan.tile["POSITIONS"], **plan.tile,
         )  # fmt: skip
         _merge_sums_kernel[(num_groups,)](
             partial[0], partial[1], weight, grad_weight, grad_bias, groups[0], groups[1], plan.num_samples,
             plan.num_channels, num_groups, plan.num_chunks, CHANNELS=channels,
             CHUNKS=min(max(1024 // channels, 1), next_power_of_2(plan.num_chunks)), **config.options,
         )  # fmt: skip
-        _grad_input_kernel[(plan.num_chunks, *plan.tiles)](
+        _grad_input_kernel[(num_tiles, *plan.rest_of_grid)](
             grad_output, x, mean, rstd, weight, bias, groups[0], groups[1], grad_x, plan.num_channels, num_groups,
             plan.spatial_size, **plan.tile,
         )  # fmt: skip

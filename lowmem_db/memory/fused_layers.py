@@ -1,0 +1,91 @@
+"""Fused GroupNorm+SiLU and GEGLU inside a UNet: fewer tensors kept for backward, the same state dict.
+
+Layers are recognised by what they have, so any UNet built from diffusers' blocks is served and no library is imported.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from lowmem_db_kernels import geglu, group_norm_silu
+from torch import Tensor, nn
+
+
+class _ActivatedInNorm(nn.Module):
+    """Stands where a block applies SiLU: feature maps were activated in the norm, the time embedding was not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.ndim == 4 else nn.functional.silu(x)
+
+
+def apply(unet: nn.Module) -> Callable[[], None]:
+    """Let the norms of residual blocks, the output norm and the GEGLU layers use the fused kernels.
+
+    Args:
+        unet: A UNet of diffusers' blocks; changed in place, its state dict stays.
+
+    Returns:
+        A function that restores the layers as they were.
+
+    Raises:
+        ValueError: The model has no layer that can be fused, or is fused already.
+    """
+    replacements = list(_replacements(unet))
+    if not replacements:
+        raise ValueError(f"{type(unet).__name__} has no layer that can be fused, or its layers are fused already")
+    before = [(owner, name, owner.__dict__.get(name, owner._modules.get(name))) for owner, name, _ in replacements]
+    for owner, name, value in replacements:
+        setattr(owner, name, value)
+    return partial(_restore, before)
+
+
+def _restore(before: list[tuple[nn.Module, str, Any]]) -> None:
+    for owner, name, value in before:
+        if value is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+
+
+def _replacements(unet: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield what to set: owner, attribute, value. A `forward` set on a layer shadows that of its class."""
+    for module in unet.modules():
+        if _is_residual_block(module):
+            yield module.norm1, "forward", partial(_norm_forward, module.norm1)
+            yield module.norm2, "forward", partial(_norm_forward, module.norm2)
+            yield module, "nonlinearity", _ActivatedInNorm()
+        elif _is_geglu(module):
+            yield module, "forward", partial(_geglu_forward, module)
+    if _is_plain_norm(getattr(unet, "conv_norm_out", None)) and _is_silu(getattr(unet, "conv_act", None)):
+        yield unet.conv_norm_out, "forward", partial(_norm_forward, unet.conv_norm_out)
+        yield unet, "conv_act", _ActivatedInNorm()
+
+
+def _is_residual_block(module: nn.Module) -> bool:
+    """A block that applies each norm and SiLU one after the other: without scale and shift between them."""
+    return (
+        all(_is_plain_norm(getattr(module, name, None)) for name in ("norm1", "norm2"))
+        and _is_silu(getattr(module, "nonlinearity", None))
+        and getattr(module, "time_embedding_norm", "default") == "default"
+    )
+
+
+def _is_geglu(module: nn.Module) -> bool:
+    is_class = type(module).__name__ == "GEGLU" and "forward" not in module.__dict__
+    return is_class and isinstance(getattr(module, "proj", None), nn.Linear)
+
+
+def _is_plain_norm(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.GroupNorm) and module.affine and "forward" not in module.__dict__
+
+
+def _is_silu(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.SiLU)
+
+
+def _norm_forward(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
+def _geglu_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return geglu(layer.proj(hidden_states))

@@ -1,0 +1,61 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+static = pytest.importorskip("lowmem_db_kernels.static")
+
+
+@pytest.fixture
+def build():
+    return static.Build(
+        kernel="geglu", architecture=86, dtype="bf16", registers=40, stack=0, local=0, shared=0, atomics=0,
+        loads={"128": 2}, stores={"128": 1}, instructions=400, per_element=50.0,
+    )  # fmt: skip
+
+
+def test_the_figures_of_a_good_build_break_no_bar(build):
+    assert static.violations(build, static.SPECS["geglu"]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "clause"),
+    [
+        ({"registers": 65}, "65 registers"),
+        ({"stack": 8}, "stack of 8"),
+        ({"local": 1}, "1 local"),
+        ({"atomics": 1}, "1 atomics"),
+        ({"shared": 20000}, "20000 bytes of shared"),
+        ({"loads": {"128": 1, "16": 8}}, "1 loads of 128 bits"),
+        ({"stores": {"64": 2}}, "0 stores of 128 bits"),
+        ({"per_element": 900.0}, "900.0 instructions"),
+    ],
+)
+def test_every_bar_can_break(build, change, clause):
+    broken = static.violations(static.Build(**{**vars(build), **change}), static.SPECS["geglu"])
+    assert any(clause in text for text in broken)
+
+
+def test_every_kernel_has_a_spec():
+    """A kernel that is not compiled here would be found wrong on the first card only."""
+    names = ("adamw8bit_step", "diffusion_loss", "geglu", "group_norm_silu", "noise")
+    kernels = {
+        id(kernel)
+        for name in names
+        for attribute, kernel in vars(sys.modules[f"lowmem_db_kernels.{name}"]).items()
+        if attribute.endswith("_kernel") and attribute != "_offset_kernel"
+    }
+    assert len(kernels) >= 12
+    assert kernels == {id(spec.kernel) for spec in static.SPECS.values()}
+
+
+def test_all_bars_hold_for_every_card(tmp_path):
+    output = tmp_path / "kernels.json"
+    command = [sys.executable, "-m", "lowmem_db_kernels.static", "--check", "--output", str(output)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    builds = json.loads(output.read_text())["builds"]
+    assert {build["architecture"] for build in builds} == set(static.ARCHITECTURES)
+    assert {build["kernel"] for build in builds} == set(static.SPECS)
