@@ -47,8 +47,9 @@ def _restore(before: list[tuple[nn.Module, str, Any]]) -> None:
             setattr(owner, name, value)
 
 
-def _replacements(unet: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+def _replacements(unet: Any) -> Iterator[tuple[nn.Module, str, Any]]:
     """Yield what to set: owner, attribute, value. A `forward` set on a layer shadows that of its class."""
+    module: Any
     for module in unet.modules():
         if _is_residual_block(module):
             yield module.norm1, "forward", partial(_norm_forward, module.norm1)

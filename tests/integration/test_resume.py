@@ -198,9 +198,7 @@ def test_resume_continues_with_a_new_learning_rate(tiny_fields: dict[str, object
     assert [row["lr"] for row in metric_rows(tmp_path / "run")] == [1e-3, 1e-3, 5e-4, 5e-4]
 
 
-def test_finished_model_without_checkpoints_is_not_overwritten(
-    tiny_fields: dict[str, object], tmp_path: Path
-) -> None:
+def test_finished_model_without_checkpoints_is_not_overwritten(tiny_fields: dict[str, object], tmp_path: Path) -> None:
     assert run_in_child(tiny_fields) == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     before = final_bytes(tmp_path / "run")
