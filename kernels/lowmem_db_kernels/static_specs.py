@@ -95,6 +95,16 @@ def _noise_specs() -> list[Spec]:
     return [
         Spec(name="noise", kernel=kernel, constants=plain, max_per_element=75, **bars),
         Spec(name="noise, posterior, v", kernel=kernel, constants=posterior, max_per_element=130, **bars),
+        # Sixteen channels at a time: most threads idle, each of the others draws one number.
+        Spec(
+            name="noise, offset",
+            kernel=_module("noise")._offset_kernel,
+            constants={"BLOCK": 16},
+            elements=128,
+            dtypes=("fp32",),
+            narrow_stores=1,
+            max_per_element=300,
+        ),
     ]
 
 
