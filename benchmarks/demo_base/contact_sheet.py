@@ -63,17 +63,20 @@ def main() -> None:
     """Samples every noun and a few composed captions."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, required=True, help="exported folder")
-    parser.add_argument("--out", type=Path, required=True, help=".png, or .jpg for a smaller file")
+    parser.add_argument("--out", type=Path, required=True, help=".png (256 colours) or .jpg")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--captions", nargs="*", help="instead of all nouns and the composed captions")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     captions = args.captions or [*map(article, NOUNS), *COMPOSED]
     rows = sample_rows(load_pipeline(args.base), captions, args.seeds, args.steps, args.guidance)
-    draw_sheet(rows, captions, halves=1 if len(captions) < 8 else 2).save(args.out, quality=85)
+    sheet = draw_sheet(rows, captions, halves=1 if len(captions) < 8 else 2)
+    if args.out.suffix == ".png":
+        sheet = sheet.quantize(256)
+    sheet.save(args.out, optimize=True)
 
 
 if __name__ == "__main__":

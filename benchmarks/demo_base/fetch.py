@@ -12,6 +12,15 @@ import resvg_py
 from benchmarks.demo_base.nouns import HELD_OUT, NOUNS, STYLES, noun_of
 
 SIZE = 128
+VERSIONS = {
+    "noto": "1.2.9",
+    "noto-v1": "1.2.5",
+    "fxemoji": "1.2.2",
+    "fluent-emoji": "1.2.7",
+    "fluent-emoji-flat": "1.2.6",
+    "twemoji": "1.2.5",
+    "emojione": "1.2.3",
+}
 OTHER_NAMES = {
     "black-bird": ("blackbird",),
     "man-s-shoe": ("mensshoe",),
@@ -26,14 +35,9 @@ def is_wanted(key: str) -> bool:
 
 def fetch_icons(style: str) -> dict:
     """Returns the icon set `@iconify-json/STYLE` as published on npm."""
+    command = ["npm", "pack", "--silent", f"@iconify-json/{style}@{VERSIONS[style]}"]
     with tempfile.TemporaryDirectory() as folder:
-        packed = subprocess.run(
-            ["npm", "pack", "--silent", f"@iconify-json/{style}"],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        packed = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
         with tarfile.open(Path(folder, packed.stdout.split()[-1])) as archive:
             member = archive.extractfile("package/icons.json")
             if member is None:

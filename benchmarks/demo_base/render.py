@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks.demo_base.captions import Attributes
-from benchmarks.demo_base.nouns import FLAT_STYLES, noun_of
+from benchmarks.demo_base.nouns import FLAT_STYLES, NOUNS, ONE_SIDED, noun_of
 from benchmarks.demo_base.scenes import PLAIN, SCENES, paint_background
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
 
@@ -62,7 +62,7 @@ def compose(cutout: Image.Image, shown: Attributes, rng: random.Random) -> Image
     low, high = {"small": (0.45, 0.55), "large": (0.95, 1.0), None: (0.74, 0.9)}[shown.size]
     side = round(SIZE * rng.uniform(low, high))
     drawing = tint(cutout, shown.colour) if shown.colour else cutout
-    if rng.random() < 0.5:
+    if shown.noun not in ONE_SIDED and rng.random() < 0.5:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     drawing = drawing.resize((side, side), Image.Resampling.LANCZOS)
     canvas = paint_background(shown.background, SIZE, rng)
@@ -111,15 +111,18 @@ def main() -> None:
     parser.add_argument("--drawings", type=Path, required=True, help="folder with STYLE/SLUG.png cut-outs")
     parser.add_argument("--vae", type=Path, required=True, help="folder of the AutoencoderTAEF2")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shards", type=int, default=40, help=f"of {SHARD} pictures each")
+    parser.add_argument("--shards", type=int, default=48, help=f"of {SHARD} pictures each")
+    parser.add_argument("--first", type=int, default=0, help="number of the first shard")
+    parser.add_argument("--nouns", nargs="+", default=list(NOUNS), help="only these")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="shard i is drawn from seed + i")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    vae, drawings = AutoencoderTAEF2.from_pretrained(args.vae).eval(), load_drawings(args.drawings)
+    vae = AutoencoderTAEF2.from_pretrained(args.vae, torch_dtype=torch.float32).eval()
+    drawings = [drawing for drawing in load_drawings(args.drawings) if drawing[1] in args.nouns]
     print(f"{len(drawings)} drawings", flush=True)
-    for index in range(args.shards):
+    for index in range(args.first, args.first + args.shards):
         target = args.out / f"{index:04d}"
         if not target.with_suffix(".npy").exists():
             start = time.perf_counter()

@@ -29,7 +29,7 @@ class TinyBlock(nn.Module):
             self.pool = nn.Sequential(expand, nn.GroupNorm(4, wide), nn.ReLU(), reduce)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Maps (batch, width, height, width_px) features to the same shape."""
+        """Maps (batch, channels, height, width) features to the same shape."""
         if self.pool is not None:
             hidden = hidden + self.pool(hidden)
         return torch.relu(self.conv(hidden) + hidden)
@@ -49,8 +49,7 @@ def build_encoder(latent_channels: int, width: int) -> nn.Sequential:
     for _ in range(3):
         layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False))
         layers += [TinyBlock(width) for _ in range(3)]
-    layers[-2:] = [TinyBlock(width), TinyBlock(width)]
-    layers = layers[:11] + [TinyBlock(width, use_group_norm=True) for _ in range(3)]
+    layers[-3:] = [TinyBlock(width, use_group_norm=True) for _ in range(3)]
     return nn.Sequential(*layers, nn.Conv2d(width, latent_channels, 3, padding=1))
 
 
