@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(RUN)/lowmem-db train configs/demo.yaml --resume
 	$(RUN)/lowmem-db generate runs/demo --prompt "a sks dog" --prompt "a dog" --prompt "a cat" \
-		--num-images 6 --guidance-scale 3 --output runs/demo/pictures
+		--num-images 6 --guidance-scale 1 --output runs/demo/pictures
 	@echo "The pictures are in runs/demo/pictures/grid.png"
 
 test: $(INSTALLED)

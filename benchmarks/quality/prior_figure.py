@@ -18,7 +18,7 @@ from lowmem_db.sampling.images import labelled_grid
 from lowmem_db.sampling.latents import SamplingSettings
 
 PROMPTS = ("a sks dog", "a dog", "a cat")
-SETTINGS = SamplingSettings(sampler="ddim", num_inference_steps=40, guidance_scale=1.5)
+SETTINGS = SamplingSettings(sampler="ddim", num_inference_steps=40, guidance_scale=1.0)
 NUM_IMAGES = 6
 
 
