@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from lowmem_db.config.loading import load_config
@@ -12,6 +13,8 @@ from lowmem_db.config.schema import Config
 from tests.tiny_models import RESOLUTION, write_tiny_model
 
 torch.set_num_threads(1)
+settings.register_profile("lowmem_db", deadline=None)  # timing never decides a test
+settings.load_profile("lowmem_db")
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,11 @@ def write_yaml(config: Config, path: Path) -> None:
 
 def to_yaml(config: Config) -> str:
     """Return a resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    tree = config.model_dump(mode="json")
+    readable = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(readable) == tree:
+        return readable
+    return yaml.safe_dump(tree, sort_keys=False)  # a rare line separator in a text has to be escaped
 
 
 def parse_override(argument: str) -> tuple[str, Any]:

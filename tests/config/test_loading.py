@@ -286,3 +286,9 @@ def test_every_configuration_file_builds() -> None:
     for file in files:
         config = load_config(file)
         assert config.subject.instance_prompt != config.subject.class_prompt, file
+
+
+@pytest.mark.parametrize("text", ["\x85", "a\x85b", "\u2028", "Hündchen", "犬"])
+def test_every_text_survives_being_written(text: str) -> None:
+    config = load_config(None, [*NEEDED, ("subject.class_prompt", text)])
+    assert Config.model_validate(yaml.safe_load(to_yaml(config))) == config
