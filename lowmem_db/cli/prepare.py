@@ -21,12 +21,13 @@ def prepare(
     from lowmem_db import environment
     from lowmem_db.console import say
     from lowmem_db.models.source import find_model
-    from lowmem_db.preparation.prepare import check_subject
+    from lowmem_db.preparation.prepare import check_photos, check_prompts
     from lowmem_db.preparation.prepare import prepare as prepare_data
 
     device = environment.resolve_device(config.device)
+    photos = check_photos(config)
     model = find_model(**config.model.model_dump())
-    photos = check_subject(config, model)
+    check_prompts(config, model, photos)
     batches = prepare_data(config, model, device, photos)
     say(
         f"ready: {len(batches.instance_images)} photos, {len(batches.class_images)} class images, in {config.cache_dir}"

@@ -39,20 +39,22 @@ def train(
     from lowmem_db.config.loading import to_yaml
     from lowmem_db.console import say
     from lowmem_db.models.source import find_model
-    from lowmem_db.preparation.prepare import check_subject
+    from lowmem_db.preparation.prepare import check_photos, check_prompts
     from lowmem_db.preparation.prepare import prepare as prepare_data
     from lowmem_db.storage.atomic import write_text
     from lowmem_db.storage.run_folder import RunFolder, write_json
     from lowmem_db.training.resuming import check_run_folder
-    from lowmem_db.training.setup import build_trainer, check_machine, write_final
+    from lowmem_db.training.setup import build_trainer, check_disk, check_machine, write_final
 
     run = RunFolder(config.output_dir)
     with run.locked():
         check_run_folder(run, config, resume=resume or resume_flag)
         device = environment.resolve_device(config.device)
+        check_machine(config, device)
+        photos = check_photos(config)
         model = find_model(**config.model.model_dump())
-        check_machine(config, model, device)
-        photos = check_subject(config, model)
+        check_disk(config, model)
+        check_prompts(config, model, photos)
         write_text(run.config_file, to_yaml(config))
         write_json(run.environment_file, environment.describe())
         trainer = build_trainer(config, model, device, prepare_data(config, model, device, photos), run)

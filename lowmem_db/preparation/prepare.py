@@ -17,8 +17,8 @@ from lowmem_db.preparation.encode import encode_images, encode_prompts
 from lowmem_db.records import ImageRecord
 
 
-def check_subject(config: Config, model: ModelFolder) -> list[ImageRecord]:
-    """Read the photos' headers and the prompts; warn where a prompt does not do what its writer thinks.
+def check_photos(config: Config) -> list[ImageRecord]:
+    """Read the photos, before a model is looked for; warn of those that train badly.
 
     Raises:
         DataError: A photo cannot be used.
@@ -31,13 +31,17 @@ def check_subject(config: Config, model: ModelFolder) -> list[ImageRecord]:
     )
     for message in photo_warnings(photos, resolution=config.data.resolution, field="subject.instance_dir"):
         warn(message)
+    return photos
+
+
+def check_prompts(config: Config, model: ModelFolder, photos: list[ImageRecord]) -> None:
+    """Warn where a prompt does not tell the model what its writer thinks."""
     tokenizer = load_tokenizer(model)
     for prompt in sorted({photo.prompt for photo in photos} | {config.subject.class_prompt or ""}):
         if cut := num_cut_tokens(tokenizer, prompt):
             warn(f"the model reads {tokenizer.model_max_length} tokens and does not see the last {cut} of {prompt!r}")
     for message in identifier_warnings(config.subject.instance_prompt, config.subject.class_prompt, tokenizer):
         warn(message)
-    return photos
 
 
 def prepare(config: Config, model: ModelFolder, device: torch.device, photos: list[ImageRecord]) -> BatchSource:

@@ -25,13 +25,13 @@ from lowmem_db.training.samples import draw_samples
 from lowmem_db.training.trainer import Trainer
 
 
-def check_machine(config: Config, model: ModelFolder, device: torch.device) -> None:
-    """Refuse what this machine cannot do, before the first expensive byte.
+def check_machine(config: Config, device: torch.device) -> None:
+    """Refuse what this machine cannot do, before a model is looked for.
 
     Raises:
         ConfigError: The device cannot compute in ``training.mixed_precision``.
         DependencyError: A library that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for what cannot serve.
-        StorageError: The disk is too small for the run's checkpoints and final model.
+        StorageError: The final model shall be uploaded and nobody is logged in.
     """
     environment.check_precision(config.training.mixed_precision, device)
     attention.check(config.memory.attention, device)
@@ -42,6 +42,14 @@ def check_machine(config: Config, model: ModelFolder, device: torch.device) -> N
         environment.require("tensorboard")
     if config.final.push_to_hub:
         hub.check_login()
+
+
+def check_disk(config: Config, model: ModelFolder) -> None:
+    """Refuse a run whose checkpoints and final model do not fit the disk.
+
+    Raises:
+        StorageError: The disk is too small.
+    """
     needed = disk_bytes(config, model)
     free = environment.free_disk_bytes(config.output_dir) + _bytes_to_be_replaced(config.output_dir)
     if needed > free:

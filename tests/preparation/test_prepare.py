@@ -14,14 +14,14 @@ from lowmem_db.data.batches import BatchSource
 from lowmem_db.errors import DataError
 from lowmem_db.models.source import find_model
 from lowmem_db.preparation import class_images, encode
-from lowmem_db.preparation.prepare import check_subject, prepare
+from lowmem_db.preparation.prepare import check_photos, check_prompts, prepare
 
 CPU = torch.device("cpu")
 
 
 def run(config: Config) -> BatchSource:
     model = find_model(**config.model.model_dump())
-    return prepare(config, model, CPU, check_subject(config, model))
+    return prepare(config, model, CPU, check_photos(config))
 
 
 def with_fields(fields: dict[str, object], **changes: object) -> Config:
@@ -223,5 +223,5 @@ def test_training_text_encoder_gets_token_ids_alone(tiny_fields: dict[str, objec
 
 def test_long_prompt_is_warned_of(tiny_fields: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
     config = with_fields(tiny_fields, subject__instance_prompt="a zx dog that sits in the grass")
-    check_subject(config, find_model(config.model.base))
+    check_prompts(config, find_model(config.model.base), check_photos(config))
     assert "the model reads 16 tokens" in " ".join(capsys.readouterr().err.split())
