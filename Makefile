@@ -29,7 +29,7 @@ lint: $(INSTALLED)
 	$(RUN)/codespell
 
 types: $(INSTALLED)
-	$(RUN)/basedpyright --pythonpath $(RUN)/python
+	$(RUN)/basedpyright --project pyproject.toml --pythonpath $(RUN)/python
 
 format: $(INSTALLED)
 	$(RUN)/ruff format .
