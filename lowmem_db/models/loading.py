@@ -64,12 +64,18 @@ def load_tokenizer(model: ModelFolder) -> CLIPTokenizer:
         raise _damaged(path, error) from error
 
 
-def load_noise_schedule(model: ModelFolder) -> DDPMScheduler:
+def load_noise_schedule(model: ModelFolder, prediction_type: str | None = None) -> DDPMScheduler:
     """Load the noise schedule the model was trained with; which sampler its folder names does not matter.
 
     Samples are never clipped to [-1, 1], as for pixels; some samplers' configurations leave that open.
+
+    Args:
+        model: The model.
+        prediction_type: What a fine-tuned denoiser predicts instead; None: as the model's folder says.
     """
-    return cast("DDPMScheduler", DDPMScheduler.from_config(model.config_of("scheduler"), clip_sample=False))
+    changed: dict[str, Any] = {} if prediction_type is None else {"prediction_type": prediction_type}
+    schedule = DDPMScheduler.from_config(model.config_of("scheduler"), clip_sample=False, **changed)
+    return cast("DDPMScheduler", schedule)
 
 
 def _load(kind: Any, model: ModelFolder, component: str, device: torch.device, dtype: torch.dtype) -> Any:

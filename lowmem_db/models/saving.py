@@ -20,7 +20,14 @@ _OTHER_WEIGHTS = shutil.ignore_patterns("*.bin*", "*.ckpt", "*.pt", "*.pth", "*.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def save_model(folder: Path, source: ModelFolder, trained: Mapping[str, nn.Module], *, dtype: torch.dtype) -> None:
+def save_model(
+    folder: Path,
+    source: ModelFolder,
+    trained: Mapping[str, nn.Module],
+    *,
+    dtype: torch.dtype,
+    prediction_type: str | None = None,
+) -> None:
     """Write a whole model: trained components in ``dtype``, the others as they are in the source.
 
     Weights that are pickled or a variant in the source are written as safetensors under the usual names, in fp32.
@@ -30,6 +37,7 @@ def save_model(folder: Path, source: ModelFolder, trained: Mapping[str, nn.Modul
         source: The model that training started from.
         trained: Trained components by name.
         dtype: Type of their weights on disk; the modules themselves are not changed.
+        prediction_type: What the trained UNet predicts where that has changed; samplers read it from the scheduler.
     """
     for component in COMPONENTS:
         if component in trained:
@@ -40,6 +48,10 @@ def save_model(folder: Path, source: ModelFolder, trained: Mapping[str, nn.Modul
             shutil.copytree(
                 source.path / component, folder / component, copy_function=shutil.copyfile, ignore=_OTHER_WEIGHTS
             )
+    if prediction_type is not None:
+        file = folder / "scheduler" / "scheduler_config.json"
+        scheduler = json.loads(file.read_text(encoding="utf-8")) | {"prediction_type": prediction_type}
+        file.write_text(json.dumps(scheduler, indent=2) + "\n", encoding="utf-8")
     index = json.loads((source.path / "model_index.json").read_text(encoding="utf-8"))
     (folder / "model_index.json").write_text(json.dumps(_without_extras(index), indent=2) + "\n", encoding="utf-8")
 

@@ -121,7 +121,8 @@ def _sample(
 ) -> list[Tensor]:
     unet = load_unet(source.model, device=embeds.device, dtype=embeds.dtype)
     _take_checkpoint(unet, source, "unet")
-    noise_schedule = load_noise_schedule(source.model)
+    trained_as = None if source.run_config is None else source.run_config.objective.prediction_type
+    noise_schedule = load_noise_schedule(source.model, trained_as)
     latent_size = resolution // downscaling(source.model.config_of("vae"))
     prompt_embeds, empty_embeds = embeds[:-1], embeds[-1:]
     return [

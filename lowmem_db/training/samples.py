@@ -46,7 +46,7 @@ def _latents(config: Config, model: ModelFolder, denoiser: Denoiser, prompts: Pr
         embeds = denoiser.embeds(prompts.conditioning([prompt, ""]))
         return sample_latents(
             denoiser.unet,
-            load_noise_schedule(model),
+            load_noise_schedule(model, config.objective.prediction_type),
             settings,
             prompt_embeds=embeds[:1].expand(count, -1, -1),
             empty_embeds=embeds[1:],

@@ -89,11 +89,11 @@ def build_trainer(
     attention.apply(unet, config.memory.attention, device)
     if config.memory.gradient_checkpointing:
         checkpointing.apply(denoiser.modules().values())
-    noise_schedule = load_noise_schedule(model)
+    noise_schedule = load_noise_schedule(model, config.objective.prediction_type)
     objective = Objective(
         config.objective,
         alphas_cumprod=noise_schedule.alphas_cumprod,
-        prediction_type=config.objective.prediction_type or noise_schedule.config["prediction_type"],
+        prediction_type=noise_schedule.config["prediction_type"],
         prior_loss_weight=config.prior.loss_weight,
         seed=config.seed,
         device=device,
@@ -122,11 +122,13 @@ def write_final(trainer: Trainer, model: ModelFolder) -> None:
     Raises:
         StorageError: The disk is full, or the upload failed.
     """
-    dtype = DTYPES[trainer.config.final.precision]
+    dtype, prediction_type = DTYPES[trainer.config.final.precision], trainer.config.objective.prediction_type
     with trainer.weights():
         write_folder(
             trainer.run.final_dir,
-            lambda folder: save_model(folder, model, trainer.denoiser.modules(), dtype=dtype),
+            lambda folder: save_model(
+                folder, model, trainer.denoiser.modules(), dtype=dtype, prediction_type=prediction_type
+            ),
         )
     if trainer.config.final.push_to_hub:
         model_id = trainer.config.final.hub_model_id or trainer.config.output_dir.absolute().name

@@ -12,7 +12,7 @@ from lowmem_db.errors import NonFiniteError, StorageError
 from lowmem_db.models.loading import load_unet
 from lowmem_db.models.source import find_model
 from lowmem_db.storage.run_folder import RunFolder
-from lowmem_db.training import setup, trainer
+from lowmem_db.training import samples, setup, trainer
 from lowmem_db.training.step import train_step
 
 
@@ -55,6 +55,24 @@ def test_final_model_loads_in_diffusers(tiny_fields: dict[str, object], tmp_path
     image = pipeline("a zx dog", num_inference_steps=2, height=32, width=32, output_type="pt").images
     assert torch.isfinite(torch.as_tensor(image)).all()
     assert not list(final.rglob("*.bin"))
+
+
+def test_changed_prediction_type_reaches_samples_and_final_model(
+    tiny_fields: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    original = samples.sample_latents
+
+    def recording(unet, noise_schedule, *arguments, **options):
+        seen.append(noise_schedule.config["prediction_type"])
+        return original(unet, noise_schedule, *arguments, **options)
+
+    monkeypatch.setattr(samples, "sample_latents", recording)
+    changes = {"objective.prediction_type": "v_prediction", "sampling.prompts": ["a dog"]}
+    train(arguments(tiny_fields | changes | {"sampling.num_inference_steps": 2}))
+    assert seen == ["v_prediction"]
+    scheduler = json.loads((tmp_path / "run" / "final" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
 
 
 def test_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(
