@@ -55,11 +55,51 @@ RULES = (
         'set sampling.prompts=["a sks dog"] or leave it out',
     ),
     Rule(
+        lambda c: bool(c.memory.optimizer_in_backward) and c.training.gradient_accumulation_steps > 1,
+        "memory.optimizer_in_backward: true frees each gradient before the next batch could be added "
+        "(training.gradient_accumulation_steps is {config.training.gradient_accumulation_steps}); use a larger "
+        "training.train_batch_size, or memory.optimizer_in_backward=false",
+    ),
+    Rule(
+        lambda c: bool(c.memory.optimizer_in_backward) and c.training.clipping == "global",
+        "training.clipping: 'global' needs all gradients at once, and memory.optimizer_in_backward frees each of them; "
+        "allowed in the backward pass: update_rms, lagged, per_tensor, none",
+    ),
+    Rule(
+        lambda c: c.training.clipping in {"global", "lagged", "per_tensor"} and c.training.max_grad_norm is None,
+        "training.clipping: {config.training.clipping!r} needs training.max_grad_norm, which is null; set it, or "
+        "training.clipping=none",
+    ),
+    Rule(
+        lambda c: _has_bf16_weights(c) and c.training.mixed_precision in {"no", "fp16"},
+        "memory.weights: {config.memory.weights!r} computes in bf16, and training.mixed_precision is "
+        "{config.training.mixed_precision!r}; leave that out, or set memory.weights=fp32",
+    ),
+    Rule(
+        lambda c: bool(c.memory.stream_optimizer_state) and c.ema.enabled and c.memory.weights != "fp32",
+        "ema.enabled: true averages whole weights, and memory.stream_optimizer_state keeps their extra bits on the "
+        "host; set ema.enabled=false, memory.stream_optimizer_state=false, or memory.weights=fp32",
+    ),
+    Rule(
+        lambda c: bool(c.memory.offload_checkpoints) and _checkpoints_nothing(c),
+        "memory.offload_checkpoints: true has nothing to keep on the host while memory.checkpointing is none; "
+        "set memory.checkpointing=segments, or leave offload_checkpoints out",
+    ),
+    Rule(
         lambda c: c.final.hub_model_id is not None and not c.final.push_to_hub,
         "final.hub_model_id: {config.final.hub_model_id!r} has no use without final.push_to_hub=true; set it, or leave "
         "hub_model_id out",
     ),
 )
+
+
+def _has_bf16_weights(config: Config) -> bool:
+    return config.memory.weights is not None and config.memory.weights != "fp32"
+
+
+def _checkpoints_nothing(config: Config) -> bool:
+    placement = config.memory.checkpointing
+    return placement == "none" or (isinstance(placement, dict) and set(placement.values()) <= {"none"})
 
 
 def refusals(config: Config) -> list[str]:

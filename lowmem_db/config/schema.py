@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from lowmem_db.config.sizes import parse_bytes
+
 
 def _expand_home(path: Path) -> Path:
     """Replace a leading ``~``, which no shell does in a YAML file or behind ``--flag=``."""
@@ -24,10 +26,28 @@ def _unquoted_no(value: object) -> object:
     return "no" if value is False else value
 
 
+def _read_budget(value: object) -> object:
+    """Turn a size into bytes; ``auto`` stays."""
+    return value if value == "auto" else parse_bytes(value)
+
+
+def _refuse_rounded_bf16(value: object) -> object:
+    """Say why weights that are rounded to the nearest bf16 do not train."""
+    if value == "bf16":
+        raise ValueError(
+            "weights rounded to the nearest bf16 lose small updates (at a learning rate of 2e-6 only 2.6 % of them can "
+            "move); use bf16_extra_bits, bf16_stochastic or fp32"
+        )
+    return value
+
+
 LocalPath = Annotated[Path, AfterValidator(_expand_home)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Precision = Literal["fp32", "fp16", "bf16"]
 Sampler = Literal["ddpm", "ddim", "dpm_solver"]
+Weights = Literal["fp32", "bf16_extra_bits", "bf16_stochastic"]
+Placement = Literal["none", "layers", "segments", "nested"]
+Clipping = Literal["global", "update_rms", "lagged", "per_tensor", "none"]
 
 
 class Section(BaseModel):
@@ -120,10 +140,15 @@ class TrainingConfig(Section):
     """Train the text encoder too."""
     stop_text_encoder_training: PositiveInt | None = None
     """Step after which the text encoder stays as it is. None: never."""
+    clipping: Clipping | None = None
+    """What is clipped: ``global``, the joint norm of all gradients; in the backward pass ``update_rms``, the root mean
+    square of each tensor's update (arXiv:1804.04235, section 6), ``lagged``, all gradients by the average of past joint
+    norms, or ``per_tensor``, the norm of each gradient by itself; ``none``. None: ``global`` after the backward pass;
+    in it ``lagged`` where ``max_grad_norm`` is given, else ``update_rms``."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest joint norm of all gradients. None: no clipping."""
-    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_unquoted_no)] = "no"
-    """Type of the autocast; the weights that train are fp32."""
+    """Largest norm under ``global``, ``lagged`` and ``per_tensor``. None: no clipping."""
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_unquoted_no)] | None = None
+    """Type the model computes in; ``no`` is fp32. None: bf16 on cards that have it, fp16 on older ones, else ``no``."""
     allow_tf32: bool = False
     """Let CUDA devices multiply fp32 matrices in TF32."""
 
@@ -152,8 +177,8 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer."""
 
-    name: Literal["adamw", "adamw8bit"] = "adamw"
-    """``adamw8bit`` keeps its states in 8 bits (bitsandbytes)."""
+    name: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    """``adamw8bit`` keeps its states in 8 bits, ``adafactor`` factored second moments alone (arXiv:1804.04235)."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -174,10 +199,23 @@ class EmaConfig(Section):
 
 
 class MemoryConfig(Section):
-    """What saves memory around the model."""
+    """What saves memory. What is None is chosen by the planner: the fastest that fits the budget."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
+    budget: Annotated[Literal["auto"] | Annotated[int, Field(gt=0)], BeforeValidator(_read_budget)] = "auto"
+    """Memory of the device that the run may use: ``8GiB``, a number of bytes, or ``auto``, what is free."""
+    weights: Annotated[Weights, BeforeValidator(_refuse_rounded_bf16)] | None = None
+    """Weights that train: ``fp32``; ``bf16_extra_bits``, bf16 with eight more bits beside them (24-bit weights);
+    ``bf16_stochastic``, bf16 with stochastic rounding."""
+    optimizer_in_backward: bool | None = None
+    """Step each parameter as soon as its gradient is complete, and free the gradient."""
+    stream_optimizer_state: bool | None = None
+    """Keep 8-bit states and extra bits in the host's memory; they pass through the device during the backward pass."""
+    checkpointing: Placement | dict[str, Placement] | None = None
+    """Activations that are recomputed in the backward pass: ``none``; ``layers``, each residual block and transformer
+    block by itself; ``segments``, with whole transformers and skip connections inside; ``nested``, twice inside
+    transformers. A mapping gives a placement per block: ``{unet.up_blocks.3: segments}``."""
+    offload_checkpoints: bool | None = None
+    """Keep what checkpointed segments start from in the host's memory."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention implementation; xformers needs a CUDA device."""
 

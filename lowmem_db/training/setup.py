@@ -7,6 +7,7 @@ import torch
 
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
+from lowmem_db.config.strategy import plain_strategy
 from lowmem_db.console import say
 from lowmem_db.data.batches import BatchSource
 from lowmem_db.errors import StorageError
@@ -33,7 +34,7 @@ def check_machine(config: Config, device: torch.device) -> None:
         DependencyError: A library that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for what cannot serve.
         StorageError: The final model shall be uploaded and nobody is logged in.
     """
-    environment.check_precision(config.training.mixed_precision, device)
+    environment.check_precision(plain_strategy(config).mixed_precision, device)
     attention.check(config.memory.attention, device)
     environment.check_kernels()
     if config.optimizer.name == "adamw8bit":
@@ -80,14 +81,15 @@ def build_trainer(
     config: Config, model: ModelFolder, device: torch.device, batches: BatchSource, run: RunFolder
 ) -> Trainer:
     """Load what trains onto the device and put the trainer together."""
+    strategy = plain_strategy(config)
     _set_arithmetic(config, device)
     unet = load_unet(model, device=device)
     text_encoder = load_text_encoder(model, device=device) if config.training.train_text_encoder else None
-    denoiser = Denoiser(unet, text_encoder, AUTOCAST_TYPES[config.training.mixed_precision])
+    denoiser = Denoiser(unet, text_encoder, AUTOCAST_TYPES[strategy.autocast])
     for module in denoiser.modules().values():
         module.train().requires_grad_(True)
     attention.apply(unet, config.memory.attention, device)
-    if config.memory.gradient_checkpointing:
+    if strategy.checkpointing != "none":
         checkpointing.apply(denoiser.modules().values())
     noise_schedule = load_noise_schedule(model, config.objective.prediction_type)
     objective = Objective(
@@ -102,7 +104,7 @@ def build_trainer(
         config.optimizer,
         denoiser.modules(),
         max_grad_norm=config.training.max_grad_norm,
-        scale_loss=config.training.mixed_precision == "fp16",
+        scale_loss=strategy.autocast == "fp16",
         device=device,
     )
     parameters = {

@@ -57,13 +57,13 @@ WHAT_THEY_SET = {
         "training.max_train_steps": 800,
     },
     "16 GB": {
-        "memory.gradient_checkpointing": True,
+        "memory.checkpointing": "layers",
         "optimizer.name": "adamw8bit",
         "training.gradient_accumulation_steps": 2,
     },
     "12 GB": {
         "memory.attention": "xformers",
-        "memory.gradient_checkpointing": True,
+        "memory.checkpointing": "layers",
         "optimizer.name": "adamw8bit",
         "training.gradient_accumulation_steps": 1,
         "training.learning_rate": 2e-6,
@@ -73,7 +73,7 @@ WHAT_THEY_SET = {
         "training.train_text_encoder": True,
         "training.learning_rate": 2e-6,
         "final.push_to_hub": True,
-        "memory.gradient_checkpointing": True,
+        "memory.checkpointing": "layers",
     },
 }
 IN_ALL = {

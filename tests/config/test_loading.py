@@ -36,7 +36,7 @@ def problems_of(*arguments: str) -> list[str]:
     [
         ("training.learning_rat=1e-5", "training.learning_rate"),
         ("learning_rate=1e-5", "training.learning_rate"),
-        ("memory.gradient_checkpoint=true", "memory.gradient_checkpointing"),
+        ("memory.checkpoint=layers", "memory.checkpointing"),
     ],
 )
 def test_unknown_field_names_the_nearest(argument: str, nearest: str) -> None:

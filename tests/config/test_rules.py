@@ -34,6 +34,36 @@ CASES = [
         {"training.train_text_encoder": True},
     ),
     (
+        {"memory.optimizer_in_backward": True, "training.gradient_accumulation_steps": 2},
+        "memory.optimizer_in_backward",
+        {"memory.optimizer_in_backward": False},
+    ),
+    (
+        {"memory.optimizer_in_backward": True, "training.clipping": "global"},
+        "training.clipping",
+        {"training.clipping": "update_rms"},
+    ),
+    (
+        {"training.clipping": "lagged", "training.max_grad_norm": None},
+        "training.clipping",
+        {"training.clipping": "none"},
+    ),
+    (
+        {"memory.weights": "bf16_extra_bits", "training.mixed_precision": "fp16"},
+        "memory.weights",
+        {"training.mixed_precision": "bf16"},
+    ),
+    (
+        {"memory.stream_optimizer_state": True, "ema.enabled": True},
+        "ema.enabled",
+        {"memory.weights": "fp32"},
+    ),
+    (
+        {"memory.offload_checkpoints": True, "memory.checkpointing": {"unet.mid_block": "none"}},
+        "memory.offload_checkpoints",
+        {"memory.checkpointing": {"unet.mid_block": "layers"}},
+    ),
+    (
         {"training.lr_warmup_steps": 10, "training.max_train_steps": 10},
         "training.lr_warmup_steps",
         {"training.max_train_steps": 11},

@@ -48,7 +48,7 @@ VARIANTS = {
         "sampling.num_inference_steps": 2,
     },
     "gradient checkpointing, fp16 autocast": {
-        "memory.gradient_checkpointing": True,
+        "memory.checkpointing": "layers",
         "training.mixed_precision": "fp16",
     },
 }
