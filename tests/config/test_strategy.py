@@ -13,7 +13,9 @@ def config_of(fields):
 def test_what_nobody_planned_is_plain():
     strategy = plain_strategy(config_of({}))
     assert (strategy.weights, strategy.mixed_precision, strategy.checkpointing) == ("fp32", "no", "none")
-    assert not (strategy.optimizer_in_backward or strategy.stream_optimizer_state or strategy.offload_checkpoints)
+    assert not strategy.optimizer_in_backward
+    assert not strategy.stream_optimizer_state
+    assert not strategy.offload_checkpoints
     assert strategy.clipping == "global"
 
 
