@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from lowmem_db.errors import ModelError
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
@@ -79,6 +80,8 @@ def load_noise_schedule(model: ModelFolder, prediction_type: str | None = None) 
 
 
 def _load(kind: Any, model: ModelFolder, component: str, device: torch.device, dtype: torch.dtype) -> Any:
+    if device.type == "meta":
+        return nn.Module.to(_build_on_meta(kind, model, component), dtype).eval().requires_grad_(False)
     path = model.path / component
     options: dict[str, Any] = {"use_safetensors": not model.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
@@ -87,6 +90,15 @@ def _load(kind: Any, model: ModelFolder, component: str, device: torch.device, d
     except _DAMAGED as error:
         raise _damaged(path, error) from error
     return loaded.to(device).eval().requires_grad_(False)
+
+
+def _build_on_meta(kind: Any, model: ModelFolder, component: str) -> Any:
+    """Build a component without weights, from its configuration alone."""
+    config = model.config_of(component)
+    with torch.device("meta"):
+        if issubclass(kind, PreTrainedModel):
+            return kind(cast("Any", kind.config_class)(**config))
+        return kind.from_config(config)
 
 
 def _has_safetensors(path: Path) -> bool:
