@@ -88,7 +88,7 @@ def build_trainer(
         module.train().requires_grad_(True)
     attention.apply(unet, config.memory.attention, device)
     if config.memory.gradient_checkpointing:
-        checkpointing.apply(denoiser.modules().values())
+        checkpointing.apply(denoiser.modules(), "layers")
     noise_schedule = load_noise_schedule(model, config.objective.prediction_type)
     objective = Objective(
         config.objective,
