@@ -110,8 +110,7 @@ def build_step(
     for module in denoiser.modules().values():
         module.to(device).train().requires_grad_(True)
     attention.apply(unet, config.memory.attention, device)
-    if strategy.checkpointing != "none":
-        checkpointing.apply(denoiser.modules().values())
+    checkpointing.apply(denoiser.modules(), strategy.checkpointing, offload=strategy.offload_checkpoints)
     optimizer = build_optimizer(config, strategy, denoiser.modules(), device)
     for name, bits in optimizer.extra_bits().items():
         bits.copy_(extra_bits[name])
