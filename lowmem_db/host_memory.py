@@ -1,8 +1,8 @@
 """Tensors in the host's memory that a device reads and writes asynchronously.
 
 Whoever keeps something of the device on the host allocates it here: pinned for a CUDA device, so that copies run beside
-the computation; plain for the CPU. Under a trace on the meta device nothing is allocated, and observers are told, so that
-host and device bytes can be told apart.
+the computation; plain for the CPU. Under a trace on the meta device nothing is allocated, and observers are told, so
+that host and device bytes can be told apart.
 """
 
 from collections.abc import Callable, Iterator, Sequence
