@@ -185,6 +185,20 @@ def test_host_memory_is_allocated_in_the_first_step_alone(placement: str) -> Non
     assert in_first_step == len(allocated) == 1
 
 
+def test_segments_inside_a_segment_keep_nothing(monkeypatch: pytest.MonkeyPatch, offload: BoundaryOffload) -> None:
+    modules = build("sdxl_like")
+    monkeypatch.setattr(checkpointing, "BoundaryOffload", lambda: offload)
+    kept = {}
+    for placement in ("segments", "nested"):
+        undo = checkpointing.apply(modules, placement, offload=True)
+        loss = loss_of(modules)
+        kept[placement] = offload.num_bytes_kept()
+        loss.backward()
+        undo()
+    tokens = 2 * 8 * 8 * 16 * 4  # between the two blocks of each of the four transformers
+    assert kept["segments"] - kept["nested"] == 4 * tokens
+
+
 def test_two_forward_passes_before_backward() -> None:
     modules = build("tiny")
     plain = clones(modules)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lowmem_db.memory import boundary_offload, checkpointing
-from lowmem_db.memory.segments import Concatenation
+from lowmem_db.memory.segments import Concatenation, Segment
 from tests.memory.models import (
     UNETS,
     assert_same_bits,
@@ -260,6 +260,17 @@ def test_images_are_drawn_as_before(placement: str) -> None:
     checkpointing.apply(modules, placement, offload=True)
     with torch.no_grad():
         assert torch.equal(loss_of(modules), expected("sdxl_like")["loss"])
+
+
+def test_weights_that_autocast_converts_die_with_their_segment() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    segment = Segment(layer.forward, layer)
+    x = torch.ones(1, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
+        assert segment(x).any()
+        layer.weight.data.zero_()
+        assert not segment(x).any()
+        assert torch.is_autocast_cache_enabled()
 
 
 def test_a_skip_connections_gradient_does_not_keep_the_other_alive() -> None:
