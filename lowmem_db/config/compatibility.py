@@ -44,7 +44,9 @@ def render() -> str:
     """Return the text of ``docs/memory/compatibility.md``."""
     notes: list[str] = []
     head = ["", *(_label(feature) for feature in FEATURES)]
-    rows = [[_label(technique), *(_cell(technique | feature, notes) for feature in FEATURES)] for technique in TECHNIQUES]
+    rows = [
+        [_label(technique), *(_cell(technique | feature, notes) for feature in FEATURES)] for technique in TECHNIQUES
+    ]
     lines = [
         "# What goes with what",
         "",
