@@ -108,10 +108,12 @@ def measure(work: Path, rounds: int) -> dict[str, Any]:
     bare = bare_pass(denoiser, batch)
     seconds: dict[str, list[float]] = {"bare": [], "without_optimizer": [], "step": []}
     for step in range(rounds + 1):  # the first round warms up
-        optimizer.rule = NoRule()
+        optimizer.undo()
         end = free_gradients(dict(denoiser.modules()))
         times = {"bare": timed(bare)}
         end()
+        optimizer.apply()
+        optimizer.rule = NoRule()
         times["without_optimizer"] = timed(partial(train_step, denoiser, objective, optimizer, [batch], step))
         optimizer.rule = rule
         times["step"] = timed(partial(train_step, denoiser, objective, optimizer, [batch], step))
