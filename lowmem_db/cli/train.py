@@ -43,11 +43,12 @@ def train(
     from lowmem_db.preparation.prepare import prepare as prepare_data
     from lowmem_db.storage.atomic import write_text
     from lowmem_db.storage.run_folder import RunFolder, write_json
-    from lowmem_db.training.resuming import check_run_folder
+    from lowmem_db.training.resuming import check_run_folder, with_choices_of_run
     from lowmem_db.training.setup import build_trainer, check_disk, check_machine, write_final
 
     run = RunFolder(config.output_dir)
     with run.locked():
+        config = with_choices_of_run(run, config)
         check_run_folder(run, config, resume=resume or resume_flag)
         device = environment.resolve_device(config.device)
         check_machine(config, device)
