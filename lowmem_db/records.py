@@ -1,6 +1,6 @@
 """The frozen records that travel between the packages."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from jaxtyping import Float, Int
@@ -70,3 +70,30 @@ class StepOutput:
     loss_instance: float
     loss_prior: float | None
     grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Bytes of a device, by what they hold.
+
+    Attributes:
+        weights: Weights of every model in memory.
+        optimizer_state: Moments, their scales, and the extra bits of 24-bit weights.
+        gradients: Gradients that the backward pass has handed to parameters.
+        activations: What a step or a sampling step makes and has not freed yet.
+        other: Everything else: tables, rings, averages, inputs.
+    """
+
+    weights: int = 0
+    optimizer_state: int = 0
+    gradients: int = 0
+    activations: int = 0
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(astuple(self))
+
+
+PARTS = tuple(MemoryParts.__dataclass_fields__)

@@ -80,6 +80,8 @@ def load_noise_schedule(model: ModelFolder, prediction_type: str | None = None) 
 
 def _load(kind: Any, model: ModelFolder, component: str, device: torch.device, dtype: torch.dtype) -> Any:
     path = model.path / component
+    if device.type == "meta":
+        return _build_on_meta(kind, model.config_of(component), dtype)
     options: dict[str, Any] = {"use_safetensors": not model.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
     try:
@@ -87,6 +89,18 @@ def _load(kind: Any, model: ModelFolder, component: str, device: torch.device, d
     except _DAMAGED as error:
         raise _damaged(path, error) from error
     return loaded.to(device).eval().requires_grad_(False)
+
+
+def _build_on_meta(kind: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Build a component without weights: shapes alone."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            built = kind.from_config(config) if issubclass(kind, ModelMixin) else kind(kind.config_class.from_dict(config))
+    finally:
+        torch.set_default_dtype(default)
+    return built.eval().requires_grad_(False)
 
 
 def _has_safetensors(path: Path) -> bool:

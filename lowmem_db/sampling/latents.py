@@ -52,7 +52,8 @@ def sample_latents(
         generators: One CPU generator for each image: an image does not depend on those drawn beside it.
     """
     scheduler = _SAMPLERS[settings.sampler].from_config(noise_schedule.config)
-    scheduler.set_timesteps(settings.num_inference_steps, device=unet.device)
+    on_meta = unet.device.type == "meta"
+    scheduler.set_timesteps(settings.num_inference_steps, device="cpu" if on_meta else unet.device)
     count = len(prompt_embeds)
     embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds]).to(unet.device, unet.dtype)
     shape = (count, unet.config["in_channels"], latent_size, latent_size)
