@@ -36,7 +36,7 @@ class StorageError(LowmemDbError):
 
 
 class NonFiniteError(LowmemDbError):
-    """The loss or the gradient is not finite; the weights were not touched."""
+    """The loss or the gradient is not finite."""
 
 
 class RunInterrupted(BaseException):

@@ -4,16 +4,15 @@ Every operator has an eager twin of the same signature. `status` says what serve
 `LOWMEM_DB_KERNELS` (`auto`, `triton`, `eager`, `interpret`) decides otherwise.
 """
 
-from .adamw8bit_step import (
+from .adamw8bit_state import (
     MINIMUM_8BIT_SIZE,
     AdamW8bitState,
-    adamw8bit_step,
-    adamw8bit_step_flat,
     bias_corrections,
     from_bitsandbytes,
     init_state,
     to_bitsandbytes,
 )
+from .adamw8bit_step import adamw8bit_step, adamw8bit_step_flat
 from .diffusion_loss import DiffusionLoss, diffusion_loss
 from .dispatch import (
     Choice,

@@ -95,6 +95,11 @@ def _decoded(signed: bool, device: torch.device) -> Tensor:
     return (torch.where(code < 127, -value, value) if signed else value).to(device)
 
 
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Return `table[index]`, many times sooner on a CPU than by indexing."""
+    return table.index_select(0, index.flatten()).view(index.shape)
+
+
 def decode_eager(codes: Tensor, *, signed: bool) -> Tensor:
     """Decode 8-bit codes.
 
@@ -105,7 +110,7 @@ def decode_eager(codes: Tensor, *, signed: bool) -> Tensor:
     Returns:
         fp32 in [-1, 1], to be multiplied by the block's absolute maximum.
     """
-    return _decoded(signed, codes.device)[codes.to(torch.int32)]
+    return _look_up(_decoded(signed, codes.device), codes.to(torch.int32))
 
 
 def encode_eager(values: Tensor, *, signed: bool) -> Tensor:
@@ -121,9 +126,9 @@ def encode_eager(values: Tensor, *, signed: bool) -> Tensor:
     extra_bit = (_SIGNED if signed else _UNSIGNED).extra_bit
     size = values.abs()
     thresholds = torch.tensor(_decade_thresholds(extra_bit), dtype=torch.float32, device=values.device)
-    decade = torch.bucketize(size, thresholds, right=True)
-    level = (2.0 ** torch.arange(extra_bit, 7 + extra_bit, device=values.device))[decade]
-    power = (10.0 ** torch.arange(7, 0, -1, device=values.device))[decade]
+    decade = torch.bucketize(size, thresholds, right=True, out_int32=True)
+    level = _look_up(2.0 ** torch.arange(extra_bit, 7 + extra_bit, device=values.device), decade)
+    power = _look_up(10.0 ** torch.arange(7, 0, -1, device=values.device), decade)
     magnitude = (level * (size * power + 8.0) * (1.0 / 9.0)).floor()
     magnitude = torch.minimum(torch.maximum(magnitude, level), 2.0 * level - 1.0)
     zero, one = (0.0, 128.0) if signed else (1.0, 256.0)

@@ -2,8 +2,10 @@
 
 `LOWMEM_DB_KERNELS` is one of
 
-* `auto` (default): Triton on a CUDA device of compute capability 7.5 or more, once its self-test passed; else eager,
+* `auto` (default): Triton on a CUDA device of compute capability 7.5 or more, compiled C++ on a CPU for the operators
+  that have it, each once its self-test passed; else eager,
 * `triton`: Triton, or `KernelUnavailableError`,
+* `native`: compiled C++, or `KernelUnavailableError`, for the operators that have it; the others are eager,
 * `eager`: the plain PyTorch twin,
 * `interpret`: the Triton kernels in Triton's interpreter, on the CPU; set it before Python starts.
 """
@@ -19,11 +21,13 @@ import torch
 from torch import Tensor
 
 from ._triton import HAS_TRITON, IMPORT_ERROR, INTERPRETED, triton
+from .native import NativeUnavailableError
 
 ENVIRONMENT_VARIABLE = "LOWMEM_DB_KERNELS"
-MODES = ("auto", "triton", "eager", "interpret")
+MODES = ("auto", "triton", "native", "eager", "interpret")
 MINIMUM_CAPABILITY = (7, 5)
 FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 _logger = logging.getLogger("lowmem_db_kernels")
 # What a kernel that does not suit a machine raises: the compiler, its subprocesses, the driver, or a wrong result.
@@ -43,7 +47,7 @@ class Choice(NamedTuple):
     """What serves an operator, and why.
 
     Attributes:
-        backend: `triton`, `interpret` or `eager`.
+        backend: `triton`, `native`, `interpret` or `eager`.
         reason: One clause.
     """
 
@@ -58,10 +62,12 @@ class Operator:
     Attributes:
         name: Its name in the namespace.
         self_test: Compares kernel and twin on a device; raises `AssertionError` on a mismatch.
+        native_self_test: The same for the compiled form, where there is one; it compiles it.
     """
 
     name: str
     self_test: Callable[[torch.device], None]
+    native_self_test: Callable[[torch.device], None] | None = None
 
 
 class OperatorStatus(NamedTuple):
@@ -80,17 +86,23 @@ class OperatorStatus(NamedTuple):
 
 registry: dict[str, Operator] = {}
 _choices: dict[tuple[str, str, torch.device, torch.dtype], Choice] = {}
-_verdicts: dict[tuple[str, torch.device], str | None] = {}
+_verdicts: dict[tuple[str, torch.device, bool], str | None] = {}
 
 
-def register(name: str, self_test: Callable[[torch.device], None]) -> None:
+def register(
+    name: str,
+    self_test: Callable[[torch.device], None],
+    *,
+    native_self_test: Callable[[torch.device], None] | None = None,
+) -> None:
     """Make an operator known.
 
     Args:
         name: Its name.
         self_test: See `Operator.self_test`.
+        native_self_test: See `Operator.native_self_test`.
     """
-    registry[name] = Operator(name, self_test)
+    registry[name] = Operator(name, self_test, native_self_test)
 
 
 def requested_mode() -> str:
@@ -183,9 +195,15 @@ def _status(op: str, device: torch.device, dtype: torch.dtype) -> OperatorStatus
 def _choose(mode: str, op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     if mode == "eager":
         return Choice("eager", f"{ENVIRONMENT_VARIABLE}=eager")
-    reason = _why_not_interpret(device, dtype) if mode == "interpret" else _why_not_triton(op, device, dtype)
+    has_native = registry[op].native_self_test is not None
+    if mode == "native" and not has_native:
+        return Choice("eager", "it has no native form")
+    backend = mode
+    if mode == "auto":
+        backend = "native" if has_native and device.type == "cpu" else "triton"
+    reason = _REASONS[backend](op, device, dtype)
     if reason is None:
-        return Choice("interpret" if mode == "interpret" else "triton", f"{ENVIRONMENT_VARIABLE}={mode}")
+        return Choice(backend, f"{ENVIRONMENT_VARIABLE}={mode}")
     if mode == "auto":
         return Choice("eager", reason)
     raise KernelUnavailableError(
@@ -193,7 +211,7 @@ def _choose(mode: str, op: str, device: torch.device, dtype: torch.dtype) -> Cho
     )
 
 
-def _why_not_interpret(device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_interpret(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if not HAS_TRITON:
         return f"Triton cannot be imported ({IMPORT_ERROR})"
     if not INTERPRETED:
@@ -218,15 +236,33 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     return _verify(op, device)
 
 
-def _verify(op: str, device: torch.device) -> str | None:
+def _why_not_native(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"the native form serves the CPU and the tensor is on {device}"
+    if dtype not in NATIVE_DTYPES:
+        return f"no native form for {dtype}"
+    return _verify(op, device, native=True)
+
+
+_REASONS = {"interpret": _why_not_interpret, "triton": _why_not_triton, "native": _why_not_native}
+
+
+def _verify(op: str, device: torch.device, *, native: bool = False) -> str | None:
     """Run an operator's self-test once per device; return None or what was wrong."""
-    key = (op, device)
+    key = (op, device, native)
     if key not in _verdicts:
-        try:
-            registry[op].self_test(device)
-        except _FAILURES as error:
-            _verdicts[key] = f"its self-test failed on {device}: {type(error).__name__}: {error}"
-            _logger.warning("%s is disabled: %s", op, _verdicts[key])
-        else:
-            _verdicts[key] = None
+        test = registry[op].native_self_test if native else registry[op].self_test
+        _verdicts[key] = None if test is None else _run_self_test(op, test, device)
     return _verdicts[key]
+
+
+def _run_self_test(op: str, test: Callable[[torch.device], None], device: torch.device) -> str | None:
+    try:
+        test(device)
+    except NativeUnavailableError as error:
+        return str(error)
+    except _FAILURES as error:
+        verdict = f"its self-test failed on {device}: {type(error).__name__}: {error}"
+        _logger.warning("%s is disabled: %s", op, verdict)
+        return verdict
+    return None

@@ -60,17 +60,18 @@ def _as_bf16(words: Tensor) -> Tensor:
     return words.to(torch.int16).view(torch.bfloat16)
 
 
-def round_stochastically_eager(x: Tensor, key: Tensor) -> Tensor:
+def round_stochastically_eager(x: Tensor, key: Tensor, start: int = 0) -> Tensor:
     """Round fp32 to one of the two neighbouring bf16, the nearer one more often; the mean is exact.
 
     Args:
         x: fp32, flat; the position is the counter of the noise.
         key: From `rounding_key_eager`.
+        start: Position of the first element.
 
     Returns:
         bf16.
     """
-    index = torch.arange(x.numel(), device=x.device)
+    index = torch.arange(start, start + x.numel(), device=x.device)
     noise = mix_eager((index & _WORD) ^ key) & 0xFFFF
     bits = _bits(x)
     # Inf has no neighbour to round to.

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from . import adamw8bit_step, diffusion_loss, geglu, group_norm_silu, noise  # noqa: F401 -- registered in sys.modules
+from . import adamw8bit_triton, diffusion_loss, geglu, group_norm_silu, noise  # noqa: F401 -- registered in sys.modules
 
 DTYPES = ("bf16", "fp16", "fp32")
 NUM_WARPS = 4
@@ -143,7 +143,7 @@ def _loss_specs() -> list[Spec]:
 
 
 def _adamw_specs() -> list[Spec]:
-    kernel = _module("adamw8bit_step")._step_kernel
+    kernel = adamw8bit_triton._step_kernel
     constants = {"WEIGHTS": 0, "QUANTIZED": True, "HAS_GRAD_SCALE": True, "HAS_UPDATE_SCALE": True, "DRY_RUN": False}
     constants |= {"REVERSE": False, "BLOCK": 1024}
     bf16 = {"param_ptr": "bf16"}

@@ -76,6 +76,16 @@ RULES = (
         "{config.training.mixed_precision!r}; leave that out, or set memory.weights=fp32",
     ),
     Rule(
+        lambda c: (
+            bool(c.memory.optimizer_in_backward)
+            and c.training.mixed_precision == "fp16"
+            and c.optimizer.name != "adamw8bit"
+        ),
+        "training.mixed_precision: 'fp16' with memory.optimizer_in_backward leaves out each parameter whose gradient "
+        "is not finite, which optimizer.name={config.optimizer.name!r} cannot; set optimizer.name=adamw8bit, or "
+        "memory.optimizer_in_backward=false",
+    ),
+    Rule(
         lambda c: bool(c.memory.stream_optimizer_state) and c.ema.enabled and c.memory.weights != "fp32",
         "ema.enabled: true averages whole weights, and memory.stream_optimizer_state keeps their extra bits on the "
         "host; set ema.enabled=false, memory.stream_optimizer_state=false, or memory.weights=fp32",

@@ -52,7 +52,8 @@ class Denoiser:
         """Return what the UNet predicts, in fp32."""
         with self.autocast():
             embeds = self.embeds(conditioning)
-            prediction = self.unet(noisy_latents, timesteps, encoder_hidden_states=embeds).sample
+            latents = noisy_latents.to(self.unet.dtype)
+            prediction = self.unet(latents, timesteps, encoder_hidden_states=embeds).sample
         return prediction.float()
 
     def embeds(self, conditioning: Conditioning) -> Float[Tensor, "b tokens dim"]:
@@ -60,10 +61,11 @@ class Denoiser:
         if self.text_encoder is not None:
             return encode_prompt(self.text_encoder, conditioning.input_ids)
         assert conditioning.prompt_embeds is not None, "conditioning has no embeddings and there is no text encoder"
-        return conditioning.prompt_embeds.to(self.device)
+        return conditioning.prompt_embeds.to(self.device, self.unet.dtype)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which the model computes."""
         if self.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        # Without the cache a weight's copy in low precision lives as long as its layer needs it, not the whole pass.
+        return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False)

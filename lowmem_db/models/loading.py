@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from lowmem_db.errors import ModelError
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
@@ -79,9 +80,9 @@ def load_noise_schedule(model: ModelFolder, prediction_type: str | None = None) 
 
 
 def _load(kind: Any, model: ModelFolder, component: str, device: torch.device, dtype: torch.dtype) -> Any:
-    path = model.path / component
     if device.type == "meta":
-        return _build_on_meta(kind, model.config_of(component), dtype)
+        return nn.Module.to(_build_on_meta(kind, model, component), dtype).eval().requires_grad_(False)
+    path = model.path / component
     options: dict[str, Any] = {"use_safetensors": not model.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
     try:
@@ -91,16 +92,13 @@ def _load(kind: Any, model: ModelFolder, component: str, device: torch.device, d
     return loaded.to(device).eval().requires_grad_(False)
 
 
-def _build_on_meta(kind: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
-    """Build a component without weights: shapes alone."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            built = kind.from_config(config) if issubclass(kind, ModelMixin) else kind(kind.config_class.from_dict(config))
-    finally:
-        torch.set_default_dtype(default)
-    return built.eval().requires_grad_(False)
+def _build_on_meta(kind: Any, model: ModelFolder, component: str) -> Any:
+    """Build a component without weights, from its configuration alone."""
+    config = model.config_of(component)
+    with torch.device("meta"):
+        if issubclass(kind, PreTrainedModel):
+            return kind(cast("Any", kind.config_class)(**config))
+        return kind.from_config(config)
 
 
 def _has_safetensors(path: Path) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from lowmem_db_kernels import unpack_extra_bits_eager
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
@@ -27,6 +28,7 @@ def save_model(
     *,
     dtype: torch.dtype,
     prediction_type: str | None = None,
+    extra_bits: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a whole model: trained components in ``dtype``, the others as they are in the source.
 
@@ -38,10 +40,12 @@ def save_model(
         trained: Trained components by name.
         dtype: Type of their weights on disk; the modules themselves are not changed.
         prediction_type: What the trained UNet predicts where that has changed; samplers read it from the scheduler.
+        extra_bits: Eight more bits of bf16 weights by ``component.name``, which a type wider than bf16 takes in.
     """
     for component in COMPONENTS:
         if component in trained:
-            save_component(folder / component, trained[component], dtype=dtype)
+            own = {name.removeprefix(f"{component}."): bits for name, bits in (extra_bits or {}).items()}
+            save_component(folder / component, trained[component], dtype=dtype, extra_bits=own)
         elif component in _LOADERS and not _has_usual_weights(source, component):
             save_component(folder / component, _LOADERS[component](source), dtype=torch.float32)
         else:
@@ -60,7 +64,9 @@ def _has_usual_weights(source: ModelFolder, component: str) -> bool:
     return source.variant is None and any((source.path / component).glob("*.safetensors"))
 
 
-def save_component(folder: Path, module: nn.Module, *, dtype: torch.dtype) -> None:
+def save_component(
+    folder: Path, module: nn.Module, *, dtype: torch.dtype, extra_bits: Mapping[str, Tensor] | None = None
+) -> None:
     """Write one component with its configuration; floating-point tensors are converted to ``dtype``."""
     folder.mkdir(parents=True)
     if isinstance(module, ModelMixin):
@@ -69,11 +75,13 @@ def save_component(folder: Path, module: nn.Module, *, dtype: torch.dtype) -> No
     else:
         module.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
         file = folder / "model.safetensors"
-    save_file(published_state(module, dtype), file, {"format": "pt"})
+    save_file(published_state(module, dtype, extra_bits), file, {"format": "pt"})
 
 
-def published_state(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return a module's weights under the names of the published files.
+def published_state(
+    module: nn.Module, dtype: torch.dtype, extra_bits: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return a module's weights under the names of the published files, joined with their extra bits.
 
     transformers 5 dropped the prefix ``text_model.`` of CLIP's text encoder in memory; other tools still expect it.
     """
@@ -81,6 +89,8 @@ def published_state(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     state = {}
     for name, tensor in module.state_dict().items():
         published = name if name.startswith(prefix) else prefix + name
+        if (bits := (extra_bits or {}).get(name)) is not None:
+            tensor = unpack_extra_bits_eager(tensor.detach(), bits.to(tensor.device))
         state[published] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
     return state
 

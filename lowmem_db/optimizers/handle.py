@@ -1,158 +1,188 @@
 """One handle for every optimizer: ``backward``, ``step``, ``zero_grad``, ``state_dict``, ``bytes_per_parameter``.
 
-Parameter groups are named after the component they belong to (``unet``, ``text_encoder``), and each keeps its own
-learning rate.
+Groups are named after the component they belong to (``unet``, ``text_encoder``), and each keeps its own learning rate.
+The handle here steps after the backward pass; :mod:`lowmem_db.optimizers.in_backward` has the one that steps in it.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowmem_db import environment
-from lowmem_db.config.schema import OptimizerConfig
-from lowmem_db.errors import ConfigError
+from lowmem_db.errors import NonFiniteError
+from lowmem_db.optimizers.clipping import GradientClipping, LossScale
+from lowmem_db.optimizers.rules import StepScalars, UpdateRule
+from lowmem_db.optimizers.units import StepUnit
+from lowmem_db.optimizers.weights import EXTRA_BITS
 
 
 class OptimizerHandle:
     """An optimizer that steps after the backward pass.
 
     Args:
-        optimizer: Its groups carry the key ``name``.
-        max_grad_norm: Largest joint norm of the gradients of all groups; None: no clipping.
-        scaler: Loss scaling for fp16 autocast (arXiv:1710.03740); None: no scaling.
+        units: What is stepped at once, with its states.
+        rule: The arithmetic.
+        clipping: What is clipped.
+        loss_scale: Loss scaling for fp16; None: no scaling.
+        device: Where the parameters are.
     """
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        units: Sequence[StepUnit],
+        rule: UpdateRule,
         *,
-        max_grad_norm: float | None,
-        scaler: torch.amp.GradScaler | None = None,
+        clipping: GradientClipping,
+        loss_scale: LossScale | None,
+        device: torch.device,
     ) -> None:
-        self.optimizer = optimizer
-        self.max_grad_norm = max_grad_norm
-        self.scaler = scaler
+        self.units = list(units)
+        self.rule = rule
+        self.clipping = clipping
+        self.loss_scale = loss_scale
+        self.device = device
+        self.num_steps = 0
+        self._rates = dict.fromkeys(self.group_names(), 0.0)
+        self._scalars: dict[str, StepScalars] = {}
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what is stepped, all groups together."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return [parameter for unit in self.units for parameter in unit.parameters.values()]
 
     def group_names(self) -> list[str]:
         """Return the names of the groups."""
-        return [group["name"] for group in self.optimizer.param_groups]
+        return list(dict.fromkeys(unit.group for unit in self.units))
 
     def set_learning_rates(self, rates: Mapping[str, float]) -> None:
         """Set the learning rate of each group by its name."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rates[group["name"]]
+        self._rates = {group: rates[group] for group in self.group_names()}
 
     def zero_grad(self) -> None:
         """Free all gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters():
+            parameter.grad = None
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss to those that are there."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        """Run the backward pass; gradients are added to those that are there."""
+        (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
 
-    def gradient_norm(self) -> float:
-        """Return the joint norm of the gradients; called once between the last backward pass and the step."""
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        return torch.nn.utils.get_total_norm(self._gradients()).item()
+    def step(self) -> float:
+        """Step after the last backward pass and free the gradients; return their joint norm before clipping.
 
-    def step(self, gradient_norm: float) -> None:
-        """Clip by the joint norm and step; loss scaling leaves a step with a non-finite norm out and halves the scale.
+        Under loss scaling a step whose norm is not finite is left out, and the scale is halved.
 
-        Args:
-            gradient_norm: What :meth:`gradient_norm` returned.
+        Raises:
+            NonFiniteError: The norm is not finite, without loss scaling; the weights were not touched.
         """
-        if self.max_grad_norm is not None and gradient_norm > self.max_grad_norm:
-            torch._foreach_mul_(self._gradients(), self.max_grad_norm / gradient_norm)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        norm = self._joint_norm()
+        finite = math.isfinite(value := norm.item())
+        if not finite and self.loss_scale is None:
+            raise NonFiniteError(f"the gradient's norm is {value}; the weights were not touched")
+        if finite:
+            self._begin_step()
+            for unit in self.units:
+                self._step_unit(unit, self._scale_of(unit, norm))
+            self.clipping.update(norm)
+        if self.loss_scale is not None:
+            self.loss_scale.update(found_nonfinite=torch.full((), float(not finite), device=self.device))
+        self.zero_grad()
+        return value
 
     def remove_group(self, name: str) -> None:
         """Take a group out for good, with its states: its parameters stay as they are."""
-        kept = [group for group in self.optimizer.param_groups if group["name"] != name]
-        for group in self.optimizer.param_groups:
-            if group["name"] == name:
-                for parameter in group["params"]:
-                    self.optimizer.state.pop(parameter, None)
-                    parameter.grad = None
-        self.optimizer.param_groups[:] = kept
+        for unit in self.units:
+            if unit.group == name:
+                unit.states.remove([unit.name])
+        self.units = [unit for unit in self.units if unit.group != name]
+        self._rates.pop(name, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the optimizer and of the loss scaling."""
+        """Return everything the next step depends on, but for weights and learning rates."""
         return {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler is not None else {},
+            "num_steps": self.num_steps,
+            "parameters": self._states_by_parameter(),
+            "clipping": self.clipping.state_dict(),
+            "loss_scale": self.loss_scale.state_dict() if self.loss_scale is not None else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the states of :meth:`state_dict`; the scale of the loss where both scale it.
+        """Take over the state of :meth:`state_dict`; the scale of the loss where both scale it.
 
         Settings such as the weight decay stay those of this run: a resumed run may have changed them.
         """
-        settings = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(dict(state["optimizer"]))
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
-        if self.scaler is not None and state["scaler"]:
-            self.scaler.load_state_dict(dict(state["scaler"]))
+        self.num_steps = int(state["num_steps"])
+        for name, tensors in self._states_by_parameter().items():
+            for key, tensor in tensors.items():
+                tensor.copy_(state["parameters"][name][key])
+        self.clipping.load_state_dict(state["clipping"])
+        if self.loss_scale is not None and state["loss_scale"]:
+            self.loss_scale.load_state_dict(state["loss_scale"])
+
+    def extra_bits(self) -> dict[str, Tensor]:
+        """Return the extra bits of 24-bit weights by the parameter's name, to be read or written in place."""
+        states = self._states_by_parameter().items()
+        return {name: tensors[EXTRA_BITS] for name, tensors in states if EXTRA_BITS in tensors}
 
     def bytes_per_parameter(self) -> float:
-        """Return the bytes of optimizer state per trained parameter, as they stand in memory now."""
-        states = [value for state in self.optimizer.state.values() for value in state.values()]
-        used = {tensor.data_ptr(): tensor.nbytes for tensor in states if isinstance(tensor, Tensor)}
-        return sum(used.values()) / sum(parameter.numel() for parameter in self.parameters())
+        """Return the bytes of optimizer state per trained parameter, extra bits included."""
+        states = self._states_by_parameter().values()
+        used = sum(tensor.nbytes for tensors in states for tensor in tensors.values())
+        return used / sum(parameter.numel() for parameter in self.parameters())
 
-    def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+    def _states_by_parameter(self) -> dict[str, Mapping[str, Tensor]]:
+        return {name: tensors for unit in self.units for name, tensors in unit.states_by_parameter().items()}
 
+    def _begin_step(self) -> None:
+        """Count the step, and put what it depends on onto the device."""
+        self.num_steps += 1
+        step = torch.full((), self.num_steps, dtype=torch.int64, device=self.device)
+        self._scalars = {
+            group: StepScalars(
+                learning_rate=torch.full((), rate, device=self.device),
+                step=step,
+                host_learning_rate=rate,
+                host_step=self.num_steps,
+                gradient_scale=None,
+                clip_update=self.clipping.mode == "update_rms",
+            )
+            for group, rate in self._rates.items()
+        }
+        for states in {id(unit.states): unit.states for unit in self.units}.values():
+            states.begin_step()
 
-def build_optimizer(
-    config: OptimizerConfig,
-    modules: Mapping[str, nn.Module],
-    *,
-    max_grad_norm: float | None,
-    scale_loss: bool,
-    device: torch.device,
-) -> OptimizerHandle:
-    """Build the optimizer of the configuration, a group for each module.
+    @torch.no_grad()
+    def _step_unit(self, unit: StepUnit, scale: Tensor | None) -> Tensor | None:
+        """Step one unit where it has a gradient; return the square of its norm where the rule computes it."""
+        gradient = unit.gradient()
+        if gradient is None:
+            return None
+        scalars = replace(self._scalars[unit.group], gradient_scale=scale)
+        with unit.states.on_device(unit.name) as state, unit.weight() as weight:
+            return self.rule.step(weight, gradient, state, scalars, rounding_seed=unit.rounding_seed)
 
-    Args:
-        config: The section ``optimizer``.
-        modules: What trains, by the name of its component.
-        max_grad_norm: See :class:`OptimizerHandle`.
-        scale_loss: Scale the loss, as fp16 autocast needs it.
-        device: Where the modules are.
+    def _scale_of(self, unit: StepUnit, joint_norm: Tensor) -> Tensor | None:
+        """Return what the gradient of a unit is multiplied by: for clipping, and against the scale of the loss."""
+        norm = joint_norm
+        if self.clipping.mode == "per_tensor" and (gradient := unit.gradient()) is not None:
+            norm = self._norm(gradient)
+        return self._unscaled(self.clipping.scale(norm))
 
-    Raises:
-        ConfigError: A module has nothing to train.
-        DependencyError: 8-bit AdamW is asked for and bitsandbytes is missing.
-    """
-    groups = [_group(name, module.parameters()) for name, module in modules.items()]
-    options = {
-        "lr": 0.0,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.epsilon,
-        "weight_decay": config.weight_decay,
-    }
-    if config.name == "adamw8bit":
-        optimizer = environment.require("bitsandbytes").optim.AdamW8bit(groups, **options)
-    else:
-        optimizer = torch.optim.AdamW(groups, fused=True, **options)
-    scaler = torch.amp.GradScaler(device.type) if scale_loss else None
-    return OptimizerHandle(optimizer, max_grad_norm=max_grad_norm, scaler=scaler)
+    def _joint_norm(self) -> Tensor:
+        """Return the norm of all gradients together, without the scale of the loss."""
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        return self._norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)))
 
+    def _norm(self, gradient: Tensor) -> Tensor:
+        """Return the norm of a gradient, without the scale of the loss."""
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        return norm if self.loss_scale is None else norm / self.loss_scale.value
 
-def _group(name: str, parameters: Iterable[nn.Parameter]) -> dict[str, Any]:
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    if not trained:
-        raise ConfigError(f"{name}: has no parameter that trains")
-    return {"name": name, "params": trained}
+    def _unscaled(self, scale: Tensor | None) -> Tensor | None:
+        """Return a scale of the gradient that takes the scale of the loss out."""
+        if self.loss_scale is None:
+            return scale
+        inverse = 1.0 / self.loss_scale.value
+        return inverse if scale is None else scale * inverse

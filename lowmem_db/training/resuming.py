@@ -15,6 +15,7 @@ FIXED_FIELDS = (
     "training.train_text_encoder",
     "training.stop_text_encoder_training",
     "optimizer.name",
+    "memory.weights",
     "ema.enabled",
     "data.resolution",
 )

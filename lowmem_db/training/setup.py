@@ -1,24 +1,28 @@
 """From a configuration and prepared data to a trainer, and from a trained model to ``final/``."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
-from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.config.strategy import Strategy, plain_strategy
 from lowmem_db.console import say
 from lowmem_db.data.batches import BatchSource
 from lowmem_db.errors import StorageError
 from lowmem_db.memory import attention, checkpointing
 from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
-from lowmem_db.models.loading import load_noise_schedule, load_text_encoder, load_unet
+from lowmem_db.models.loading import CPU, load_noise_schedule, load_text_encoder, load_unet
 from lowmem_db.models.saving import DTYPES, save_model
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.objective.objective import Objective
+from lowmem_db.optimizers import weights
+from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
-from lowmem_db.optimizers.handle import build_optimizer
+from lowmem_db.optimizers.handle import OptimizerHandle
+from lowmem_db.optimizers.weights import named_parameters
 from lowmem_db.storage import hub
 from lowmem_db.storage.atomic import write_folder
 from lowmem_db.storage.run_folder import RunFolder
@@ -37,8 +41,6 @@ def check_machine(config: Config, device: torch.device) -> None:
     environment.check_precision(plain_strategy(config).mixed_precision, device)
     attention.check(config.memory.attention, device)
     environment.check_kernels()
-    if config.optimizer.name == "adamw8bit":
-        environment.require("bitsandbytes")
     if config.logging.tensorboard:
         environment.require("tensorboard")
     if config.final.push_to_hub:
@@ -81,18 +83,43 @@ def build_trainer(
     config: Config, model: ModelFolder, device: torch.device, batches: BatchSource, run: RunFolder
 ) -> Trainer:
     """Load what trains onto the device and put the trainer together."""
-    strategy = plain_strategy(config)
     _set_arithmetic(config, device)
-    unet = load_unet(model, device=device)
-    text_encoder = load_text_encoder(model, device=device) if config.training.train_text_encoder else None
+    denoiser, objective, optimizer = build_step(config, plain_strategy(config), model, device)
+    ema = _build_ema(config, denoiser, optimizer)
+    _say_what_trains(model, denoiser, device)
+    sampler: Callable[[int], None] = lambda step: draw_samples(config, model, denoiser, batches.prompts, run, step)  # noqa: E731
+    return Trainer(config, run, denoiser, objective, optimizer, batches, ema, sampler)
+
+
+def build_step(
+    config: Config, strategy: Strategy, model: ModelFolder, device: torch.device
+) -> tuple[Denoiser, Objective, OptimizerHandle]:
+    """Build what one training step needs.
+
+    Args:
+        config: The configuration.
+        strategy: How memory is saved.
+        model: The model; on the meta device its configuration files are enough.
+        device: Where the step runs.
+    """
+    start = device if device.type == "meta" else CPU  # fp32 weights meet the device in the kind that trains
+    unet = load_unet(model, device=start)
+    text_encoder = load_text_encoder(model, device=start) if config.training.train_text_encoder else None
     denoiser = Denoiser(unet, text_encoder, AUTOCAST_TYPES[strategy.autocast])
+    extra_bits = weights.apply(denoiser.modules(), strategy.weights)
     for module in denoiser.modules().values():
-        module.train().requires_grad_(True)
+        module.to(device).train().requires_grad_(True)
     attention.apply(unet, config.memory.attention, device)
-    if strategy.checkpointing != "none":
-        checkpointing.apply(denoiser.modules().values())
+    checkpointing.apply(denoiser.modules(), strategy.checkpointing, offload=strategy.offload_checkpoints)
+    optimizer = build_optimizer(config, strategy, denoiser.modules(), device)
+    for name, bits in optimizer.extra_bits().items():
+        bits.copy_(extra_bits[name])
+    return denoiser, _build_objective(config, model, device), optimizer
+
+
+def _build_objective(config: Config, model: ModelFolder, device: torch.device) -> Objective:
     noise_schedule = load_noise_schedule(model, config.objective.prediction_type)
-    objective = Objective(
+    return Objective(
         config.objective,
         alphas_cumprod=noise_schedule.alphas_cumprod,
         prediction_type=noise_schedule.config["prediction_type"],
@@ -100,22 +127,13 @@ def build_trainer(
         seed=config.seed,
         device=device,
     )
-    optimizer = build_optimizer(
-        config.optimizer,
-        denoiser.modules(),
-        max_grad_norm=config.training.max_grad_norm,
-        scale_loss=strategy.autocast == "fp16",
-        device=device,
-    )
-    parameters = {
-        f"{component}.{name}": parameter
-        for component, module in denoiser.modules().items()
-        for name, parameter in module.named_parameters()
-    }
-    ema = ExponentialMovingAverage(parameters, decay=config.ema.decay) if config.ema.enabled else None
-    _say_what_trains(model, denoiser, device)
-    sampler: Callable[[int], None] = lambda step: draw_samples(config, model, denoiser, batches.prompts, run, step)  # noqa: E731
-    return Trainer(config, run, denoiser, objective, optimizer, batches, ema, sampler)
+
+
+def _build_ema(config: Config, denoiser: Denoiser, optimizer: OptimizerHandle) -> ExponentialMovingAverage | None:
+    if not config.ema.enabled:
+        return None
+    parameters = named_parameters(denoiser.modules())
+    return ExponentialMovingAverage(parameters, optimizer.extra_bits(), decay=config.ema.decay)
 
 
 def write_final(trainer: Trainer, model: ModelFolder) -> None:
@@ -124,17 +142,23 @@ def write_final(trainer: Trainer, model: ModelFolder) -> None:
     Raises:
         StorageError: The disk is full, or the upload failed.
     """
-    dtype, prediction_type = DTYPES[trainer.config.final.precision], trainer.config.objective.prediction_type
-    with trainer.weights():
-        write_folder(
-            trainer.run.final_dir,
-            lambda folder: save_model(
-                folder, model, trainer.denoiser.modules(), dtype=dtype, prediction_type=prediction_type
-            ),
-        )
+    write_folder(trainer.run.final_dir, partial(_save_final, trainer, model))
     if trainer.config.final.push_to_hub:
         model_id = trainer.config.final.hub_model_id or trainer.config.output_dir.absolute().name
         say(f"uploaded to {hub.upload_model(trainer.run.final_dir, model_id)}")
+
+
+def _save_final(trainer: Trainer, model: ModelFolder, folder: Path) -> None:
+    extra_bits = {} if trainer.ema is not None else trainer.optimizer.extra_bits()
+    with trainer.weights():
+        save_model(
+            folder,
+            model,
+            trainer.denoiser.modules(),
+            dtype=DTYPES[trainer.config.final.precision],
+            prediction_type=trainer.config.objective.prediction_type,
+            extra_bits=extra_bits,
+        )
 
 
 def _set_arithmetic(config: Config, device: torch.device) -> None:

@@ -25,7 +25,7 @@ def train_step(
         step: Optimizer steps done before; every random draw depends on it.
 
     Raises:
-        NonFiniteError: The loss or the gradient is not finite; the weights were not touched.
+        NonFiniteError: The loss or the gradient is not finite.
     """
     optimizer.zero_grad()
     losses: list[DiffusionLoss] = []
@@ -33,24 +33,20 @@ def train_step(
         noised = objective.noise(batch, step)
         prediction = denoiser.predict(noised.noisy_latents, noised.timesteps, batch.conditioning)
         loss = objective.loss(prediction, noised)
-        _refuse_non_finite_loss(loss, batch, step)
+        _refuse_non_finite_loss(loss, batch)
         optimizer.backward(loss.total / len(batches))
         losses.append(loss)
-    gradient_norm = optimizer.gradient_norm()
-    if optimizer.scaler is None and not math.isfinite(gradient_norm):
-        raise NonFiniteError(f"step {step + 1}: the gradient's norm is {gradient_norm}; lower training.learning_rate")
-    optimizer.step(gradient_norm)
-    optimizer.zero_grad()
+    gradient_norm = optimizer.step()
     return _report(losses, has_prior=batches[0].num_instance < len(batches[0].sources), gradient_norm=gradient_norm)
 
 
-def _refuse_non_finite_loss(loss: DiffusionLoss, batch: Batch, step: int) -> None:
+def _refuse_non_finite_loss(loss: DiffusionLoss, batch: Batch) -> None:
     if loss.finite:
         return
     bad = [
         name for name, value in zip(batch.sources, loss.per_sample.tolist(), strict=True) if not math.isfinite(value)
     ]
-    raise NonFiniteError(f"step {step + 1}: the loss of {', '.join(bad)} is not finite")
+    raise NonFiniteError(f"the loss of {', '.join(bad)} is not finite; the weights were not touched")
 
 
 def _report(losses: Sequence[DiffusionLoss], *, has_prior: bool, gradient_norm: float) -> StepOutput:

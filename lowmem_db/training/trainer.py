@@ -129,7 +129,7 @@ class Trainer:
             )
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"{error}; the weights were not touched; {self._last_good_checkpoint()}, lower the learning rate and "
+                f"step {self.step + 1}: {error}; {self._last_good_checkpoint()}, lower training.learning_rate and "
                 "continue with --resume"
             ) from error
         self.step += 1

@@ -54,6 +54,11 @@ CASES = [
         {"training.mixed_precision": "bf16"},
     ),
     (
+        {"memory.optimizer_in_backward": True, "training.mixed_precision": "fp16"},
+        "training.mixed_precision",
+        {"optimizer.name": "adamw8bit"},
+    ),
+    (
         {"memory.stream_optimizer_state": True, "ema.enabled": True},
         "ema.enabled",
         {"memory.weights": "fp32"},

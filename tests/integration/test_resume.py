@@ -52,6 +52,32 @@ VARIANTS = {
         "training.mixed_precision": "fp16",
     },
 }
+_IN_BACKWARD = {
+    "optimizer.name": "adamw8bit",
+    "memory.optimizer_in_backward": True,
+    "training.gradient_accumulation_steps": 1,
+}
+VARIANTS |= {
+    "in backward, clipped by past norms": _IN_BACKWARD | {"training.clipping": "lagged"},
+    "24-bit weights, streamed": _IN_BACKWARD
+    | {"memory.weights": "bf16_extra_bits", "memory.stream_optimizer_state": True, "memory.checkpointing": "segments"},
+    "stochastic rounding, streamed, text encoder stopped": _IN_BACKWARD
+    | {
+        "memory.weights": "bf16_stochastic",
+        "memory.stream_optimizer_state": True,
+        "training.stop_text_encoder_training": 4,
+    },
+    "24-bit weights and their average": _IN_BACKWARD | {"memory.weights": "bf16_extra_bits", "ema.enabled": True},
+    "fp16 autocast, finite check per parameter": _IN_BACKWARD | {"training.mixed_precision": "fp16"},
+    "adafactor, nested checkpoints on the host": _IN_BACKWARD
+    | {
+        "optimizer.name": "adafactor",
+        "memory.weights": "bf16_extra_bits",
+        "memory.checkpointing": "nested",
+        "memory.offload_checkpoints": True,
+    },
+    "adamw in backward": {"memory.optimizer_in_backward": True, "training.gradient_accumulation_steps": 1},
+}
 KILLS_PER_VARIANT = 3
 
 
@@ -63,7 +89,7 @@ def kill_in_step(step: int) -> Callable[[], None]:
 
         def killing(*arguments):
             if arguments[-1] == step:
-                arguments[2].step = lambda norm: os.kill(os.getpid(), signal.SIGKILL)
+                arguments[2].step = lambda: os.kill(os.getpid(), signal.SIGKILL)
             return original(*arguments)
 
         trainer_module.train_step = killing

@@ -217,6 +217,28 @@ def test_a_gradient_in_another_layout_is_refused():
         adamw8bit_step(param, draw(8, 4, 3, 3), init_state(param), lr=1e-3, step=1)
 
 
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)])
+def test_an_empty_parameter_is_stepped(shape):
+    param = torch.zeros(shape)
+    assert adamw8bit_step(param, torch.zeros(shape), init_state(param), lr=1e-3, step=1).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"state1": torch.zeros(4999, dtype=torch.uint8)}, "state1 is torch.uint8 with 4999 elements"),
+        ({"state2": torch.zeros(5000)}, "needs 5000 dense elements of torch.uint8"),
+        ({"absmax1": torch.zeros(19)}, "absmax1 is torch.float32 with 19 elements .* needs 20"),
+        ({"absmax2": torch.zeros(40)[::2]}, r"absmax2 .* strides \(2,\)"),
+        ({"absmax2": None}, "absmax1 and absmax2 of a state are both given, or neither"),
+    ],
+)
+def test_a_state_of_another_parameter_is_refused(change, match):
+    param = torch.zeros(5000)
+    with pytest.raises(ValueError, match=match):
+        adamw8bit_step(param, param, init_state(param)._replace(**change), lr=1e-3, step=1)
+
+
 @pytest.mark.parametrize("extra", [False, True])
 def test_operator_is_registered_correctly(extra):
     param = draw(5000)

@@ -41,6 +41,8 @@ def test_every_public_operator_is_listed_with_a_reason():
     rows = {row.op: row for row in status("cpu")}
     assert set(rows) == set(registry)
     assert {"noise", "diffusion_loss"} <= set(rows)
+    optimizer = rows.pop("adamw8bit_step")
+    assert optimizer.backend == "native" or "compile" in optimizer.reason
     assert all(row.backend == "eager" and "not on a CUDA device" in row.reason for row in rows.values())
 
 
@@ -74,6 +76,28 @@ def test_what_cannot_serve_falls_back_or_fails_by_name(card, monkeypatch, change
         dispatch.choose("noise", CUDA)
 
 
+def test_a_native_form_that_fails_its_self_test_is_not_used(monkeypatch, caplog):
+    def self_test(device):
+        raise AssertionError("weight: 0.5 is not 0.7")
+
+    operator = dispatch.Operator("noise", self_test, native_self_test=self_test)
+    monkeypatch.setitem(registry, "noise", operator)
+    choice = dispatch.choose("noise", CPU)
+    assert choice.backend == "eager"
+    assert "self-test failed on cpu: AssertionError: weight: 0.5 is not 0.7" in choice.reason
+    assert any(record.levelno == logging.WARNING for record in caplog.records)
+
+
+def test_a_native_form_serves_the_cpu_alone(card, monkeypatch):
+    operator = dispatch.Operator("noise", lambda device: None, native_self_test=lambda device: None)
+    monkeypatch.setitem(registry, "noise", operator)
+    assert dispatch.choose("noise", CPU).backend == "native"
+    assert dispatch.choose("noise", CUDA).backend == "triton"
+    monkeypatch.setenv("LOWMEM_DB_KERNELS", "native")
+    with pytest.raises(KernelUnavailableError, match="native form serves the CPU and the tensor is on cuda:0"):
+        dispatch.choose("noise", CUDA)
+
+
 def test_a_failed_self_test_is_loud(card, caplog):
     card(verdict="wrong")
     dispatch.choose("noise", CUDA)
@@ -100,7 +124,7 @@ def test_explicit_request_that_cannot_be_met_is_an_error(mode, monkeypatch):
 def test_unknown_mode_names_the_allowed_ones(monkeypatch):
     monkeypatch.setenv("LOWMEM_DB_KERNELS", "fast")
     with pytest.raises(
-        KernelUnavailableError, match="LOWMEM_DB_KERNELS=fast is not one of auto, triton, eager, interpret"
+        KernelUnavailableError, match="LOWMEM_DB_KERNELS=fast is not one of auto, triton, native, eager, interpret"
     ):
         dispatch.choose("noise", CPU)
 

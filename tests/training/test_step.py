@@ -3,13 +3,17 @@
 import pytest
 import torch
 
-from lowmem_db.config.schema import ObjectiveConfig, OptimizerConfig
+from lowmem_db.config.loading import load_config
+from lowmem_db.config.schema import ObjectiveConfig
+from lowmem_db.config.strategy import plain_strategy
 from lowmem_db.errors import NonFiniteError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.objective.objective import Objective
-from lowmem_db.optimizers.handle import OptimizerHandle, build_optimizer
+from lowmem_db.optimizers.build import build_optimizer
+from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.records import Batch
 from lowmem_db.training.step import train_step
+from tests.config.test_rules import NEEDED
 from tests.objective.test_objective import ALPHAS_CUMPROD, make_batch
 from tests.tiny_models import tiny_text_encoder, tiny_unet
 
@@ -28,7 +32,8 @@ def parts() -> tuple[Denoiser, Objective, OptimizerHandle]:
         seed=0,
         device=CPU,
     )
-    optimizer = build_optimizer(OptimizerConfig(), denoiser.modules(), max_grad_norm=1.0, scale_loss=False, device=CPU)
+    config = load_config(None, list(NEEDED.items()))
+    optimizer = build_optimizer(config, plain_strategy(config), denoiser.modules(), CPU)
     optimizer.set_learning_rates({"unet": 1e-3, "text_encoder": 1e-3})
     return denoiser, objective, optimizer
 
@@ -45,7 +50,7 @@ def broken(batch: Batch, sample: int) -> Batch:
 def test_non_finite_loss_names_the_sample_and_leaves_the_weights(parts) -> None:
     denoiser, objective, optimizer = parts
     before = weights(optimizer)
-    with pytest.raises(NonFiniteError, match=r"step 6: the loss of 3\.png is not finite"):
+    with pytest.raises(NonFiniteError, match=r"the loss of 3\.png is not finite; the weights were not touched"):
         train_step(denoiser, objective, optimizer, [broken(make_batch(), 3)], 5)
     assert all(torch.equal(one, other) for one, other in zip(before, weights(optimizer), strict=True))
 

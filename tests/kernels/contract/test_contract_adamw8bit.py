@@ -8,14 +8,10 @@ from kernel_contract import (
     assert_sums_no_worse_than_eager,
     guarded,
 )
-from lowmem_db_kernels.adamw8bit_step import (
-    AdamW8bitState,
-    adamw8bit_step,
-    adamw8bit_step_eager,
-    adamw8bit_step_triton,
-    bias_corrections,
-    init_state,
-)
+from lowmem_db_kernels.adamw8bit_eager import adamw8bit_step_eager
+from lowmem_db_kernels.adamw8bit_state import AdamW8bitState, bias_corrections, init_state
+from lowmem_db_kernels.adamw8bit_step import adamw8bit_step
+from lowmem_db_kernels.adamw8bit_triton import adamw8bit_step_triton
 from lowmem_db_kernels.codec import decode_eager, encode_eager
 from lowmem_db_kernels.rounding import pack_extra_bits_eager, unpack_extra_bits_eager
 
@@ -216,3 +212,27 @@ def test_operator_is_served_by_the_kernel_in_storage_order(device):
     assert_bit_equal("param", param, expected["param"])
     assert_bit_equal("state1", state.state1, expected["state1"])
     assert_bit_equal("sums", sums, expected["sums"])
+
+
+def test_states_may_be_views_of_one_buffer_of_bytes(device):
+    tensors, fixed = problem(device, (5000,))
+    expected = run(adamw8bit_step_triton, tensors, fixed)
+    slab = torch.full((16384,), 0xAB, dtype=torch.uint8, device=device)
+    offsets = {"state1": 256, "state2": 5376, "absmax1": 10496, "absmax2": 10752}
+    views = {}
+    for name, offset in offsets.items():
+        size = tensors[name].numel() * tensors[name].element_size()
+        views[name] = slab[offset : offset + size].view(tensors[name].dtype).copy_(tensors[name])
+    before = slab.clone()
+    param = tensors["param"].clone()
+    sums = adamw8bit_step(
+        param, fixed["grad"], AdamW8bitState(**views), lr=fixed["lr"], step=fixed["step"], weight_decay=WEIGHT_DECAY,
+        grad_scale=fixed["grad_scale"], update_scale=fixed["update_scale"],
+    )  # fmt: skip
+    for name, got in {"param": param, "sums": sums, **views}.items():
+        assert_bit_equal(name, got, expected[name])
+    for view in views.values():
+        view.zero_()
+    for name, offset in offsets.items():
+        before[offset : offset + tensors[name].numel() * tensors[name].element_size()] = 0
+    assert torch.equal(slab, before)

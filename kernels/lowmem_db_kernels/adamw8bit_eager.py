@@ -1,0 +1,146 @@
+"""`adamw8bit_step` in plain PyTorch: what its kernels are compared with, and what serves where they cannot."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._triton import cdiv
+from .codec import BLOCK_SIZE, decode_eager, encode_eager
+from .rounding import pack_extra_bits_eager, round_stochastically_eager, rounding_key_eager, unpack_extra_bits_eager
+
+_TINY = torch.finfo(torch.float32).tiny
+# Elements at a time, in whole quantization blocks. On a CPU the temporaries of 1 MiB stay in the cache; a device wants
+# few launches. No result depends on it.
+CPU_CHUNK = 2**18
+DEVICE_CHUNK = 2**24
+
+
+def adamw8bit_step_eager(
+    param: Tensor,
+    extra_bits: Tensor | None,
+    grad: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor | None,
+    absmax2: Tensor | None,
+    lr: Tensor,
+    step: Tensor,
+    corrections: Tensor,
+    grad_scale: Tensor | None,
+    update_scale: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed_low: int,
+    seed_high: int,
+    dry_run: bool,
+) -> Tensor:
+    """Twin of `adamw8bit_step_triton` in plain PyTorch; arguments as there."""
+    size = param.numel()
+    flat = [None if tensor is None else _flat(tensor) for tensor in (param, extra_bits, grad, state1, state2)]
+    step_chunk = partial(
+        _step_chunk, lr=lr, corrections=corrections, grad_scale=grad_scale, update_scale=update_scale, beta1=beta1,
+        beta2=beta2, eps=eps, weight_decay=weight_decay, dry_run=dry_run,
+        key=rounding_key_eager((seed_low & 0xFFFFFFFF) | (seed_high & 0xFFFFFFFF) << 32, step),
+    )  # fmt: skip
+    # A partial sum per quantization block, so that the size of a chunk does not change the order of a sum.
+    partial_sums = param.new_empty((2, cdiv(size, BLOCK_SIZE)), dtype=torch.float32)
+    chunk_size = CPU_CHUNK if param.device.type == "cpu" else DEVICE_CHUNK
+    for start in range(0, size, chunk_size):
+        chunk = slice(start, min(start + chunk_size, size))
+        blocks = slice(start // BLOCK_SIZE, cdiv(chunk.stop, BLOCK_SIZE))
+        pieces: list[Any] = [None if tensor is None else tensor[chunk] for tensor in flat]
+        pieces += [None if absmax is None else absmax[blocks] for absmax in (absmax1, absmax2)]
+        partial_sums[:, blocks] = step_chunk(*pieces, start=start)
+    return partial_sums.sum(1)
+
+
+def _step_chunk(
+    param: Tensor,
+    extra_bits: Tensor | None,
+    grad: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor | None,
+    absmax2: Tensor | None,
+    *,
+    lr: Tensor,
+    corrections: Tensor,
+    grad_scale: Tensor | None,
+    update_scale: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    key: Tensor,
+    start: int,
+    dry_run: bool,
+) -> Tensor:
+    """Step flat views of whole blocks and return the sums of each block, `(2, blocks)`."""
+    raw = grad.to(torch.float32)
+    m_old = _load_moment(state1, absmax1, signed=True)
+    v_old = _load_moment(state2, absmax2, signed=False)
+    g = raw if grad_scale is None else raw * grad_scale
+    m = beta1 * m_old + (1.0 - beta1) * g
+    v = beta2 * v_old + (1.0 - beta2) * (g * g)
+    c1, root_c2 = corrections
+    usable = g.isfinite() & v.isfinite()
+    m, v = torch.where(usable, m, m_old), torch.where(usable, v, v_old)
+    update = torch.where(usable, (m / c1) / (_root(v) / root_c2 + eps), 0.0)
+    sums = torch.stack([_blocks(raw.square()).sum(1), _blocks(update.square()).sum(1)])
+    if dry_run:
+        return sums
+    weight = param.to(torch.float32) if extra_bits is None else unpack_extra_bits_eager(param, extra_bits)
+    scaled = update if update_scale is None else update * update_scale
+    moved = torch.where(usable, weight - lr * (scaled + weight_decay * weight), weight)
+    _store_weight(moved, param, extra_bits, key, start)
+    _store_moment(m, state1, absmax1, signed=True)
+    _store_moment(v, state2, absmax2, signed=False)
+    return sums
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """View a dense tensor in storage order."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def _blocks(flat: Tensor) -> Tensor:
+    """Cut into rows of 256, the last one padded with zeros."""
+    rest = -flat.numel() % BLOCK_SIZE
+    return (torch.nn.functional.pad(flat, (0, rest)) if rest else flat).view(-1, BLOCK_SIZE)
+
+
+def _root(x: Tensor) -> Tensor:
+    """Return the square root rounded to nearest, which torch's own is not on every CPU; taken in float64, it is."""
+    return x.to(torch.float64).sqrt_().to(torch.float32) if x.device.type == "cpu" else x.sqrt()
+
+
+def _load_moment(state: Tensor, absmax: Tensor | None, *, signed: bool) -> Tensor:
+    if absmax is None:
+        return state
+    rows = _blocks(decode_eager(state, signed=signed)) * absmax[:, None]
+    return rows.flatten()[: state.numel()]
+
+
+def _store_moment(moment: Tensor, state: Tensor, absmax: Tensor | None, *, signed: bool) -> None:
+    if absmax is None:
+        state.copy_(moment)
+        return
+    rows = _blocks(moment)
+    absmax.copy_(rows.abs().amax(1))
+    inverse = 1.0 / absmax.clamp(min=_TINY)
+    state.copy_(encode_eager(rows * inverse[:, None], signed=signed).flatten()[: state.numel()])
+
+
+def _store_weight(weight: Tensor, param: Tensor, extra_bits: Tensor | None, key: Tensor, start: int) -> None:
+    if extra_bits is not None:
+        high, low = pack_extra_bits_eager(weight)
+        param.copy_(high)
+        extra_bits.copy_(low)
+    elif param.dtype == torch.bfloat16:
+        param.copy_(round_stochastically_eager(weight, key, start))
+    else:
+        param.copy_(weight)

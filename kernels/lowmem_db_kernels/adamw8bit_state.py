@@ -1,0 +1,100 @@
+"""State of `adamw8bit_step`: that of bitsandbytes, blocks of 256 codes with an fp32 absolute maximum."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._triton import cdiv
+from .codec import BLOCK_SIZE, dynamic_map
+
+MINIMUM_8BIT_SIZE = 4096
+
+
+class AdamW8bitState(NamedTuple):
+    """The state of one parameter, in storage order.
+
+    Attributes:
+        state1: First moments: uint8 codes, or fp32 for a small parameter; strides of the parameter.
+        state2: Second moments, alike.
+        absmax1: fp32 absolute maximum of each block of 256 first moments; None for a small parameter.
+        absmax2: The same of the second moments.
+    """
+
+    state1: Tensor
+    state2: Tensor
+    absmax1: Tensor | None
+    absmax2: Tensor | None
+
+
+def init_state(param: Tensor) -> AdamW8bitState:
+    """Make the state of a parameter before its first step.
+
+    Args:
+        param: The parameter.
+
+    Returns:
+        Zero moments, with 8 bits per moment from 4096 elements on.
+    """
+    if param.numel() < MINIMUM_8BIT_SIZE:
+        zeros = torch.zeros_like(param, dtype=torch.float32)
+        return AdamW8bitState(zeros, zeros.clone(), None, None)
+    absmax = torch.zeros(cdiv(param.numel(), BLOCK_SIZE), dtype=torch.float32, device=param.device)
+    # Code 127 is the signed zero; bitsandbytes starts from code 0, whose block maximum of 0 makes it the same.
+    codes = torch.zeros_like(param, dtype=torch.uint8)
+    return AdamW8bitState(codes, codes.clone(), absmax, absmax.clone())
+
+
+def to_bitsandbytes(state: AdamW8bitState, step: int) -> dict[str, Tensor | int]:
+    """Write a state as bitsandbytes keeps it in `optimizer.state[parameter]`.
+
+    Args:
+        state: The state of a contiguous parameter.
+        step: Steps taken.
+
+    Returns:
+        The entries of an 8-bit blockwise state, or of a 32-bit state.
+    """
+    entries: dict[str, Tensor | int] = {"step": step, "state1": state.state1, "state2": state.state2}
+    if state.absmax1 is not None and state.absmax2 is not None:
+        device = state.state1.device
+        entries |= {"qmap1": dynamic_map(signed=True).to(device), "absmax1": state.absmax1}
+        entries |= {"qmap2": dynamic_map(signed=False).to(device), "absmax2": state.absmax2}
+    return entries
+
+
+def from_bitsandbytes(entries: dict) -> tuple[AdamW8bitState, int]:
+    """Read a state that bitsandbytes wrote.
+
+    Args:
+        entries: `optimizer.state[parameter]` of AdamW8bit.
+
+    Returns:
+        The state, sharing the tensors, and the number of steps taken.
+
+    Raises:
+        ValueError: The state is in another 8-bit map.
+    """
+    for name, signed in (("qmap1", True), ("qmap2", False)):
+        if name in entries and not torch.equal(entries[name].cpu(), dynamic_map(signed=signed)):
+            raise ValueError(f"{name} is not the dynamic map; only AdamW8bit with block-wise states can be read")
+    state = AdamW8bitState(entries["state1"], entries["state2"], entries.get("absmax1"), entries.get("absmax2"))
+    return state, int(entries["step"])
+
+
+def bias_corrections(step: Tensor, betas: tuple[float, float]) -> Tensor:
+    """Compute the bias corrections of one step, in float64 and without reading the step back.
+
+    Args:
+        step: Number of the step, from 1: an integer scalar.
+        betas: Decay rates of the moments.
+
+    Returns:
+        fp32 `(2,)`: `1 - beta1^step` and the square root of `1 - beta2^step`.
+    """
+    logarithms = torch.full((2,), math.log(betas[0]), dtype=torch.float64, device=step.device)
+    logarithms[1] = math.log(betas[1])
+    corrections = -torch.expm1(step * logarithms)
+    corrections[1] = corrections[1].sqrt()
+    return corrections.to(torch.float32)

@@ -1,0 +1,213 @@
+# ruff: noqa: ANN001, ANN202 -- the arguments of a Triton function have no Python type
+# pyright: reportInvalidTypeForm=false
+"""The Triton kernel of `adamw8bit_step`: one pass over parameter, gradient and states."""
+
+import torch
+from torch import Tensor
+
+from ._triton import cdiv, jit, load_fp32, or_dummy, tl
+from .codec import BLOCK_SIZE, decode, encode
+from .launch import device_of, launch_config
+from .rounding import pack_extra_bits, round_stochastically, rounding_key, unpack_extra_bits
+
+FP32 = tl.constexpr(0)
+STOCHASTIC = tl.constexpr(1)
+EXTRA_BITS = tl.constexpr(2)
+QUANTIZATION_BLOCK = tl.constexpr(BLOCK_SIZE)
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+@jit
+def _inverse_maximum(absmax):
+    """Return the inverse of a block's maximum, finite where that is 0."""
+    return tl.div_rn(1.0, tl.maximum(absmax, TINY))
+
+
+@jit
+def _load_weight(param_ptr, extra_ptr, elements, inside, WEIGHTS: tl.constexpr):
+    if WEIGHTS == EXTRA_BITS:
+        high = tl.load(param_ptr + elements, mask=inside, other=0.0)
+        weight = unpack_extra_bits(high, tl.load(extra_ptr + elements, mask=inside, other=0))
+    else:
+        weight = load_fp32(param_ptr + elements, inside)
+    return weight
+
+
+@jit
+def _store_weight(param_ptr, extra_ptr, weight, elements, inside, key, WEIGHTS: tl.constexpr):
+    if WEIGHTS == FP32:
+        tl.store(param_ptr + elements, weight, mask=inside)
+    elif WEIGHTS == STOCHASTIC:
+        tl.store(param_ptr + elements, round_stochastically(weight, elements, key), mask=inside)
+    else:
+        high, low = pack_extra_bits(weight)
+        tl.store(param_ptr + elements, high, mask=inside)
+        tl.store(extra_ptr + elements, low, mask=inside)
+
+
+@jit
+def _load_moment(state_ptr, absmax_ptr, elements, inside, rows, has_row, SIGNED: tl.constexpr, QUANTIZED: tl.constexpr):
+    if QUANTIZED:
+        absmax = tl.load(absmax_ptr + rows, mask=has_row, other=0.0)
+        moment = (
+            decode(tl.load(state_ptr + elements, mask=inside, other=127 if SIGNED else 0), SIGNED) * absmax[:, None]
+        )
+    else:
+        moment = tl.load(state_ptr + elements, mask=inside, other=0.0)
+    return moment
+
+
+@jit
+def _store_moment(
+    state_ptr, absmax_ptr, moment, elements, inside, rows, has_row, SIGNED: tl.constexpr, QUANTIZED: tl.constexpr
+):
+    if QUANTIZED:
+        absmax = tl.max(tl.abs(moment), axis=1)
+        tl.store(absmax_ptr + rows, absmax, mask=has_row)
+        tl.store(state_ptr + elements, encode(moment * _inverse_maximum(absmax)[:, None], SIGNED), mask=inside)
+    else:
+        tl.store(state_ptr + elements, moment, mask=inside)
+
+
+@jit
+def _sum_tile(values):
+    return tl.sum(tl.sum(values, axis=1), axis=0)
+
+
+@jit(unspecialized=("seed_low", "seed_high"))
+def _step_kernel(
+    param_ptr,
+    extra_ptr,
+    grad_ptr,
+    state1_ptr,
+    state2_ptr,
+    absmax1_ptr,
+    absmax2_ptr,
+    partial_ptr,
+    lr_ptr,
+    step_ptr,
+    corrections_ptr,
+    grad_scale_ptr,
+    update_scale_ptr,
+    num_elements,
+    num_chunks,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    weight_decay,
+    seed_low,
+    seed_high,
+    WEIGHTS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    HAS_GRAD_SCALE: tl.constexpr,
+    HAS_UPDATE_SCALE: tl.constexpr,
+    DRY_RUN: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Step chunks of whole quantization blocks, one row each; `partial` is `(2, chunks)`, grid `(programs,)`."""
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    if REVERSE:
+        program = num_programs - 1 - program
+    ROWS: tl.constexpr = BLOCK // QUANTIZATION_BLOCK
+    step = tl.load(step_ptr)
+    lr = tl.load(lr_ptr)
+    c1 = tl.load(corrections_ptr)
+    root_c2 = tl.load(corrections_ptr + 1)
+    key = rounding_key(seed_low, seed_high, step)
+    row_in_chunk = tl.arange(0, ROWS)
+    column = tl.arange(0, QUANTIZATION_BLOCK)
+    for chunk in range(program, num_chunks, num_programs):
+        rows = chunk * ROWS + row_in_chunk
+        elements = rows[:, None] * QUANTIZATION_BLOCK + column[None, :]
+        inside = elements < num_elements
+        has_row = rows * QUANTIZATION_BLOCK < num_elements
+        raw = load_fp32(grad_ptr + elements, inside)
+        m_old = _load_moment(state1_ptr, absmax1_ptr, elements, inside, rows, has_row, True, QUANTIZED)
+        v_old = _load_moment(state2_ptr, absmax2_ptr, elements, inside, rows, has_row, False, QUANTIZED)
+        g = raw
+        if HAS_GRAD_SCALE:
+            g = raw * tl.load(grad_scale_ptr)
+        m = beta1 * m_old + one_minus_beta1 * g
+        v = beta2 * v_old + one_minus_beta2 * (g * g)
+        usable = (tl.abs(g) < float("inf")) & (v < float("inf"))
+        m = tl.where(usable, m, m_old)
+        v = tl.where(usable, v, v_old)
+        update = tl.where(usable, (m / c1) / (tl.sqrt(v) / root_c2 + eps), 0.0)
+        tl.store(partial_ptr + chunk, _sum_tile(raw * raw))
+        tl.store(partial_ptr + num_chunks + chunk, _sum_tile(tl.where(inside, update * update, 0.0)))
+        if not DRY_RUN:
+            weight = _load_weight(param_ptr, extra_ptr, elements, inside, WEIGHTS)
+            if HAS_UPDATE_SCALE:
+                update = update * tl.load(update_scale_ptr)
+            moved = tl.where(usable, weight - lr * (update + weight_decay * weight), weight)
+            _store_weight(param_ptr, extra_ptr, moved, elements, inside, key, WEIGHTS)
+            _store_moment(state1_ptr, absmax1_ptr, m, elements, inside, rows, has_row, True, QUANTIZED)
+            _store_moment(state2_ptr, absmax2_ptr, v, elements, inside, rows, has_row, False, QUANTIZED)
+
+
+def adamw8bit_step_triton(
+    param: Tensor,
+    extra_bits: Tensor | None,
+    grad: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor | None,
+    absmax2: Tensor | None,
+    lr: Tensor,
+    step: Tensor,
+    corrections: Tensor,
+    grad_scale: Tensor | None,
+    update_scale: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed_low: int,
+    seed_high: int,
+    dry_run: bool,
+) -> Tensor:
+    """Launch the kernel.
+
+    Args:
+        param: As in `adamw8bit_step`.
+        extra_bits: As in `adamw8bit_step`.
+        grad: As in `adamw8bit_step`.
+        state1: As in `AdamW8bitState`.
+        state2: As in `AdamW8bitState`.
+        absmax1: As in `AdamW8bitState`.
+        absmax2: As in `AdamW8bitState`.
+        lr: fp32 scalar.
+        step: int64 scalar.
+        corrections: From `bias_corrections`.
+        grad_scale: As in `adamw8bit_step`.
+        update_scale: As in `adamw8bit_step`.
+        beta1: First of the betas.
+        beta2: Second of the betas.
+        eps: As in `adamw8bit_step`.
+        weight_decay: As in `adamw8bit_step`.
+        seed_low: Low word of the rounding seed, as a signed integer.
+        seed_high: High word of the rounding seed, as a signed integer.
+        dry_run: As in `adamw8bit_step`.
+
+    Returns:
+        As `adamw8bit_step`.
+    """
+    config = launch_config("adamw8bit_step", param)
+    num_chunks = cdiv(param.numel(), config.block)
+    partial = param.new_empty((2, num_chunks), dtype=torch.float32)
+    weights = 0 if param.dtype == torch.float32 else 1 if extra_bits is None else 2
+    if num_chunks:
+        with device_of(param):
+            _step_kernel[(config.grid(num_chunks),)](
+                param.detach(), or_dummy(extra_bits, param.detach()), grad, state1, state2, or_dummy(absmax1, lr),
+                or_dummy(absmax2, lr), partial, lr, step, corrections, or_dummy(grad_scale, lr),
+                or_dummy(update_scale, lr), param.numel(), num_chunks, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps,
+                weight_decay, seed_low, seed_high, WEIGHTS=weights, QUANTIZED=absmax1 is not None,
+                HAS_GRAD_SCALE=grad_scale is not None, HAS_UPDATE_SCALE=update_scale is not None, DRY_RUN=dry_run,
+                REVERSE=config.reverse, BLOCK=config.block, **config.options,
+            )  # fmt: skip
+    return partial.sum(1)

@@ -1,0 +1,88 @@
+"""A segment of a model: its inputs are kept for backward, and what it computes inside is computed again there."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Segment:
+    """Calls a function so that backward recomputes what it needs.
+
+    Tensors that are passed by position are what the segment keeps. Those passed by keyword, such as text embeddings, are
+    shared by many segments and stay where they are.
+
+    Args:
+        function: What the segment computes; the same each time it is called with the same tensors.
+        part: The part of the model that it computes with; where this has dropout, random numbers are repeated.
+        keeping: The context in which the segment's inputs are kept.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        part: nn.Module,
+        keeping: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self._function = function
+        self._preserve_rng_state = _has_dropout(part)
+        self._keeping = keeping
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the function."""
+        if not torch.is_grad_enabled():
+            return self._function(*args, **kwargs)
+        # Recomputing stops once all tensors that backward needs are there, so the last layers are not computed again.
+        with _without_autocast_cache(), self._keeping():
+            return checkpoint(
+                partial(self._function, **kwargs),
+                *args,
+                use_reentrant=False,
+                preserve_rng_state=self._preserve_rng_state,
+            )
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Let weights that autocast converts die with their segment; the recomputation takes over this state."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def _has_dropout(part: nn.Module) -> bool:
+    """Look for dropout layers, and for attention that gets its dropout as a number."""
+    return any(_dropout_of(module) > 0 for module in part.modules())
+
+
+def _dropout_of(module: nn.Module) -> float:
+    if isinstance(module, nn.Dropout):
+        return module.p
+    dropout = module.__dict__.get("dropout", 0.0)
+    return dropout if isinstance(dropout, float) else 0.0
+
+
+class Concatenation(torch.autograd.Function):
+    """Concatenate feature maps along channels.
+
+    The gradients are copies, where those of :func:`torch.cat` are views that keep the whole gradient alive: a skip
+    connection's is needed long after the other's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, skip: Tensor) -> Tensor:
+        """Return ``torch.cat([hidden_states, skip], dim=1)``."""
+        ctx.num_channels = (hidden_states.shape[1], skip.shape[1])
+        return torch.cat([hidden_states, skip], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradient of either part."""
+        return tuple(part.clone() for part in gradients[0].split(ctx.num_channels, dim=1))

@@ -1,0 +1,94 @@
+"""What keeps a step from being too large, and the scale that keeps fp16 gradients from vanishing.
+
+Everything is computed on the device, without waiting for it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_db.config.schema import Clipping
+
+_LAGGED_DECAY = 0.9
+_FIRST_SCALE = 2.0**16
+_GROWTH_INTERVAL = 2000
+
+
+class GradientClipping:
+    """Scales gradients by their norms; what it remembers is part of the optimizer's state.
+
+    Args:
+        mode: What is clipped.
+        max_norm: Largest norm; None where the mode needs none.
+        device: Where the gradients are.
+    """
+
+    def __init__(self, mode: Clipping, max_norm: float | None, device: torch.device) -> None:
+        self.mode = mode
+        self.max_norm = max_norm
+        self.average_norm = torch.zeros((), device=device)
+
+    @property
+    def needs_norm_of_each(self) -> bool:
+        """Whether the norm of a gradient must be known before its step."""
+        return self.mode == "per_tensor"
+
+    def scale(self, norm: Tensor | None) -> Tensor | None:
+        """Return what a gradient is multiplied by; None: nothing.
+
+        Args:
+            norm: Norm of the gradient under ``per_tensor``, of all gradients under ``global``; else not read.
+        """
+        if self.mode == "lagged":
+            norm = self.average_norm
+        elif self.mode not in {"global", "per_tensor"}:
+            return None
+        assert norm is not None, f"clipping {self.mode} needs a norm"
+        assert self.max_norm is not None, f"clipping {self.mode} needs max_norm"
+        return (self.max_norm / norm).clamp(max=1.0)
+
+    def update(self, norm: Tensor) -> None:
+        """Take in the joint norm of a step; one that is not finite is left out."""
+        if self.mode == "lagged":
+            decay = torch.where(self.average_norm > 0, _LAGGED_DECAY, 0.0)
+            average = decay * self.average_norm + (1.0 - decay) * norm
+            self.average_norm.copy_(torch.where(norm.isfinite(), average, self.average_norm))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what is remembered."""
+        return {"average_norm": self.average_norm}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self.average_norm.copy_(state["average_norm"])
+
+
+class LossScale:
+    """Loss scaling for fp16 (arXiv:1710.03740, section 3.2), as torch's GradScaler does it, without a host in the loop.
+
+    Args:
+        device: Where the gradients are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.value = torch.full((), _FIRST_SCALE, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, *, found_nonfinite: Tensor) -> None:
+        """Halve the scale after a step with a gradient that is not finite; double it after 2000 without.
+
+        Args:
+            found_nonfinite: fp32 scalar, 1 or 0.
+        """
+        torch._amp_update_scale_(self.value, self.good_steps, found_nonfinite, 2.0, 0.5, _GROWTH_INTERVAL)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the scale and the steps since it changed."""
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self.value.copy_(state["value"])
+        self.good_steps.copy_(state["good_steps"])

@@ -1,0 +1,124 @@
+"""Where the state of a parameter lies: all its tensors in one run of bytes, on the device for the whole run.
+
+:mod:`lowmem_db.optimizers.streaming` has the same interface for states that live on the host.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 256  # bytes; the widest access of a kernel is 16
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of a parameter's state.
+
+    Attributes:
+        name: Its name in the state dict.
+        dtype: Its type.
+        shape: Its shape.
+        stride: Its strides; dense.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def like(parameter: Tensor, name: str, dtype: torch.dtype) -> StateTensor:
+    """Return a state tensor of a parameter's shape and strides."""
+    return StateTensor(name, dtype, tuple(parameter.shape), tuple(parameter.stride()))
+
+
+def flat(name: str, length: int, dtype: torch.dtype = torch.float32) -> StateTensor:
+    """Return a state tensor of one dimension."""
+    return StateTensor(name, dtype, (length,), (1,))
+
+
+class StateLayout:
+    """Where the tensors of one parameter's state lie in its run of bytes.
+
+    Args:
+        tensors: The tensors, in order.
+    """
+
+    def __init__(self, tensors: Iterable[StateTensor]) -> None:
+        self._offsets: list[tuple[StateTensor, int]] = []
+        self.nbytes = 0
+        for tensor in tensors:
+            self._offsets.append((tensor, self.nbytes))
+            self.nbytes += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Return the tensors inside a buffer of ``nbytes`` uint8."""
+        return {
+            tensor.name: buffer[offset : offset + tensor.nbytes]
+            .view(tensor.dtype)
+            .as_strided(tensor.shape, tensor.stride)
+            for tensor, offset in self._offsets
+        }
+
+
+@runtime_checkable
+class States(Protocol):
+    """The states of many parameters, by name."""
+
+    def begin_step(self) -> None:
+        """Prepare for every parameter to be stepped once, in the order of the step before."""
+        ...
+
+    def on_device(self, name: str) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """Return a context in which the state of one parameter is on the device, to be read and written."""
+        ...
+
+    def at_rest(self, name: str) -> Mapping[str, Tensor]:
+        """Return the state of one parameter where it lives between steps, to be read or loaded into."""
+        ...
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Forget the states of some parameters."""
+        ...
+
+
+class ResidentStates:
+    """States that stay on the device.
+
+    Args:
+        layouts: Layout of each parameter's state.
+        device: Where the parameters are.
+    """
+
+    def __init__(self, layouts: Mapping[str, StateLayout], device: torch.device) -> None:
+        self._views = {
+            name: layout.views(torch.zeros(layout.nbytes, dtype=torch.uint8, device=device))
+            for name, layout in layouts.items()
+        }
+
+    def begin_step(self) -> None:
+        """Do nothing: all is there."""
+
+    @contextmanager
+    def on_device(self, name: str) -> Iterator[Mapping[str, Tensor]]:
+        """Return a context with the state of one parameter."""
+        yield self._views[name]
+
+    def at_rest(self, name: str) -> Mapping[str, Tensor]:
+        """Return the state of one parameter."""
+        return self._views[name]
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Free the states of some parameters."""
+        for name in names:
+            del self._views[name]

@@ -1,0 +1,161 @@
+"""Optimizer states that live on the host and pass through the device while the backward pass runs.
+
+All states lie in one pinned arena on the host, allocated once. A ring of bytes on the device takes the states of the
+next parameters ahead of need; a parameter is stepped on the device, and its state goes back behind the computation.
+The copies run on two side streams, one per direction. On the CPU the same code copies at once.
+
+Over the bus go the bytes of an optimizer on the host, each state in and out once a step, without its arithmetic there.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem_db.host_memory import empty_on_host
+from lowmem_db.optimizers.states import StateLayout
+
+_Event = torch.Event | None  # None on the CPU, where a copy is done when it returns
+
+
+@dataclass(frozen=True)
+class _Passage:
+    """A state in the ring.
+
+    Attributes:
+        name: Its parameter.
+        start: First byte in the ring.
+        stop: Byte behind the last one.
+        copied: When the copy to the device, or back to the host, is done.
+    """
+
+    name: str
+    start: int
+    stop: int
+    copied: _Event
+
+    def overlaps(self, start: int, stop: int) -> bool:
+        """Say whether it takes a byte of a stretch."""
+        return self.start < stop and start < self.stop
+
+
+class StreamedStates:
+    """States that live on the host.
+
+    Args:
+        layouts: Layout of each parameter's state.
+        device: Where the parameters are.
+        ring_bytes: Size of the ring on the device, at least that of the largest state. None: twice that.
+    """
+
+    def __init__(
+        self, layouts: Mapping[str, StateLayout], device: torch.device, *, ring_bytes: int | None = None
+    ) -> None:
+        self._layouts = dict(layouts)
+        sizes = [layout.nbytes for layout in layouts.values()]
+        self._ring = torch.empty(ring_bytes or 2 * max(sizes, default=0), dtype=torch.uint8, device=device)
+        self._arena = empty_on_host((sum(sizes),), torch.uint8, device=device).zero_()
+        self._on_host = dict(zip(layouts, self._arena.split(sizes), strict=True))
+        self._inward = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._outward = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._order: list[str] = []  # in which the last step took the states: what is fetched ahead
+        self._taken: list[str] = []  # in this step
+        self._ahead: deque[str] = deque()  # what is to be fetched in this step
+        self._fetched: deque[_Passage] = deque()  # in the ring, not yet taken
+        self._leaving: list[_Passage] = []  # stepped, on their way back to the host
+        self._back: dict[str, _Event] = {}  # when the host has the newest state of a parameter
+        self._head = 0  # where the ring goes on
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the arena on the host."""
+        return self._arena.nbytes
+
+    def begin_step(self) -> None:
+        """Start to fetch what the last step began with."""
+        self._order, self._taken = self._taken or self._order, []
+        self._ahead = deque(self._order)
+        self._fetched.clear()
+        self._fetch_ahead()
+
+    @contextmanager
+    def on_device(self, name: str) -> Iterator[Mapping[str, Tensor]]:
+        """Return a context with the state of one parameter on the device; afterwards it goes back to the host."""
+        passage = self._take(name)
+        if passage.copied is not None:
+            torch.cuda.current_stream().wait_event(passage.copied)
+        yield self._layouts[name].views(self._ring[passage.start : passage.stop])
+        self._send_back(passage)
+        self._taken.append(name)
+        self._fetch_ahead()
+
+    def at_rest(self, name: str) -> Mapping[str, Tensor]:
+        """Return the state of one parameter on the host, once it is back."""
+        if (back := self._back.get(name)) is not None:
+            back.synchronize()
+        self._fetched.clear()  # what is on the host may be replaced now
+        return self._layouts[name].views(self._on_host[name])
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Step some parameters no more; their part of the arena stays allocated."""
+        for name in names:
+            del self._layouts[name]
+        self._order = [name for name in self._order if name in self._layouts]
+        self._taken = [name for name in self._taken if name in self._layouts]
+        self._fetched.clear()
+
+    def _take(self, name: str) -> _Passage:
+        """Return the passage of a state: fetched ahead or, where the order is another one this time, now."""
+        if self._fetched and self._fetched[0].name == name:
+            return self._fetched.popleft()
+        self._fetched.clear()
+        self._ahead.clear()
+        passage = self._fetch(name)
+        assert passage is not None, f"the ring holds {self._ring.nbytes} bytes, the state of {name} is larger"
+        return passage
+
+    def _fetch_ahead(self) -> None:
+        while self._ahead and (passage := self._fetch(self._ahead[0])) is not None:
+            self._fetched.append(passage)
+            self._ahead.popleft()
+
+    def _fetch(self, name: str) -> _Passage | None:
+        """Copy a state into the ring, or return None where states that are not yet taken leave no room."""
+        nbytes = self._layouts[name].nbytes
+        start = self._head if self._head + nbytes <= self._ring.nbytes else 0
+        stop = start + nbytes
+        if stop > self._ring.nbytes or any(passage.overlaps(start, stop) for passage in self._fetched):
+            return None
+        self._head = stop
+        with _on(self._inward):
+            overwritten = [passage for passage in self._leaving if passage.overlaps(start, stop)]
+            self._leaving = [passage for passage in self._leaving if passage not in overwritten]
+            _wait(self._inward, *(passage.copied for passage in overwritten), self._back.get(name))
+            self._ring[start:stop].copy_(self._on_host[name], non_blocking=True)
+            return _Passage(name, start, stop, _record(self._inward))
+
+    def _send_back(self, passage: _Passage) -> None:
+        if self._outward is not None:
+            self._outward.wait_stream(torch.cuda.current_stream())
+        with _on(self._outward):
+            self._on_host[passage.name].copy_(self._ring[passage.start : passage.stop], non_blocking=True)
+            back = _record(self._outward)
+        self._back[passage.name] = back
+        self._leaving.append(_Passage(passage.name, passage.start, passage.stop, back))
+
+
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def _wait(stream: torch.cuda.Stream | None, *events: _Event) -> None:
+    for event in events:
+        if stream is not None and event is not None:
+            stream.wait_event(event)
+
+
+def _record(stream: torch.cuda.Stream | None) -> _Event:
+    return None if stream is None else stream.record_event(torch.cuda.Event())

@@ -1,0 +1,100 @@
+"""Kinds of weights that train: fp32, bf16 with eight extra bits (24-bit weights), bf16 with stochastic rounding.
+
+The extra bits belong to the optimizer's state of a parameter, an int8 of its shape. The parameter itself is then a
+correctly rounded bf16: the model computes with it, and a checkpoint of the model needs nothing else. Formats and
+rounding are those of ``lowmem_db_kernels``.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from lowmem_db_kernels.rounding import (
+    pack_extra_bits_eager,
+    round_stochastically_eager,
+    rounding_key_eager,
+    unpack_extra_bits_eager,
+)
+from torch import Tensor, nn
+
+from lowmem_db.config.schema import Weights
+
+EXTRA_BITS = "extra_bits"
+_CHUNK = 1 << 20  # elements converted at once, which bounds the temporaries
+
+
+def apply(modules: Mapping[str, nn.Module], kind: Weights) -> dict[str, Tensor]:
+    """Turn fp32 weights into a kind, in place.
+
+    Returns:
+        The extra bits of each parameter by its name, ``component.name``; empty for the other kinds.
+    """
+    extra_bits = {}
+    for name, parameter in named_parameters(modules).items():
+        if kind == "bf16_stochastic":
+            parameter.data = parameter.data.to(torch.bfloat16)
+        elif kind == "bf16_extra_bits":
+            parameter.data, extra_bits[name] = _split(parameter.data)
+    return extra_bits
+
+
+def undo(modules: Mapping[str, nn.Module], extra_bits: Mapping[str, Tensor]) -> None:
+    """Turn weights back into fp32, in place; extra bits join where they are given."""
+    for name, parameter in named_parameters(modules).items():
+        parameter.data = in_fp32(parameter.data, extra_bits.get(name))
+
+
+def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Return the parameters of all components by ``component.name``."""
+    return {
+        f"{component}.{name}": parameter
+        for component, module in modules.items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def in_fp32(parameter: Tensor, extra_bits: Tensor | None) -> Tensor:
+    """Return a weight in fp32: itself, or a new tensor."""
+    if extra_bits is None:
+        return parameter.float()
+    return unpack_extra_bits_eager(parameter, extra_bits.to(parameter.device))
+
+
+@contextmanager
+def stepped_in_fp32(
+    parameter: Tensor, extra_bits: Tensor | None, *, rounding_seed: int | None, step: Tensor
+) -> Iterator[Tensor]:
+    """Return a context with a weight in fp32, to be stepped in place; afterwards it is rounded to its kind.
+
+    Args:
+        parameter: fp32 or bf16.
+        extra_bits: Extra bits of a bf16 weight; written too.
+        rounding_seed: Seed of the stochastic rounding of a bf16 weight without extra bits.
+        step: Number of the step; the rounding depends on it.
+    """
+    if parameter.dtype == torch.float32:
+        yield parameter
+        return
+    weight = in_fp32(parameter, extra_bits)
+    yield weight
+    if extra_bits is not None:
+        high, low = pack_extra_bits_eager(weight)
+        extra_bits.copy_(low)
+    else:
+        assert rounding_seed is not None, "a bf16 weight without extra bits needs a seed for its rounding"
+        in_order = weight.as_strided((weight.numel(),), (1,))
+        high = round_stochastically_eager(in_order, rounding_key_eager(rounding_seed, step))
+        high = high.as_strided(weight.shape, weight.stride())
+    parameter.copy_(high)
+
+
+def _split(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Split an fp32 weight into bf16 and extra bits, part by part."""
+    high = torch.empty_like(weight, dtype=torch.bfloat16)
+    low = torch.empty_like(weight, dtype=torch.int8)
+    in_order = [tensor.as_strided((tensor.numel(),), (1,)).split(_CHUNK) for tensor in (weight, high, low)]
+    for part, high_part, low_part in zip(*in_order, strict=True):
+        packed = pack_extra_bits_eager(part)
+        high_part.copy_(packed[0])
+        low_part.copy_(packed[1])
+    return high, low
