@@ -28,10 +28,22 @@ class ImageRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What the denoiser is told, one row per sample: token ids, and embeddings where the text encoder is frozen."""
+    """What the denoiser is told, one row per sample.
+
+    Attributes:
+        input_ids: Token ids.
+        prompt_embeds: Embeddings, where the text encoders are frozen.
+        input_ids_2: Token ids for the second text encoder of SDXL.
+        pooled_embeds: Pooled embedding of SDXL's second text encoder, where the text encoders are frozen.
+        time_ids: SDXL's original height and width, top and left of the crop, target height and width, in pixels
+            (arXiv:2307.01952, section 2.2).
+    """
 
     input_ids: Int[Tensor, "b tokens"]
     prompt_embeds: Float[Tensor, "b tokens dim"] | None = None
+    input_ids_2: Int[Tensor, "b tokens"] | None = None
+    pooled_embeds: Float[Tensor, "b width"] | None = None
+    time_ids: Float[Tensor, "b 6"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Int[Tensor, "b tokens"]:
@@ -24,6 +24,23 @@ def num_cut_tokens(tokenizer: CLIPTokenizer, prompt: str) -> int:
 def encode_prompt(text_encoder: CLIPTextModel, input_ids: Int[Tensor, "b tokens"]) -> Float[Tensor, "b tokens dim"]:
     """Return the last hidden state after the final layer norm, without attention mask, as Stable Diffusion uses it."""
     return text_encoder(input_ids.to(text_encoder.device))[0]
+
+
+def encode_prompt_with_two(
+    text_encoder: CLIPTextModel,
+    text_encoder_2: CLIPTextModelWithProjection,
+    input_ids: Int[Tensor, "b tokens"],
+    input_ids_2: Int[Tensor, "b tokens"],
+) -> tuple[Float[Tensor, "b tokens dim"], Float[Tensor, "b width"]]:
+    """Return what SDXL is told (arXiv:2307.01952, section 2.1).
+
+    Returns:
+        The hidden states before the last layer of both text encoders side by side, and the pooled, projected embedding
+        of the second.
+    """
+    first = text_encoder(input_ids.to(text_encoder.device), output_hidden_states=True)
+    second = text_encoder_2(input_ids_2.to(text_encoder_2.device), output_hidden_states=True)
+    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The part of a model that trains: the UNet, and the text encoder where it trains too."""
+"""The part of a model that trains: the UNet, and the text encoders where they train too."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -7,9 +7,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from lowmem_db.models.conditioning import encode_prompt
+from lowmem_db.models.conditioning import encode_prompt, encode_prompt_with_two
 from lowmem_db.records import Conditioning
 
 AUTOCAST_TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -22,14 +22,20 @@ class Denoiser:
         unet: The UNet.
         text_encoder: The text encoder; None where conditioning carries embeddings.
         autocast_dtype: Type of the autocast; None: everything in the type of the weights.
+        text_encoder_2: The second text encoder of SDXL, where the first one is given too.
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None, autocast_dtype: torch.dtype | None = None
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel | None,
+        autocast_dtype: torch.dtype | None = None,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
     ) -> None:
         self.unet = unet
         self.text_encoder = text_encoder
         self.autocast_dtype = autocast_dtype
+        self.text_encoder_2 = text_encoder_2
 
     @property
     def device(self) -> torch.device:
@@ -38,10 +44,8 @@ class Denoiser:
 
     def modules(self) -> Mapping[str, nn.Module]:
         """Return what trains, by the name of its component."""
-        modules: dict[str, nn.Module] = {"unet": self.unet}
-        if self.text_encoder is not None:
-            modules["text_encoder"] = self.text_encoder
-        return modules
+        modules = {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+        return {name: module for name, module in modules.items() if module is not None}
 
     def predict(
         self,
@@ -51,17 +55,14 @@ class Denoiser:
     ) -> Float[Tensor, "b c h w"]:
         """Return what the UNet predicts, in fp32."""
         with self.autocast():
-            embeds = self.embeds(conditioning)
+            embeds, added = self._embeds_and_added(conditioning)
             latents = noisy_latents.to(self.unet.dtype)
-            prediction = self.unet(latents, timesteps, encoder_hidden_states=embeds).sample
+            prediction = self.unet(latents, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
         return prediction.float()
 
     def embeds(self, conditioning: Conditioning) -> Float[Tensor, "b tokens dim"]:
-        """Return the embeddings of conditioning; the text encoder makes them where it is part of the denoiser."""
-        if self.text_encoder is not None:
-            return encode_prompt(self.text_encoder, conditioning.input_ids)
-        assert conditioning.prompt_embeds is not None, "conditioning has no embeddings and there is no text encoder"
-        return conditioning.prompt_embeds.to(self.device, self.unet.dtype)
+        """Return the embeddings of conditioning; the text encoders make them where they are part of the denoiser."""
+        return self._embeds_and_added(conditioning)[0]
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which the model computes."""
@@ -69,3 +70,28 @@ class Denoiser:
             return nullcontext()
         # Without the cache a weight's copy in low precision lives as long as its layer needs it, not the whole pass.
         return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False)
+
+    def _embeds_and_added(self, conditioning: Conditioning) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Return the embeddings, and what SDXL is told beside them: pooled embedding, sizes and crop."""
+        pooled = conditioning.pooled_embeds
+        if self.text_encoder is None:
+            assert conditioning.prompt_embeds is not None, (
+                "conditioning has no embeddings, and there is no text encoder"
+            )
+            embeds = conditioning.prompt_embeds
+        elif self.text_encoder_2 is None:
+            embeds = encode_prompt(self.text_encoder, conditioning.input_ids)
+        else:
+            assert conditioning.input_ids_2 is not None, "conditioning has no token ids for the second text encoder"
+            embeds, pooled = encode_prompt_with_two(
+                self.text_encoder, self.text_encoder_2, conditioning.input_ids, conditioning.input_ids_2
+            )
+        if pooled is None or conditioning.time_ids is None:
+            return self._as_input(embeds), None
+        return self._as_input(embeds), {
+            "text_embeds": self._as_input(pooled),
+            "time_ids": self._as_input(conditioning.time_ids),
+        }
+
+    def _as_input(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.unet.dtype)

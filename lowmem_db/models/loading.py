@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DCondi
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from lowmem_db.errors import ModelError
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
@@ -36,6 +36,13 @@ def load_text_encoder(
 ) -> CLIPTextModel:
     """Load the text encoder in evaluation mode, frozen."""
     return _load(CLIPTextModel, model, "text_encoder", device, dtype)
+
+
+def load_text_encoder_2(
+    model: ModelFolder, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> CLIPTextModelWithProjection:
+    """Load the second text encoder of SDXL in evaluation mode, frozen."""
+    return _load(CLIPTextModelWithProjection, model, "text_encoder_2", device, dtype)
 
 
 def load_autoencoder(model: ModelFolder, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Autoencoder:

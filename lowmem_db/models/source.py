@@ -32,15 +32,18 @@ class Family:
     Attributes:
         name: As it is shown.
         cross_attention_dim: Width of the text embeddings; None: any, the last row of the table.
+        has_text_encoder_2: Whether there is a second text encoder.
     """
 
     name: str
     cross_attention_dim: int | None
+    has_text_encoder_2: bool = False
 
 
 FAMILIES = (
     Family("Stable Diffusion 1.x", 768),
     Family("Stable Diffusion 2.x", 1024),
+    Family("Stable Diffusion XL", 2048, has_text_encoder_2=True),
     Family("Stable Diffusion architecture", None),
 )
 _PIPELINE_CLASSES = {"StableDiffusionPipeline"}

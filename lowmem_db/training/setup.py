@@ -14,7 +14,7 @@ from lowmem_db.data.batches import BatchSource
 from lowmem_db.errors import StorageError
 from lowmem_db.memory import attention, checkpointing
 from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
-from lowmem_db.models.loading import CPU, load_noise_schedule, load_text_encoder, load_unet
+from lowmem_db.models.loading import CPU, load_noise_schedule, load_text_encoder, load_text_encoder_2, load_unet
 from lowmem_db.models.saving import DTYPES, save_model
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.objective.objective import Objective
@@ -104,8 +104,13 @@ def build_step(
     """
     start = device if device.type == "meta" else CPU  # fp32 weights meet the device in the kind that trains
     unet = load_unet(model, device=start)
-    text_encoder = load_text_encoder(model, device=start) if config.training.train_text_encoder else None
-    denoiser = Denoiser(unet, text_encoder, AUTOCAST_TYPES[strategy.autocast])
+    trains_text = config.training.train_text_encoder
+    denoiser = Denoiser(
+        unet,
+        load_text_encoder(model, device=start) if trains_text else None,
+        AUTOCAST_TYPES[strategy.autocast],
+        load_text_encoder_2(model, device=start) if trains_text and model.family.has_text_encoder_2 else None,
+    )
     extra_bits = weights.apply(denoiser.modules(), strategy.weights)
     for module in denoiser.modules().values():
         module.to(device).train().requires_grad_(True)

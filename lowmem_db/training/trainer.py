@@ -175,9 +175,11 @@ class Trainer:
         )
         if training.scale_learning_rate:
             factor *= self.config.samples_per_step
+        of_text_encoders = (training.learning_rate_text_encoder or training.learning_rate) * factor
         return {
             "unet": training.learning_rate * factor,
-            "text_encoder": (training.learning_rate_text_encoder or training.learning_rate) * factor,
+            "text_encoder": of_text_encoders,
+            "text_encoder_2": of_text_encoders,
         }
 
     def _stop_text_encoder_where_due(self) -> None:

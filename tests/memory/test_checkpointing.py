@@ -213,9 +213,7 @@ def test_undo_restores_the_modules(placement: str, offload: bool) -> None:
     undo = checkpointing.apply(modules, placement, offload=offload)
     assert {component: list(module.state_dict()) for component, module in modules.items()} == states
     undo()
-    assert {
-        name: set(part.__dict__) for module in modules.values() for name, part in module.named_modules()
-    } == before
+    assert {name: set(part.__dict__) for module in modules.values() for name, part in module.named_modules()} == before
     assert_same_bits(loss_and_gradients(modules), expected("sdxl_like"))
     checkpointing.apply(modules, "layers")
 
