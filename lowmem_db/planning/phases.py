@@ -16,15 +16,13 @@ from lowmem_db.models.latents import decode_latents, downscaling, encode_moments
 from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_unet
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.models.source import ModelFolder
-from lowmem_db.optimizers.ema import ExponentialMovingAverage
-from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.planning.cards import Card
 from lowmem_db.planning.costs import CostRecorder, Costs
 from lowmem_db.planning.tracing import real_paths
 from lowmem_db.planning.tracker import CUDA_ROUNDING, AllocationTracker
 from lowmem_db.preparation.class_images import draw_batch
 from lowmem_db.records import Batch, Conditioning, MemoryParts
-from lowmem_db.training.setup import build_step
+from lowmem_db.training.setup import build_ema, build_step
 from lowmem_db.training.step import train_step
 
 META = torch.device("meta")
@@ -115,18 +113,18 @@ def trace_train(subject: Subject, strategy: Strategy) -> Traced:
     with subject.tracing(autocast=strategy.autocast != "no") as (tracker, costs):
         with tracker.new_tensors_are("optimizer_state"):
             denoiser, objective, optimizer = build_step(config, strategy, subject.model, META)
-            parameters = [parameter for module in denoiser.modules().values() for parameter in module.parameters()]
-            tracker.register(_weights(denoiser.modules().values()), "weights")
-            _make_lazy_states(optimizer)
+        tracker.register(_weights(denoiser.modules().values()), "weights")
         with tracker.new_tensors_are("other"):
-            ema = _build_ema(config, denoiser.modules())
+            ema = build_ema(config, denoiser, optimizer)
+        optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))
+        batches = _batches(config, subject.model, denoiser)
         tracker.reset_peak()
         costs.clear()
-        blocks = _blocks_recorded(costs, denoiser.modules())
-        with blocks, tracker.new_tensors_are("activations"), tracker.gradients_of(parameters):
-            train_step(denoiser, objective, optimizer, _batches(config, subject.model, denoiser), 1)
-            if ema is not None:
-                ema.update(2)
+        with _blocks_recorded(costs, denoiser.modules()), tracker.gradients_of(optimizer.parameters()):
+            with tracker.new_tensors_are("activations"):
+                train_step(denoiser, objective, optimizer, batches, 1)
+                if ema is not None:
+                    ema.update(2)
         return Traced(
             peak=tracker.peak, resident=tracker.live, host_bytes=tracker.peak_host_bytes, costs=costs.costs()
         )
@@ -147,25 +145,6 @@ def _weights(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     for module in modules:
         yield from module.parameters()
         yield from module.buffers()
-
-
-def _make_lazy_states(optimizer: OptimizerHandle) -> None:
-    """Let an optimizer that makes its states in its first step make them now."""
-    for parameter in optimizer.parameters():
-        parameter.grad = torch.empty_like(parameter)
-    optimizer.step(1.0)
-    optimizer.zero_grad()
-
-
-def _build_ema(config: Config, modules: Mapping[str, nn.Module]) -> ExponentialMovingAverage | None:
-    if not config.ema.enabled:
-        return None
-    parameters = {
-        f"{component}.{name}": parameter
-        for component, module in modules.items()
-        for name, parameter in module.named_parameters()
-    }
-    return ExponentialMovingAverage(parameters, decay=config.ema.decay)
 
 
 def _batches(config: Config, model: ModelFolder, denoiser: Denoiser) -> list[Batch]:

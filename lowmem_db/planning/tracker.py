@@ -21,6 +21,7 @@ from lowmem_db.planning.costs import CostRecorder
 from lowmem_db.records import PARTS, MemoryParts
 
 CUDA_ROUNDING = 512
+_TINY = 16  # elements
 _KERNELS = "lowmem_db_kernels"
 _READ_SCALAR = torch.ops.aten._local_scalar_dense.default
 
@@ -59,7 +60,9 @@ class AllocationTracker(TorchDispatchMode):
         self._storages: dict[int, _Storage] = {}
         self._totals = [0] * len(PARTS)
         self._live_bytes = self._host_bytes = 0
-        self._peak_before: tuple[int, tuple[int, ...]] = (0, ())
+        self._peak_before: tuple[int, tuple[int, ...], int] = (0, (), 0)
+        self._interval_peak = 0
+        self._known_results: dict[tuple[Any, ...], tuple[torch.Size, torch.dtype]] = {}
         self._part_of_new = PARTS.index("other")
         self.reset_peak()
 
@@ -82,6 +85,16 @@ class AllocationTracker(TorchDispatchMode):
         """Start the peak from what is in use now."""
         self._peak_bytes, self._peak_totals = self._live_bytes, tuple(self._totals)
         self._peak_host_bytes = self._host_bytes
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the device that are in use now, all parts together."""
+        return self._live_bytes
+
+    def end_interval(self) -> int:
+        """Return the most bytes in use at once since this was called last."""
+        peak, self._interval_peak = self._interval_peak, self._live_bytes
+        return peak
 
     @contextmanager
     def tracking(self) -> Iterator[None]:
@@ -128,13 +141,25 @@ class AllocationTracker(TorchDispatchMode):
         if self._eager_kernels and func.namespace == _KERNELS:
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        made = func(*args, **kwargs)
+        made = self._run(func, args, kwargs)
         is_new = False
         for tensor in _tensors_in(made):
             is_new |= self._follow(tensor)
         if self._costs is not None:
             self._costs.record(func, args, kwargs, made, is_new=is_new, is_on_host=self.is_on_host)
         return made
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operator; arithmetic on tiny tensors of meta, which optimizers are full of, from memory."""
+        if kwargs or torch.Tag.pointwise not in func.tags or func._schema.is_mutable or not _are_tiny_on_meta(args):
+            return func(*args, **kwargs)
+        key = (func, *((arg.dtype, arg.shape) if isinstance(arg, Tensor) else type(arg) for arg in args))
+        if key not in self._known_results:
+            made = func(*args)
+            self._known_results[key] = (made.shape, made.dtype)
+            return made
+        shape, dtype = self._known_results[key]
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def _follow(self, tensor: Tensor) -> bool:
         """Follow a tensor's storage; return whether it was unknown."""
@@ -147,9 +172,10 @@ class AllocationTracker(TorchDispatchMode):
         self._storages[key] = _Storage(num_bytes, part, False, weakref.ref(storage, lambda _: self._forget(key)))
         self._totals[part] += num_bytes
         self._live_bytes += num_bytes
-        self._peak_before = self._peak_bytes, self._peak_totals
+        self._peak_before = self._peak_bytes, self._peak_totals, self._interval_peak
         if self._live_bytes > self._peak_bytes:
             self._peak_bytes, self._peak_totals = self._live_bytes, tuple(self._totals)
+        self._interval_peak = max(self._interval_peak, self._live_bytes)
         return True
 
     def _forget(self, key: int) -> None:
@@ -174,7 +200,7 @@ class AllocationTracker(TorchDispatchMode):
             return
         self._totals[storage.part] -= storage.num_bytes
         self._live_bytes -= storage.num_bytes
-        self._peak_bytes, self._peak_totals = self._peak_before
+        self._peak_bytes, self._peak_totals, self._interval_peak = self._peak_before
         storage.on_host = True
         self._host_bytes += storage.num_bytes
         self._peak_host_bytes = max(self._peak_host_bytes, self._host_bytes)
@@ -188,6 +214,11 @@ class AllocationTracker(TorchDispatchMode):
 def _likely_value(dtype: torch.dtype) -> bool | float:
     """Return what a scalar of a step that goes well may be: yes, finite, nothing to clip."""
     return True if dtype == torch.bool else 1.0
+
+
+def _are_tiny_on_meta(args: tuple[Any, ...]) -> bool:
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    return bool(tensors) and all(tensor.is_meta and tensor.numel() <= _TINY for tensor in tensors)
 
 
 def _tensors_in(made: Any) -> Iterator[Tensor]:
