@@ -2,26 +2,27 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import Strategy
-from lowmem_db.memory import checkpointing
-from lowmem_db.models.conditioning import encode_prompt
+from lowmem_db.models.conditioning import encode_prompt, encode_prompt_with_two
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.latents import decode_latents, downscaling, encode_moments
-from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_unet
+from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_text_encoder_2, load_unet
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.planning.cards import Card
 from lowmem_db.planning.costs import CostRecorder, Costs
+from lowmem_db.planning.timeline import BlockFigures, Timeline
 from lowmem_db.planning.tracing import real_paths
 from lowmem_db.planning.tracker import CUDA_ROUNDING, AllocationTracker
 from lowmem_db.preparation.class_images import draw_batch
 from lowmem_db.records import Batch, Conditioning, MemoryParts
+from lowmem_db.training.samples import sample_prompt
 from lowmem_db.training.setup import build_ema, build_step
 from lowmem_db.training.step import train_step
 
@@ -34,20 +35,22 @@ class Traced:
 
     Attributes:
         peak: Bytes of the device when most were in use.
-        resident: Bytes that stay when the phase's work is done.
+        resident: Bytes that stay in use when the phase's work is done.
         host_bytes: Most bytes of the host in use at once.
         costs: What its operators do.
+        blocks: Figures of the blocks of a training step, in the order of the forward pass.
     """
 
     peak: MemoryParts
     resident: MemoryParts
     host_bytes: int
     costs: Costs
+    blocks: Mapping[str, BlockFigures] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is traced: a configuration and a model for a card."""
+    """What is traced: a configuration and its model, for a card."""
 
     config: Config
     model: ModelFolder
@@ -55,56 +58,58 @@ class Subject:
 
     @contextmanager
     def tracing(self, *, autocast: bool = False) -> Iterator[tuple[AllocationTracker, CostRecorder]]:
-        """Return a tracker that follows the block as if it ran on the card."""
+        """Return a context with a tracker that follows what runs in it as if that ran on the card."""
         costs = CostRecorder()
         rounding = 1 if self.card.is_cpu else CUDA_ROUNDING
-        tracker = AllocationTracker(rounding=rounding, eager_kernels=self.card.is_cpu, costs=costs)
+        tracker = AllocationTracker(rounding=rounding, cpu_kernels=self.card.is_cpu, costs=costs)
         with real_paths(on_cpu=self.card.is_cpu, autocast=autocast), tracker.tracking():
             yield tracker, costs
 
 
 def trace_class_images(subject: Subject) -> Traced:
-    """Trace the generation of one batch of class images: UNet and autoencoder, no optimizer."""
-    config = _short(subject.config)
-    precision = config.prior.precision or ("fp32" if subject.card.is_cpu else "fp16")
+    """Trace the generation of one batch of class images: UNet and autoencoder, as they are drawn with."""
+    config, model = _short(subject.config), subject.model
+    dtype = DTYPES[config.prior.precision or ("fp32" if subject.card.is_cpu else "fp16")]
     count = min(config.prior.sample_batch_size, config.prior.num_class_images)
     with subject.tracing() as (tracker, costs), torch.no_grad():
+        embeds, pooled = _encode(model, 2, dtype, tracker)
         with tracker.new_tensors_are("weights"):
-            text_encoder = load_text_encoder(subject.model, device=META, dtype=DTYPES[precision])
-        embeds = encode_prompt(text_encoder, _input_ids(text_encoder, 2))
-        del text_encoder
-        with tracker.new_tensors_are("weights"):
-            unet = load_unet(subject.model, device=META, dtype=DTYPES[precision])
-            autoencoder = load_autoencoder(subject.model, device=META, dtype=DTYPES[precision])
+            unet = load_unet(model, device=META, dtype=dtype)
+            autoencoder = load_autoencoder(model, device=META, dtype=dtype)
+        tracker.reset_peak()
         with tracker.new_tensors_are("activations"):
             pixels = draw_batch(
-                config, subject.model, unet, autoencoder, range(count), prompt_embeds=embeds[:1], empty_embeds=embeds[1:]
+                config,
+                model,
+                unet,
+                autoencoder,
+                range(count),
+                prompt_embeds=embeds[:1],
+                empty_embeds=embeds[1:],
+                added_cond_kwargs=None if pooled is None else {"text_embeds": pooled, "time_ids": torch.zeros(2, 6)},
             )
         del pixels
-        return Traced(peak=tracker.peak, resident=tracker.live, host_bytes=0, costs=costs.costs())
+        return _found(tracker, costs)
 
 
 def trace_encode_images(subject: Subject) -> Traced:
-    """Trace the autoencoder on one picture, in fp32, as :func:`lowmem_db.preparation.encode.encode_images` runs it."""
+    """Trace the autoencoder on one picture, in fp32."""
     resolution = subject.config.data.resolution
     with subject.tracing() as (tracker, costs):
         with tracker.new_tensors_are("weights"):
             autoencoder = load_autoencoder(subject.model, device=META)
+        tracker.reset_peak()
         with tracker.new_tensors_are("activations"):
-            moments = encode_moments(autoencoder, torch.empty(1, 3, resolution, resolution))
+            moments = encode_moments(autoencoder, torch.zeros(1, 3, resolution, resolution))
         del moments
-        return Traced(peak=tracker.peak, resident=tracker.live, host_bytes=0, costs=costs.costs())
+        return _found(tracker, costs)
 
 
 def trace_encode_text(subject: Subject) -> Traced:
-    """Trace the text encoder on one prompt, in fp32, as :func:`lowmem_db.preparation.encode.encode_prompts` runs it."""
+    """Trace the text encoders on one prompt, in fp32."""
     with subject.tracing() as (tracker, costs), torch.no_grad():
-        with tracker.new_tensors_are("weights"):
-            text_encoder = load_text_encoder(subject.model, device=META)
-        with tracker.new_tensors_are("activations"):
-            embeds = encode_prompt(text_encoder, _input_ids(text_encoder, 1))
-        del embeds
-        return Traced(peak=tracker.peak, resident=tracker.live, host_bytes=0, costs=costs.costs())
+        _encode(subject.model, 1, torch.float32, tracker)
+        return _found(tracker, costs)
 
 
 def trace_train(subject: Subject, strategy: Strategy) -> Traced:
@@ -118,27 +123,70 @@ def trace_train(subject: Subject, strategy: Strategy) -> Traced:
             ema = build_ema(config, denoiser, optimizer)
         optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))
         batches = _batches(config, subject.model, denoiser)
+        timeline = Timeline(tracker, costs)
         tracker.reset_peak()
         costs.clear()
-        with _blocks_recorded(costs, denoiser.modules()), tracker.gradients_of(optimizer.parameters()):
-            with tracker.new_tensors_are("activations"):
+        with timeline.recorded(denoiser.modules()), tracker.new_tensors_are("activations"):
+            with tracker.gradients_of(optimizer.parameters()):
                 train_step(denoiser, objective, optimizer, batches, 1)
-                if ema is not None:
-                    ema.update(2)
-        return Traced(
-            peak=tracker.peak, resident=tracker.live, host_bytes=tracker.peak_host_bytes, costs=costs.costs()
-        )
+            if ema is not None:
+                ema.update(2)
+        return _found(tracker, costs, timeline.figures())
+
+
+def trace_sample(subject: Subject, strategy: Strategy) -> Traced:
+    """Trace the samples of one prompt from the model in memory; optimizer states and averages are not counted."""
+    config, model = _short(subject.config), subject.model
+    with subject.tracing(autocast=strategy.autocast != "no") as (tracker, costs):
+        plain = config.model_copy(update={"ema": config.ema.model_copy(update={"enabled": False})})
+        denoiser, _, optimizer = build_step(plain, strategy, model, META)
+        del optimizer
+        tracker.register(_weights(denoiser.modules().values()), "weights")
+        conditioning = _conditioning(model, denoiser, 2)
+        tracker.reset_peak()
+        with tracker.new_tensors_are("activations"):
+            latents = sample_prompt(config, model, denoiser, conditioning)
+            with tracker.new_tensors_are("weights"):
+                autoencoder = load_autoencoder(model, device=META)
+            pixels = decode_latents(autoencoder, latents)
+        del latents, pixels, autoencoder
+        return _found(tracker, costs)
+
+
+def _found(
+    tracker: AllocationTracker, costs: CostRecorder, blocks: Mapping[str, BlockFigures] | None = None
+) -> Traced:
+    return Traced(
+        peak=tracker.peak,
+        resident=tracker.live,
+        host_bytes=tracker.peak_host_bytes,
+        costs=costs.costs(),
+        blocks=blocks or {},
+    )
 
 
 def _short(config: Config) -> Config:
-    """Return a configuration that samples in two steps, which need what fifty need."""
-    prior = config.prior.model_copy(update={"num_inference_steps": 2})
-    sampling = config.sampling.model_copy(update={"num_inference_steps": 2})
+    """Return a configuration that samples in one step, which needs what fifty need."""
+    prior = config.prior.model_copy(update={"num_inference_steps": 1})
+    sampling = config.sampling.model_copy(update={"num_inference_steps": 1})
     return config.model_copy(update={"prior": prior, "sampling": sampling})
 
 
-def _input_ids(text_encoder: nn.Module, count: int) -> Tensor:
-    return torch.zeros(count, text_encoder.config.max_position_embeddings, dtype=torch.int64)  # type: ignore[union-attr]
+def _encode(
+    model: ModelFolder, count: int, dtype: torch.dtype, tracker: AllocationTracker
+) -> tuple[Tensor, Tensor | None]:
+    """Return embeddings of prompts, and the pooled ones of SDXL."""
+    ids = torch.zeros(count, _num_tokens(model), dtype=torch.int64)
+    with tracker.new_tensors_are("weights"):
+        text_encoder = load_text_encoder(model, device=META, dtype=dtype)
+        text_encoder_2 = (
+            load_text_encoder_2(model, device=META, dtype=dtype) if model.family.has_text_encoder_2 else None
+        )
+    tracker.reset_peak()
+    with tracker.new_tensors_are("activations"):
+        if text_encoder_2 is None:
+            return encode_prompt(text_encoder, ids), None
+        return encode_prompt_with_two(text_encoder, text_encoder_2, ids, ids)
 
 
 def _weights(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
@@ -155,7 +203,7 @@ def _batches(config: Config, model: ModelFolder, denoiser: Denoiser) -> list[Bat
     batch = Batch(
         latent_mean=moments,
         latent_std=moments,
-        conditioning=_conditioning(model, count),
+        conditioning=_conditioning(model, denoiser, count),
         sample_ids=torch.arange(count),
         num_instance=config.training.train_batch_size,
         sources=("",) * count,
@@ -163,25 +211,23 @@ def _batches(config: Config, model: ModelFolder, denoiser: Denoiser) -> list[Bat
     return [batch] * min(2, config.training.gradient_accumulation_steps)
 
 
-def _conditioning(model: ModelFolder, count: int) -> Conditioning:
-    """Return token ids, and the embeddings a frozen text encoder would have made."""
-    text = model.config_of("text_encoder")
-    tokens = text["max_position_embeddings"]
-    embeds = torch.zeros(count, tokens, model.config_of("unet")["cross_attention_dim"])
-    return Conditioning(input_ids=torch.zeros(count, tokens, dtype=torch.int64), prompt_embeds=embeds)
+def _conditioning(model: ModelFolder, denoiser: Denoiser, count: int) -> Conditioning:
+    """Return token ids on the host, and what frozen text encoders have made."""
+    ids = torch.zeros(count, _num_tokens(model), dtype=torch.int64)
+    is_frozen, has_two = denoiser.text_encoder is None, model.family.has_text_encoder_2
+    width = model.config_of("unet")["cross_attention_dim"]
+    return Conditioning(
+        input_ids=ids,
+        prompt_embeds=torch.zeros(*ids.shape, width) if is_frozen else None,
+        input_ids_2=ids if has_two else None,
+        pooled_embeds=torch.zeros(count, _pooled_width(model)) if has_two and is_frozen else None,
+        time_ids=torch.zeros(count, 6) if has_two else None,
+    )
 
 
-@contextmanager
-def _blocks_recorded(costs: CostRecorder, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Tell the operators of each block's forward pass apart."""
-    handles = []
-    for name in checkpointing.block_names(modules):
-        component, _, path = name.partition(".")
-        block = modules[component].get_submodule(path)
-        handles.append(block.register_forward_pre_hook(lambda *_, name=name: costs.start_block(name)))
-        handles.append(block.register_forward_hook(lambda *_: costs.end_block()))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _num_tokens(model: ModelFolder) -> int:
+    return model.config_of("text_encoder")["max_position_embeddings"]
+
+
+def _pooled_width(model: ModelFolder) -> int:
+    return model.config_of("text_encoder_2")["projection_dim"]

@@ -16,7 +16,7 @@ from lowmem_db.memory import checkpointing
 from lowmem_db.planning.costs import CostRecorder
 from lowmem_db.planning.tracker import AllocationTracker
 
-_END = "end"
+END = "end"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class BlockFigures:
 
 
 class Timeline:
-    """Records a step block by block; ``figures`` has them in the order of the forward pass once the step is done.
+    """Records a step block by block.
 
     Args:
         tracker: Counts the bytes.
@@ -44,42 +44,58 @@ class Timeline:
         self._tracker = tracker
         self._costs = costs
         self._start_bytes = 0
-        self._left: dict[str, int] = {}  # live bytes beyond the start, after each block's forward pass
-        self._peaks: dict[str, int] = {}
+        self._left: dict[str, int] = {}  # bytes beyond the start after each block's forward pass
+        self._peaks: dict[str, int] = {}  # and the most while it ran
+        self._running_backward = END
 
     @contextmanager
     def recorded(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Record the step inside the block."""
+        """Record what runs inside the ``with`` block."""
         handles = []
         for name in checkpointing.block_names(modules):
             component, _, path = name.partition(".")
             block = modules[component].get_submodule(path)
             handles.append(block.register_forward_pre_hook(lambda *_, name=name: self._costs.start_block(name)))
-            handles.append(block.register_forward_hook(lambda _, __, made, name=name: self._end_forward(name, made)))
+            handles.append(block.register_forward_hook(lambda _, __, made, name=name: self._after_forward(name, made)))
         self._tracker.end_interval()
         self._start_bytes = self._tracker.live_bytes
-        self._interval_of = ""
         try:
             yield
+            self._end_interval(self._running_backward)
         finally:
-            self._end_interval(None)
             for handle in handles:
                 handle.remove()
 
-    @property
     def figures(self) -> dict[str, BlockFigures]:
-        """Figures of each block; those of ``end`` are of what comes behind the last block."""
+        """Return the figures of the blocks in the order of the forward pass, then those of what comes behind them."""
         found: dict[str, BlockFigures] = {}
         before = 0
         for name, live in self._left.items():
             found[name] = BlockFigures(left=live - before, peak=self._peaks[name] - before)
             before = live
-        found[_END] = BlockFigures(left=0, peak=self._peaks[_END] - before)
+        found[END] = BlockFigures(left=0, peak=self._peaks[END] - before)
         return found
 
-    def _end_forward(self, name: str, made: Any) -> None:
+    def _after_forward(self, name: str, made: Any) -> None:
         self._costs.end_block()
-        output = made if isinstance(made, Tensor) else made[0]
-        self._end_interval(_END, of=name)
+        self._end_interval(name)
         self._left[name] = self._tracker.live_bytes - self._start_bytes
-        output.register_hook(lambda _: self._end_interval(name))
+        self._running_backward = END
+        output = made if isinstance(made, Tensor) else made[0]
+        output.register_hook(lambda _: self._before_backward(name))
+
+    def _before_backward(self, name: str) -> None:
+        self._end_interval(self._running_backward)
+        self._running_backward = name
+
+    def _end_interval(self, name: str) -> None:
+        self._peaks[name] = max(self._peaks.get(name, 0), self._tracker.end_interval() - self._start_bytes)
+
+
+def mixed_peak(figures: Mapping[str, BlockFigures]) -> int:
+    """Return the peak of a step, beyond what is in use before it, from the figures of its blocks in their order."""
+    peak = left = 0
+    for block in figures.values():
+        peak = max(peak, left + block.peak)
+        left += block.left
+    return peak

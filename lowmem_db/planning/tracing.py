@@ -1,6 +1,6 @@
 """What a trace on the meta device needs so that the code takes the paths it takes on the real device."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -32,8 +32,10 @@ def real_paths(*, on_cpu: bool, autocast: bool) -> Iterator[None]:
     attention, real_autocast = functional.scaled_dot_product_attention, torch.autocast
     mode = MetaAutocast()
 
-    def autocast_on_meta(device_type: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
-        return mode.enabled(dtype) if device_type == "meta" else real_autocast(device_type, dtype, *args, **kwargs)
+    def autocast_on_meta(device_type: str, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+        if device_type != "meta":
+            return real_autocast(device_type, dtype, **kwargs)
+        return nullcontext() if dtype is None else mode.enabled(dtype)
 
     functional.scaled_dot_product_attention = _cpu_attention if on_cpu else _cuda_attention
     torch.autocast = autocast_on_meta  # type: ignore[misc, assignment]
@@ -65,52 +67,42 @@ def _cpu_attention(
 
 
 class MetaAutocast(TorchFunctionMode):
-    """Autocast for the meta device, which torch has none for: the lists of operators of CUDA's autocast.
+    """Autocast for the meta device, which torch has none for: the lists of operators of CUDA's autocast, no cache.
 
-    It casts inside its ``enabled`` block, where a parameter is cast once, and where the backward pass recomputes.
+    It casts inside its ``enabled`` block, and from then on where the backward pass recomputes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._dtype: torch.dtype | None = None
-        self._cast_parameters: dict[int, Tensor] | None = None
+        self._is_enabled = False
 
     @contextmanager
     def enabled(self, dtype: torch.dtype) -> Iterator[None]:
-        """Cast inside the block, and from then on in the backward pass."""
-        self._dtype, self._cast_parameters = dtype, {}
+        """Cast inside the block."""
+        self._dtype, self._is_enabled = dtype, True
         try:
             yield
         finally:
-            self._cast_parameters = None
+            self._is_enabled = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        is_active = self._cast_parameters is not None or (self._dtype is not None and _is_in_backward())
-        if not is_active:
-            return func(*args, **kwargs)
-        if func in _LOW_PRECISION:
-            return func(*map(self._lowered, args), **{name: self._lowered(value) for name, value in kwargs.items()})
-        if func in _FULL_PRECISION:
-            return func(*map(_raised, args), **{name: _raised(value) for name, value in kwargs.items()})
+        dtype = self._dtype if self._is_enabled or _is_in_backward() else None
+        if dtype is not None and func in _LOW_PRECISION:
+            return func(*_cast(args, torch.float32, dtype), **dict(zip(kwargs, _cast(kwargs.values(), torch.float32, dtype))))
+        if dtype is not None and func in _FULL_PRECISION:
+            return func(*_cast(args, dtype, torch.float32), **dict(zip(kwargs, _cast(kwargs.values(), dtype, torch.float32))))
         return func(*args, **kwargs)
 
-    def _lowered(self, value: Any) -> Any:
-        assert self._dtype is not None
-        if not isinstance(value, Tensor) or not value.is_meta or value.dtype != torch.float32:
-            return value
-        if self._cast_parameters is None or not (value.is_leaf and value.requires_grad):
-            return value.to(self._dtype)
-        if id(value) not in self._cast_parameters:
-            self._cast_parameters[id(value)] = value.to(self._dtype)
-        return self._cast_parameters[id(value)]
 
-
-def _raised(value: Any) -> Any:
-    is_low = isinstance(value, Tensor) and value.is_meta and value.dtype in {torch.float16, torch.bfloat16}
-    return value.float() if is_low else value
+def _cast(values: Iterable[Any], source: torch.dtype, target: torch.dtype) -> list[Any]:
+    return [
+        value.to(target) if isinstance(value, Tensor) and value.is_meta and value.dtype == source else value
+        for value in values
+    ]
 
 
 def _is_in_backward() -> bool:

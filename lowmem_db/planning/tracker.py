@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lowmem_db_kernels import registry
+from lowmem_db_kernels.dispatch import choose
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_db import host_memory
+from lowmem_db.planning import meta_results
 from lowmem_db.planning.costs import CostRecorder
 from lowmem_db.records import PARTS, MemoryParts
 
 CUDA_ROUNDING = 512
-_TINY = 16  # elements
 _KERNELS = "lowmem_db_kernels"
 _READ_SCALAR = torch.ops.aten._local_scalar_dense.default
 
@@ -40,7 +42,7 @@ class AllocationTracker(TorchDispatchMode):
     Args:
         device_type: ``meta`` in a trace, ``cpu`` for real tensors; storages elsewhere do not count.
         rounding: Every storage counts a multiple of this many bytes.
-        eager_kernels: Look inside the operators of ``lowmem_db_kernels``: their eager twins serve, as on the CPU.
+        cpu_kernels: Look inside those operators of ``lowmem_db_kernels`` that eager twins serve on the CPU.
         costs: Is told of every operator; or None.
     """
 
@@ -49,20 +51,19 @@ class AllocationTracker(TorchDispatchMode):
         *,
         device_type: str = "meta",
         rounding: int = CUDA_ROUNDING,
-        eager_kernels: bool = False,
+        cpu_kernels: bool = False,
         costs: CostRecorder | None = None,
     ) -> None:
         super().__init__()
         self.device_type = device_type
         self._rounding = rounding
-        self._eager_kernels = eager_kernels
+        self._cpu_kernels = cpu_kernels
         self._costs = costs
         self._storages: dict[int, _Storage] = {}
         self._totals = [0] * len(PARTS)
         self._live_bytes = self._host_bytes = 0
         self._peak_before: tuple[int, tuple[int, ...], int] = (0, (), 0)
         self._interval_peak = 0
-        self._known_results: dict[tuple[Any, ...], tuple[torch.Size, torch.dtype]] = {}
         self._part_of_new = PARTS.index("other")
         self.reset_peak()
 
@@ -138,28 +139,16 @@ class AllocationTracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _READ_SCALAR and args[0].is_meta:
             return _likely_value(args[0].dtype)
-        if self._eager_kernels and func.namespace == _KERNELS:
+        if self._cpu_kernels and func.namespace == _KERNELS and not _is_native(func):
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        made = self._run(func, args, kwargs)
+        made = meta_results.run(func, args, kwargs) if self.device_type == "meta" else func(*args, **kwargs)
         is_new = False
         for tensor in _tensors_in(made):
             is_new |= self._follow(tensor)
         if self._costs is not None:
             self._costs.record(func, args, kwargs, made, is_new=is_new, is_on_host=self.is_on_host)
         return made
-
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run an operator; arithmetic on tiny tensors of meta, which optimizers are full of, from memory."""
-        if kwargs or torch.Tag.pointwise not in func.tags or func._schema.is_mutable or not _are_tiny_on_meta(args):
-            return func(*args, **kwargs)
-        key = (func, *((arg.dtype, arg.shape) if isinstance(arg, Tensor) else type(arg) for arg in args))
-        if key not in self._known_results:
-            made = func(*args)
-            self._known_results[key] = (made.shape, made.dtype)
-            return made
-        shape, dtype = self._known_results[key]
-        return torch.empty(shape, dtype=dtype, device="meta")
 
     def _follow(self, tensor: Tensor) -> bool:
         """Follow a tensor's storage; return whether it was unknown."""
@@ -211,14 +200,15 @@ class AllocationTracker(TorchDispatchMode):
         return storage is not None and storage.on_host
 
 
+def _is_native(func: Any) -> bool:
+    """Say whether compiled code serves an operator on the CPU, which allocates nothing that could be seen."""
+    name = func._schema.name.partition("::")[2]
+    return name in registry and choose(name, torch.device("cpu")).backend == "native"
+
+
 def _likely_value(dtype: torch.dtype) -> bool | float:
     """Return what a scalar of a step that goes well may be: yes, finite, nothing to clip."""
     return True if dtype == torch.bool else 1.0
-
-
-def _are_tiny_on_meta(args: tuple[Any, ...]) -> bool:
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    return bool(tensors) and all(tensor.is_meta and tensor.numel() <= _TINY for tensor in tensors)
 
 
 def _tensors_in(made: Any) -> Iterator[Tensor]:

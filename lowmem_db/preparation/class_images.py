@@ -5,7 +5,7 @@ deterministically, and a killed run goes on with the next missing image. A folde
 belongs to the user and is used as it is.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,7 @@ def draw_batch(
     *,
     prompt_embeds: Float[Tensor, "1 tokens dim"],
     empty_embeds: Float[Tensor, "1 tokens dim"],
+    added_cond_kwargs: Mapping[str, Tensor] | None = None,
 ) -> Float[Tensor, "b 3 h w"]:
     """Return the class images of some numbers, in [-1, 1].
 
@@ -147,6 +148,7 @@ def draw_batch(
         indices: Numbers of the images; each has its own noise.
         prompt_embeds: Embedding of the class prompt.
         empty_embeds: Embedding of the empty prompt.
+        added_cond_kwargs: As for :func:`lowmem_db.sampling.latents.sample_latents`.
     """
     latents = sample_latents(
         unet,
@@ -156,6 +158,7 @@ def draw_batch(
         empty_embeds=empty_embeds,
         latent_size=config.data.resolution // downscaling(model.config_of("vae")),
         generators=[generator(config.seed, "class_images", index) for index in indices],
+        added_cond_kwargs=added_cond_kwargs,
     )
     return decode_latents(autoencoder, latents)
 

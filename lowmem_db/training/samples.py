@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
@@ -14,6 +15,7 @@ from lowmem_db.models.latents import decode_latents, downscaling
 from lowmem_db.models.loading import load_autoencoder, load_noise_schedule
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.randomness import generator
+from lowmem_db.records import Conditioning
 from lowmem_db.sampling.images import GRID_FILE, save_rows, to_images
 from lowmem_db.sampling.latents import SamplingSettings, sample_latents
 from lowmem_db.storage.atomic import write_folder
@@ -24,7 +26,9 @@ def draw_samples(
     config: Config, model: ModelFolder, denoiser: Denoiser, prompts: PromptTable, run: RunFolder, step: int
 ) -> None:
     """Draw ``sampling.num_images`` of each of ``sampling.prompts`` into ``samples/step-N/``, with a grid of all."""
-    latents = [_latents(config, model, denoiser, prompts, prompt) for prompt in config.sampling.prompts]
+    latents = [
+        sample_prompt(config, model, denoiser, prompts.conditioning([prompt, ""])) for prompt in config.sampling.prompts
+    ]
     autoencoder = load_autoencoder(model, device=denoiser.device)
     rows = [
         (prompt, to_images(decode_latents(autoencoder, drawn)))
@@ -35,7 +39,17 @@ def draw_samples(
     say(f"samples of step {step}: {folder / GRID_FILE}")
 
 
-def _latents(config: Config, model: ModelFolder, denoiser: Denoiser, prompts: PromptTable, prompt: str) -> torch.Tensor:
+def sample_prompt(
+    config: Config, model: ModelFolder, denoiser: Denoiser, conditioning: Conditioning
+) -> Float[Tensor, "b c h w"]:
+    """Draw the latents of the samples of one prompt.
+
+    Args:
+        config: The configuration.
+        model: Where the noise schedule is.
+        denoiser: The model in memory.
+        conditioning: A row for the prompt and one for the empty prompt.
+    """
     count = config.sampling.num_images
     settings = SamplingSettings(
         sampler=config.sampling.sampler,
@@ -43,7 +57,7 @@ def _latents(config: Config, model: ModelFolder, denoiser: Denoiser, prompts: Pr
         guidance_scale=config.sampling.guidance_scale,
     )
     with torch.no_grad(), _evaluating(denoiser):
-        embeds = denoiser.embeds(prompts.conditioning([prompt, ""]))
+        embeds, added = denoiser.embeds_and_added(conditioning)
         return sample_latents(
             denoiser.unet,
             load_noise_schedule(model, config.objective.prediction_type),
@@ -52,6 +66,7 @@ def _latents(config: Config, model: ModelFolder, denoiser: Denoiser, prompts: Pr
             empty_embeds=embeds[1:],
             latent_size=config.data.resolution // downscaling(model.config_of("vae")),
             generators=[generator(config.sampling.seed, "samples", index) for index in range(count)],
+            added_cond_kwargs=added,
         )
 
 
