@@ -133,10 +133,10 @@ def card_of(name: str, *, total_bytes: int, capability: tuple[int, int]) -> Card
 def seconds_per_step(costs: Costs, card: Card) -> float:
     """Predict the seconds a traced step takes on a card: each operator computes or moves bytes, whichever is longer.
 
-    What crosses PCIe is hidden behind the step as far as it takes no longer than the step.
+    What crosses PCIe is hidden behind the step as far as it takes no longer; the two ways do not slow each other down.
     """
-    step = float(operator_seconds(costs, card).sum())
-    return step + max(0.0, pcie_seconds(costs, card) - step)
+    crossing = max(costs.host_to_device_bytes, costs.device_to_host_bytes)
+    return max(float(operator_seconds(costs, card).sum()), pcie_seconds(crossing, card))
 
 
 def operator_seconds(costs: Costs, card: Card) -> np.ndarray:
@@ -148,13 +148,12 @@ def operator_seconds(costs: Costs, card: Card) -> np.ndarray:
     return np.maximum(np.maximum(computing, moving), _SECONDS_PER_LAUNCH)
 
 
-def pcie_seconds(costs: Costs, card: Card) -> float:
-    """Predict the seconds that copies to and from the host take; the two ways do not slow each other down."""
-    crossing = max(costs.host_to_device_bytes, costs.device_to_host_bytes)
+def pcie_seconds(num_bytes: int, card: Card) -> float:
+    """Predict the seconds that bytes take to or from the host."""
     if card.is_cpu:
-        return crossing / (card.bandwidth * 1e9 * _SHARE_OF_BANDWIDTH)
+        return num_bytes / (card.bandwidth * 1e9 * _SHARE_OF_BANDWIDTH)
     lane = _PCIE_3_LANE * 2 ** (card.pcie_generation - 3)
-    return crossing / (lane * card.pcie_lanes * _SHARE_OF_PCIE)
+    return num_bytes / (lane * card.pcie_lanes * _SHARE_OF_PCIE)
 
 
 def _by_plain_name() -> dict[str, Card]:

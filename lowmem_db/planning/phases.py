@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -134,13 +134,25 @@ def trace_train(subject: Subject, strategy: Strategy) -> Traced:
         return _found(tracker, costs, timeline.figures())
 
 
+def trace_resident(subject: Subject, strategy: Strategy) -> Traced:
+    """Trace what stays in memory between steps."""
+    with subject.tracing() as (tracker, costs):
+        with tracker.new_tensors_are("optimizer_state"):
+            denoiser, _, optimizer = build_step(subject.config, strategy, subject.model, META)
+        tracker.register(_weights(denoiser.modules().values()), "weights")
+        with tracker.new_tensors_are("other"):
+            ema = build_ema(subject.config, denoiser, optimizer)
+        found = _found(tracker, costs)
+        del ema
+    return found
+
+
 def trace_sample(subject: Subject, strategy: Strategy) -> Traced:
     """Trace the samples of one prompt from the model in memory; optimizer states and averages are not counted."""
     config, model = _short(subject.config), subject.model
     with subject.tracing(autocast=strategy.autocast != "no") as (tracker, costs):
-        plain = config.model_copy(update={"ema": config.ema.model_copy(update={"enabled": False})})
-        denoiser, _, optimizer = build_step(plain, strategy, model, META)
-        del optimizer
+        after_backward = replace(strategy, optimizer_in_backward=False)  # no hook keeps the optimizer alive then
+        denoiser = build_step(config, after_backward, model, META)[0]
         tracker.register(_weights(denoiser.modules().values()), "weights")
         conditioning = _conditioning(model, denoiser, 2)
         tracker.reset_peak()

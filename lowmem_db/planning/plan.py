@@ -1,0 +1,166 @@
+"""The plan of a run: the fastest strategy whose peak fits the budget, and why each faster one was refused."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lowmem_db.config.schema import Config
+from lowmem_db.config.strategy import Strategy
+from lowmem_db.errors import BudgetError
+from lowmem_db.models.source import ModelFolder
+from lowmem_db.planning.allowance import allowance_bytes
+from lowmem_db.planning.candidates import candidates, describe, first_candidates
+from lowmem_db.planning.cards import GIB, Card
+from lowmem_db.planning.models import find_configuration
+from lowmem_db.planning.phases import (
+    Subject,
+    Traced,
+    trace_class_images,
+    trace_encode_images,
+    trace_encode_text,
+    trace_resident,
+)
+from lowmem_db.planning.predictor import Predictor
+from lowmem_db.records import MemoryPlan, PhaseMemory, Refusal
+
+Plan = MemoryPlan[Strategy]
+
+
+def plan(config: Config, card: Card, budget_bytes: int, *, model: ModelFolder | None = None) -> Plan:
+    """Plan a run.
+
+    Args:
+        config: The configuration; what it leaves open is chosen.
+        card: Where the run takes place.
+        budget_bytes: What the run may use of the card's memory.
+        model: Its configuration files are enough; found by ``model.base`` where it is left out.
+
+    Raises:
+        BudgetError: Nothing fits; the message names the smallest budget that would do.
+        ConfigError: A rule refuses every strategy.
+        ModelError: The model's configuration files are nowhere.
+    """
+    started = time.perf_counter()
+    subject = Subject(config=config, model=model or find_configuration(config.model), card=card)
+    found = _Search(subject, budget_bytes).run()
+    return replace(found, seconds_to_plan=round(time.perf_counter() - started, 2))
+
+
+class _Search:
+    """One search for a strategy."""
+
+    def __init__(self, subject: Subject, budget_bytes: int) -> None:
+        self._subject = subject
+        self._budget_bytes = budget_bytes
+        self._predictor = Predictor(subject, self._first_candidate())
+
+    def run(self) -> Plan:
+        config, card = self._subject.config, self._subject.card
+        kept, refused = candidates(config, card, self._predictor.block_names)
+        before = self._phases_before_training()
+        if self._needed(before) > self._budget_bytes:
+            raise self._too_small(kept, before)
+        for strategy in sorted(kept, key=self._preference):
+            needed, reason = self._predict(strategy)
+            if needed <= self._budget_bytes:
+                phases = [*before, *self._phases_of_training(strategy)]
+                needed, reason = self._needed(phases), ""
+                if needed <= self._budget_bytes:
+                    return self._plan(strategy, phases, refused)
+            refused.append(Refusal(strategy=describe(strategy), reason=reason or self._more_than_budget(needed)))
+        raise self._too_small(kept, before)
+
+    def _first_candidate(self) -> Strategy:
+        """Return the candidate that the others are derived from: the first, with all gradients in memory if they fit."""
+        options = first_candidates(self._subject.config, self._subject.card)
+        if len(options) == 1:
+            return options[0]
+        resident = trace_resident(self._subject, options[0]).resident
+        fits = self._with_allowance(resident.total + resident.weights) <= self._budget_bytes
+        return options[0 if fits else 1]
+
+    def _preference(self, strategy: Strategy) -> tuple[object, ...]:
+        """Return what strategies are ordered by: exact weights come before speed, and fewer measures break a tie."""
+        measures = strategy.optimizer_in_backward + strategy.stream_optimizer_state + strategy.offload_checkpoints
+        return strategy.weights == "bf16_stochastic", round(self._predictor.seconds(strategy), 4), measures
+
+    def _predict(self, strategy: Strategy) -> tuple[int, str]:
+        """Predict the bytes of training and samples, and say why they are too many; cheap reasons first."""
+        resident = self._predictor.resident(strategy).resident
+        gradients = 0 if strategy.optimizer_in_backward else resident.weights
+        least = self._with_allowance(resident.total + gradients)
+        if least > self._budget_bytes:
+            held = "weights, optimizer state and gradients" if gradients else "weights and optimizer state"
+            return least, f"{self._more_than_budget(least)}, for {held} alone"
+        if self._subject.config.sampling.prompts:
+            needed = self._with_allowance(self._predictor.sample(strategy).total)
+            if needed > self._budget_bytes:
+                return needed, f"{self._more_than_budget(needed)}, while samples are drawn"
+        needed = self._with_allowance(self._predictor.train_bytes(strategy))
+        return needed, self._more_than_budget(needed)
+
+    def _phases_before_training(self) -> list[PhaseMemory]:
+        config = self._subject.config
+        phases = [_phase("class_images", trace_class_images(self._subject))] if config.prior.enabled else []
+        phases.append(_phase("encode_images", trace_encode_images(self._subject)))
+        if not config.training.train_text_encoder:
+            phases.append(_phase("encode_text", trace_encode_text(self._subject)))
+        return phases
+
+    def _phases_of_training(self, strategy: Strategy) -> list[PhaseMemory]:
+        phases = [_phase("train", self._predictor.traced(strategy))]
+        if self._subject.config.sampling.prompts:
+            host_bytes = self._predictor.resident(strategy).host_bytes
+            phases.append(PhaseMemory(name="sample", parts=self._predictor.sample(strategy), host_bytes=host_bytes))
+        return phases
+
+    def _needed(self, phases: Sequence[PhaseMemory]) -> int:
+        return self._with_allowance(max(phase.parts.total for phase in phases))
+
+    def _with_allowance(self, num_bytes: int) -> int:
+        return num_bytes + allowance_bytes(num_bytes, self._subject.card)
+
+    def _more_than_budget(self, needed: int) -> str:
+        return f"needs {_gib(needed)}, {_gib(needed - self._budget_bytes)} more than the budget"
+
+    def _plan(self, strategy: Strategy, phases: list[PhaseMemory], refused: list[Refusal]) -> Plan:
+        peak = max(phases, key=lambda phase: phase.parts.total)
+        notes = [] if peak.name == "train" else [f"the peak of the run is that of {peak.name}, not of train"]
+        return MemoryPlan(
+            device=self._subject.card.name,
+            strategy=strategy,
+            phases=tuple(phases),
+            allowance_bytes=allowance_bytes(peak.parts.total, self._subject.card),
+            budget_bytes=self._budget_bytes,
+            seconds_per_step=self._predictor.seconds(strategy),
+            refused=tuple(refused),
+            notes=tuple(notes),
+            seconds_to_plan=0.0,
+        )
+
+    def _too_small(self, kept: Sequence[Strategy], before: list[PhaseMemory]) -> BudgetError:
+        smallest = min(kept, key=lambda strategy: self._predict_whole(strategy))
+        phases = [*before, *self._phases_of_training(smallest)]
+        peak = max(phases, key=lambda phase: phase.parts.total)
+        return BudgetError(
+            f"memory.budget: {_gib(self._budget_bytes)} is less than any strategy needs; the smallest that would do is "
+            f"{_round_up(self._needed(phases))}, with {describe(smallest)} (its peak is that of {peak.name})"
+        )
+
+    def _predict_whole(self, strategy: Strategy) -> int:
+        sample = self._predictor.sample(strategy).total if self._subject.config.sampling.prompts else 0
+        return max(self._predictor.train_bytes(strategy), sample)
+
+
+def _phase(name: str, traced: Traced) -> PhaseMemory:
+    return PhaseMemory(name=name, parts=traced.peak, host_bytes=traced.host_bytes)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"
+
+
+def _round_up(num_bytes: int) -> str:
+    """Return a budget that is enough: the next tenth of a GiB."""
+    return f"{math.ceil(num_bytes / GIB * 10) / 10:.1f}GiB"
