@@ -1,11 +1,15 @@
-"""One training step of a model of Stable Diffusion 1.5's size with random weights, on the CPU: peak memory and time.
+"""Training steps of a model of Stable Diffusion 1.5's size with random weights, on the CPU: peak memory and time.
 
-    python benchmarks/memory/sd15_step.py [--output benchmarks/results/sd15_step.json]
+    python benchmarks/memory/sd15_step.py plain  [--output benchmarks/results/sd15_step.json]
+    python benchmarks/memory/sd15_step.py engine [--output benchmarks/results/sd15_step_engine.json]
 
 The model is built from the configuration in this package and written to a temporary folder (2.1 GB, fp16); then
-`lowmem-db train` does its whole job on it in a process of its own: class image, caches, one step of UNet and text
-encoder with fp32 AdamW and prior preservation at 64 px, checkpoint, final model. The peak is that of the whole process.
-Compared with weights, gradients and AdamW states in fp32, 16 bytes for each of 982.6 M parameters.
+`lowmem-db train` does its whole job on it in a process of its own, UNet and text encoder in fp32 with prior
+preservation: class image, caches, steps, checkpoint, final model. The peak is that of the whole process.
+
+`plain` is one step at 64 px with fp32 AdamW after the backward pass; compared with weights, gradients and AdamW states
+in fp32, 16 bytes for each of 982.6 M parameters. `engine` is three steps at 256 px with 8-bit AdamW in the backward pass
+and checkpointed segments.
 """
 
 import argparse
@@ -29,6 +33,13 @@ from lowmem_db.models.saving import save_component
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "lowmem_db" / "models" / "configs" / "sd15"
 GIB = 1 << 30
+JOBS = {
+    "plain": ("data.resolution=64", "training.max_train_steps=1", "memory.weights=fp32", "memory.checkpointing=none"),
+    "engine": (
+        "data.resolution=256", "training.max_train_steps=3", "memory.weights=fp32", "memory.checkpointing=segments",
+        "optimizer.name=adamw8bit", "memory.optimizer_in_backward=true",
+    ),
+}  # fmt: skip
 
 
 def write_random_model(folder: Path) -> None:
@@ -43,45 +54,48 @@ def write_random_model(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
 
 
-def measure_step(work: Path, *overrides: str) -> dict[str, Any]:
-    """Train one step in a process of its own; return its peak resident memory, its times and its losses."""
+def measure_steps(work: Path, job: str, *overrides: str) -> dict[str, Any]:
+    """Train in a process of its own; return its peak resident memory, its times and its losses."""
     write_random_model(work / "model")
     arguments = [
         f"model.base={work / 'model'}", f"subject.instance_dir={ROOT / 'examples' / 'dog3'}",
         "subject.instance_prompt=a photo of sks dog", "subject.class_prompt=a photo of dog",
-        f"output_dir={work / 'run'}", f"cache_dir={work / 'cache'}", "device=cpu", "data.resolution=64",
+        f"output_dir={work / 'run'}", f"cache_dir={work / 'cache'}", "device=cpu",
         "prior.num_class_images=1", "prior.num_inference_steps=1", "prior.sample_batch_size=1",
-        "training.max_train_steps=1", "training.train_text_encoder=true", "logging.tensorboard=false", *overrides,
+        "training.train_text_encoder=true", "logging.tensorboard=false", *JOBS[job], *overrides,
     ]  # fmt: skip
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "lowmem_db", "train", *arguments], check=True, cwd=ROOT)
     seconds = time.perf_counter() - started
-    row = json.loads((work / "run" / "metrics.jsonl").read_text())
+    rows = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
     return {
-        "benchmark": "sd15_step",
-        "overrides": list(overrides),
+        "benchmark": f"sd15_step {job}",
+        "overrides": [*JOBS[job], *overrides],
         "process_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
-        "step_peak_bytes": row["peak_bytes"],
-        "step_seconds": row["seconds"],
+        "step_peak_bytes": rows[-1]["peak_bytes"],
+        "step_seconds": [row["seconds"] for row in rows],
         "process_seconds": round(seconds, 1),
-        "loss": row["loss"],
-        "grad_norm": row["grad_norm"],
+        "losses": [row["loss"] for row in rows],
+        "grad_norms": [row["grad_norm"] for row in rows],
         "weights_gradients_states_bytes": 16 * (859_520_964 + 123_060_480),
+        "num_threads": torch.get_num_threads(),
         "versions": environment.versions(),
     }
 
 
 def main() -> None:
     """Measure, print a JSON line and a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=JOBS)
     parser.add_argument("--output", type=Path)
     options, overrides = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as work:
-        result = measure_step(Path(work), *overrides)
+        result = measure_steps(Path(work), options.job, *overrides)
     print(json.dumps(result))
-    print(f"peak of the process   {result['process_peak_bytes'] / GIB:6.2f} GiB")
-    print(f"weights + gradients + states {result['weights_gradients_states_bytes'] / GIB:6.2f} GiB")
-    print(f"step                  {result['step_seconds']:6.1f} s")
+    print(f"peak of the process          {result['process_peak_bytes'] / GIB:6.2f} GiB")
+    print(f"peak up to the last step     {result['step_peak_bytes'] / GIB:6.2f} GiB")
+    print(f"16 bytes for each parameter  {result['weights_gradients_states_bytes'] / GIB:6.2f} GiB")
+    print(f"steps                        {', '.join(f'{seconds:.1f}' for seconds in result['step_seconds'])} s")
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -92,7 +92,8 @@ def _split(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Split an fp32 weight into bf16 and extra bits, part by part."""
     high = torch.empty_like(weight, dtype=torch.bfloat16)
     low = torch.empty_like(weight, dtype=torch.int8)
-    in_order = [tensor.as_strided((tensor.numel(),), (1,)).split(_CHUNK) for tensor in (weight, high, low)]
+    size = weight.numel() if weight.is_meta else _CHUNK
+    in_order = [tensor.as_strided((tensor.numel(),), (1,)).split(size) for tensor in (weight, high, low)]
     for part, high_part, low_part in zip(*in_order, strict=True):
         packed = pack_extra_bits_eager(part)
         high_part.copy_(packed[0])

@@ -59,7 +59,7 @@ CASES = [
         {"optimizer.name": "adamw8bit"},
     ),
     (
-        {"memory.stream_optimizer_state": True, "ema.enabled": True},
+        {"memory.stream_optimizer_state": True, "ema.enabled": True, "memory.weights": "bf16_extra_bits"},
         "ema.enabled",
         {"memory.weights": "fp32"},
     ),
