@@ -1,8 +1,8 @@
 """What each operator of a trace does: floating-point operations, bytes read and written, bytes over PCIe."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 COMPUTE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
-_COPIES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}
 _FREE = {
     torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.empty_strided.default,
-    torch.ops.aten.new_empty.default, torch.ops.aten.new_empty_strided.default, torch.ops.aten.detach.default,
+    torch.ops.aten.new_empty.default, torch.ops.aten.new_empty_strided.default,
 }  # fmt: skip
 
 
@@ -40,6 +39,14 @@ class Costs:
     device_to_host_bytes: int = 0
 
 
+class Row(NamedTuple):
+    """One operator: see :class:`Costs`."""
+
+    flops: int
+    moved_bytes: int
+    compute_type: int
+
+
 class CostRecorder:
     """Collects the rows of :class:`Costs`."""
 
@@ -64,38 +71,13 @@ class CostRecorder:
         """Count what follows as no block's."""
         self._block = -1
 
-    def record(
-        self,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        made: Any,
-        *,
-        is_new: bool,
-        is_on_host: Callable[[Tensor], bool],
-    ) -> None:
-        """Add one operator.
+    def add(self, row: Row) -> None:
+        """Add one operator."""
+        self._rows.append((*row, self._block))
 
-        Args:
-            func: The operator.
-            args: Its arguments.
-            kwargs: And those by name.
-            made: What it returned.
-            is_new: Whether it made a storage; one that neither makes nor changes one is a view and costs nothing.
-            is_on_host: Tells where a tensor is.
-        """
-        if func in _FREE or not (is_new or func._schema.is_mutable):
-            return
-        tensors = list(_tensors(args))
-        tensors.extend(_tensors(tuple(kwargs.values())))
-        if func in _COPIES and self._crosses(args, made, is_on_host):
-            return
-        count = flop_registry.get(func._overloadpacket)
-        flops = 0 if count is None else count(*args, **kwargs, out_val=made)
-        moved = sum(tensor.nbytes for tensor in tensors) + sum(tensor.nbytes for tensor in _tensors((made,)))
-        dtype = tensors[0].dtype if tensors else torch.float32
-        kind = COMPUTE_TYPES.index(dtype) if dtype in COMPUTE_TYPES else 0
-        self._rows.append((int(flops), moved, kind, self._block))
+    def add_crossing(self, num_bytes: int, *, to_host: bool) -> None:
+        """Add a copy to the host, or from it."""
+        self._crossed[to_host] += num_bytes
 
     def costs(self) -> Costs:
         """Return all rows so far."""
@@ -110,13 +92,16 @@ class CostRecorder:
             device_to_host_bytes=self._crossed[1],
         )
 
-    def _crosses(self, args: tuple[Any, ...], made: Any, is_on_host: Callable[[Tensor], bool]) -> bool:
-        source = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else args[0]
-        from_host, to_host = is_on_host(source), is_on_host(made)
-        if from_host == to_host:
-            return False
-        self._crossed[to_host] += source.nbytes
-        return True
+def row_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], made: Any) -> Row | None:
+    """Return what an operator that is no view costs, or None where it costs nothing."""
+    if func in _FREE:
+        return None
+    tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+    count = flop_registry.get(func._overloadpacket)
+    flops = 0 if count is None else int(count(*args, **kwargs, out_val=made))
+    moved = sum(tensor.nbytes for tensor in tensors) + sum(tensor.nbytes for tensor in _tensors((made,)))
+    dtype = tensors[0].dtype if tensors else torch.float32
+    return Row(flops, moved, COMPUTE_TYPES.index(dtype) if dtype in COMPUTE_TYPES else 0)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -5,12 +5,15 @@ types of its arguments alone, so a second call with the same ones is answered fr
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_AS_ARGUMENT = -1
+from lowmem_db.planning.costs import Row, row_of
+
+_CANNOT = -1
 
 
 class _New(NamedTuple):
@@ -19,66 +22,78 @@ class _New(NamedTuple):
     dtype: torch.dtype
 
 
-class _Unknown(Exception):
+class _UnknownError(Exception):
     """Arguments that cannot be remembered."""
 
 
 _Result = _New | int | None  # a new tensor, the number of an argument that is returned, or nothing
-_results: dict[tuple[Any, ...], tuple[bool, list[_Result]] | None] = {}  # None: has to run every time
+
+
+@dataclass(slots=True)
+class _Known:
+    is_single: bool
+    results: list[_Result]
+    row: Row | None
+
+
+_known: dict[tuple[Any, ...], _Known | None] = {}  # None: has to run every time
 _EXCLUDED = {torch.ops.aten.set_, torch.ops.aten.resize_}
 
 
-def run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run an operator, or return what it returned for arguments like these."""
-    if func.is_view or torch.Tag.inplace_view in func.tags or func._overloadpacket in _EXCLUDED:
-        return func(*args, **kwargs)
-    try:
-        key = (func, _describe(args), _describe(tuple(kwargs.items())))
-    except _Unknown:
-        return func(*args, **kwargs)
-    if key not in _results:
-        made = func(*args, **kwargs)
-        _results[key] = _remember(args, made)
-        return made
-    known = _results[key]
+def run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Row | None]:
+    """Run an operator that is no view, or return what it returned for arguments like these; and what it costs."""
+    key = _key(func, args, kwargs)
+    known = _known.get(key) if key is not None else None
     if known is None:
-        return func(*args, **kwargs)
-    is_single, results = known
-    made = [_make(result, args) for result in results]
-    return made[0] if is_single else tuple(made)
+        made = func(*args, **kwargs)
+        row = row_of(func, args, kwargs, made)
+        if key is not None and key not in _known:
+            _known[key] = _remember(args, made, row)
+        return made, row
+    made = [_make(result, args) for result in known.results]
+    return made[0] if known.is_single else tuple(made), known.row
+
+
+def _key(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    if torch.Tag.inplace_view in func.tags or func._overloadpacket in _EXCLUDED:
+        return None
+    try:
+        return (func, _describe(args), _describe(tuple(kwargs.items())) if kwargs else None)
+    except _UnknownError:
+        return None
 
 
 def _describe(value: Any) -> Any:
     """Return what a result depends on.
 
     Raises:
-        _Unknown: It depends on data.
+        _UnknownError: It depends on data.
     """
     if isinstance(value, Tensor):
         if not value.is_meta:
-            raise _Unknown
+            raise _UnknownError
         return (value.shape, value.stride(), value.dtype)
     if isinstance(value, list | tuple):
         return tuple(map(_describe, value))
     if isinstance(value, torch.Generator):
-        raise _Unknown
-    return (type(value), value)
+        raise _UnknownError
+    return (value.__class__, value)
 
 
-def _remember(args: tuple[Any, ...], made: Any) -> tuple[bool, list[_Result]] | None:
+def _remember(args: tuple[Any, ...], made: Any, row: Row | None) -> _Known | None:
     is_single = isinstance(made, Tensor)
     if not is_single and not isinstance(made, tuple):
         return None
     results = [_result(each, args) for each in ((made,) if is_single else made)]
-    return None if _AS_ARGUMENT in results else (is_single, results)
+    return None if _CANNOT in results else _Known(is_single, results, row)
 
 
 def _result(made: Any, args: tuple[Any, ...]) -> _Result:
-    """Return what stands for a result; ``_AS_ARGUMENT`` where it cannot be made again."""
+    """Return what stands for a result; ``_CANNOT`` where it cannot be made again."""
     if made is None:
         return None
     if not isinstance(made, Tensor) or not made.is_meta:
-        return _AS_ARGUMENT
+        return _CANNOT
     for number, arg in enumerate(args):
         if made is arg:
             return number
@@ -86,7 +101,7 @@ def _result(made: Any, args: tuple[Any, ...]) -> _Result:
     shared = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
     again = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device="meta")
     if storage._cdata in shared or storage.nbytes() != again.untyped_storage().nbytes():
-        return _AS_ARGUMENT
+        return _CANNOT
     return _New(made.shape, made.stride(), made.dtype)
 
 

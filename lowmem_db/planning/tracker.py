@@ -20,11 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_db import host_memory
 from lowmem_db.planning import meta_results
-from lowmem_db.planning.costs import CostRecorder
+from lowmem_db.planning.costs import CostRecorder, Row
 from lowmem_db.records import PARTS, MemoryParts
 
 CUDA_ROUNDING = 512
 _KERNELS = "lowmem_db_kernels"
+_COPY = torch.ops.aten.copy_.default
 _READ_SCALAR = torch.ops.aten._local_scalar_dense.default
 
 
@@ -43,7 +44,7 @@ class AllocationTracker(TorchDispatchMode):
         device_type: ``meta`` in a trace, ``cpu`` for real tensors; storages elsewhere do not count.
         rounding: Every storage counts a multiple of this many bytes.
         cpu_kernels: Look inside those operators of ``lowmem_db_kernels`` that eager twins serve on the CPU.
-        costs: Is told of every operator; or None.
+        costs: Is told of every operator of a trace.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class AllocationTracker(TorchDispatchMode):
         self.device_type = device_type
         self._rounding = rounding
         self._cpu_kernels = cpu_kernels
-        self._costs = costs
+        self._costs = costs or CostRecorder()
         self._storages: dict[int, _Storage] = {}
         self._totals = [0] * len(PARTS)
         self._live_bytes = self._host_bytes = 0
@@ -137,18 +138,39 @@ class AllocationTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.is_view:
+            return func(*args, **kwargs)
         if func is _READ_SCALAR and args[0].is_meta:
             return _likely_value(args[0].dtype)
         if self._cpu_kernels and func.namespace == _KERNELS and not _is_native(func):
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        made = meta_results.run(func, args, kwargs) if self.device_type == "meta" else func(*args, **kwargs)
-        is_new = False
-        for tensor in _tensors_in(made):
-            is_new |= self._follow(tensor)
-        if self._costs is not None:
-            self._costs.record(func, args, kwargs, made, is_new=is_new, is_on_host=self.is_on_host)
+        if self.device_type != "meta":
+            made = func(*args, **kwargs)
+            self._follow_all(made)
+            return made
+        made, row = meta_results.run(func, args, kwargs)
+        is_new = self._follow_all(made)
+        if row is not None and (is_new or func._schema.is_mutable):
+            self._record(func, args, row)
         return made
+
+    def _record(self, func: Any, args: tuple[Any, ...], row: Row) -> None:
+        """Record the costs of an operator; a copy between host and device crosses PCIe."""
+        if func is _COPY and (to_host := self.is_on_host(args[0])) != self.is_on_host(args[1]):
+            self._costs.add_crossing(args[1].nbytes, to_host=to_host)
+        else:
+            self._costs.add(row)
+
+    def _follow_all(self, made: Any) -> bool:
+        """Follow the storages of what an operator returned; return whether one of them was unknown."""
+        if isinstance(made, Tensor):
+            return self._follow(made)
+        is_new = False
+        if isinstance(made, list | tuple):
+            for each in made:
+                is_new |= self._follow_all(each)
+        return is_new
 
     def _follow(self, tensor: Tensor) -> bool:
         """Follow a tensor's storage; return whether it was unknown."""
@@ -209,11 +231,3 @@ def _is_native(func: Any) -> bool:
 def _likely_value(dtype: torch.dtype) -> bool | float:
     """Return what a scalar of a step that goes well may be: yes, finite, nothing to clip."""
     return True if dtype == torch.bool else 1.0
-
-
-def _tensors_in(made: Any) -> Iterator[Tensor]:
-    if isinstance(made, Tensor):
-        yield made
-    elif isinstance(made, list | tuple):
-        for item in made:
-            yield from _tensors_in(item)
