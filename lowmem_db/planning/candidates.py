@@ -42,6 +42,7 @@ def candidates(config: Config, card: Card, block_names: Sequence[str]) -> tuple[
             checkpointing=placement,
             offload_checkpoints=offloads,
             clipping=resolve_clipping(config, optimizer_in_backward=in_backward),
+            tiled_samples=bool(memory.tiled_samples),
         )
         problems = refusals(with_strategy(config, strategy))
         if not problems:
@@ -51,11 +52,21 @@ def candidates(config: Config, card: Card, block_names: Sequence[str]) -> tuple[
     return kept, list(refused.values())
 
 
-def first_candidates(config: Config, card: Card) -> list[Strategy]:
-    """Return the fastest candidates: one that steps after the backward pass and one in it, where both are allowed."""
+def open_choices(config: Config, card: Card) -> list[Strategy]:
+    """Return the candidates but for mixtures of placements, the first of them with the fewest measures.
+
+    Raises:
+        ConfigError: A rule refuses all of them.
+    """
     kept, refused = candidates(config, card, [])
     if not kept:
         raise ConfigError("\n".join(refusal.reason for refusal in refused))
+    return kept
+
+
+def first_candidates(config: Config, card: Card) -> list[Strategy]:
+    """Return the fastest candidates: one that steps after the backward pass and one in it, where both are allowed."""
+    kept = open_choices(config, card)
     plain = [strategy for strategy in kept if _is_like(strategy, kept[0])]
     return sorted(plain, key=lambda strategy: strategy.optimizer_in_backward)
 
@@ -76,7 +87,22 @@ def describe(strategy: Strategy) -> str:
         words.append("streamed optimizer state")
     if strategy.offload_checkpoints:
         words.append("checkpoints on the host")
+    if strategy.tiled_samples:
+        words.append("tiled samples")
     return ", ".join(words)
+
+
+def num_measures(strategy: Strategy) -> tuple[int, ...]:
+    """Return how much a strategy does to save memory, as something that can be compared."""
+    placement = strategy.checkpointing
+    depth = {"none": 0, "layers": 1, "segments": 2, "nested": 3}
+    depths = [depth[placement]] if isinstance(placement, str) else [depth[kind] for kind in placement.values()]
+    return (
+        ("fp32", "bf16_extra_bits", "bf16_stochastic").index(strategy.weights),
+        strategy.optimizer_in_backward + strategy.stream_optimizer_state + strategy.offload_checkpoints,
+        max(depths) if isinstance(placement, str) else 1,
+        len(depths),
+    )
 
 
 def placement_of(strategy: Strategy, block: str) -> Placement:

@@ -1,6 +1,6 @@
 """The phases of a run, each traced by running its real code on the meta device."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_db.config.schema import Config
-from lowmem_db.config.strategy import Strategy
+from lowmem_db.config.strategy import Strategy, with_strategy
 from lowmem_db.models.conditioning import encode_prompt, encode_prompt_with_two
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.latents import decode_latents, downscaling, encode_moments
 from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_text_encoder_2, load_unet
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.models.source import ModelFolder
+from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.planning.cards import Card
 from lowmem_db.planning.costs import CostRecorder, Costs
 from lowmem_db.planning.timeline import BlockFigures, Timeline
@@ -22,7 +23,7 @@ from lowmem_db.planning.tracing import real_paths
 from lowmem_db.planning.tracker import CUDA_ROUNDING, AllocationTracker
 from lowmem_db.preparation.class_images import draw_batch
 from lowmem_db.records import Batch, Conditioning, MemoryParts
-from lowmem_db.training.samples import sample_prompt
+from lowmem_db.training.samples import load_decoder, sample_prompt
 from lowmem_db.training.setup import build_ema, build_step
 from lowmem_db.training.step import train_step
 
@@ -72,7 +73,7 @@ def trace_class_images(subject: Subject) -> Traced:
     dtype = DTYPES[config.prior.precision or ("fp32" if subject.card.is_cpu else "fp16")]
     count = min(config.prior.sample_batch_size, config.prior.num_class_images)
     with subject.tracing() as (tracker, costs), torch.no_grad():
-        embeds, pooled = _encode(model, 2, dtype, tracker)
+        embeds, pooled = _embeds(model, 2, dtype)
         with tracker.new_tensors_are("weights"):
             unet = load_unet(model, device=META, dtype=dtype)
             autoencoder = load_autoencoder(model, device=META, dtype=dtype)
@@ -107,8 +108,16 @@ def trace_encode_images(subject: Subject) -> Traced:
 
 def trace_encode_text(subject: Subject) -> Traced:
     """Trace the text encoders on one prompt, in fp32."""
+    model = subject.model
+    ids = torch.zeros(1, _num_tokens(model), dtype=torch.int64)
     with subject.tracing() as (tracker, costs), torch.no_grad():
-        _encode(subject.model, 1, torch.float32, tracker)
+        with tracker.new_tensors_are("weights"):
+            first = load_text_encoder(model, device=META)
+            second = load_text_encoder_2(model, device=META) if model.family.has_text_encoder_2 else None
+        tracker.reset_peak()
+        with tracker.new_tensors_are("activations"):
+            made = encode_prompt(first, ids) if second is None else encode_prompt_with_two(first, second, ids, ids)
+        del made
         return _found(tracker, costs)
 
 
@@ -134,22 +143,28 @@ def trace_train(subject: Subject, strategy: Strategy) -> Traced:
         return _found(tracker, costs, timeline.figures())
 
 
-def trace_resident(subject: Subject, strategy: Strategy) -> Traced:
-    """Trace what stays in memory between steps."""
+def trace_residents(subject: Subject, strategies: Sequence[Strategy]) -> list[Traced]:
+    """Trace what stays in memory between steps, under strategies whose weights are of one type."""
+    after_backward = [replace(strategy, optimizer_in_backward=False) for strategy in strategies]  # hooks keep states
+    found: list[Traced] = []
     with subject.tracing() as (tracker, costs):
-        with tracker.new_tensors_are("optimizer_state"):
-            denoiser, _, optimizer = build_step(subject.config, strategy, subject.model, META)
+        denoiser, _, optimizer = build_step(subject.config, after_backward[0], subject.model, META)
         tracker.register(_weights(denoiser.modules().values()), "weights")
-        with tracker.new_tensors_are("other"):
-            ema = build_ema(subject.config, denoiser, optimizer)
-        found = _found(tracker, costs)
-        del ema
+        for strategy in after_backward:
+            del optimizer
+            tracker.reset_peak()
+            with tracker.new_tensors_are("optimizer_state"):
+                optimizer = build_optimizer(subject.config, strategy, denoiser.modules(), META)
+            with tracker.new_tensors_are("other"):
+                ema = build_ema(subject.config, denoiser, optimizer)
+            found.append(_found(tracker, costs))
+            del ema
     return found
 
 
 def trace_sample(subject: Subject, strategy: Strategy) -> Traced:
     """Trace the samples of one prompt from the model in memory; optimizer states and averages are not counted."""
-    config, model = _short(subject.config), subject.model
+    config, model = _short(with_strategy(subject.config, strategy)), subject.model
     with subject.tracing(autocast=strategy.autocast != "no") as (tracker, costs):
         after_backward = replace(strategy, optimizer_in_backward=False)  # no hook keeps the optimizer alive then
         denoiser = build_step(config, after_backward, model, META)[0]
@@ -159,7 +174,7 @@ def trace_sample(subject: Subject, strategy: Strategy) -> Traced:
         with tracker.new_tensors_are("activations"):
             latents = sample_prompt(config, model, denoiser, conditioning)
             with tracker.new_tensors_are("weights"):
-                autoencoder = load_autoencoder(model, device=META)
+                autoencoder = load_decoder(config, model, denoiser)
             pixels = decode_latents(autoencoder, latents)
         del latents, pixels, autoencoder
         return _found(tracker, costs)
@@ -180,25 +195,9 @@ def _found(
 def _short(config: Config) -> Config:
     """Return a configuration that samples in one step, which needs what fifty need."""
     prior = config.prior.model_copy(update={"num_inference_steps": 1})
-    sampling = config.sampling.model_copy(update={"num_inference_steps": 1})
+    num_images = min(config.sampling.num_images, 2) if config.memory.tiled_samples else config.sampling.num_images
+    sampling = config.sampling.model_copy(update={"num_inference_steps": 1, "num_images": num_images})
     return config.model_copy(update={"prior": prior, "sampling": sampling})
-
-
-def _encode(
-    model: ModelFolder, count: int, dtype: torch.dtype, tracker: AllocationTracker
-) -> tuple[Tensor, Tensor | None]:
-    """Return embeddings of prompts, and the pooled ones of SDXL."""
-    ids = torch.zeros(count, _num_tokens(model), dtype=torch.int64)
-    with tracker.new_tensors_are("weights"):
-        text_encoder = load_text_encoder(model, device=META, dtype=dtype)
-        text_encoder_2 = (
-            load_text_encoder_2(model, device=META, dtype=dtype) if model.family.has_text_encoder_2 else None
-        )
-    tracker.reset_peak()
-    with tracker.new_tensors_are("activations"):
-        if text_encoder_2 is None:
-            return encode_prompt(text_encoder, ids), None
-        return encode_prompt_with_two(text_encoder, text_encoder_2, ids, ids)
 
 
 def _weights(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
@@ -227,19 +226,27 @@ def _conditioning(model: ModelFolder, denoiser: Denoiser, count: int) -> Conditi
     """Return token ids on the host, and what frozen text encoders have made."""
     ids = torch.zeros(count, _num_tokens(model), dtype=torch.int64)
     is_frozen, has_two = denoiser.text_encoder is None, model.family.has_text_encoder_2
-    width = model.config_of("unet")["cross_attention_dim"]
+    embeds, pooled = _embeds(model, count, torch.float32, torch.device("cpu"))
     return Conditioning(
         input_ids=ids,
-        prompt_embeds=torch.zeros(*ids.shape, width) if is_frozen else None,
+        prompt_embeds=embeds if is_frozen else None,
         input_ids_2=ids if has_two else None,
-        pooled_embeds=torch.zeros(count, _pooled_width(model)) if has_two and is_frozen else None,
+        pooled_embeds=pooled if is_frozen else None,
         time_ids=torch.zeros(count, 6) if has_two else None,
     )
+
+
+def _embeds(
+    model: ModelFolder, count: int, dtype: torch.dtype, device: torch.device = META
+) -> tuple[Tensor, Tensor | None]:
+    """Return what text encoders make of prompts: embeddings, and the pooled ones of SDXL."""
+    width = model.config_of("unet")["cross_attention_dim"]
+    embeds = torch.zeros(count, _num_tokens(model), width, dtype=dtype, device=device)
+    if not model.family.has_text_encoder_2:
+        return embeds, None
+    return embeds, torch.zeros(count, model.config_of("text_encoder_2")["projection_dim"], dtype=dtype, device=device)
 
 
 def _num_tokens(model: ModelFolder) -> int:
     return model.config_of("text_encoder")["max_position_embeddings"]
 
-
-def _pooled_width(model: ModelFolder) -> int:
-    return model.config_of("text_encoder_2")["projection_dim"]

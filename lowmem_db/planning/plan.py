@@ -10,7 +10,7 @@ from lowmem_db.config.strategy import Strategy
 from lowmem_db.errors import BudgetError
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.planning.allowance import allowance_bytes
-from lowmem_db.planning.candidates import candidates, describe, first_candidates
+from lowmem_db.planning.candidates import candidates, describe, first_candidates, num_measures, open_choices
 from lowmem_db.planning.cards import GIB, Card
 from lowmem_db.planning.models import find_configuration
 from lowmem_db.planning.phases import (
@@ -19,12 +19,17 @@ from lowmem_db.planning.phases import (
     trace_class_images,
     trace_encode_images,
     trace_encode_text,
-    trace_resident,
 )
 from lowmem_db.planning.predictor import Predictor
 from lowmem_db.records import MemoryPlan, PhaseMemory, Refusal
 
 Plan = MemoryPlan[Strategy]
+_ADVICE = {
+    "class_images": "; a smaller prior.sample_batch_size, or pictures of your own in prior.class_dir, lower it",
+    "encode_images": "; a smaller data.resolution lowers it",
+    "sample": "; fewer sampling.num_images, or no sampling.prompts, lower it",
+    "train": "; a frozen text encoder, optimizer.name=adamw8bit or a smaller data.resolution may lower it",
+}
 
 
 def plan(config: Config, card: Card, budget_bytes: int, *, model: ModelFolder | None = None) -> Plan:
@@ -53,7 +58,8 @@ class _Search:
     def __init__(self, subject: Subject, budget_bytes: int) -> None:
         self._subject = subject
         self._budget_bytes = budget_bytes
-        self._predictor = Predictor(subject, self._first_candidate())
+        self._predictor = Predictor(subject, open_choices(subject.config, subject.card))
+        self._choose_first()
 
     def run(self) -> Plan:
         config, card = self._subject.config, self._subject.card
@@ -62,43 +68,50 @@ class _Search:
         if self._needed(before) > self._budget_bytes:
             raise self._too_small(kept, before)
         for strategy in sorted(kept, key=self._preference):
-            needed, reason = self._predict(strategy)
+            needed, reason, strategy = self._predict(strategy)
             if needed <= self._budget_bytes:
                 phases = [*before, *self._phases_of_training(strategy)]
-                needed, reason = self._needed(phases), ""
+                needed = self._needed(phases)
                 if needed <= self._budget_bytes:
                     return self._plan(strategy, phases, refused)
-            refused.append(Refusal(strategy=describe(strategy), reason=reason or self._more_than_budget(needed)))
+                reason = self._more_than_budget(needed)
+            refused.append(Refusal(strategy=describe(strategy), reason=reason))
         raise self._too_small(kept, before)
 
-    def _first_candidate(self) -> Strategy:
-        """Return the candidate that the others are derived from: the first, with all gradients in memory if they fit."""
+    def _choose_first(self) -> None:
+        """Derive all figures from a step with all gradients in memory if they may fit, else from one that frees them."""
         options = first_candidates(self._subject.config, self._subject.card)
-        if len(options) == 1:
-            return options[0]
-        resident = trace_resident(self._subject, options[0]).resident
+        resident = self._predictor.resident(options[0]).resident
         fits = self._with_allowance(resident.total + resident.weights) <= self._budget_bytes
-        return options[0 if fits else 1]
+        self._predictor.derive_from(options[0 if fits else -1])
 
     def _preference(self, strategy: Strategy) -> tuple[object, ...]:
         """Return what strategies are ordered by: exact weights come before speed, and fewer measures break a tie."""
-        measures = strategy.optimizer_in_backward + strategy.stream_optimizer_state + strategy.offload_checkpoints
-        return strategy.weights == "bf16_stochastic", round(self._predictor.seconds(strategy), 4), measures
+        is_rounded = strategy.weights == "bf16_stochastic"
+        return is_rounded, round(self._predictor.seconds(strategy), 4), num_measures(strategy)
 
-    def _predict(self, strategy: Strategy) -> tuple[int, str]:
-        """Predict the bytes of training and samples, and say why they are too many; cheap reasons first."""
+    def _predict(self, strategy: Strategy) -> tuple[int, str, Strategy]:
+        """Predict the bytes of a strategy and say why they are too many; cheap reasons first.
+
+        Samples are tiled where they would not fit otherwise and the configuration leaves that open.
+        """
         resident = self._predictor.resident(strategy).resident
         gradients = 0 if strategy.optimizer_in_backward else resident.weights
         least = self._with_allowance(resident.total + gradients)
         if least > self._budget_bytes:
             held = "weights, optimizer state and gradients" if gradients else "weights and optimizer state"
-            return least, f"{self._more_than_budget(least)}, for {held} alone"
-        if self._subject.config.sampling.prompts:
-            needed = self._with_allowance(self._predictor.sample(strategy).total)
-            if needed > self._budget_bytes:
-                return needed, f"{self._more_than_budget(needed)}, while samples are drawn"
+            return least, f"{self._more_than_budget(least)}, for {held} alone", strategy
+        if self._sample_bytes(strategy) > self._budget_bytes and self._subject.config.memory.tiled_samples is None:
+            strategy = replace(strategy, tiled_samples=True)
+        if (needed := self._sample_bytes(strategy)) > self._budget_bytes:
+            return needed, f"{self._more_than_budget(needed)}, while samples are drawn", strategy
         needed = self._with_allowance(self._predictor.train_bytes(strategy))
-        return needed, self._more_than_budget(needed)
+        return needed, self._more_than_budget(needed), strategy
+
+    def _sample_bytes(self, strategy: Strategy) -> int:
+        if not self._subject.config.sampling.prompts:
+            return 0
+        return self._with_allowance(self._predictor.sample(strategy).total)
 
     def _phases_before_training(self) -> list[PhaseMemory]:
         config = self._subject.config
@@ -140,17 +153,17 @@ class _Search:
         )
 
     def _too_small(self, kept: Sequence[Strategy], before: list[PhaseMemory]) -> BudgetError:
-        smallest = min(kept, key=lambda strategy: self._predict_whole(strategy))
+        """Return the error that names the smallest budget, that of the strategy with the most measures."""
+        smallest = max(kept, key=num_measures)
+        if self._subject.config.memory.tiled_samples is None and self._subject.config.sampling.prompts:
+            smallest = replace(smallest, tiled_samples=True)
         phases = [*before, *self._phases_of_training(smallest)]
         peak = max(phases, key=lambda phase: phase.parts.total)
         return BudgetError(
-            f"memory.budget: {_gib(self._budget_bytes)} is less than any strategy needs; the smallest that would do is "
-            f"{_round_up(self._needed(phases))}, with {describe(smallest)} (its peak is that of {peak.name})"
+            f"memory.budget: {_gib(self._budget_bytes)} is less than any strategy needs; the smallest budget that would "
+            f"do is {_round_up(self._needed(phases))}: {describe(smallest)}; its peak is in the phase {peak.name}"
+            f"{_ADVICE.get(peak.name, '')}"
         )
-
-    def _predict_whole(self, strategy: Strategy) -> int:
-        sample = self._predictor.sample(strategy).total if self._subject.config.sampling.prompts else 0
-        return max(self._predictor.train_bytes(strategy), sample)
 
 
 def _phase(name: str, traced: Traced) -> PhaseMemory:

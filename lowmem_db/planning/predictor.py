@@ -5,13 +5,14 @@ where optimizer states live change the first alone, the placement of checkpoints
 one placement for all blocks; mixtures are put together from the figures of their blocks.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from lowmem_db.config.strategy import Strategy
 from lowmem_db.planning.candidates import placement_of
 from lowmem_db.planning.cards import operator_seconds, pcie_seconds, seconds_per_step
-from lowmem_db.planning.phases import Subject, Traced, trace_resident, trace_sample, trace_train
+from lowmem_db.planning.phases import Subject, Traced, trace_residents, trace_sample, trace_train
 from lowmem_db.planning.timeline import END, BlockFigures, mixed_peak
 from lowmem_db.records import MemoryParts
 
@@ -24,12 +25,13 @@ class Predictor:
 
     Args:
         subject: What is planned.
-        first: A strategy without checkpoints or, where the configuration asks for one, with its placement.
+        strategies: The candidates without checkpoints or, where the configuration asks for one, with its placement.
     """
 
-    def __init__(self, subject: Subject, first: Strategy) -> None:
+    def __init__(self, subject: Subject, strategies: Sequence[Strategy]) -> None:
         self.subject = subject
-        self._first = first
+        self._kinds = {_kind(strategy): strategy for strategy in strategies}
+        self._first = strategies[0]
         self._traced: dict[Any, Traced] = {}
         self._residents: dict[Any, Traced] = {}
         self._samples: dict[Any, Traced] = {}
@@ -38,6 +40,10 @@ class Predictor:
     def block_names(self) -> list[str]:
         """Names of the blocks in the order of the forward pass."""
         return list(self.traced(self._first).blocks)[:-1]
+
+    def derive_from(self, strategy: Strategy) -> None:
+        """Derive figures from the traces of this strategy; called before the first of them."""
+        self._first = strategy
 
     def traced(self, strategy: Strategy) -> Traced:
         """Return the trace of exactly this strategy."""
@@ -48,10 +54,14 @@ class Predictor:
 
     def resident(self, strategy: Strategy) -> Traced:
         """Return what stays in memory between steps."""
-        key = (strategy.weights, strategy.stream_optimizer_state)
-        if key not in self._residents:
-            self._residents[key] = trace_resident(self.subject, strategy)
-        return self._residents[key]
+        if _kind(strategy) not in self._residents:
+            kinds = {
+                kind: each
+                for kind, each in self._kinds.items()
+                if (each.weights == "fp32") == (strategy.weights == "fp32")
+            }
+            self._residents.update(zip(kinds, trace_residents(self.subject, list(kinds.values())), strict=True))
+        return self._residents[_kind(strategy)]
 
     def train_bytes(self, strategy: Strategy) -> int:
         """Predict the peak of training."""
@@ -63,7 +73,7 @@ class Predictor:
 
     def sample(self, strategy: Strategy) -> MemoryParts:
         """Predict the peak of the samples during training: the model and its optimizer stay in memory."""
-        key = (strategy.weights == "fp32", strategy.autocast)
+        key = (strategy.weights == "fp32", strategy.autocast, strategy.tiled_samples)
         if key not in self._samples:
             self._samples[key] = trace_sample(self.subject, strategy)
         drawn, resident = self._samples[key], self.resident(strategy).resident
@@ -105,6 +115,11 @@ class Predictor:
             checkpointing=placement,
         )
         return self.traced(uniform).blocks[block]
+
+
+def _kind(strategy: Strategy) -> tuple[str, bool]:
+    """Return what the bytes between steps depend on."""
+    return strategy.weights, strategy.stream_optimizer_state
 
 
 def _key(strategy: Strategy) -> tuple[Any, ...]:

@@ -11,8 +11,8 @@ from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.latents import decode_latents, downscaling
-from lowmem_db.models.loading import load_autoencoder, load_noise_schedule
+from lowmem_db.models.latents import decode_in_tiles, decode_latents, downscaling
+from lowmem_db.models.loading import Autoencoder, load_autoencoder, load_noise_schedule
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.randomness import generator
 from lowmem_db.records import Conditioning
@@ -29,7 +29,7 @@ def draw_samples(
     latents = [
         sample_prompt(config, model, denoiser, prompts.conditioning([prompt, ""])) for prompt in config.sampling.prompts
     ]
-    autoencoder = load_autoencoder(model, device=denoiser.device)
+    autoencoder = load_decoder(config, model, denoiser)
     rows = [
         (prompt, to_images(decode_latents(autoencoder, drawn)))
         for prompt, drawn in zip(config.sampling.prompts, latents, strict=True)
@@ -51,6 +51,7 @@ def sample_prompt(
         conditioning: A row for the prompt and one for the empty prompt.
     """
     count = config.sampling.num_images
+    at_once = 1 if config.memory.tiled_samples else count
     settings = SamplingSettings(
         sampler=config.sampling.sampler,
         num_inference_steps=config.sampling.num_inference_steps,
@@ -58,16 +59,29 @@ def sample_prompt(
     )
     with torch.no_grad(), _evaluating(denoiser):
         embeds, added = denoiser.embeds_and_added(conditioning)
-        return sample_latents(
-            denoiser.unet,
-            load_noise_schedule(model, config.objective.prediction_type),
-            settings,
-            prompt_embeds=embeds[:1].expand(count, -1, -1),
-            empty_embeds=embeds[1:],
-            latent_size=config.data.resolution // downscaling(model.config_of("vae")),
-            generators=[generator(config.sampling.seed, "samples", index) for index in range(count)],
-            added_cond_kwargs=added,
-        )
+        drawn = [
+            sample_latents(
+                denoiser.unet,
+                load_noise_schedule(model, config.objective.prediction_type),
+                settings,
+                prompt_embeds=embeds[:1].expand(at_once, -1, -1),
+                empty_embeds=embeds[1:],
+                latent_size=config.data.resolution // downscaling(model.config_of("vae")),
+                generators=[generator(config.sampling.seed, "samples", first + index) for index in range(at_once)],
+                added_cond_kwargs=added,
+            )
+            for first in range(0, count, at_once)
+        ]
+    return torch.cat(drawn)
+
+
+def load_decoder(config: Config, model: ModelFolder, denoiser: Denoiser) -> Autoencoder:
+    """Load the autoencoder that decodes samples: in fp32 or, for tiled samples, in tiles and the type of the weights."""
+    if not config.memory.tiled_samples:
+        return load_autoencoder(model, device=denoiser.device)
+    autoencoder = load_autoencoder(model, device=denoiser.device, dtype=denoiser.unet.dtype)
+    decode_in_tiles(autoencoder, num_pixels=config.data.resolution)
+    return autoencoder
 
 
 @contextmanager
