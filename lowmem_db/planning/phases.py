@@ -127,11 +127,11 @@ def trace_train(subject: Subject, strategy: Strategy) -> Traced:
     with subject.tracing(autocast=strategy.autocast != "no") as (tracker, costs):
         with tracker.new_tensors_are("optimizer_state"):
             denoiser, objective, optimizer = build_step(config, strategy, subject.model, META)
-        tracker.register(_weights(denoiser.modules().values()), "weights")
+        tracker.register(weights_of(denoiser.modules().values()), "weights")
         with tracker.new_tensors_are("other"):
             ema = build_ema(config, denoiser, optimizer)
         optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))
-        batches = _batches(config, subject.model, denoiser)
+        batches = training_batches(config, subject.model, denoiser)
         timeline = Timeline(tracker, costs)
         tracker.reset_peak()
         costs.clear()
@@ -149,7 +149,7 @@ def trace_residents(subject: Subject, strategies: Sequence[Strategy]) -> list[Tr
     found: list[Traced] = []
     with subject.tracing() as (tracker, costs):
         denoiser, _, optimizer = build_step(subject.config, after_backward[0], subject.model, META)
-        tracker.register(_weights(denoiser.modules().values()), "weights")
+        tracker.register(weights_of(denoiser.modules().values()), "weights")
         for strategy in after_backward:
             del optimizer
             tracker.reset_peak()
@@ -168,7 +168,7 @@ def trace_sample(subject: Subject, strategy: Strategy) -> Traced:
     with subject.tracing(autocast=strategy.autocast != "no") as (tracker, costs):
         after_backward = replace(strategy, optimizer_in_backward=False)  # no hook keeps the optimizer alive then
         denoiser = build_step(config, after_backward, model, META)[0]
-        tracker.register(_weights(denoiser.modules().values()), "weights")
+        tracker.register(weights_of(denoiser.modules().values()), "weights")
         conditioning = _conditioning(model, denoiser, 2)
         tracker.reset_peak()
         with tracker.new_tensors_are("activations"):
@@ -200,13 +200,14 @@ def _short(config: Config) -> Config:
     return config.model_copy(update={"prior": prior, "sampling": sampling})
 
 
-def _weights(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+def weights_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Yield parameters and buffers."""
     for module in modules:
         yield from module.parameters()
         yield from module.buffers()
 
 
-def _batches(config: Config, model: ModelFolder, denoiser: Denoiser) -> list[Batch]:
+def training_batches(config: Config, model: ModelFolder, denoiser: Denoiser) -> list[Batch]:
     """Return batches of the shapes of a step, on the host; more than two need no more memory than two."""
     count = config.training.train_batch_size * (2 if config.prior.enabled else 1)
     size = config.data.resolution // downscaling(model.config_of("vae"))

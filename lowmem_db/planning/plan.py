@@ -11,7 +11,7 @@ from lowmem_db.errors import BudgetError
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.planning.allowance import allowance_bytes
 from lowmem_db.planning.candidates import candidates, describe, first_candidates, num_measures, open_choices
-from lowmem_db.planning.cards import GIB, Card
+from lowmem_db.planning.cards import GIB
 from lowmem_db.planning.models import find_configuration
 from lowmem_db.planning.phases import (
     Subject,
@@ -21,6 +21,7 @@ from lowmem_db.planning.phases import (
     trace_encode_text,
 )
 from lowmem_db.planning.predictor import Predictor
+from lowmem_db.planning.target import Target
 from lowmem_db.records import MemoryPlan, PhaseMemory, Refusal
 
 Plan = MemoryPlan[Strategy]
@@ -32,13 +33,12 @@ _ADVICE = {
 }
 
 
-def plan(config: Config, card: Card, budget_bytes: int, *, model: ModelFolder | None = None) -> Plan:
+def plan(config: Config, target: Target, *, model: ModelFolder | None = None) -> Plan:
     """Plan a run.
 
     Args:
         config: The configuration; what it leaves open is chosen.
-        card: Where the run takes place.
-        budget_bytes: What the run may use of the card's memory.
+        target: The device and the budget.
         model: Its configuration files are enough; found by ``model.base`` where it is left out.
 
     Raises:
@@ -47,9 +47,10 @@ def plan(config: Config, card: Card, budget_bytes: int, *, model: ModelFolder | 
         ModelError: The model's configuration files are nowhere.
     """
     started = time.perf_counter()
-    subject = Subject(config=config, model=model or find_configuration(config.model), card=card)
-    found = _Search(subject, budget_bytes).run()
-    return replace(found, seconds_to_plan=round(time.perf_counter() - started, 2))
+    subject = Subject(config=config, model=model or find_configuration(config.model), card=target.card)
+    found = _Search(subject, target.budget_bytes).run()
+    seconds = round(time.perf_counter() - started, 2)
+    return replace(found, notes=(*target.notes, *found.notes), seconds_to_plan=seconds)
 
 
 class _Search:
@@ -64,18 +65,23 @@ class _Search:
     def run(self) -> Plan:
         config, card = self._subject.config, self._subject.card
         kept, refused = candidates(config, card, self._predictor.block_names)
+        too_large: set[str] = set()
         before = self._phases_before_training()
         if self._needed(before) > self._budget_bytes:
             raise self._too_small(kept, before)
         for strategy in sorted(kept, key=self._preference):
-            needed, reason, strategy = self._predict(strategy)
-            if needed <= self._budget_bytes:
-                phases = [*before, *self._phases_of_training(strategy)]
-                needed = self._needed(phases)
-                if needed <= self._budget_bytes:
-                    return self._plan(strategy, phases, refused)
-                reason = self._more_than_budget(needed)
-            refused.append(Refusal(strategy=describe(strategy), reason=reason))
+            family = _family(strategy)
+            if family in too_large:
+                continue
+            refusal, tiled = self._predict(strategy)
+            if refusal is None:
+                phases = [*before, *self._phases_of_training(tiled)]
+                if self._needed(phases) <= self._budget_bytes:
+                    return self._plan(tiled, phases, refused)
+                refusal = self._refusal(tiled, self._needed(phases))
+            elif refusal.strategy == family:
+                too_large.add(family)
+            refused.append(refusal)
         raise self._too_small(kept, before)
 
     def _choose_first(self) -> None:
@@ -90,23 +96,24 @@ class _Search:
         is_rounded = strategy.weights == "bf16_stochastic"
         return is_rounded, round(self._predictor.seconds(strategy), 4), num_measures(strategy)
 
-    def _predict(self, strategy: Strategy) -> tuple[int, str, Strategy]:
-        """Predict the bytes of a strategy and say why they are too many; cheap reasons first.
+    def _predict(self, strategy: Strategy) -> tuple[Refusal | None, Strategy]:
+        """Return why a strategy will not fit, cheap reasons first, and the strategy.
 
         Samples are tiled where they would not fit otherwise and the configuration leaves that open.
         """
         resident = self._predictor.resident(strategy).resident
         gradients = 0 if strategy.optimizer_in_backward else resident.weights
-        least = self._with_allowance(resident.total + gradients)
-        if least > self._budget_bytes:
+        if (least := self._with_allowance(resident.total + gradients)) > self._budget_bytes:
             held = "weights, optimizer state and gradients" if gradients else "weights and optimizer state"
-            return least, f"{self._more_than_budget(least)}, for {held} alone", strategy
+            reason = f"{self._refusal(strategy, least).reason}, for {held} alone"
+            return Refusal(strategy=_family(strategy), reason=reason), strategy
         if self._sample_bytes(strategy) > self._budget_bytes and self._subject.config.memory.tiled_samples is None:
             strategy = replace(strategy, tiled_samples=True)
         if (needed := self._sample_bytes(strategy)) > self._budget_bytes:
-            return needed, f"{self._more_than_budget(needed)}, while samples are drawn", strategy
+            reason = f"{self._refusal(strategy, needed).reason}, while samples are drawn"
+            return Refusal(strategy=describe(strategy), reason=reason), strategy
         needed = self._with_allowance(self._predictor.train_bytes(strategy))
-        return needed, self._more_than_budget(needed), strategy
+        return (self._refusal(strategy, needed) if needed > self._budget_bytes else None), strategy
 
     def _sample_bytes(self, strategy: Strategy) -> int:
         if not self._subject.config.sampling.prompts:
@@ -134,8 +141,10 @@ class _Search:
     def _with_allowance(self, num_bytes: int) -> int:
         return num_bytes + allowance_bytes(num_bytes, self._subject.card)
 
-    def _more_than_budget(self, needed: int) -> str:
-        return f"needs {_gib(needed)}, {_gib(needed - self._budget_bytes)} more than the budget"
+    def _refusal(self, strategy: Strategy, needed: int) -> Refusal:
+        more = needed - self._budget_bytes
+        reason = f"needs {_gib(needed)}, {_gib(more) if more >= GIB // 10 else _mib(more)} more than the budget"
+        return Refusal(strategy=describe(strategy), reason=reason)
 
     def _plan(self, strategy: Strategy, phases: list[PhaseMemory], refused: list[Refusal]) -> Plan:
         peak = max(phases, key=lambda phase: phase.parts.total)
@@ -168,6 +177,15 @@ class _Search:
 
 def _phase(name: str, traced: Traced) -> PhaseMemory:
     return PhaseMemory(name=name, parts=traced.peak, host_bytes=traced.host_bytes)
+
+
+def _family(strategy: Strategy) -> str:
+    """Return what a strategy and those with other placements of checkpoints are called together."""
+    return f"{describe(replace(strategy, checkpointing='none')).replace('no checkpointing', 'any checkpointing')}"
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{math.ceil(num_bytes / (1 << 20))} MiB"
 
 
 def _gib(num_bytes: int) -> str:
