@@ -222,6 +222,19 @@ def total_host_bytes() -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def free_bytes(device: "torch.device") -> int | None:
+    """Return the bytes of a device's memory that are free now, or None where the system does not say."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
+        return next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), None)
+    return total_host_bytes()
+
+
 def free_disk_bytes(path: Path) -> int:
     """Return the free bytes of the disk that holds a path, which need not exist yet."""
     existing = next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.exists())

@@ -85,7 +85,7 @@ def build_trainer(
     """Load what trains onto the device and put the trainer together."""
     _set_arithmetic(config, device)
     denoiser, objective, optimizer = build_step(config, plain_strategy(config), model, device)
-    ema = _build_ema(config, denoiser, optimizer)
+    ema = build_ema(config, denoiser, optimizer)
     _say_what_trains(model, denoiser, device)
     sampler: Callable[[int], None] = lambda step: draw_samples(config, model, denoiser, batches.prompts, run, step)  # noqa: E731
     return Trainer(config, run, denoiser, objective, optimizer, batches, ema, sampler)
@@ -140,7 +140,8 @@ def _build_objective(config: Config, model: ModelFolder, device: torch.device) -
     )
 
 
-def _build_ema(config: Config, denoiser: Denoiser, optimizer: OptimizerHandle) -> ExponentialMovingAverage | None:
+def build_ema(config: Config, denoiser: Denoiser, optimizer: OptimizerHandle) -> ExponentialMovingAverage | None:
+    """Build the moving average of the weights, where the configuration asks for it."""
     if not config.ema.enabled:
         return None
     parameters = named_parameters(denoiser.modules())
