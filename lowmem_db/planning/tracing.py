@@ -92,9 +92,13 @@ class MetaAutocast(TorchFunctionMode):
         kwargs = kwargs or {}
         dtype = self._dtype if self._is_enabled or _is_in_backward() else None
         if dtype is not None and func in _LOW_PRECISION:
-            return func(*_cast(args, torch.float32, dtype), **dict(zip(kwargs, _cast(kwargs.values(), torch.float32, dtype))))
+            return func(
+                *_cast(args, torch.float32, dtype), **dict(zip(kwargs, _cast(kwargs.values(), torch.float32, dtype)))
+            )
         if dtype is not None and func in _FULL_PRECISION:
-            return func(*_cast(args, dtype, torch.float32), **dict(zip(kwargs, _cast(kwargs.values(), dtype, torch.float32))))
+            return func(
+                *_cast(args, dtype, torch.float32), **dict(zip(kwargs, _cast(kwargs.values(), dtype, torch.float32)))
+            )
         return func(*args, **kwargs)
 
 
