@@ -215,6 +215,14 @@ def peak_bytes(device: "torch.device") -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reset_peak_bytes(device: "torch.device") -> None:
+    """Let :func:`peak_bytes` of a CUDA device count from now on; that of a process cannot be reset."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def total_host_bytes() -> int | None:
     """Return the size of the host's memory in bytes, or None where the system does not say."""
     if not hasattr(os, "sysconf"):

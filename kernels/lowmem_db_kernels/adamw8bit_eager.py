@@ -87,9 +87,10 @@ def _step_chunk(
     m = beta1 * m_old + (1.0 - beta1) * g
     v = beta2 * v_old + (1.0 - beta2) * (g * g)
     c1, root_c2 = corrections
-    usable = g.isfinite() & v.isfinite()
+    # g^2 is not finite where g is not.
+    usable = v.isfinite()
     m, v = torch.where(usable, m, m_old), torch.where(usable, v, v_old)
-    update = torch.where(usable, (m / c1) / (_root(v) / root_c2 + eps), 0.0)
+    update = torch.where(usable, m * (root_c2 / c1) / (_root(v) + eps * root_c2), 0.0)
     sums = torch.stack([_blocks(raw.square()).sum(1), _blocks(update.square()).sum(1)])
     if dry_run:
         return sums

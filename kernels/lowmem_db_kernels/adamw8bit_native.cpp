@@ -206,6 +206,7 @@ inline double sum_of_squares(const float* x) {
 
 inline Sums step_block(const Arguments& a, int64_t block, int count) {
     const int64_t first = block * BLOCK;
+    const float moment_scale = a.root_c2 / a.c1, scaled_eps = a.eps * a.root_c2;
     alignas(64) float raw[BLOCK], m[BLOCK], v[BLOCK], update[BLOCK], weight[BLOCK];
     alignas(64) int32_t usable[BLOCK];
     if (count < BLOCK) {
@@ -219,12 +220,12 @@ inline Sums step_block(const Arguments& a, int64_t block, int count) {
         const float g = raw[i] * a.grad_scale;
         const float new_m = a.beta1 * m[i] + a.one_minus_beta1 * g;
         const float new_v = a.beta2 * v[i] + a.one_minus_beta2 * (g * g);
-        usable[i] = is_finite(g) & is_finite(new_v);
+        usable[i] = is_finite(new_v);  // g^2 is not finite where g is not
         m[i] = usable[i] ? new_m : m[i];
         v[i] = usable[i] ? new_v : v[i];
     }
     for (int i = 0; i < count; ++i) {
-        const float quotient = (m[i] / a.c1) / (std::sqrt(v[i]) / a.root_c2 + a.eps);
+        const float quotient = m[i] * moment_scale / (std::sqrt(v[i]) + scaled_eps);
         update[i] = usable[i] ? quotient : 0.0f;
     }
     const Sums sums = {sum_of_squares(raw), sum_of_squares(update)};

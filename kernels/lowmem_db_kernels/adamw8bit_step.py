@@ -6,8 +6,10 @@ elements. All arithmetic is fp32. With g the scaled gradient, c1 and c2 the bias
     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  u = (m / c1) / (sqrt(v / c2) + eps),
     p = p - lr (update_scale u + weight_decay p),
 
-so that the decay of a small learning rate is not rounded away on its own. An element whose gradient is not finite keeps
-its weight and states; the sum of squares tells. Elements are taken in storage order, whatever the memory format.
+so that the decay of a small learning rate is not rounded away on its own; u is taken as bitsandbytes takes it,
+m (sqrt(c2) / c1) / (sqrt(v) + eps sqrt(c2)), with one division for each element. An element whose gradient is not
+finite keeps its weight and states; the sum of squares tells. Elements are taken in storage order, whatever the memory
+format.
 
 References: Loshchilov and Hutter 2019, arXiv:1711.05101, Algorithm 2; Dettmers et al. 2022, arXiv:2110.02861.
 """

@@ -92,6 +92,7 @@ class CostRecorder:
             device_to_host_bytes=self._crossed[1],
         )
 
+
 def row_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], made: Any) -> Row | None:
     """Return what an operator that is no view costs, or None where it costs nothing."""
     if func in _FREE:

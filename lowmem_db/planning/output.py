@@ -67,6 +67,14 @@ def show(plan: Plan, out: Console) -> None:
         out.print(f"and {len(plan.refused) - _NUM_REFUSED} more: --json names all", markup=False)
 
 
+def summary(plan: Plan) -> str:
+    """Return a plan in one line, for the start of a run."""
+    return (
+        f"plan: {describe(plan.strategy)}; predicted peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} "
+        f"(memory.budget), {len(plan.refused)} faster strategies refused: see plan.json"
+    )
+
+
 def _phases(plan: Plan) -> Table:
     largest = max(phase.parts.total for phase in plan.phases)
     table = Table(box=None)

@@ -180,9 +180,7 @@ def trace_sample(subject: Subject, strategy: Strategy) -> Traced:
         return _found(tracker, costs)
 
 
-def _found(
-    tracker: AllocationTracker, costs: CostRecorder, blocks: Mapping[str, BlockFigures] | None = None
-) -> Traced:
+def _found(tracker: AllocationTracker, costs: CostRecorder, blocks: Mapping[str, BlockFigures] | None = None) -> Traced:
     return Traced(
         peak=tracker.peak,
         resident=tracker.live,
@@ -250,4 +248,3 @@ def _embeds(
 
 def _num_tokens(model: ModelFolder) -> int:
     return model.config_of("text_encoder")["max_position_embeddings"]
-

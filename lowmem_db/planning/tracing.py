@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from lowmem_db.memory import segments
 
 _LOW_PRECISION = {
     functional.linear, functional.conv1d, functional.conv2d, functional.conv3d, torch.matmul, torch.bmm, torch.mm,
@@ -30,7 +33,7 @@ def real_paths(*, on_cpu: bool, autocast: bool) -> Iterator[None]:
         autocast: Autocast is used inside the block.
     """
     attention, real_autocast = functional.scaled_dot_product_attention, torch.autocast
-    mode = MetaAutocast(raises=not on_cpu)
+    mode, checkpoint = MetaAutocast(raises=not on_cpu), segments.checkpoint
 
     def autocast_on_meta(device_type: str, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
         if device_type != "meta":
@@ -39,10 +42,13 @@ def real_paths(*, on_cpu: bool, autocast: bool) -> Iterator[None]:
 
     functional.scaled_dot_product_attention = _cpu_attention if on_cpu else _cuda_attention
     torch.autocast = autocast_on_meta  # type: ignore[misc, assignment]
+    if autocast:  # no mode of the forward pass is on in the backward pass, where segments are recomputed
+        segments.checkpoint = partial(checkpoint, context_fn=lambda: (nullcontext(), mode))
     try:
         with mode if autocast else nullcontext():
             yield
     finally:
+        segments.checkpoint = checkpoint
         functional.scaled_dot_product_attention, torch.autocast = attention, real_autocast  # type: ignore[misc]
 
 

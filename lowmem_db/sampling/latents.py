@@ -60,10 +60,14 @@ def sample_latents(
     count = len(prompt_embeds)
     embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds]).to(unet.device, unet.dtype)
     shape = (count, unet.config["in_channels"], latent_size, latent_size)
-    added = None if added_cond_kwargs is None else {
-        name: torch.cat([rows[1:].expand(count, -1), rows[:1].expand(count, -1)]).to(unet.device, unet.dtype)
-        for name, rows in added_cond_kwargs.items()
-    }
+    added = (
+        None
+        if added_cond_kwargs is None
+        else {
+            name: torch.cat([rows[1:].expand(count, -1), rows[:1].expand(count, -1)]).to(unet.device, unet.dtype)
+            for name, rows in added_cond_kwargs.items()
+        }
+    )
     latents = randn_tensor(shape, generator=list(generators), device=unet.device, dtype=torch.float32)
     for timestep in scheduler.timesteps:
         inputs = torch.cat([latents, latents]).to(unet.dtype)

@@ -11,7 +11,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import Strategy, plain_strategy
 from lowmem_db.console import say
 from lowmem_db.data.batches import BatchSource
-from lowmem_db.errors import StorageError
+from lowmem_db.errors import ConfigError, StorageError
 from lowmem_db.memory import attention, checkpointing
 from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
 from lowmem_db.models.loading import CPU, load_noise_schedule, load_text_encoder, load_text_encoder_2, load_unet
@@ -101,6 +101,9 @@ def build_step(
         strategy: How memory is saved.
         model: The model; on the meta device its configuration files are enough.
         device: Where the step runs.
+
+    Raises:
+        ConfigError: ``memory.checkpointing`` names a block that the model has not.
     """
     start = device if device.type == "meta" else CPU  # fp32 weights meet the device in the kind that trains
     unet = load_unet(model, device=start)
@@ -115,7 +118,10 @@ def build_step(
     for module in denoiser.modules().values():
         module.to(device).train().requires_grad_(True)
     attention.apply(unet, config.memory.attention, device)
-    checkpointing.apply(denoiser.modules(), strategy.checkpointing, offload=strategy.offload_checkpoints)
+    try:
+        checkpointing.apply(denoiser.modules(), strategy.checkpointing, offload=strategy.offload_checkpoints)
+    except ValueError as error:
+        raise ConfigError(f"memory.checkpointing: {error}") from error
     optimizer = build_optimizer(config, strategy, denoiser.modules(), device)
     for name, bits in optimizer.extra_bits().items():
         bits.copy_(extra_bits[name])

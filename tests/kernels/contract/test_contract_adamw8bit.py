@@ -197,7 +197,7 @@ def test_dry_run_writes_nothing_and_returns_the_same_sums(device):
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_result_does_not_depend_on_program_order(device, weight_format):
     tensors, fixed = problem(device, (9000,), weight_format=weight_format)
-    assert_independent_of_order(lambda: run(adamw8bit_step_triton, tensors, fixed))
+    assert_independent_of_order(lambda: run(adamw8bit_step_triton, tensors, fixed), blocks=(256, 512, 2048))
 
 
 def test_operator_is_served_by_the_kernel_in_storage_order(device):
