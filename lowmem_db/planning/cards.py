@@ -115,7 +115,7 @@ def find_card(name: str) -> Card:
         key = next((key for key in (model, "rtx" + model) if key in cards), None)
         if plain.endswith("gb") and memory.isdecimal() and key is not None:
             return replace(cards[key], name=f"{cards[key].name} {int(memory)}GB", memory_gib=float(memory))
-    near = difflib.get_close_matches(plain, cards, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(plain, cards, n=6, cutoff=0.6)
     hint = f"did you mean {' or '.join(cards[key].name for key in near)}? " if near else ""
     raise ConfigError(
         f"--gpu: {name!r} is not known; {hint}Allowed: {', '.join(card.name for card in CARDS)}; or leave --gpu out "

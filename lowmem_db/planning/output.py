@@ -53,8 +53,8 @@ def show(plan: Plan, out: Console) -> None:
     """Print a plan: the strategy, a bar for each phase, and why faster strategies were refused."""
     out.print(f"{describe(plan.strategy)}", markup=False, style="bold")
     out.print(
-        f"peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} on {plan.device}, of that {_gib(plan.allowance_bytes)}"
-        " set aside for context, workspaces and fragmentation; "
+        f"peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} on {plan.device}, of that "
+        f"{_gib(plan.allowance_bytes)} set aside for context, workspaces and fragmentation; "
         f"predicted {plan.seconds_per_step:.2f} s/step; planned in {plan.seconds_to_plan:.1f} s",
         markup=False,
     )

@@ -193,8 +193,8 @@ class _Search:
         phases = [*before, *self._phases_of_training(smallest)]
         peak = max(phases, key=lambda phase: phase.parts.total)
         return BudgetError(
-            f"memory.budget: {_gib(self._budget_bytes)} is less than any strategy needs; the smallest budget that would "
-            f"do is {_round_up(self._needed(phases))}: {describe(smallest)}; its peak is in the phase {peak.name}"
+            f"memory.budget: {_gib(self._budget_bytes)} is less than any strategy needs; the smallest budget that "
+            f"would do is {_round_up(self._needed(phases))}: {describe(smallest)}; its peak is in the phase {peak.name}"
             f"{_ADVICE.get(peak.name, '')}"
         )
 

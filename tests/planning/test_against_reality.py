@@ -37,7 +37,8 @@ def strategy_of(config, changes) -> Strategy:
 def test_peak_is_that_of_real_tensors(name):
     optimizer = "adamw8bit" if name in {"nested", "streamed"} else "adamw"
     config = make_config(
-        prior__enabled=False, training__train_text_encoder=True, training__train_batch_size=3, optimizer__name=optimizer,
+        prior__enabled=False, training__train_text_encoder=True, training__train_batch_size=3,
+        optimizer__name=optimizer,
         ema__enabled=name in {"plain", "segments"},
     )  # fmt: skip
     strategy = strategy_of(config, STRATEGIES[name])

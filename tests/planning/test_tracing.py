@@ -9,15 +9,18 @@ from lowmem_db.planning.tracing import real_paths
 from lowmem_db.planning.tracker import AllocationTracker
 
 
+def attend_and_fail(tracker: AllocationTracker) -> None:
+    query = torch.empty(1, 2, 1024, 64, device="meta", requires_grad=True)
+    assert functional.scaled_dot_product_attention(query, query, query).shape == query.shape
+    assert tracker.peak.total < 2 * 1024 * 1024 * 4, "a matrix of all pairs has been made"
+    raise ValueError("inside")
+
+
 def test_attention_matrix_is_never_made_and_everything_is_put_back():
     attention, autocast = functional.scaled_dot_product_attention, torch.autocast
     tracker = AllocationTracker()
     with pytest.raises(ValueError, match="inside"), real_paths(on_cpu=False, autocast=True), tracker.tracking():
-        query = torch.empty(1, 2, 1024, 64, device="meta", requires_grad=True)
-        made = functional.scaled_dot_product_attention(query, query, query)
-        assert made.shape == query.shape
-        assert tracker.peak.total < 2 * 1024 * 1024 * 4, "a matrix of all pairs has been made"
-        raise ValueError("inside")
+        attend_and_fail(tracker)
     assert functional.scaled_dot_product_attention is attention
     assert torch.autocast is autocast
 
