@@ -64,15 +64,8 @@ def open_choices(config: Config, card: Card) -> list[Strategy]:
     return kept
 
 
-def first_candidates(config: Config, card: Card) -> list[Strategy]:
-    """Return the fastest candidates: one that steps after the backward pass and one in it, where both are allowed."""
-    kept = open_choices(config, card)
-    plain = [strategy for strategy in kept if _is_like(strategy, kept[0])]
-    return sorted(plain, key=lambda strategy: strategy.optimizer_in_backward)
-
-
-def _is_like(strategy: Strategy, other: Strategy) -> bool:
-    """Say whether two strategies differ in when the optimizer steps alone."""
+def differ_in_when_alone(strategy: Strategy, other: Strategy) -> bool:
+    """Say whether two strategies differ in when the optimizer steps at most."""
     changed = {"optimizer_in_backward": other.optimizer_in_backward, "clipping": other.clipping}
     return replace(strategy, **changed) == other
 

@@ -63,38 +63,38 @@ class Card:
         return int(self.memory_gib * GIB * _SHARE_FOR_PROGRAMS)
 
 
-CPU = Card("CPU", 0, 20, 0.1, 0.1, 0, 0, None)
+CPU = Card("CPU", 0.0, 20.0, 0.1, 0.1, 0, 0, None)
 CARDS = (
-    Card("GTX 1660 Ti", 6, 288, 10.9, 5.4, 3, 16, (7, 5)),
-    Card("RTX 2060", 6, 336, 25.8, 6.5, 3, 16, (7, 5)),
-    Card("RTX 2070", 8, 448, 29.9, 7.5, 3, 16, (7, 5)),
-    Card("RTX 2080", 8, 448, 40.3, 10.1, 3, 16, (7, 5)),
-    Card("RTX 2080 Ti", 11, 616, 53.8, 13.4, 3, 16, (7, 5)),
-    Card("RTX 3050", 8, 224, 18.2, 9.1, 4, 8, (8, 6)),
-    Card("RTX 3060", 12, 360, 25.6, 12.7, 4, 16, (8, 6)),
-    Card("RTX 3060 Ti", 8, 448, 32.4, 16.2, 4, 16, (8, 6)),
-    Card("RTX 3070", 8, 448, 40.6, 20.3, 4, 16, (8, 6)),
-    Card("RTX 3080", 10, 760, 59.5, 29.8, 4, 16, (8, 6)),
-    Card("RTX 3080 Ti", 12, 912, 68.2, 34.1, 4, 16, (8, 6)),
-    Card("RTX 3090", 24, 936, 71.2, 35.6, 4, 16, (8, 6)),
-    Card("RTX 4060", 8, 272, 30.2, 15.1, 4, 8, (8, 9)),
-    Card("RTX 4060 Ti", 8, 288, 44.1, 22.1, 4, 8, (8, 9)),
-    Card("RTX 4060 Ti 16GB", 16, 288, 44.1, 22.1, 4, 8, (8, 9)),
-    Card("RTX 4070", 12, 504, 58.3, 29.1, 4, 16, (8, 9)),
-    Card("RTX 4070 Ti", 12, 504, 80.2, 40.1, 4, 16, (8, 9)),
-    Card("RTX 4070 Ti Super", 16, 672, 88.2, 44.1, 4, 16, (8, 9)),
-    Card("RTX 4080", 16, 717, 97.5, 48.7, 4, 16, (8, 9)),
-    Card("RTX 4090", 24, 1008, 165.2, 82.6, 4, 16, (8, 9)),
-    Card("RTX 5060 Ti 16GB", 16, 448, 47.4, 23.7, 5, 8, (12, 0)),
-    Card("RTX 5070", 12, 672, 61.7, 30.9, 5, 16, (12, 0)),
-    Card("RTX 5070 Ti", 16, 896, 87.9, 43.9, 5, 16, (12, 0)),
-    Card("RTX 5080", 16, 960, 112.6, 56.3, 5, 16, (12, 0)),
-    Card("RTX 5090", 32, 1792, 209.5, 104.8, 5, 16, (12, 0)),
-    Card("T4", 15, 320, 65.0, 8.1, 3, 16, (7, 5)),
-    Card("L4", 24, 300, 121.0, 30.3, 4, 16, (8, 9)),
-    Card("V100", 16, 900, 112.0, 14.0, 3, 16, (7, 0)),
-    Card("A100", 40, 1555, 312.0, 19.5, 4, 16, (8, 0)),
-    Card("H100", 80, 3350, 989.0, 67.0, 5, 16, (9, 0)),
+    Card("GTX 1660 Ti", 6.0, 288.0, 10.9, 5.4, 3, 16, (7, 5)),
+    Card("RTX 2060", 6.0, 336.0, 25.8, 6.5, 3, 16, (7, 5)),
+    Card("RTX 2070", 8.0, 448.0, 29.9, 7.5, 3, 16, (7, 5)),
+    Card("RTX 2080", 8.0, 448.0, 40.3, 10.1, 3, 16, (7, 5)),
+    Card("RTX 2080 Ti", 11.0, 616.0, 53.8, 13.4, 3, 16, (7, 5)),
+    Card("RTX 3050", 8.0, 224.0, 18.2, 9.1, 4, 8, (8, 6)),
+    Card("RTX 3060", 12.0, 360.0, 25.6, 12.7, 4, 16, (8, 6)),
+    Card("RTX 3060 Ti", 8.0, 448.0, 32.4, 16.2, 4, 16, (8, 6)),
+    Card("RTX 3070", 8.0, 448.0, 40.6, 20.3, 4, 16, (8, 6)),
+    Card("RTX 3080", 10.0, 760.0, 59.5, 29.8, 4, 16, (8, 6)),
+    Card("RTX 3080 Ti", 12.0, 912.0, 68.2, 34.1, 4, 16, (8, 6)),
+    Card("RTX 3090", 24.0, 936.0, 71.2, 35.6, 4, 16, (8, 6)),
+    Card("RTX 4060", 8.0, 272.0, 30.2, 15.1, 4, 8, (8, 9)),
+    Card("RTX 4060 Ti", 8.0, 288.0, 44.1, 22.1, 4, 8, (8, 9)),
+    Card("RTX 4060 Ti 16GB", 16.0, 288.0, 44.1, 22.1, 4, 8, (8, 9)),
+    Card("RTX 4070", 12.0, 504.0, 58.3, 29.1, 4, 16, (8, 9)),
+    Card("RTX 4070 Ti", 12.0, 504.0, 80.2, 40.1, 4, 16, (8, 9)),
+    Card("RTX 4070 Ti Super", 16.0, 672.0, 88.2, 44.1, 4, 16, (8, 9)),
+    Card("RTX 4080", 16.0, 717.0, 97.5, 48.7, 4, 16, (8, 9)),
+    Card("RTX 4090", 24.0, 1008.0, 165.2, 82.6, 4, 16, (8, 9)),
+    Card("RTX 5060 Ti 16GB", 16.0, 448.0, 47.4, 23.7, 5, 8, (12, 0)),
+    Card("RTX 5070", 12.0, 672.0, 61.7, 30.9, 5, 16, (12, 0)),
+    Card("RTX 5070 Ti", 16.0, 896.0, 87.9, 43.9, 5, 16, (12, 0)),
+    Card("RTX 5080", 16.0, 960.0, 112.6, 56.3, 5, 16, (12, 0)),
+    Card("RTX 5090", 32.0, 1792.0, 209.5, 104.8, 5, 16, (12, 0)),
+    Card("T4", 15.0, 320.0, 65.0, 8.1, 3, 16, (7, 5)),
+    Card("L4", 24.0, 300.0, 121.0, 30.3, 4, 16, (8, 9)),
+    Card("V100", 16.0, 900.0, 112.0, 14.0, 3, 16, (7, 0)),
+    Card("A100", 40.0, 1555.0, 312.0, 19.5, 4, 16, (8, 0)),
+    Card("H100", 80.0, 3350.0, 989.0, 67.0, 5, 16, (9, 0)),
 )
 ASSUMED = next(card for card in CARDS if card.name == "RTX 3060")
 
@@ -107,14 +107,15 @@ def find_card(name: str) -> Card:
     """
     cards = _by_plain_name()
     plain = _plain(name)
-    model, _, memory = re.fullmatch(r"(.*?)((\d{1,2})gb)?", plain).groups()  # type: ignore[union-attr]
     for key in (plain, "rtx" + plain):
         if key in cards:
             return cards[key]
-    for key in (model, "rtx" + model):
-        if key in cards and memory:
-            return replace(cards[key], name=f"{cards[key].name} {memory}GB", memory_gib=float(memory))
-    near = difflib.get_close_matches(plain, cards, n=3, cutoff=0.5)
+    for digits in (2, 1):
+        model, memory = plain[: -2 - digits], plain[-2 - digits : -2]
+        key = next((key for key in (model, "rtx" + model) if key in cards), None)
+        if plain.endswith("gb") and memory.isdecimal() and key is not None:
+            return replace(cards[key], name=f"{cards[key].name} {int(memory)}GB", memory_gib=float(memory))
+    near = difflib.get_close_matches(plain, cards, n=6, cutoff=0.6)
     hint = f"did you mean {' or '.join(cards[key].name for key in near)}? " if near else ""
     raise ConfigError(
         f"--gpu: {name!r} is not known; {hint}Allowed: {', '.join(card.name for card in CARDS)}; or leave --gpu out "

@@ -73,7 +73,7 @@ class CostRecorder:
 
     def add(self, row: Row) -> None:
         """Add one operator."""
-        self._rows.append((*row, self._block))
+        self._rows.append((row.flops, row.moved_bytes, row.compute_type, self._block))
 
     def add_crossing(self, num_bytes: int, *, to_host: bool) -> None:
         """Add a copy to the host, or from it."""

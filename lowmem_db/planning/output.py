@@ -11,10 +11,11 @@ from rich.table import Table
 from lowmem_db.planning.candidates import describe
 from lowmem_db.planning.cards import GIB
 from lowmem_db.planning.plan import Plan
-from lowmem_db.records import PARTS, PhaseMemory, Refusal
+from lowmem_db.records import PhaseMemory, Refusal
 
 _NUM_REFUSED = 8
-_WIDTH = 32
+_WIDTH = 16
+_HEADINGS = ("weights", "states", "grads", "act.", "other", "host")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -52,8 +53,8 @@ def show(plan: Plan, out: Console) -> None:
     """Print a plan: the strategy, a bar for each phase, and why faster strategies were refused."""
     out.print(f"{describe(plan.strategy)}", markup=False, style="bold")
     out.print(
-        f"peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} on {plan.device}, of that {_gib(plan.allowance_bytes)}"
-        " set aside for context, workspaces and fragmentation; "
+        f"peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} on {plan.device}, of that "
+        f"{_gib(plan.allowance_bytes)} set aside for context, workspaces and fragmentation; "
         f"predicted {plan.seconds_per_step:.2f} s/step; planned in {plan.seconds_to_plan:.1f} s",
         markup=False,
     )
@@ -76,11 +77,12 @@ def summary(plan: Plan) -> str:
 
 def _phases(plan: Plan) -> Table:
     largest = max(phase.parts.total for phase in plan.phases)
-    table = Table("phase", "peak", "", *(part.replace("_", " ") for part in PARTS), "host", box=None)
+    table = Table(box=None)
+    for heading in ("phase", "peak", "", *_HEADINGS):
+        table.add_column(heading, no_wrap=True)
     for phase in plan.phases:
-        table.add_row(
-            phase.name, _gib(phase.parts.total), Bar(largest, 0, phase.parts.total, width=_WIDTH), *_sizes(phase)
-        )
+        bar = Bar(largest, 0, phase.parts.total, width=_WIDTH)
+        table.add_row(phase.name, _gib(phase.parts.total), bar, *_sizes(phase))
     return table
 
 

@@ -4,13 +4,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import Strategy
 from lowmem_db.errors import BudgetError
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.planning.allowance import allowance_bytes
-from lowmem_db.planning.candidates import candidates, describe, first_candidates, num_measures, open_choices
+from lowmem_db.planning.candidates import candidates, describe, num_measures, open_choices
 from lowmem_db.planning.cards import GIB
 from lowmem_db.planning.models import find_configuration
 from lowmem_db.planning.phases import (
@@ -46,27 +47,65 @@ def plan(config: Config, target: Target, *, model: ModelFolder | None = None) ->
         ConfigError: A rule refuses every strategy.
         ModelError: The model's configuration files are nowhere.
     """
-    started = time.perf_counter()
     subject = Subject(config=config, model=model or find_configuration(config.model), card=target.card)
-    found = _Search(subject, target.budget_bytes).run()
-    seconds = round(time.perf_counter() - started, 2)
-    return replace(found, notes=(*target.notes, *found.notes), seconds_to_plan=seconds)
+    return Planner(subject).plan(target.budget_bytes, notes=target.notes)
+
+
+class Planner:
+    """Plans one configuration for any number of budgets; what was traced for one serves the others.
+
+    Args:
+        subject: What is planned.
+
+    Raises:
+        ConfigError: A rule refuses every strategy.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self._started = time.perf_counter()
+        self.subject = subject
+        self.predictor = Predictor(subject, open_choices(subject.config, subject.card))
+
+    def plan(self, budget_bytes: int, *, notes: Sequence[str] = ()) -> Plan:
+        """Plan for a budget.
+
+        Args:
+            budget_bytes: What the run may use of the device.
+            notes: Remarks that come before those of the plan.
+
+        Raises:
+            BudgetError: Nothing fits.
+        """
+        found = _Search(self, budget_bytes).run()
+        seconds = round(time.perf_counter() - self._started, 2)
+        self._started = time.perf_counter()
+        return replace(found, notes=(*notes, *found.notes), seconds_to_plan=seconds)
+
+    @cached_property
+    def phases_before_training(self) -> list[PhaseMemory]:
+        """Phases that no strategy changes."""
+        config = self.subject.config
+        phases = [_phase("class_images", trace_class_images(self.subject))] if config.prior.enabled else []
+        phases.append(_phase("encode_images", trace_encode_images(self.subject)))
+        if not config.training.train_text_encoder:
+            phases.append(_phase("encode_text", trace_encode_text(self.subject)))
+        return phases
 
 
 class _Search:
-    """One search for a strategy."""
+    """The search for the strategy of one budget."""
 
-    def __init__(self, subject: Subject, budget_bytes: int) -> None:
-        self._subject = subject
+    def __init__(self, planner: Planner, budget_bytes: int) -> None:
+        self._subject = planner.subject
+        self._predictor = planner.predictor
+        self._before = planner.phases_before_training
         self._budget_bytes = budget_bytes
-        self._predictor = Predictor(subject, open_choices(subject.config, subject.card))
-        self._choose_first()
 
     def run(self) -> Plan:
         config, card = self._subject.config, self._subject.card
         kept, refused = candidates(config, card, self._predictor.block_names)
         too_large: set[str] = set()
-        before = self._phases_before_training()
+        before = self._before
         if self._needed(before) > self._budget_bytes:
             raise self._too_small(kept, before)
         for strategy in sorted(kept, key=self._preference):
@@ -83,13 +122,6 @@ class _Search:
                 too_large.add(family)
             refused.append(refusal)
         raise self._too_small(kept, before)
-
-    def _choose_first(self) -> None:
-        """Derive all figures from a step with all gradients in memory if they may fit, else from one that frees them."""
-        options = first_candidates(self._subject.config, self._subject.card)
-        resident = self._predictor.resident(options[0]).resident
-        fits = self._with_allowance(resident.total + resident.weights) <= self._budget_bytes
-        self._predictor.derive_from(options[0 if fits else -1])
 
     def _preference(self, strategy: Strategy) -> tuple[object, ...]:
         """Return what strategies are ordered by: exact weights come before speed, and fewer measures break a tie."""
@@ -119,14 +151,6 @@ class _Search:
         if not self._subject.config.sampling.prompts:
             return 0
         return self._with_allowance(self._predictor.sample(strategy).total)
-
-    def _phases_before_training(self) -> list[PhaseMemory]:
-        config = self._subject.config
-        phases = [_phase("class_images", trace_class_images(self._subject))] if config.prior.enabled else []
-        phases.append(_phase("encode_images", trace_encode_images(self._subject)))
-        if not config.training.train_text_encoder:
-            phases.append(_phase("encode_text", trace_encode_text(self._subject)))
-        return phases
 
     def _phases_of_training(self, strategy: Strategy) -> list[PhaseMemory]:
         phases = [_phase("train", self._predictor.traced(strategy))]
@@ -169,8 +193,8 @@ class _Search:
         phases = [*before, *self._phases_of_training(smallest)]
         peak = max(phases, key=lambda phase: phase.parts.total)
         return BudgetError(
-            f"memory.budget: {_gib(self._budget_bytes)} is less than any strategy needs; the smallest budget that would "
-            f"do is {_round_up(self._needed(phases))}: {describe(smallest)}; its peak is in the phase {peak.name}"
+            f"memory.budget: {_gib(self._budget_bytes)} is less than any strategy needs; the smallest budget that "
+            f"would do is {_round_up(self._needed(phases))}: {describe(smallest)}; its peak is in the phase {peak.name}"
             f"{_ADVICE.get(peak.name, '')}"
         )
 

@@ -1,7 +1,7 @@
 """Figures of strategies from as few traces as they need.
 
-What a strategy keeps between steps, and what its steps add to that, are told apart: the kinds of weights of one type and
-where optimizer states live change the first alone, the placement of checkpoints the second alone. Steps are traced with
+What a strategy keeps between steps, and what its steps add to that, are told apart: the kinds of weights of one type
+and where optimizer states live change the first alone, the placement of checkpoints the second alone. Steps are traced with
 one placement for all blocks; mixtures are put together from the figures of their blocks.
 """
 
@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem_db.config.strategy import Strategy
-from lowmem_db.planning.candidates import placement_of
-from lowmem_db.planning.cards import operator_seconds, pcie_seconds, seconds_per_step
+from lowmem_db.planning.candidates import differ_in_when_alone, placement_of
+from lowmem_db.planning.cards import operator_seconds, pcie_seconds
 from lowmem_db.planning.phases import Subject, Traced, trace_residents, trace_sample, trace_train
 from lowmem_db.planning.timeline import END, BlockFigures, mixed_peak
 from lowmem_db.records import MemoryParts
@@ -25,13 +25,15 @@ class Predictor:
 
     Args:
         subject: What is planned.
-        strategies: The candidates without checkpoints or, where the configuration asks for one, with its placement.
+        strategies: Candidates without mixtures of placements. All figures are derived from traces like that of the
+            first which steps in the backward pass or, where that is ruled out, after it.
     """
 
     def __init__(self, subject: Subject, strategies: Sequence[Strategy]) -> None:
         self.subject = subject
         self._kinds = {_kind(strategy): strategy for strategy in strategies}
-        self._first = strategies[0]
+        alike = [each for each in strategies if differ_in_when_alone(each, strategies[0])]
+        self._first = max(alike, key=lambda each: each.optimizer_in_backward)
         self._traced: dict[Any, Traced] = {}
         self._residents: dict[Any, Traced] = {}
         self._samples: dict[Any, Traced] = {}
@@ -40,10 +42,6 @@ class Predictor:
     def block_names(self) -> list[str]:
         """Names of the blocks in the order of the forward pass."""
         return list(self.traced(self._first).blocks)[:-1]
-
-    def derive_from(self, strategy: Strategy) -> None:
-        """Derive figures from the traces of this strategy; called before the first of them."""
-        self._first = strategy
 
     def traced(self, strategy: Strategy) -> Traced:
         """Return the trace of exactly this strategy."""
@@ -85,15 +83,14 @@ class Predictor:
         )
 
     def seconds(self, strategy: Strategy) -> float:
-        """Predict the seconds of a step."""
-        card = self.subject.card
-        if _key(strategy) in self._traced:
-            step = seconds_per_step(self.traced(strategy).costs, card)
-        else:
-            step = self._computing_seconds(strategy)
-            crossing = self.resident(strategy).host_bytes if strategy.stream_optimizer_state else 0
-            step = max(step, pcie_seconds(crossing, card))
-        return step * (1.0 + _OVERHEAD * (strategy.stream_optimizer_state + strategy.offload_checkpoints))
+        """Predict the seconds of a step: those of the first trace, and what is recomputed or copied beside it.
+
+        They do not depend on what else was traced, so that strategies have one order whatever the budget.
+        """
+        step = self._computing_seconds(strategy)
+        crossing = self.resident(strategy).host_bytes if strategy.stream_optimizer_state else 0
+        overhead = _OVERHEAD * (strategy.stream_optimizer_state + strategy.offload_checkpoints)
+        return max(step, pcie_seconds(crossing, self.subject.card)) * (1.0 + overhead)
 
     def _computing_seconds(self, strategy: Strategy) -> float:
         first = self.traced(self._first)

@@ -1,4 +1,4 @@
-"""What each block of a model adds to the peak of a step, so that the peak of any mixture of placements can be put together.
+"""What each block of a model adds to the peak of a step: any mixture of placements can be put together from that.
 
 A block's forward pass leaves bytes behind for its backward pass. While a block runs backward, what the blocks before it
 have left is still there, and what the blocks behind it left is gone. So a block's own figures do not depend on how the

@@ -1,6 +1,6 @@
 """What a trace on the meta device needs so that the code takes the paths it takes on the real device."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ def real_paths(*, on_cpu: bool, autocast: bool) -> Iterator[None]:
         autocast: Autocast is used inside the block.
     """
     attention, real_autocast = functional.scaled_dot_product_attention, torch.autocast
-    mode, checkpoint = MetaAutocast(), segments.checkpoint
+    mode, checkpoint = MetaAutocast(raises=not on_cpu), segments.checkpoint
 
     def autocast_on_meta(device_type: str, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
         if device_type != "meta":
@@ -76,10 +76,14 @@ class MetaAutocast(TorchFunctionMode):
     """Autocast for the meta device, which torch has none for: the lists of operators of CUDA's autocast, no cache.
 
     It casts inside its ``enabled`` block, and from then on where the backward pass recomputes.
+
+    Args:
+        raises: Norms and the like compute in fp32, as on CUDA devices; the CPU's autocast leaves them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, raises: bool) -> None:
         super().__init__()
+        self._raised = _FULL_PRECISION if raises else set()
         self._dtype: torch.dtype | None = None
         self._is_enabled = False
 
@@ -98,21 +102,20 @@ class MetaAutocast(TorchFunctionMode):
         kwargs = kwargs or {}
         dtype = self._dtype if self._is_enabled or _is_in_backward() else None
         if dtype is not None and func in _LOW_PRECISION:
-            return func(
-                *_cast(args, torch.float32, dtype), **dict(zip(kwargs, _cast(kwargs.values(), torch.float32, dtype)))
-            )
-        if dtype is not None and func in _FULL_PRECISION:
-            return func(
-                *_cast(args, dtype, torch.float32), **dict(zip(kwargs, _cast(kwargs.values(), dtype, torch.float32)))
-            )
+            args, kwargs = _cast(args, kwargs, torch.float32, dtype)
+        elif dtype is not None and func in self._raised:
+            args, kwargs = _cast(args, kwargs, dtype, torch.float32)
         return func(*args, **kwargs)
 
 
-def _cast(values: Iterable[Any], source: torch.dtype, target: torch.dtype) -> list[Any]:
-    return [
-        value.to(target) if isinstance(value, Tensor) and value.is_meta and value.dtype == source else value
-        for value in values
-    ]
+def _cast(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], source: torch.dtype, target: torch.dtype
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cast(value: Any) -> Any:
+        is_source = isinstance(value, Tensor) and value.is_meta and value.dtype == source
+        return value.to(target) if is_source else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
 
 def _is_in_backward() -> bool:

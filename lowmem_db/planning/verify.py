@@ -55,8 +55,10 @@ def verify(config: Config, plan: Plan) -> Verified:
     return Verified(predicted, measure_train(with_strategy(config, plan.strategy), plan.strategy, model, device))
 
 
-def measure_train(config: Config, strategy: Strategy, model: ModelFolder, device: torch.device) -> int:
-    """Run three real training steps on made-up latents; return the bytes of tensors at their peak.
+def measure_train(
+    config: Config, strategy: Strategy, model: ModelFolder, device: torch.device, *, num_steps: int = _NUM_STEPS
+) -> int:
+    """Run real training steps on made-up latents; return the bytes of tensors at their peak.
 
     On a CUDA device its allocator is asked; on the CPU storages are followed as in a trace, with real tensors.
 
@@ -65,21 +67,22 @@ def measure_train(config: Config, strategy: Strategy, model: ModelFolder, device
         strategy: How memory is saved.
         model: The model, with its weights.
         device: Where the steps run.
+        num_steps: How many.
     """
     if device.type != "cuda":
-        return _follow(config, strategy, model, device)
+        return _follow(config, strategy, model, device, num_steps)
     denoiser, objective, optimizer = build_step(config, strategy, model, device)
     ema = build_ema(config, denoiser, optimizer)
     optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))
     torch.cuda.reset_peak_memory_stats(device)
-    for step in range(_NUM_STEPS):
+    for step in range(num_steps):
         train_step(denoiser, objective, optimizer, training_batches(config, model, denoiser), step)
         if ema is not None:
             ema.update(step + 1)
     return torch.cuda.max_memory_allocated(device)
 
 
-def _follow(config: Config, strategy: Strategy, model: ModelFolder, device: torch.device) -> int:
+def _follow(config: Config, strategy: Strategy, model: ModelFolder, device: torch.device, num_steps: int) -> int:
     tracker = AllocationTracker(device_type=device.type, rounding=1, cpu_kernels=True)
     with tracker.tracking():
         denoiser, objective, optimizer = build_step(config, strategy, model, device)
@@ -88,7 +91,7 @@ def _follow(config: Config, strategy: Strategy, model: ModelFolder, device: torc
         optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))
         batches = training_batches(config, model, denoiser)
         tracker.reset_peak()
-        for step in range(_NUM_STEPS):
+        for step in range(num_steps):
             train_step(denoiser, objective, optimizer, batches, step)
             if ema is not None:
                 ema.update(step + 1)
