@@ -434,11 +434,11 @@ class _Plan(NamedTuple):
     tile: dict[str, Any]
 
 
-def _plan(config: LaunchConfig, x: Tensor, tile_share: int = 1) -> _Plan:
+def _plan(config: LaunchConfig, x: Tensor, *, half_tiles: bool = False) -> _Plan:
     """Cut positions into tiles and fixed chunks of tiles, on which sums depend, and channels into what fills a tile.
 
-    In channels_last a tile is wide in channels, so it takes several to keep the partial sums few beside the input; it
-    is `1 / tile_share` as wide as could be.
+    In channels_last a tile is wide in channels, so it takes several to keep the partial sums few beside the input.
+    `half_tiles` makes it half as wide there.
     """
     num_samples, num_channels = x.shape[:2]
     spatial_size = x[0, 0].numel()
@@ -446,7 +446,8 @@ def _plan(config: LaunchConfig, x: Tensor, tile_share: int = 1) -> _Plan:
     positions = min(_CHANNELS_LAST_TILE if channels_last else _SPATIAL_TILE, next_power_of_2(spatial_size))
     num_tiles = min(_TILES_PER_CHUNK, next_power_of_2(cdiv(spatial_size, positions))) if channels_last else 1
     channels = min(max(config.block // positions, 1), next_power_of_2(num_channels))
-    channels = max(channels // tile_share, 1) if channels_last else channels
+    if half_tiles and channels_last and channels * positions == config.block:
+        channels //= 2
     tile = {"CHANNELS_LAST": channels_last, "REVERSE": config.reverse, "CHANNELS": channels, "POSITIONS": positions}
     chunk = positions * num_tiles
     rest_of_grid = (cdiv(num_channels, channels), num_samples)
@@ -519,7 +520,7 @@ def group_norm_silu_backward_triton(
     config = launch_config("group_norm_silu", x)
     plan = _plan(config, x)
     # The sums keep five values per channel in registers; half a tile leaves room for as many programs as elsewhere.
-    sums_plan = _plan(config, x, tile_share=2)
+    sums_plan = _plan(config, x, half_tiles=True)
     num_groups = mean.shape[1]
     partial = x.new_empty((2, plan.num_samples, plan.num_channels, plan.num_chunks), dtype=torch.float32)
     groups = mean.new_empty((2, *mean.shape))

@@ -10,6 +10,7 @@ from lowmem_db_kernels import (
     to_bitsandbytes,
     unpack_extra_bits_eager,
 )
+from lowmem_db_kernels.codec import decode_eager, dynamic_map
 from torch.utils._python_dispatch import TorchDispatchMode
 
 STEPS = 200
@@ -66,6 +67,39 @@ def test_200_steps_agree_with_bitsandbytes(shape, exact_quantizer):
     distance = (mine - theirs.detach()).abs().flatten()
     assert distance.quantile(0.999) <= STEPS * torch.finfo(torch.float32).eps / 2 * theirs.abs().max()
     assert distance.max() < 1e-3
+
+
+def nearest_codes(moment, absmax, *, signed):
+    """Find the nearest code of float64 moments by looking through the map."""
+    table = dynamic_map(signed).double()
+    scale = absmax.double().repeat_interleave(256)[: moment.numel()].clamp(min=1e-38)
+    return torch.bucketize(moment / scale, (table[1:] + table[:-1]) / 2)
+
+
+def decoded(codes, absmax, *, signed):
+    scale = absmax.double().repeat_interleave(256)[: codes.numel()]
+    return decode_eager(codes.flatten(), signed=signed).double() * scale
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (10, 1000), (16, 20, 3, 7)])
+def test_where_codes_differ_from_bitsandbytes_on_a_cpu_its_code_is_not_the_nearest(shape):
+    """Every twentieth of 200 steps, both from its state; its native routine looks codes up by 16 bits of the value."""
+    theirs = torch.nn.Parameter(draw(*shape, seed=9) * 0.03)
+    optimizer = bitsandbytes_optimizer(theirs)
+    for last in range(20, STEPS + 1, 20):
+        take_steps(theirs, optimizer, None, last - 19, 19)
+        before, step = from_bitsandbytes(optimizer.state[theirs])
+        mine = AdamW8bitState(*(tensor.clone() for tensor in before))
+        m, v = (decoded(*state, signed=signed) for state, signed in ((mine[::2], True), (mine[1::2], False)))
+        take_steps(theirs, optimizer, mine, step + 1, 1, mine=theirs.detach().clone())
+        grad = theirs.grad.flatten().double()
+        exact = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+        after, _ = from_bitsandbytes(optimizer.state[theirs])
+        for index, signed in ((0, True), (1, False)):
+            got, other = mine[index].flatten().long(), after[index].flatten().long()
+            nearest = nearest_codes(exact[index], mine[2 + index], signed=signed)
+            assert (got != nearest).double().mean() < 1e-3
+            assert ((got != other) & (other == nearest)).double().mean() < 1e-3
 
 
 def test_one_step_from_a_state_of_bitsandbytes_moves_the_weights_alike():

@@ -44,6 +44,21 @@ def assert_no_worse_than_eager(name, got, eager, exact, *, sums=False):
         assert mine <= max(1.5 * eagers, unavoidable), f"{name}: error {mine:.3e}, eager's {eagers:.3e}"
 
 
+def assert_together_no_worse_than_eager(triples):
+    """The same contract for tensors of few numbers, `{name: (got, eager, exact)}`, each in units of its eager error."""
+    errors = []
+    for got, eager, exact in triples.values():
+        exact = exact.to(torch.float64).cpu()
+        mine, eagers = (tensor.detach().to(torch.float64).cpu() - exact for tensor in (got, eager))
+        unavoidable = torch.finfo(got.dtype).eps / 2 * exact.abs().max()
+        unit = torch.maximum(eagers.square().mean().sqrt(), unavoidable / 1.5)
+        errors.append((mine.flatten() / unit, eagers.flatten() / unit))
+    mine, eagers = (torch.cat(part) for part in zip(*errors, strict=True))
+    assert mine.numel() >= MINIMUM_COUNT, f"{mine.numel()} errors say too little, compare more problems"
+    ratio = mine.square().mean().sqrt().item()
+    assert ratio <= 1.5, f"{', '.join(triples)}: error {ratio:.2f} times eager's"
+
+
 def assert_sums_no_worse_than_eager(name, got, eager, exact):
     """The same contract for sums, each of which is one number: the root mean square of their relative errors.
 
