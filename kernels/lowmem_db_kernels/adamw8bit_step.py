@@ -83,7 +83,11 @@ def adamw8bit_step(
     _check(param, grad, extra_bits, rounding_seed)
     _check_state(param, state)
     device = param.device
-    lr = lr if isinstance(lr, Tensor) else torch.full((), lr, device=device)
+    # A float64 scalar would make a kernel compute in float64.
+    lr = lr.to(torch.float32) if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float32, device=device)
+    grad_scale, update_scale = (
+        None if scale is None else scale.to(torch.float32) for scale in (grad_scale, update_scale)
+    )
     step = step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=device)
     corrections = bias_corrections(step, betas) if corrections is None else corrections
     seed_low, seed_high = split_seed(rounding_seed or 0)

@@ -212,6 +212,7 @@ def _merge_statistics_kernel(
     spatial_size,
     num_chunks,
     num_partials,
+    group_size,
     eps,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -219,21 +220,20 @@ def _merge_statistics_kernel(
     """Merge the partial statistics of one group of one sample; grid `(N * G,)`."""
     group = tl.program_id(0)
     first = group.to(tl.int64) * num_partials
-    # The chunks of a channel are full but for the last one, so a partial's count follows from its index.
-    total = (num_partials // num_chunks).to(tl.float32) * spatial_size
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_partials, BLOCK):
         index = start + tl.arange(0, BLOCK)
         sums += tl.load(partial_sum_ptr + first + index, mask=index < num_partials, other=0.0)
-    mean = tl.sum(sums, axis=0) / total
+    mean = tl.sum(sums, axis=0) / group_size
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_partials, BLOCK):
         index = start + tl.arange(0, BLOCK)
+        # The chunks of a channel are full but for the last one.
         count = tl.minimum(spatial_size - index % num_chunks * CHUNK, CHUNK).to(tl.float32)
         shift = tl.load(partial_sum_ptr + first + index, mask=index < num_partials, other=0.0) / count - mean
         inner = tl.load(partial_distance_ptr + first + index, mask=index < num_partials, other=0.0)
         sums += tl.where(index < num_partials, inner + count * shift * shift, 0.0)
-    variance = tl.sum(sums, axis=0) / total
+    variance = tl.sum(sums, axis=0) / group_size
     tl.store(mean_ptr + group, mean)
     tl.store(rstd_ptr + group, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)))
 
@@ -479,7 +479,8 @@ def group_norm_silu_triton(
     config = launch_config("group_norm_silu", x)
     plan = _plan(config, x)
     partial = x.new_empty((2, plan.num_samples, plan.num_channels, plan.num_chunks), dtype=torch.float32)
-    num_partials = plan.num_channels // num_groups * plan.num_chunks
+    channels_per_group = plan.num_channels // num_groups
+    num_partials, group_size = channels_per_group * plan.num_chunks, channels_per_group * plan.spatial_size
     num_tiles = cdiv(plan.spatial_size, plan.tile["POSITIONS"])
     with device_of(x):
         _statistics_kernel[(config.grid(plan.num_chunks), *plan.rest_of_grid)](
@@ -487,8 +488,8 @@ def group_norm_silu_triton(
             TILES=plan.chunk // plan.tile["POSITIONS"], **plan.tile,
         )  # fmt: skip
         _merge_statistics_kernel[(plan.num_samples * num_groups,)](
-            partial[0], partial[1], mean, rstd, plan.spatial_size, plan.num_chunks, num_partials, eps,
-            CHUNK=plan.chunk, BLOCK=min(1024, next_power_of_2(num_partials)), **config.options,
+            partial[0], partial[1], mean, rstd, plan.spatial_size, plan.num_chunks, num_partials,
+            float(group_size), eps, CHUNK=plan.chunk, BLOCK=min(1024, next_power_of_2(num_partials)), **config.options,
         )  # fmt: skip
         _apply_kernel[(num_tiles, *plan.rest_of_grid)](
             x, mean, rstd, weight, bias, output, plan.num_channels, num_groups, plan.spatial_size, **plan.tile

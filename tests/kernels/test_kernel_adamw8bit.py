@@ -288,6 +288,16 @@ def test_a_gradient_in_another_layout_is_refused():
         adamw8bit_step(param, draw(8, 4, 3, 3), init_state(param), lr=1e-3, step=1)
 
 
+def test_scalars_of_another_type_count_alike():
+    param, grad = draw(5000), draw(5000, seed=1)
+    other = param.clone()
+    scales = {"grad_scale": torch.tensor(0.5), "update_scale": torch.tensor(0.25)}
+    adamw8bit_step(param, grad, init_state(param), lr=torch.tensor(1e-3), step=1, **scales)
+    scales = {name: scale.double() for name, scale in scales.items()}
+    adamw8bit_step(other, grad, init_state(other), lr=torch.tensor(1e-3).double(), step=1, **scales)
+    assert torch.equal(param, other)
+
+
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)])
 def test_an_empty_parameter_is_stepped(shape):
     param = torch.zeros(shape)
