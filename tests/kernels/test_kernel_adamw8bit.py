@@ -320,11 +320,17 @@ def test_a_state_of_another_parameter_is_refused(change, match):
         adamw8bit_step(param, param, init_state(param)._replace(**change), lr=1e-3, step=1)
 
 
-@pytest.mark.parametrize("extra", [False, True])
-def test_operator_is_registered_correctly(extra):
-    param = draw(5000)
-    param, extra_bits = pack_extra_bits_eager(param) if extra else (param, None)
+@pytest.mark.parametrize("weights", ["fp32", "extra_bits", "stochastic"])
+@pytest.mark.parametrize("size", [300, 5000])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_operator_is_registered_correctly(weights, size, dry_run):
+    param, extra_bits = draw(size), None
+    if weights == "extra_bits":
+        param, extra_bits = pack_extra_bits_eager(param)
+    elif weights == "stochastic":
+        param = param.to(torch.bfloat16)
     lr, step, corrections = torch.tensor(1e-3), torch.tensor(1), torch.tensor([0.1, 0.03])
-    arguments = (param, extra_bits, draw(5000), *init_state(param), lr, step, corrections, None, None)
+    scales = torch.tensor(0.5), torch.tensor(0.5)
+    arguments = (param, extra_bits, draw(size), *init_state(param), lr, step, corrections, *scales)
     operator = torch.ops.lowmem_db_kernels.adamw8bit_step.default
-    torch.library.opcheck(operator, (*arguments, 0.9, 0.999, 1e-8, 0.01, 1, 2, False))
+    torch.library.opcheck(operator, (*arguments, 0.9, 0.999, 1e-8, 0.01, 1, 2, dry_run))
