@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import numpy as np
 import torch
@@ -71,10 +71,12 @@ class CostRecorder:
         """Count what follows as no block's."""
         self._block = -1
 
+    @no_type_check
     def add(self, row: Row) -> None:
         """Add one operator."""
         self._rows.append((row.flops, row.moved_bytes, row.compute_type, self._block))
 
+    @no_type_check
     def add_crossing(self, num_bytes: int, *, to_host: bool) -> None:
         """Add a copy to the host, or from it."""
         self._crossed[to_host] += num_bytes

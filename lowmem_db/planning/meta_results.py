@@ -6,7 +6,7 @@ types of its arguments alone, so a second call with the same ones is answered fr
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ _known: dict[tuple[Any, ...], _Known | None] = {}  # None: has to run every time
 _EXCLUDED = {torch.ops.aten.set_, torch.ops.aten.resize_}
 
 
+@no_type_check
 def run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Row | None]:
     """Run an operator that is no view, or return what it returned for arguments like these; and what it costs."""
     key = _key(func, args, kwargs)
@@ -54,6 +55,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[An
     return made[0] if known.is_single else tuple(made), known.row
 
 
+@no_type_check
 def _key(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
     if torch.Tag.inplace_view in func.tags or func._overloadpacket in _EXCLUDED:
         return None
@@ -63,6 +65,7 @@ def _key(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[A
         return None
 
 
+@no_type_check
 def _describe(value: Any) -> Any:
     """Return what a result depends on.
 
@@ -105,6 +108,7 @@ def _result(made: Any, args: tuple[Any, ...]) -> _Result:
     return _New(made.shape, made.stride(), made.dtype)
 
 
+@no_type_check
 def _make(result: _Result, args: tuple[Any, ...]) -> Tensor | None:
     if isinstance(result, _New):
         return torch.empty_strided(result.shape, result.stride, dtype=result.dtype, device="meta")

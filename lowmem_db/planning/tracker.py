@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from lowmem_db_kernels import registry
@@ -134,6 +134,7 @@ class AllocationTracker(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
+    @no_type_check
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -155,6 +156,7 @@ class AllocationTracker(TorchDispatchMode):
             self._record(func, args, row)
         return made
 
+    @no_type_check
     def _record(self, func: Any, args: tuple[Any, ...], row: Row) -> None:
         """Record the costs of an operator; a copy between host and device crosses PCIe."""
         if func is _COPY and (to_host := self.is_on_host(args[0])) != self.is_on_host(args[1]):
@@ -162,6 +164,7 @@ class AllocationTracker(TorchDispatchMode):
         else:
             self._costs.add(row)
 
+    @no_type_check
     def _follow_all(self, made: Any) -> bool:
         """Follow the storages of what an operator returned; return whether one of them was unknown."""
         if isinstance(made, Tensor):
@@ -172,6 +175,7 @@ class AllocationTracker(TorchDispatchMode):
                 is_new |= self._follow_all(each)
         return is_new
 
+    @no_type_check
     def _follow(self, tensor: Tensor) -> bool:
         """Follow a tensor's storage; return whether it was unknown."""
         storage = tensor.untyped_storage()
@@ -189,6 +193,7 @@ class AllocationTracker(TorchDispatchMode):
         self._interval_peak = max(self._interval_peak, self._live_bytes)
         return True
 
+    @no_type_check
     def _forget(self, key: int) -> None:
         storage = self._storages.pop(key)
         if storage.on_host:
@@ -197,6 +202,7 @@ class AllocationTracker(TorchDispatchMode):
             self._totals[storage.part] -= storage.num_bytes
             self._live_bytes -= storage.num_bytes
 
+    @no_type_check
     def _retag(self, tensor: Tensor, part: int) -> None:
         storage = self._storages.get(tensor.untyped_storage()._cdata)
         if storage is not None and not storage.on_host:
@@ -216,6 +222,7 @@ class AllocationTracker(TorchDispatchMode):
         self._host_bytes += storage.num_bytes
         self._peak_host_bytes = max(self._peak_host_bytes, self._host_bytes)
 
+    @no_type_check
     def is_on_host(self, tensor: Tensor) -> bool:
         """Say whether :mod:`lowmem_db.host_memory` allocated a tensor's storage."""
         storage = self._storages.get(tensor.untyped_storage()._cdata)
