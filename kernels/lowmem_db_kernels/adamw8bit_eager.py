@@ -98,8 +98,9 @@ def _step_chunk(
     scaled = update if update_scale is None else update * update_scale
     moved = torch.where(usable, weight - lr * (scaled + weight_decay * weight), weight)
     _store_weight(moved, param, extra_bits, key, start)
-    _store_moment(m, state1, absmax1, signed=True)
-    _store_moment(v, state2, absmax2, signed=False)
+    has_usable = _blocks(usable).any(1)
+    _store_moment(m, state1, absmax1, has_usable, signed=True)
+    _store_moment(v, state2, absmax2, has_usable, signed=False)
     return sums
 
 
@@ -126,14 +127,18 @@ def _load_moment(state: Tensor, absmax: Tensor | None, *, signed: bool) -> Tenso
     return rows.flatten()[: state.numel()]
 
 
-def _store_moment(moment: Tensor, state: Tensor, absmax: Tensor | None, *, signed: bool) -> None:
+def _store_moment(
+    moment: Tensor, state: Tensor, absmax: Tensor | None, has_usable: Tensor, *, signed: bool
+) -> None:
+    """Write a moment; a block that no element has changed keeps its codes, which encoding again could move."""
     if absmax is None:
         state.copy_(moment)
         return
     rows = _blocks(moment)
-    absmax.copy_(rows.abs().amax(1))
+    absmax.copy_(torch.where(has_usable, rows.abs().amax(1), absmax))
     inverse = 1.0 / absmax.clamp(min=_TINY)
-    state.copy_(encode_eager(rows * inverse[:, None], signed=signed).flatten()[: state.numel()])
+    codes = torch.where(has_usable[:, None], encode_eager(rows * inverse[:, None], signed=signed), _blocks(state))
+    state.copy_(codes.flatten()[: state.numel()])
 
 
 def _store_weight(weight: Tensor, param: Tensor, extra_bits: Tensor | None, key: Tensor, start: int) -> None:

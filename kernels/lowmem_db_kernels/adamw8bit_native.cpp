@@ -225,12 +225,14 @@ inline Sums step_block(const Arguments& a, int64_t block, int count) {
         m[i] = usable[i] ? new_m : m[i];
         v[i] = usable[i] ? new_v : v[i];
     }
+    int32_t has_usable = 0;
+    for (int i = 0; i < count; ++i) has_usable |= usable[i];
     for (int i = 0; i < count; ++i) {
         const float quotient = m[i] * moment_scale / (std::sqrt(v[i]) + scaled_eps);
         update[i] = usable[i] ? quotient : 0.0f;
     }
     const Sums sums = {sum_of_squares(raw), sum_of_squares(update)};
-    if (a.dry_run) return sums;
+    if (a.dry_run || !has_usable) return sums;  // a block that nothing has changed keeps its codes
 
     load_weight(weight, a, first, count);
     for (int i = 0; i < count; ++i) {

@@ -143,8 +143,11 @@ def _step_kernel(
                 update = update * tl.load(update_scale_ptr)
             moved = tl.where(usable, weight - lr * (update + weight_decay * weight), weight)
             _store_weight(param_ptr, extra_ptr, moved, elements, inside, key, WEIGHTS)
-            _store_moment(state1_ptr, absmax1_ptr, m, elements, inside, rows, has_row, True, QUANTIZED)
-            _store_moment(state2_ptr, absmax2_ptr, v, elements, inside, rows, has_row, False, QUANTIZED)
+            # A block that no element has changed keeps its codes, which encoding again could move.
+            changed = tl.max((usable & inside).to(tl.int32), axis=1) != 0
+            inside = inside & changed[:, None]
+            _store_moment(state1_ptr, absmax1_ptr, m, elements, inside, rows, changed, True, QUANTIZED)
+            _store_moment(state2_ptr, absmax2_ptr, v, elements, inside, rows, changed, False, QUANTIZED)
 
 
 def adamw8bit_step_triton(

@@ -178,6 +178,19 @@ def test_element_without_finite_gradient_keeps_its_weight_and_the_sum_tells(devi
     assert all(moment.isfinite().all() for moment in moments_of(got))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("serve", [adamw8bit_step_triton, adamw8bit_step_eager])
+def test_gradient_scale_of_nan_leaves_every_bit_as_it_is(device, serve, weight_format):
+    """The lowest code of the signed map is short of -1: encoding a block again would move it."""
+    tensors, fixed = problem(device, (600,), weight_format=weight_format)
+    fixed["grad_scale"].fill_(float("nan"))
+    got = run(serve, tensors, fixed)
+    for name, before in tensors.items():
+        if before is not None:
+            assert_bit_equal(name, got[name], before)
+
+
 @pytest.mark.parametrize("serve", [adamw8bit_step_triton, adamw8bit_step_eager])
 def test_zero_gradient_from_zero_state(device, serve):
     tensors, fixed = problem(device, (600,), step=1)
