@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -265,9 +266,14 @@ extern "C" void adamw8bit_step(const Arguments* arguments, int num_threads, floa
     const int64_t num_workers = std::max<int64_t>(std::min<int64_t>(num_threads, num_chunks), 1);
     std::vector<Sums> partial(num_chunks);
     std::vector<std::thread> threads;
-    for (int64_t i = 1; i < num_workers; ++i)
-        threads.emplace_back(step_chunks, std::cref(a), num_chunks * i / num_workers,
-                             num_chunks * (i + 1) / num_workers, partial.data());
+    for (int64_t i = 1; i < num_workers; ++i) {
+        const int64_t begin = num_chunks * i / num_workers, end = num_chunks * (i + 1) / num_workers;
+        try {
+            threads.emplace_back(step_chunks, std::cref(a), begin, end, partial.data());
+        } catch (const std::system_error&) {  // the system gives no more threads
+            step_chunks(a, begin, end, partial.data());
+        }
+    }
     step_chunks(a, 0, num_chunks / num_workers, partial.data());
     for (std::thread& thread : threads) thread.join();
     Sums total = {0, 0};
