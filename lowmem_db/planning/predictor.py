@@ -1,8 +1,8 @@
 """Figures of strategies from as few traces as they need.
 
 What a strategy keeps between steps, and what its steps add to that, are told apart: the kinds of weights of one type
-and where optimizer states live change the first alone, the placement of checkpoints the second alone. Steps are traced with
-one placement for all blocks; mixtures are put together from the figures of their blocks.
+and where optimizer states live change the first alone, the placement of checkpoints the second alone. Steps are traced
+with one placement for all blocks; mixtures are put together from the figures of their blocks.
 """
 
 from collections.abc import Sequence
