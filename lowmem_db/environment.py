@@ -111,7 +111,9 @@ def kernels() -> list[dict[str, str]]:
     try:
         return [status._asdict() for status in lowmem_db_kernels.status()]
     except lowmem_db_kernels.KernelUnavailableError as error:
-        raise DependencyError(f"{error}; allowed: auto, triton on a CUDA device, native on a CPU, eager, interpret") from error
+        raise DependencyError(
+            f"{error}; allowed: auto, triton on a CUDA device, native on a CPU, eager, interpret"
+        ) from error
 
 
 def check_kernels() -> None:

@@ -127,9 +127,7 @@ def _load_moment(state: Tensor, absmax: Tensor | None, *, signed: bool) -> Tenso
     return rows.flatten()[: state.numel()]
 
 
-def _store_moment(
-    moment: Tensor, state: Tensor, absmax: Tensor | None, has_usable: Tensor, *, signed: bool
-) -> None:
+def _store_moment(moment: Tensor, state: Tensor, absmax: Tensor | None, has_usable: Tensor, *, signed: bool) -> None:
     """Write a moment; a block that no element has changed keeps its codes, which encoding again could move."""
     if absmax is None:
         state.copy_(moment)

@@ -1,0 +1,62 @@
+"""The predicted peaks in the headers of configs/ are what the planner says, on a card of the size in the file's name."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lowmem_db.config.loading import load_config
+from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.planning.models import find_configuration
+from lowmem_db.planning.phases import Subject, trace_train
+from lowmem_db.planning.plan import plan
+from lowmem_db.planning.target import find_target
+
+GIB = 1 << 30
+FILES = sorted((Path(__file__).parents[2] / "configs").glob("*gb.yaml"))
+HEADER = re.compile(r"# Predicted peak: (\d+\.\d\d) GiB in training, (\d+\.\d\d) GiB for the whole run")
+# Training phase, GiB: what these configurations were made for.
+LIMITS = {
+    "sd15_full_8gb": 5.6,
+    "sd15_full_6gb": 4.6,
+    "sd15_full_4gb": 2.9,
+    "sdxl_full_16gb": 15.3,
+    "sdxl_full_12gb": 9.2,
+    "sdxl_full_8gb": 6.6,
+}
+
+
+def in_header(file: Path) -> tuple[float, float]:
+    match = HEADER.search(file.read_text())
+    assert match is not None, f"{file} has no predicted peak"
+    return float(match[1]), float(match[2])
+
+
+def card_of(file: Path) -> str:
+    size = re.search(r"(\d+)gb", file.name)
+    assert size is not None
+    return f"rtx 3060 {size[1]}GB"
+
+
+def test_there_are_configurations() -> None:
+    assert {file.stem for file in FILES} >= LIMITS.keys()
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_training_stays_within_what_the_configuration_was_made_for(name: str) -> None:
+    file = next(file for file in FILES if file.stem == name)
+    config = load_config(file)
+    target = find_target(config, gpu=card_of(file))
+    subject = Subject(config=config, model=find_configuration(config.model), card=target.card)
+    peak = trace_train(subject, plain_strategy(config)).peak.total / GIB
+    assert peak <= LIMITS[name]
+    assert round(peak, 2) == in_header(file)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_header_is_what_the_planner_says_and_fits_the_card(file: Path) -> None:
+    config = load_config(file)
+    found = plan(config, find_target(config, gpu=card_of(file)))
+    training = next(phase.parts.total for phase in found.phases if phase.name == "train")
+    assert (round(training / GIB, 2), round(found.peak_bytes / GIB, 2)) == in_header(file)
