@@ -3,9 +3,9 @@
     python benchmarks/memory_ladder.py [--output FILE.jsonl] [--picture docs/images/memory_ladder.png]
 
 Bytes of tensors while a step of UNet and text encoders runs on one photo and one class image. `sd15` and `sdxl` are
-predicted: traces of the real step on the meta device, 512 and 1024 px. `demo` is the small model of this package at 128
-px, predicted alike and measured: three real steps on the CPU, every storage followed. Prints a JSON line per rung, then a
-table.
+predicted: traces of the real step on the meta device, 512 and 1024 px. `demo` is the small model of this package at
+128 px, predicted alike and measured: three real steps on the CPU, every storage followed. Prints a JSON line per rung,
+then a table.
 """
 
 import argparse
@@ -110,11 +110,15 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for row in rows:
         sd15, sdxl, demo = (row[model] for model in MODELS)
-        host = f"{sd15['host_bytes'] / GIB:.1f} / {sdxl['host_bytes'] / GIB:.1f} GiB"
-        print(
-            f"| {row['rung']} | {sd15['predicted_bytes'] / GIB:.2f} GiB | {sdxl['predicted_bytes'] / GIB:.2f} GiB | {host} "
-            f"| {demo['predicted_bytes'] / MIB:.1f} MiB | {demo['measured_bytes'] / MIB:.1f} MiB |"
-        )
+        cells = [
+            row["rung"],
+            f"{sd15['predicted_bytes'] / GIB:.2f} GiB",
+            f"{sdxl['predicted_bytes'] / GIB:.2f} GiB",
+            f"{sd15['host_bytes'] / GIB:.1f} / {sdxl['host_bytes'] / GIB:.1f} GiB",
+            f"{demo['predicted_bytes'] / MIB:.1f} MiB",
+            f"{demo['measured_bytes'] / MIB:.1f} MiB",
+        ]
+        print(f"| {' | '.join(cells)} |")
     if options.output:
         options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if options.picture:

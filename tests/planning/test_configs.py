@@ -1,4 +1,4 @@
-"""The predicted peaks in the headers of configs/ are what the planner says, on a card of the size in the file's name."""
+"""Predicted peaks in the headers of configs/ are what the planner says, on a card of the size in the file's name."""
 
 import re
 from pathlib import Path
