@@ -14,7 +14,7 @@ from lowmem_db.planning.plan import Plan
 from lowmem_db.records import PhaseMemory, Refusal
 
 _NUM_REFUSED = 8
-_WIDTH = 16
+_WIDTH = 14
 _HEADINGS = ("weights", "states", "grads", "act.", "other", "host")
 
 
@@ -77,12 +77,12 @@ def summary(plan: Plan) -> str:
 
 def _phases(plan: Plan) -> Table:
     largest = max(phase.parts.total for phase in plan.phases)
-    table = Table(box=None)
-    for heading in ("phase", "peak", "", *_HEADINGS):
+    table = Table(box=None, collapse_padding=True, pad_edge=False)
+    for heading in ("GiB", "peak", "", *_HEADINGS):
         table.add_column(heading, no_wrap=True)
     for phase in plan.phases:
         bar = Bar(largest, 0, phase.parts.total, width=_WIDTH)
-        table.add_row(phase.name, _gib(phase.parts.total), bar, *_sizes(phase))
+        table.add_row(phase.name, _short(phase.parts.total), bar, *_sizes(phase))
     return table
 
 
