@@ -22,7 +22,7 @@ def move(parameters: dict[str, nn.Parameter], step: int) -> None:
 
 
 def test_average_follows_the_formula(parameters: dict[str, nn.Parameter]) -> None:
-    ema = ExponentialMovingAverage(parameters, {}, decay=0.3)
+    ema = ExponentialMovingAverage(parameters, dict, decay=0.3)
     expected = {name: parameter.detach().double() for name, parameter in parameters.items()}
     for step in range(1, 6):
         move(parameters, step)
@@ -35,7 +35,7 @@ def test_average_follows_the_formula(parameters: dict[str, nn.Parameter]) -> Non
 
 
 def test_first_average_is_the_first_weights(parameters: dict[str, nn.Parameter]) -> None:
-    ema = ExponentialMovingAverage(parameters, {}, decay=0.9)
+    ema = ExponentialMovingAverage(parameters, dict, decay=0.9)
     before = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
     move(parameters, 1)
     for name, weight in before.items():
@@ -44,7 +44,7 @@ def test_first_average_is_the_first_weights(parameters: dict[str, nn.Parameter])
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_trained_weights_come_back_bit_for_bit(parameters: dict[str, nn.Parameter], fails: bool) -> None:
-    ema = ExponentialMovingAverage(parameters, {}, decay=0.9)
+    ema = ExponentialMovingAverage(parameters, dict, decay=0.9)
     move(parameters, 1)
     ema.update(1)
     trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -63,10 +63,10 @@ def test_trained_weights_come_back_bit_for_bit(parameters: dict[str, nn.Paramete
 
 
 def test_restored_average_goes_on_bit_for_bit(parameters: dict[str, nn.Parameter]) -> None:
-    ema = ExponentialMovingAverage(parameters, {}, decay=0.9)
+    ema = ExponentialMovingAverage(parameters, dict, decay=0.9)
     move(parameters, 1)
     ema.update(1)
-    restored = ExponentialMovingAverage(parameters, {}, decay=0.9)
+    restored = ExponentialMovingAverage(parameters, dict, decay=0.9)
     restored.load_state_dict(copy.deepcopy(ema.state_dict()))
     move(parameters, 2)
     for each in (ema, restored):
