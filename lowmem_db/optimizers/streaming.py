@@ -18,7 +18,7 @@ from torch import Tensor
 from lowmem_db.host_memory import pieces_on_host
 from lowmem_db.optimizers.states import StateLayout
 
-_Event = torch.Event | None  # None on the CPU, where a copy is done when it returns
+_Event = torch.cuda.Event | None  # None on the CPU, where a copy is done when it returns
 
 
 @dataclass(frozen=True)

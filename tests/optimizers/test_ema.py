@@ -62,6 +62,25 @@ def test_trained_weights_come_back_bit_for_bit(parameters: dict[str, nn.Paramete
     assert torch.equal(ema.average["a"], average["a"])
 
 
+def test_average_of_24_bit_weights_follows_the_bits_they_have_now() -> None:
+    parameters = {"a": nn.Parameter(torch.ones(4).bfloat16()), "b": nn.Parameter(torch.ones(4).bfloat16())}
+    bits = {"a": torch.zeros(4, dtype=torch.int8)}
+    ema = ExponentialMovingAverage(parameters, lambda: bits, decay=0.5)
+    bits = {"a": torch.full((4,), 64, dtype=torch.int8)}
+    ema.update(100)
+    assert torch.equal(ema.average["a"], torch.full((4,), 1 + 0.5 * 2**-9))
+    assert torch.equal(ema.average["b"], torch.ones(4))
+
+
+def test_average_is_applied_without_a_copy_where_its_type_is_asked_for(parameters: dict[str, nn.Parameter]) -> None:
+    ema = ExponentialMovingAverage(parameters, dict, decay=0.9)
+    before = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+    with ema.applied(torch.float32):
+        for name, parameter in parameters.items():
+            assert parameter.data_ptr() == ema.average[name].data_ptr()
+    assert {name: parameter.data_ptr() for name, parameter in parameters.items()} == before
+
+
 def test_restored_average_goes_on_bit_for_bit(parameters: dict[str, nn.Parameter]) -> None:
     ema = ExponentialMovingAverage(parameters, dict, decay=0.9)
     move(parameters, 1)
