@@ -37,8 +37,8 @@ def train(
 
     from lowmem_db import environment
     from lowmem_db.config.loading import to_yaml
-    from lowmem_db.console import say
     from lowmem_db.config.strategy import with_strategy
+    from lowmem_db.console import say
     from lowmem_db.models.source import find_model
     from lowmem_db.planning.output import summary
     from lowmem_db.planning.plan import plan as plan_run

@@ -82,8 +82,8 @@ class AdamW8bit:
         config = self.config
         self._bitsandbytes.functional.optimizer_update_8bit_blockwise(
             "adam", gradient, parameter, state["state1"], state["state2"], config.beta1, config.beta2, 0.0, 0.0,
-            config.epsilon, scalars.host_step, scalars.host_learning_rate, *self._maps, state["absmax1"], state["absmax2"],
-            weight_decay=config.weight_decay, gnorm_scale=1.0, skip_zeros=False,
+            config.epsilon, scalars.host_step, scalars.host_learning_rate, *self._maps,
+            state["absmax1"], state["absmax2"], weight_decay=config.weight_decay, gnorm_scale=1.0, skip_zeros=False,
         )  # fmt: skip
 
 

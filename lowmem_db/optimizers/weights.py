@@ -1,8 +1,8 @@
 """Kinds of weights that train: fp32, bf16 with eight extra bits (24-bit weights), bf16 with stochastic rounding.
 
-The extra bits belong to the optimizer's state of a parameter, an int8 of its shape. The parameter itself is then a
-correctly rounded bf16: the model computes with it, and a checkpoint of the model needs nothing else. Formats and
-rounding are those of ``lowmem_db_kernels``.
+The extra bits belong to the optimizer's state of a parameter, an int8 of its shape. The parameter itself is then
+the nearest bf16: the model computes with it, and a checkpoint of the model needs nothing else. Formats and rounding are
+those of ``lowmem_db_kernels``.
 """
 
 from collections.abc import Iterator, Mapping

@@ -76,7 +76,7 @@ def sample_prompt(
 
 
 def load_decoder(config: Config, model: ModelFolder, denoiser: Denoiser) -> Autoencoder:
-    """Load the autoencoder that decodes samples: in fp32 or, for tiled samples, in tiles and the type of the weights."""
+    """Load the autoencoder that decodes samples: in fp32; for tiled samples in tiles and the type of the weights."""
     if not config.memory.tiled_samples:
         return load_autoencoder(model, device=denoiser.device)
     autoencoder = load_autoencoder(model, device=denoiser.device, dtype=denoiser.unet.dtype)

@@ -1,8 +1,10 @@
 """The handle around every optimizer, stepping after the backward pass and in it."""
 
 import copy
+import gc
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -210,6 +212,17 @@ def test_gradients_are_freed_as_they_come() -> None:
     assert sum(parameter.grad is not None for parameter in handle.parameters()) == 4  # small ones wait
     handle.step()
     assert all(parameter.grad is None for parameter in handle.parameters())
+
+
+@pytest.mark.parametrize("strategy", [{}, IN_BACKWARD, STREAMED], ids=["after", "in backward", "streamed"])
+def test_optimizer_and_model_are_freed(strategy: dict) -> None:
+    trained = modules()
+    handle = build(trained, strategy)
+    do_step(handle, trained, 0)
+    seen = [weakref.ref(handle), weakref.ref(trained["unet"][2].weight)]
+    del handle, trained
+    gc.collect()
+    assert [reference() for reference in seen] == [None, None]
 
 
 def test_undo_leaves_gradients_alone_again() -> None:
