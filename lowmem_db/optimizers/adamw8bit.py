@@ -33,7 +33,7 @@ class AdamW8bit:
 
     def __init__(self, config: OptimizerConfig, device: torch.device, *, leaves_out_overflow: bool = False) -> None:
         self.config = config
-        self._bitsandbytes = None if leaves_out_overflow else _bitsandbytes_for(device)
+        self._bitsandbytes: Any = None if leaves_out_overflow else _bitsandbytes_for(device)
         self._maps = [dynamic_map(signed=signed).to(device) for signed in (True, False)] if self._bitsandbytes else []
         self.reports_norm = self._bitsandbytes is None
 

@@ -155,4 +155,8 @@ def _wait(stream: torch.cuda.Stream | None, *events: _Event) -> None:
 
 
 def _record(stream: torch.cuda.Stream | None) -> _Event:
-    return None if stream is None else stream.record_event(torch.cuda.Event())
+    if stream is None:
+        return None
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event

@@ -187,7 +187,8 @@ def _set_arithmetic(config: Config, device: torch.device) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # or every new tensor is written twice
+        # Else every new tensor is filled before it is written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _num_checkpoints(config: Config) -> int:

@@ -26,6 +26,9 @@ class Event(torch.cuda.Event):
     def __init__(self) -> None:
         pass
 
+    def record(self, stream: "Stream") -> None:
+        self.stream, self.position = stream, len(stream.queue)
+
     def synchronize(self) -> None:
         while self.stream.num_done < self.position:
             self.stream.device.run_one()
@@ -42,16 +45,13 @@ class Stream(torch.cuda.Stream):
         self.queue: list[Event | Callable[[], object]] = []
         self.num_done = 0
 
-    def record_event(self, event: Event | None = None) -> Event:
-        event = event or Event()
-        event.stream, event.position = self, len(self.queue)
-        return event
-
     def wait_event(self, event: Event) -> None:
         self.queue.append(event)
 
     def wait_stream(self, stream: "Stream") -> None:
-        self.wait_event(stream.record_event())
+        event = Event()
+        event.record(stream)
+        self.wait_event(event)
 
     def can_run(self) -> bool:
         if self.num_done == len(self.queue):
