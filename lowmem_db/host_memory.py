@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+_CHUNK_BYTES = 256 * 2**20  # torch rounds pinned allocations up to a power of two; small ones waste little
 _observers: list[Callable[[Tensor], None]] = []
 
 
@@ -27,6 +28,31 @@ def empty_on_host(shape: Sequence[int], dtype: torch.dtype, *, device: torch.dev
     for observer in _observers:
         observer(tensor)
     return tensor
+
+
+def pieces_on_host(sizes: Sequence[int], *, device: torch.device) -> list[Tensor]:
+    """Allocate pieces of zeros on the host, as uint8, many of them in one allocation.
+
+    Args:
+        sizes: Bytes of each piece.
+        device: The device they are copied to and from.
+    """
+    pieces: list[Tensor] = []
+    for chunk in _chunks(sizes):
+        pieces += empty_on_host((sum(chunk),), torch.uint8, device=device).zero_().split(chunk)
+    return pieces
+
+
+def _chunks(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Yield consecutive sizes whose sum is at most that of a chunk, or a single larger one."""
+    chunk: list[int] = []
+    for size in sizes:
+        if chunk and sum(chunk) + size > _CHUNK_BYTES:
+            yield chunk
+            chunk = []
+        chunk.append(size)
+    if chunk:
+        yield chunk
 
 
 @contextmanager

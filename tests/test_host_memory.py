@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from lowmem_db.host_memory import empty_on_host, observed
+from lowmem_db import host_memory
+from lowmem_db.host_memory import empty_on_host, observed, pieces_on_host
 
 
 @pytest.mark.parametrize(("device", "where"), [("cpu", "cpu"), ("meta", "meta")])
@@ -17,6 +18,17 @@ def test_observers_are_told_inside_the_block_alone():
     empty_on_host((1,), torch.float32, device=torch.device("meta"))
     assert len(seen) == 1
     assert seen[0] is inside
+
+
+def test_pieces_share_allocations_that_round_up_little(monkeypatch):
+    monkeypatch.setattr(host_memory, "_CHUNK_BYTES", 1024)
+    allocated = []
+    with observed(allocated.append):
+        pieces = pieces_on_host([512, 256, 512, 0, 2000, 1024], device=torch.device("cpu"))
+    assert [chunk.nbytes for chunk in allocated] == [768, 512, 2000, 1024]
+    assert [piece.nbytes for piece in pieces] == [512, 256, 512, 0, 2000, 1024]
+    assert not any(piece.any() for piece in pieces)
+    assert pieces_on_host([], device=torch.device("cpu")) == []
 
 
 @pytest.mark.gpu

@@ -210,7 +210,7 @@ class MemoryConfig(Section):
     """Step each parameter as soon as its gradient is complete, and free the gradient."""
     stream_optimizer_state: bool | None = None
     """Keep 8-bit states and extra bits in the host's memory; they pass through the device during the backward pass."""
-    checkpointing: Placement | dict[str, Placement] | None = None
+    checkpointing: Placement | Annotated[dict[str, Placement], Field(min_length=1)] | None = None
     """Activations that are recomputed in the backward pass: ``none``; ``layers``, each residual block and transformer
     block by itself; ``segments``, with whole transformers and skip connections inside; ``nested``, twice inside
     transformers. A mapping gives a placement per block: ``{unet.up_blocks.3: segments}``."""

@@ -111,7 +111,7 @@ def _placements(modules: Mapping[str, nn.Module], placement: str | Mapping[str, 
     chosen = dict.fromkeys(names, placement) if isinstance(placement, str) else dict(placement)
     for name, value in chosen.items():
         if name not in names:
-            raise ValueError(f"checkpointing: {name!r} is no block; the blocks are {', '.join(names)}")
+            raise ValueError(f"{name!r} is no block; the blocks are {', '.join(names)}")
         if value not in PLACEMENTS:
             raise ValueError(f"checkpointing of {name}: {value!r} is no placement; choose {', '.join(PLACEMENTS)}")
     return dict.fromkeys(names, "none") | chosen

@@ -55,8 +55,11 @@ class Adafactor:
         scale = mean_square_scale(update.sum_of_squares(), parameter.numel()) if scalars.clip_update else 1.0
         rounding = {"rounding_seed": rounding_seed, "step": scalars.step}
         with stepped_in_fp32(parameter, state.get(EXTRA_BITS), **rounding) as weight:
-            for part, direction in update.parts(weight.view(rows.shape)):
+            matrix = weight.reshape(rows.shape)
+            for part, direction in update.parts(matrix):
                 part.sub_((direction * scale + self.config.weight_decay * part) * scalars.learning_rate)
+            if not weight.is_contiguous():  # the matrix is a copy
+                weight.copy_(matrix.view_as(weight))
 
 
 class _Update:

@@ -28,11 +28,13 @@ class AdamW8bit:
     Args:
         config: The section ``optimizer``.
         device: Where the parameters are.
+        leaves_out_overflow: A gradient scale of NaN shall leave a parameter as it is, which bitsandbytes cannot.
     """
 
-    def __init__(self, config: OptimizerConfig, device: torch.device) -> None:
+    def __init__(self, config: OptimizerConfig, device: torch.device, *, leaves_out_overflow: bool = False) -> None:
         self.config = config
-        self._bitsandbytes = _bitsandbytes_for(device)
+        self._bitsandbytes: Any = None if leaves_out_overflow else _bitsandbytes_for(device)
+        self._maps = [dynamic_map(signed=signed).to(device) for signed in (True, False)] if self._bitsandbytes else []
         self.reports_norm = self._bitsandbytes is None
 
     def state_tensors(self, parameter: Tensor, *, small: bool) -> Sequence[StateTensor]:
@@ -78,11 +80,10 @@ class AdamW8bit:
         if scalars.gradient_scale is not None:
             gradient.mul_(scalars.gradient_scale)
         config = self.config
-        maps = (dynamic_map(signed=signed).to(parameter.device) for signed in (True, False))
         self._bitsandbytes.functional.optimizer_update_8bit_blockwise(
             "adam", gradient, parameter, state["state1"], state["state2"], config.beta1, config.beta2, 0.0, 0.0,
-            config.epsilon, scalars.host_step, scalars.host_learning_rate, *maps, state["absmax1"], state["absmax2"],
-            weight_decay=config.weight_decay, gnorm_scale=1.0, skip_zeros=False,
+            config.epsilon, scalars.host_step, scalars.host_learning_rate, *self._maps,
+            state["absmax1"], state["absmax2"], weight_decay=config.weight_decay, gnorm_scale=1.0, skip_zeros=False,
         )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def build_optimizer(
     Raises:
         ConfigError: A module has nothing to train.
     """
-    rule = _rule(config.optimizer, device)
+    rule = _rule(config.optimizer, strategy, device)
     kind = InBackwardHandle if strategy.optimizer_in_backward else OptimizerHandle
     return kind(
         _units(config, strategy, rule, modules, device),
@@ -50,9 +50,10 @@ def build_optimizer(
     )
 
 
-def _rule(config: OptimizerConfig, device: torch.device) -> UpdateRule:
+def _rule(config: OptimizerConfig, strategy: Strategy, device: torch.device) -> UpdateRule:
     if config.name == "adamw8bit":
-        return AdamW8bit(config, device)
+        leaves_out_overflow = strategy.optimizer_in_backward and strategy.autocast == "fp16"
+        return AdamW8bit(config, device, leaves_out_overflow=leaves_out_overflow)
     return AdamW(config) if config.name == "adamw" else Adafactor(config)
 
 

@@ -30,11 +30,6 @@ class GradientClipping:
         self.max_norm = max_norm
         self.average_norm = torch.zeros((), device=device)
 
-    @property
-    def needs_norm_of_each(self) -> bool:
-        """Whether the norm of a gradient must be known before its step."""
-        return self.mode == "per_tensor"
-
     def scale(self, norm: Tensor | None) -> Tensor | None:
         """Return what a gradient is multiplied by; None: nothing.
 

@@ -1,6 +1,6 @@
 """Exponential moving average of the weights, in fp32."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,34 +17,44 @@ class ExponentialMovingAverage:
 
     Args:
         parameters: What is averaged, by name; the names are those of the checkpoint.
-        extra_bits: Extra bits of 24-bit weights by name, as they stand on the device.
+        extra_bits: Returns the extra bits of 24-bit weights by name; called whenever weights are read.
         decay: Largest decay.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], extra_bits: Mapping[str, Tensor], *, decay: float
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        extra_bits: Callable[[], Mapping[str, Tensor]],
+        *,
+        decay: float,
     ) -> None:
         self.parameters = dict(parameters)
         self.extra_bits = extra_bits
         self.decay = decay
-        self.average = {name: self._weight(name).clone() for name in self.parameters}
+        self.average = {name: weight.clone() for name, weight in self._weights()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after a step; the first step is 1."""
-        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
-        for name, average in self.average.items():
-            average.lerp_(self._weight(name), weight)
+        factor = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        for name, weight in self._weights():
+            self.average[name].lerp_(weight, factor)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Put the average into the model, and the trained weights back afterwards."""
-        trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self._write(self.average)
+    def applied(self, dtype: torch.dtype | None = None) -> Iterator[None]:
+        """Put the average into the model, and the trained weights back afterwards.
+
+        Args:
+            dtype: Type of the weights meanwhile; fp32 takes the average as it is. None: the type that trains.
+        """
+        trained = {name: parameter.data for name, parameter in self.parameters.items()}
         try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self.average[name].to(dtype or parameter.dtype)
             yield
         finally:
-            self._write(trained)
+            for name, parameter in self.parameters.items():
+                parameter.data = trained[name]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the average by name."""
@@ -55,10 +65,8 @@ class ExponentialMovingAverage:
         for name, average in self.average.items():
             average.copy_(state[name])
 
-    @torch.no_grad()
-    def _write(self, weights: Mapping[str, Tensor]) -> None:
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each weight in fp32: the parameter's own memory, or a new tensor."""
+        extra_bits = self.extra_bits()
         for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
-
-    def _weight(self, name: str) -> Tensor:
-        return in_fp32(self.parameters[name].detach(), self.extra_bits.get(name))
+            yield name, in_fp32(parameter.detach(), extra_bits.get(name))

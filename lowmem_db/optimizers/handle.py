@@ -47,6 +47,7 @@ class OptimizerHandle:
         self.num_steps = 0
         self._rates = dict.fromkeys(self.group_names(), 0.0)
         self._scalars: dict[str, StepScalars] = {}
+        self._extra_bits_of_removed: dict[str, Tensor] = {}
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what is stepped, all groups together."""
@@ -92,7 +93,9 @@ class OptimizerHandle:
         return value
 
     def remove_group(self, name: str) -> None:
-        """Take a group out for good, with its states: its parameters stay as they are."""
+        """Take a group out for good, with its states: its parameters stay as they are, and so do their extra bits."""
+        own = {parameter: bits for parameter, bits in self.extra_bits().items() if parameter.startswith(f"{name}.")}
+        self._extra_bits_of_removed |= {parameter: bits.clone() for parameter, bits in own.items()}
         for unit in self.units:
             if unit.group == name:
                 unit.states.remove([unit.name])
@@ -133,7 +136,8 @@ class OptimizerHandle:
         return used / sum(parameter.numel() for parameter in self.parameters())
 
     def _states_by_parameter(self) -> dict[str, Mapping[str, Tensor]]:
-        return {name: tensors for unit in self.units for name, tensors in unit.states_by_parameter().items()}
+        removed = {name: {EXTRA_BITS: bits} for name, bits in self._extra_bits_of_removed.items()}
+        return removed | {name: tensors for unit in self.units for name, tensors in unit.states_by_parameter().items()}
 
     def _begin_step(self) -> None:
         """Count the step, and put what it depends on onto the device."""

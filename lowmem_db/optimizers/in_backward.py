@@ -6,6 +6,7 @@ their joint norm, is refused by the configuration.
 """
 
 import math
+import weakref
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,7 @@ class InBackwardHandle(OptimizerHandle):
         for unit in self.units:
             if isinstance(unit, LargeParameter) and unit.name not in self._hooks:
                 (parameter,) = unit.parameters.values()
-                hook = partial(self._on_gradient, unit)
+                hook = partial(_step, weakref.ref(self), weakref.ref(unit))
                 self._hooks[unit.name] = parameter.register_post_accumulate_grad_hook(hook)
 
     def backward(self, loss: Tensor) -> None:
@@ -76,7 +77,7 @@ class InBackwardHandle(OptimizerHandle):
         self._hooks.clear()
 
     @torch.no_grad()
-    def _on_gradient(self, unit: StepUnit, _: object = None) -> None:
+    def _on_gradient(self, unit: StepUnit) -> None:
         """Step a unit whose gradient is complete, and free that."""
         gradient = unit.gradient()
         if gradient is None:
@@ -95,3 +96,9 @@ class InBackwardHandle(OptimizerHandle):
     def _rule_reports_norm(self) -> bool:
         """Say whether the norm need not be known before the step and comes out of it."""
         return self.rule.reports_norm and self.loss_scale is None and self.clipping.mode != "per_tensor"
+
+
+def _step(handle: weakref.ref[InBackwardHandle], unit: weakref.ref[LargeParameter], _: Tensor) -> None:
+    """Step in a hook, which must hold nothing that holds its parameter: no garbage collector looks into hooks."""
+    if (stepping := handle()) is not None and (stepped := unit()) is not None:
+        stepping._on_gradient(stepped)

@@ -1,6 +1,6 @@
 """Optimizer states that live on the host and pass through the device while the backward pass runs.
 
-All states lie in one pinned arena on the host, allocated once. A ring of bytes on the device takes the states of the
+All states lie in pinned memory of the host, allocated once. A ring of bytes on the device takes the states of the
 next parameters ahead of need; a parameter is stepped on the device, and its state goes back behind the computation.
 The copies run on two side streams, one per direction. On the CPU the same code copies at once.
 
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem_db.host_memory import empty_on_host
+from lowmem_db.host_memory import pieces_on_host
 from lowmem_db.optimizers.states import StateLayout
 
-_Event = torch.Event | None  # None on the CPU, where a copy is done when it returns
+_Event = torch.cuda.Event | None  # None on the CPU, where a copy is done when it returns
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,12 @@ class StreamedStates:
         self._layouts = dict(layouts)
         sizes = [layout.nbytes for layout in layouts.values()]
         self._ring = torch.empty(ring_bytes or 2 * max(sizes, default=0), dtype=torch.uint8, device=device)
-        self._arena = empty_on_host((sum(sizes),), torch.uint8, device=device).zero_()
-        self._on_host = dict(zip(layouts, self._arena.split(sizes), strict=True))
+        self._on_host = dict(zip(layouts, pieces_on_host(sizes, device=device), strict=True))
+        self._device = device
         self._inward = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._outward = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._inward is not None:
+            self._inward.wait_stream(torch.cuda.current_stream(device))  # the ring's memory may be in use until then
         self._order: list[str] = []  # in which the last step took the states: what is fetched ahead
         self._taken: list[str] = []  # in this step
         self._ahead: deque[str] = deque()  # what is to be fetched in this step
@@ -68,11 +70,6 @@ class StreamedStates:
         self._leaving: list[_Passage] = []  # stepped, on their way back to the host
         self._back: dict[str, _Event] = {}  # when the host has the newest state of a parameter
         self._head = 0  # where the ring goes on
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of the arena on the host."""
-        return self._arena.nbytes
 
     def begin_step(self) -> None:
         """Start to fetch what the last step began with."""
@@ -86,7 +83,7 @@ class StreamedStates:
         """Return a context with the state of one parameter on the device; afterwards it goes back to the host."""
         passage = self._take(name)
         if passage.copied is not None:
-            torch.cuda.current_stream().wait_event(passage.copied)
+            torch.cuda.current_stream(self._device).wait_event(passage.copied)
         yield self._layouts[name].views(self._ring[passage.start : passage.stop])
         self._send_back(passage)
         self._taken.append(name)
@@ -100,7 +97,7 @@ class StreamedStates:
         return self._layouts[name].views(self._on_host[name])
 
     def remove(self, names: Iterable[str]) -> None:
-        """Step some parameters no more; their part of the arena stays allocated."""
+        """Step some parameters no more; their part of the host's memory stays allocated."""
         for name in names:
             del self._layouts[name]
         self._order = [name for name in self._order if name in self._layouts]
@@ -139,7 +136,7 @@ class StreamedStates:
 
     def _send_back(self, passage: _Passage) -> None:
         if self._outward is not None:
-            self._outward.wait_stream(torch.cuda.current_stream())
+            self._outward.wait_stream(torch.cuda.current_stream(self._device))
         with _on(self._outward):
             self._on_host[passage.name].copy_(self._ring[passage.start : passage.stop], non_blocking=True)
             back = _record(self._outward)
@@ -158,4 +155,8 @@ def _wait(stream: torch.cuda.Stream | None, *events: _Event) -> None:
 
 
 def _record(stream: torch.cuda.Stream | None) -> _Event:
-    return None if stream is None else stream.record_event(torch.cuda.Event())
+    if stream is None:
+        return None
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event

@@ -1,8 +1,8 @@
 """Kinds of weights that train: fp32, bf16 with eight extra bits (24-bit weights), bf16 with stochastic rounding.
 
-The extra bits belong to the optimizer's state of a parameter, an int8 of its shape. The parameter itself is then a
-correctly rounded bf16: the model computes with it, and a checkpoint of the model needs nothing else. Formats and
-rounding are those of ``lowmem_db_kernels``.
+The extra bits belong to the optimizer's state of a parameter, an int8 of its shape. The parameter itself is then
+the nearest bf16: the model computes with it, and a checkpoint of the model needs nothing else. Formats and rounding are
+those of ``lowmem_db_kernels``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowmem_db.config.schema import Weights
 
 EXTRA_BITS = "extra_bits"
-_CHUNK = 1 << 20  # elements converted at once, which bounds the temporaries
+_CHUNK = 1 << 22  # elements rounded at once: the integers of the rounding take tens of bytes for each
 
 
 def apply(modules: Mapping[str, nn.Module], kind: Weights) -> dict[str, Tensor]:
@@ -78,24 +78,30 @@ def stepped_in_fp32(
     weight = in_fp32(parameter, extra_bits)
     yield weight
     if extra_bits is not None:
-        high, low = pack_extra_bits_eager(weight)
-        extra_bits.copy_(low)
+        _split_into(weight, parameter, extra_bits)
     else:
         assert rounding_seed is not None, "a bf16 weight without extra bits needs a seed for its rounding"
-        in_order = weight.as_strided((weight.numel(),), (1,))
-        high = round_stochastically_eager(in_order, rounding_key_eager(rounding_seed, step))
-        high = high.as_strided(weight.shape, weight.stride())
-    parameter.copy_(high)
+        key = rounding_key_eager(rounding_seed, step)
+        for index, (part, rounded) in enumerate(_in_parts(weight, parameter)):
+            rounded.copy_(round_stochastically_eager(part, key, start=index * _CHUNK))
 
 
 def _split(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Split an fp32 weight into bf16 and extra bits, part by part."""
+    """Split an fp32 weight into bf16 and extra bits."""
     high = torch.empty_like(weight, dtype=torch.bfloat16)
     low = torch.empty_like(weight, dtype=torch.int8)
-    size = weight.numel() if weight.is_meta else _CHUNK
-    in_order = [tensor.as_strided((tensor.numel(),), (1,)).split(size) for tensor in (weight, high, low)]
-    for part, high_part, low_part in zip(*in_order, strict=True):
+    _split_into(weight, high, low)
+    return high, low
+
+
+def _split_into(weight: Tensor, high: Tensor, low: Tensor) -> None:
+    for part, high_part, low_part in _in_parts(weight, high, low):
         packed = pack_extra_bits_eager(part)
         high_part.copy_(packed[0])
         low_part.copy_(packed[1])
-    return high, low
+
+
+def _in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield stretches of dense tensors of the same shape and strides, in the order in which they lie in memory."""
+    flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+    yield from zip(*(tensor.split(_CHUNK) for tensor in flat), strict=True)

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from lowmem_db.config.loading import read_yaml
+from lowmem_db.config.rules import refusals
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
-from lowmem_db.errors import CheckpointError
+from lowmem_db.errors import CheckpointError, ConfigError
 from lowmem_db.storage.run_folder import RunFolder
 
 FIXED_FIELDS = (
@@ -23,14 +24,21 @@ FIXED_FIELDS = (
 
 
 PLANNED_FIELDS = {
-    "memory": ("weights", "optimizer_in_backward", "stream_optimizer_state", "checkpointing", "offload_checkpoints"),
+    "memory": (
+        "weights", "optimizer_in_backward", "stream_optimizer_state", "checkpointing", "offload_checkpoints",
+        "tiled_samples",
+    ),
     "training": ("clipping", "mixed_precision"),
-}
+}  # fmt: skip
 """Fields that the planner fills where they are left open."""
 
 
 def with_choices_of_run(run: RunFolder, config: Config) -> Config:
-    """Return the configuration with what it leaves open filled in as the run was begun, where there is a checkpoint."""
+    """Return the configuration with what it leaves open filled in as the run was begun, where there is a checkpoint.
+
+    Raises:
+        ConfigError: What it does not leave open goes not with the rest.
+    """
     if not run.complete_steps():
         return config
     before = read_yaml(run.config_file)
@@ -39,7 +47,10 @@ def with_choices_of_run(run: RunFolder, config: Config) -> Config:
         section = getattr(config, name)
         chosen = {field: before.get(name, {}).get(field) for field in fields if getattr(section, field) is None}
         sections[name] = section.model_copy(update=chosen)
-    return config.model_copy(update=sections)
+    filled = config.model_copy(update=sections)
+    if problems := refusals(filled):
+        raise ConfigError("\n".join(f"{problem} (what is left open is that of {run.root})" for problem in problems))
+    return filled
 
 
 def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:

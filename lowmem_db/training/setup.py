@@ -1,13 +1,14 @@
 """From a configuration and prepared data to a trainer, and from a trained model to ``final/``."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from lowmem_db import environment
-from lowmem_db.config.schema import Config
+from lowmem_db.config.schema import Config, Weights
 from lowmem_db.config.strategy import Strategy, plain_strategy
 from lowmem_db.console import say
 from lowmem_db.data.batches import BatchSource
@@ -28,6 +29,9 @@ from lowmem_db.storage.atomic import write_folder
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.samples import draw_samples
 from lowmem_db.training.trainer import Trainer
+
+_WEIGHT_BYTES: dict[Weights, int] = {"fp32": 4, "bf16_extra_bits": 3, "bf16_stochastic": 2}  # per parameter
+_STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1}
 
 
 def check_machine(config: Config, device: torch.device) -> None:
@@ -73,7 +77,11 @@ def disk_bytes(config: Config, model: ModelFolder) -> int:
     """Return the most bytes that checkpoints and the final model of a run take on the disk at once."""
     names = ["unet", "text_encoder"] if config.training.train_text_encoder else ["unet"]
     parameters = sum(model.num_parameters(name) for name in names)
-    per_parameter = 4 + (2.1 if config.optimizer.name == "adamw8bit" else 8) + (4 if config.ema.enabled else 0)
+    per_parameter = (
+        _WEIGHT_BYTES[config.memory.weights or "fp32"]
+        + _STATE_BYTES[config.optimizer.name]
+        + (4 if config.ema.enabled else 0)
+    )
     at_once = min(config.checkpointing.keep or config.training.max_train_steps, _num_checkpoints(config)) + 1
     whole_model = sum(model.num_parameters(name) for name in ("unet", "text_encoder", "vae")) * 4
     return int(parameters * per_parameter * at_once + whole_model)
@@ -145,7 +153,7 @@ def build_ema(config: Config, denoiser: Denoiser, optimizer: OptimizerHandle) ->
     if not config.ema.enabled:
         return None
     parameters = named_parameters(denoiser.modules())
-    return ExponentialMovingAverage(parameters, optimizer.extra_bits(), decay=config.ema.decay)
+    return ExponentialMovingAverage(parameters, optimizer.extra_bits, decay=config.ema.decay)
 
 
 def write_final(trainer: Trainer, model: ModelFolder) -> None:
@@ -162,7 +170,7 @@ def write_final(trainer: Trainer, model: ModelFolder) -> None:
 
 def _save_final(trainer: Trainer, model: ModelFolder, folder: Path) -> None:
     extra_bits = {} if trainer.ema is not None else trainer.optimizer.extra_bits()
-    with trainer.weights():
+    with nullcontext() if trainer.ema is None else trainer.ema.applied(torch.float32):
         save_model(
             folder,
             model,
@@ -179,6 +187,8 @@ def _set_arithmetic(config: Config, device: torch.device) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Else every new tensor is filled before it is written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _num_checkpoints(config: Config) -> int:

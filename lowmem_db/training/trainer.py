@@ -120,7 +120,7 @@ class Trainer:
             metrics.close()
 
     def weights(self) -> AbstractContextManager[None]:
-        """Return a context in which the denoiser has the weights that samples and the final model use."""
+        """Return a context in which the denoiser has the weights that samples use."""
         return nullcontext() if self.ema is None else self.ema.applied()
 
     def _step(self) -> dict[str, Any]:
@@ -191,16 +191,12 @@ class Trainer:
 
     def _stop_text_encoder_where_due(self) -> None:
         stop = self.config.training.stop_text_encoder_training
-        text_encoder = self.denoiser.text_encoder
-        if (
-            stop is None
-            or text_encoder is None
-            or self.step < stop
-            or "text_encoder" not in self.optimizer.group_names()
-        ):
+        training = [name for name in self.optimizer.group_names() if name != "unet"]
+        if stop is None or self.step < stop or not training:
             return
-        text_encoder.requires_grad_(False)
-        self.optimizer.remove_group("text_encoder")
+        for name in training:
+            self.denoiser.modules()[name].requires_grad_(False)
+            self.optimizer.remove_group(name)
         say(f"the text encoder stays as it is after step {stop}")
 
     def _row(self, output: StepOutput, rates: dict[str, float], seconds: float) -> dict[str, Any]:

@@ -67,7 +67,8 @@ VARIANTS |= {
         "memory.stream_optimizer_state": True,
         "training.stop_text_encoder_training": 4,
     },
-    "24-bit weights and their average": _IN_BACKWARD | {"memory.weights": "bf16_extra_bits", "ema.enabled": True},
+    "24-bit weights and their average, text encoder stopped": _IN_BACKWARD
+    | {"memory.weights": "bf16_extra_bits", "ema.enabled": True, "training.stop_text_encoder_training": 4},
     "fp16 autocast, finite check per parameter": _IN_BACKWARD | {"training.mixed_precision": "fp16"},
     "adafactor, nested checkpoints on the host": _IN_BACKWARD
     | {

@@ -22,7 +22,7 @@ def move(parameters: dict[str, nn.Parameter], step: int) -> None:
 
 
 def test_average_follows_the_formula(parameters: dict[str, nn.Parameter]) -> None:
-    ema = ExponentialMovingAverage(parameters, {}, decay=0.3)
+    ema = ExponentialMovingAverage(parameters, dict, decay=0.3)
     expected = {name: parameter.detach().double() for name, parameter in parameters.items()}
     for step in range(1, 6):
         move(parameters, step)
@@ -35,7 +35,7 @@ def test_average_follows_the_formula(parameters: dict[str, nn.Parameter]) -> Non
 
 
 def test_first_average_is_the_first_weights(parameters: dict[str, nn.Parameter]) -> None:
-    ema = ExponentialMovingAverage(parameters, {}, decay=0.9)
+    ema = ExponentialMovingAverage(parameters, dict, decay=0.9)
     before = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
     move(parameters, 1)
     for name, weight in before.items():
@@ -44,7 +44,7 @@ def test_first_average_is_the_first_weights(parameters: dict[str, nn.Parameter])
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_trained_weights_come_back_bit_for_bit(parameters: dict[str, nn.Parameter], fails: bool) -> None:
-    ema = ExponentialMovingAverage(parameters, {}, decay=0.9)
+    ema = ExponentialMovingAverage(parameters, dict, decay=0.9)
     move(parameters, 1)
     ema.update(1)
     trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -62,11 +62,30 @@ def test_trained_weights_come_back_bit_for_bit(parameters: dict[str, nn.Paramete
     assert torch.equal(ema.average["a"], average["a"])
 
 
+def test_average_of_24_bit_weights_follows_the_bits_they_have_now() -> None:
+    parameters = {"a": nn.Parameter(torch.ones(4).bfloat16()), "b": nn.Parameter(torch.ones(4).bfloat16())}
+    bits = {"a": torch.zeros(4, dtype=torch.int8)}
+    ema = ExponentialMovingAverage(parameters, lambda: bits, decay=0.5)
+    bits = {"a": torch.full((4,), 64, dtype=torch.int8)}
+    ema.update(100)
+    assert torch.equal(ema.average["a"], torch.full((4,), 1 + 0.5 * 2**-9))
+    assert torch.equal(ema.average["b"], torch.ones(4))
+
+
+def test_average_is_applied_without_a_copy_where_its_type_is_asked_for(parameters: dict[str, nn.Parameter]) -> None:
+    ema = ExponentialMovingAverage(parameters, dict, decay=0.9)
+    before = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+    with ema.applied(torch.float32):
+        for name, parameter in parameters.items():
+            assert parameter.data_ptr() == ema.average[name].data_ptr()
+    assert {name: parameter.data_ptr() for name, parameter in parameters.items()} == before
+
+
 def test_restored_average_goes_on_bit_for_bit(parameters: dict[str, nn.Parameter]) -> None:
-    ema = ExponentialMovingAverage(parameters, {}, decay=0.9)
+    ema = ExponentialMovingAverage(parameters, dict, decay=0.9)
     move(parameters, 1)
     ema.update(1)
-    restored = ExponentialMovingAverage(parameters, {}, decay=0.9)
+    restored = ExponentialMovingAverage(parameters, dict, decay=0.9)
     restored.load_state_dict(copy.deepcopy(ema.state_dict()))
     move(parameters, 2)
     for each in (ema, restored):

@@ -1,8 +1,10 @@
 """The handle around every optimizer, stepping after the backward pass and in it."""
 
 import copy
+import gc
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.strategy import plain_strategy
 from lowmem_db.errors import ConfigError, NonFiniteError
-from lowmem_db.optimizers import weights
+from lowmem_db.optimizers import adamw8bit, weights
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.optimizers.in_backward import InBackwardHandle
@@ -212,6 +214,17 @@ def test_gradients_are_freed_as_they_come() -> None:
     assert all(parameter.grad is None for parameter in handle.parameters())
 
 
+@pytest.mark.parametrize("strategy", [{}, IN_BACKWARD, STREAMED], ids=["after", "in backward", "streamed"])
+def test_optimizer_and_model_are_freed(strategy: dict) -> None:
+    trained = modules()
+    handle = build(trained, strategy)
+    do_step(handle, trained, 0)
+    seen = [weakref.ref(handle), weakref.ref(trained["unet"][2].weight)]
+    del handle, trained
+    gc.collect()
+    assert [reference() for reference in seen] == [None, None]
+
+
 def test_undo_leaves_gradients_alone_again() -> None:
     trained = modules()
     handle = build(trained, IN_BACKWARD)
@@ -310,6 +323,114 @@ def test_removed_group_stays_as_it_is_and_the_other_goes_on_as_alone(name: str, 
     do_step(handle, trained, 4)
     do_step(restored, again, 4)
     assert_equal(weights_of(again), weights_of(trained))
+
+
+@pytest.mark.parametrize("strategy", [IN_BACKWARD, STREAMED], ids=["in backward", "streamed"])
+def test_24_bit_weights_of_a_removed_group_stay_whole(strategy: dict) -> None:
+    """Also in a run that goes on after the group was removed, where the optimizer is built with it at first."""
+    fields = {"memory.weights": "bf16_extra_bits", "optimizer.name": "adamw8bit"} | strategy
+    trained = modules()
+    handle = build(trained, fields)
+    do_step(handle, trained, 0)
+    before = {name: bits.clone() for name, bits in handle.extra_bits().items()}
+    trained["text_encoder"].requires_grad_(False)
+    handle.remove_group("text_encoder")
+    do_step(handle, trained, 1)
+    restored = build(modules(), fields)
+    restored.remove_group("text_encoder")
+    restored.load_state_dict(copy.deepcopy(handle.state_dict()))
+    for each in (handle, restored):
+        assert each.extra_bits().keys() == before.keys()
+        assert torch.equal(each.extra_bits()["text_encoder.weight"], before["text_encoder.weight"])
+        assert not torch.equal(each.extra_bits()["unet.2.weight"], before["unet.2.weight"])
+        assert each.group_names() == ["unet"]
+
+
+class Elementwise(nn.Module):
+    """A convolution's weight whose gradient does not depend on how it lies in memory."""
+
+    def __init__(self, memory_format: torch.memory_format) -> None:
+        super().__init__()
+        weight = torch.randn(32, 20, 3, 3, generator=torch.Generator().manual_seed(0))
+        self.weight = nn.Parameter(weight.contiguous(memory_format=memory_format))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16_extra_bits"])
+@pytest.mark.parametrize("clipping", ["none", "update_rms"])
+@pytest.mark.parametrize("strategy", [{}, STREAMED], ids=["after", "streamed"])
+def test_order_of_the_weights_in_memory_changes_no_bit(name: str, kind: str, clipping: str, strategy: dict) -> None:
+    fields = {"optimizer.name": name, "memory.weights": kind, "training.clipping": clipping} | strategy
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        trained: Modules = {"unet": Elementwise(memory_format)}
+        handle = build(trained, fields)
+        for step in range(3):
+            handle.set_learning_rates({"unet": 1e-2})
+            factor = torch.randn(32, 20, 3, 3, generator=torch.Generator().manual_seed(step))
+            handle.backward((trained["unet"].weight.float() * factor).square().sum())
+            handle.step()
+        assert trained["unet"].weight.is_contiguous(memory_format=memory_format)
+        found.append([*weights_of(trained), *handle.extra_bits().values()])
+    if name == "adamw" and clipping == "none":
+        assert_equal(*found)
+    for one, other in zip(*found, strict=True):  # sums over a tensor have another order
+        torch.testing.assert_close(one.float(), other.float(), atol=1.0 if one.dtype == torch.int8 else 1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bf16_extra_bits", "bf16_stochastic"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_rounding_part_by_part_changes_no_bit(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for chunk in (1 << 22, 1000):
+        monkeypatch.setattr(weights, "_CHUNK", chunk)
+        trained = modules()
+        handle = build(trained, {"optimizer.name": name, "memory.weights": kind})
+        for step in range(2):
+            do_step(handle, trained, step)
+        found.append([*weights_of(trained), *handle.extra_bits().values()])
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize("strategy", [{}, IN_BACKWARD, STREAMED], ids=["after", "in backward", "streamed"])
+@pytest.mark.parametrize("bias", [True, False], ids=["no large", "no small"])
+def test_module_without_large_or_without_small_parameters_trains(strategy: dict, bias: bool) -> None:
+    trained: Modules = {"unet": nn.Linear(*((8, 8) if bias else (80, 80)), bias=bias)}
+    handle = build(trained, strategy)
+    handle.set_learning_rates({"unet": 1e-2})
+    before = weights_of(trained)
+    for _ in range(2):
+        handle.backward(trained["unet"](torch.ones(1, before[0].shape[1])).sum())
+        assert handle.step() > 0
+    assert all(not torch.equal(one, other) for one, other in zip(weights_of(trained), before, strict=True))
+    restored = build(trained, strategy)
+    restored.load_state_dict(copy.deepcopy(handle.state_dict()))
+
+
+def test_weight_that_is_used_twice_is_stepped_once() -> None:
+    trained, reference = {"unet": nn.Linear(80, 80)}, {"unet": nn.Linear(80, 80)}
+    reference["unet"].load_state_dict(trained["unet"].state_dict())
+    handle, after = (
+        build(trained, IN_BACKWARD | {"training.clipping": "none"}),
+        build(reference, {"training.clipping": "none"}),
+    )
+    for each, layer in ((handle, trained["unet"]), (after, reference["unet"])):
+        each.set_learning_rates({"unet": 1e-2})
+        each.backward(layer(layer(torch.linspace(0, 1, 80)).tanh()).square().sum())
+        each.step()
+    assert_equal(weights_of(trained), weights_of(reference))
+    assert handle.num_steps == 1
+
+
+def test_bitsandbytes_is_not_used_where_it_would_step_with_an_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient scale of NaN leaves a parameter as it is; bitsandbytes would write NaN into it."""
+    monkeypatch.setattr(adamw8bit, "_bitsandbytes_for", lambda device: object())
+    fields = {"optimizer.name": "adamw8bit"}
+    uses = {
+        name: build(modules(), fields | more).rule._bitsandbytes is not None
+        for name, more in {"fp32": IN_BACKWARD, "after": FP16, "overflow": FP16 | IN_BACKWARD}.items()
+    }
+    assert uses == {"fp32": True, "after": True, "overflow": False}
 
 
 FP16 = {"training.mixed_precision": "fp16", "training.max_grad_norm": 0.5}

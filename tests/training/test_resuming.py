@@ -6,7 +6,7 @@ import pytest
 
 from lowmem_db.config.loading import load_config, write_yaml
 from lowmem_db.config.schema import Config
-from lowmem_db.errors import CheckpointError
+from lowmem_db.errors import CheckpointError, ConfigError
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.resuming import check_run_folder, with_choices_of_run
 from tests.config.test_rules import NEEDED
@@ -15,6 +15,7 @@ PLANNED = {
     "memory.weights": "bf16_extra_bits",
     "memory.optimizer_in_backward": True,
     "memory.checkpointing": {"unet.mid_block": "nested"},
+    "memory.tiled_samples": True,
     "training.clipping": "lagged",
     "training.mixed_precision": "bf16",
 }
@@ -39,6 +40,7 @@ def test_open_choices_are_those_of_the_run(run: RunFolder) -> None:
     assert config.memory.optimizer_in_backward is True
     assert config.memory.checkpointing == {"unet.mid_block": "nested"}
     assert config.memory.stream_optimizer_state is None
+    assert config.memory.tiled_samples is True
     assert (config.training.clipping, config.training.mixed_precision) == ("lagged", "bf16")
     check_run_folder(run, config, resume=True)
 
@@ -48,6 +50,19 @@ def test_what_is_given_stays(run: RunFolder) -> None:
     assert config.memory.checkpointing == "none"
     with pytest.raises(CheckpointError, match=r"memory\.weights was 'bf16_extra_bits', is 'fp32'"):
         check_run_folder(run, config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"training.mixed_precision": "fp16"}, r"memory\.weights: 'bf16_extra_bits' computes in bf16"),
+        ({"training.gradient_accumulation_steps": 2}, r"memory\.optimizer_in_backward: true frees each gradient"),
+        ({"training.clipping": "global"}, r"training\.clipping: 'global' needs all gradients at once"),
+    ],
+)
+def test_what_goes_not_with_the_choices_of_the_run_is_refused(run: RunFolder, fields: dict, problem: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{problem}.*what is left open is that of"):
+        with_choices_of_run(run, config_of(fields))
 
 
 def test_a_run_without_a_checkpoint_leaves_open_what_is_open(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run leaves behind, and how it stops on numbers that are not finite."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 from lowmem_db_kernels import unpack_extra_bits_eager
 
 from lowmem_db.cli.train import train
+from lowmem_db.config.loading import load_config
 from lowmem_db.errors import ConfigError, NonFiniteError, StorageError
 from lowmem_db.models.loading import load_unet
 from lowmem_db.models.source import find_model
@@ -66,7 +68,8 @@ def test_changed_prediction_type_reaches_samples_and_final_model(
     original = samples.sample_latents
 
     def recording(unet, noise_schedule, *arguments, **options):
-        seen.append(noise_schedule.config["prediction_type"])
+        if unet.device.type != "meta":  # the planner draws there
+            seen.append(noise_schedule.config["prediction_type"])
         return original(unet, noise_schedule, *arguments, **options)
 
     monkeypatch.setattr(samples, "sample_latents", recording)
@@ -145,6 +148,49 @@ def test_final_model_of_24_bit_weights_has_all_their_bits(
     assert differing > 10_000
     pipeline = StableDiffusionPipeline.from_pretrained(run.final_dir, local_files_only=True)
     assert torch.equal(pipeline.unet.conv_in.weight.detach().float(), final["conv_in.weight"].float())
+
+
+def test_final_model_of_an_average_is_the_average_as_it_is(tiny_fields: dict[str, object], tmp_path: Path) -> None:
+    changed = {"memory.stream_optimizer_state": False, "ema.enabled": True, "training.max_train_steps": 2}
+    train(arguments(tiny_fields | ENGINE | changed))
+    run = RunFolder(tmp_path / "run")
+    average = read_state(run.checkpoint_dir(2) / "ema.safetensors")
+    final, _ = read_tensors(run.final_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(weight, average[f"unet.{name}"]) for name, weight in final.items())
+    assert any((weight != weight.bfloat16().float()).any() for weight in final.values())
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_stopped_text_encoder_keeps_its_24_bits(tiny_fields: dict[str, object], tmp_path: Path, step: int) -> None:
+    """Also where a run is resumed between its last checkpoint and its final model."""
+    fields = tiny_fields | ENGINE | {"training.stop_text_encoder_training": step}
+    train(arguments(fields))
+    file = tmp_path / "run" / "final" / "text_encoder" / "model.safetensors"
+    final, _ = read_tensors(file)
+    assert any((weight != weight.bfloat16().float()).any() for weight in final.values())
+    before = file.read_bytes()
+    shutil.rmtree(tmp_path / "run" / "final")
+    train(arguments(fields), resume=True)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 4 + 8),
+        ({"optimizer.name": "adafactor"}, 4 + 0.1),
+        ({"optimizer.name": "adamw8bit", "memory.weights": "bf16_extra_bits"}, 3 + 2.1),
+        ({"optimizer.name": "adamw8bit", "memory.weights": "bf16_stochastic", "ema.enabled": True}, 2 + 2.1 + 4),
+    ],
+)
+def test_disk_is_asked_for_what_a_checkpoint_takes(
+    tiny_fields: dict[str, object], tiny_model: Path, fields: dict[str, object], expected: float
+) -> None:
+    model = find_model(str(tiny_model))
+    config = load_config(None, list((tiny_fields | fields | {"training.max_train_steps": 1}).items()))
+    whole = 4 * sum(model.num_parameters(name) for name in ("unet", "text_encoder", "vae"))
+    of_checkpoints = setup.disk_bytes(config, model) - whole
+    assert of_checkpoints == pytest.approx(2 * expected * model.num_parameters("unet"), abs=1)
 
 
 def test_kind_of_weights_and_clipping_are_in_the_run_s_configuration(
