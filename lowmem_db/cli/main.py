@@ -8,7 +8,7 @@ from types import FrameType
 import typer
 
 from lowmem_db import environment
-from lowmem_db.cli import doctor, generate, identifiers, prepare, train
+from lowmem_db.cli import doctor, evaluate, generate, identifiers, prepare, train
 from lowmem_db.console import console, warn
 from lowmem_db.errors import LowmemDbError, RunInterrupted
 
@@ -24,6 +24,7 @@ _FREE_ARGUMENTS = {"ignore_unknown_options": True}
 app.command("train", context_settings=_FREE_ARGUMENTS)(train.train)
 app.command("prepare", context_settings=_FREE_ARGUMENTS)(prepare.prepare)
 app.command("generate")(generate.generate)
+app.command("evaluate")(evaluate.evaluate)
 app.command("identifiers")(identifiers.identifiers)
 app.command("doctor")(doctor.doctor)
 
