@@ -152,13 +152,16 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lowmem_db.evaluation.report import comparison_rows, metric_rows
+    from lowmem_db.evaluation.report import comparison_rows, metric_rows, remarks
 
     out = Console(highlight=False)
-    table = Table("metric", "better", "value", "95 % interval", "pairs", "real images", "encoder")
-    for row in metric_rows(report):
+    header, *rows = metric_rows(report)
+    table = Table(*header)
+    for row in rows:
         table.add_row(*row)
     out.print(table)
+    for remark in remarks(report):
+        out.print(remark, markup=False)
     header, *rows = comparison_rows(report)
     if rows:
         table = Table(*header, title="beside Table 1 of arXiv:2208.12242")

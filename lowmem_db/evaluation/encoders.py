@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from jaxtyping import Float
 from PIL import Image
@@ -22,9 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    CLIPTextModelWithProjection,
+    CLIPModel,
     CLIPTokenizer,
-    CLIPVisionModelWithProjection,
     ViTModel,
 )
 
@@ -178,24 +177,24 @@ class ClipEncoder(Encoder):
     def __init__(self, files: EncoderFiles, device: torch.device) -> None:
         super().__init__(files, device)
         self.preprocess = read_preprocessing(files.path)
-        vision: Any = CLIPVisionModelWithProjection.from_pretrained(files.path, local_files_only=True)
-        text: Any = CLIPTextModelWithProjection.from_pretrained(files.path, local_files_only=True)
-        self.vision = vision.to(device).eval().requires_grad_(False)
-        self.text = text.to(device).eval().requires_grad_(False)
+        network: Any = CLIPModel.from_pretrained(files.path, local_files_only=True)
+        self.network = network.to(device).eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(files.path, local_files_only=True)
 
     def embed_images(self, images: Images) -> Float[Tensor, "n d"]:
         """Return one row for each picture."""
-        return _in_batches(
-            images, self.preprocess, lambda pixels: self.vision(pixel_values=pixels).image_embeds, self.device
-        )
+        return _in_batches(images, self.preprocess, self._encode_images, self.device)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
         """Return one row for each text; what is longer than the model reads is cut."""
-        length = self.text.config.max_position_embeddings
+        length = self.network.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return self.text(**tokens.to(self.device)).text_embeds.float().cpu()
+        pooled = self.network.text_model(**tokens.to(self.device)).pooler_output
+        return self.network.text_projection(pooled).float().cpu()
+
+    def _encode_images(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        return self.network.visual_projection(self.network.vision_model(pixel_values=pixels).pooler_output)
 
 
 class LpipsEncoder(Encoder):
@@ -294,24 +293,23 @@ def _weights_in(folder: Path) -> list[Path]:
 
 
 def _download(kind: str, hub_id: str) -> Path:
+    """Fetch a model folder; pickled weights alone where there are no others, which are then read with weights_only.
+
+    Raises:
+        ModelError: It is neither on the hub, nor left here by an earlier download.
+    """
     try:
-        names = HfApi().list_repo_files(hub_id)
-        weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin"
-        extra = ["*.pth", "*.pt"] if kind == "lpips" else []
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", weights, *extra]))
+        path = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        if not _weights_in(path):
+            pickled = ["*.pth", "*.pt"] if kind == "lpips" else ["pytorch_model.bin"]
+            path = Path(snapshot_download(hub_id, allow_patterns=pickled))
+        return path
     except _NETWORK_ERRORS as error:
-        return _from_cache(kind, hub_id, error)
-
-
-def _from_cache(kind: str, hub_id: str, error: Exception) -> Path:
-    """Return what an earlier download left, where the hub cannot be reached."""
-    try:
-        return Path(snapshot_download(hub_id, local_files_only=True))
-    except _NETWORK_ERRORS:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"--encoder: {hub_id!r} is no folder here and cannot be had from the hub ({reason}); check the name and "
-            f"the network, give a local folder with --encoder {kind}=FOLDER, or use --encoder en0, which needs no network"
+            f"the network, give a local folder with --encoder {kind}=FOLDER, or use --encoder en0, which needs no "
+            "network"
         ) from error
 
 

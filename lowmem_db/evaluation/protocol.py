@@ -133,7 +133,7 @@ def parse_shard(text: str | None) -> Shard:
     Raises:
         DataError: It is no part of a whole.
     """
-    match = re.fullmatch(r"(\d+)/(\d+)", text or "1/1")
+    match = re.fullmatch(r"(\d+)/(\d+)", "1/1" if text is None else text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise DataError(f"--shard: {text!r}; allowed: NUMBER/COUNT with the number from 1 to COUNT, such as 1/4")
     return Shard(number=int(match[1]), count=int(match[2]))

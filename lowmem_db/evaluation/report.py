@@ -99,19 +99,27 @@ def write_report(output: Path, report: Mapping[str, Any], subjects: Sequence[Sub
 
 
 def metric_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """Return a table of the metrics; what is missing says why."""
-    return [
+    """Return a table of the metrics, its header first."""
+    header = ["metric", "better", "value", "95 % interval", "pairs", "real images"]
+    rows = [
         [
             name,
             "lower" if name in LOWER_IS_BETTER else "higher",
             _number(found["value"]),
-            found["missing"] if "missing" in found else _interval(found["interval"]),
+            _interval(found["interval"]),
             str(found["num_pairs"]),
             _number(report["real_images"].get(name, {}).get("value")),
-            found["encoder"],
         ]
         for name, found in report["metrics"].items()
     ]
+    return [header, *rows]
+
+
+def remarks(report: Mapping[str, Any]) -> list[str]:
+    """Return what a table has no room for: the encoders, and why metrics are missing."""
+    metrics = report["metrics"].items()
+    encoders = [f"{', '.join(METRICS[kind].values())}: {name}" for kind, name in report["encoders"].items()]
+    return encoders + [f"{name}: {found['missing']}" for name, found in metrics if "missing" in found]
 
 
 def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
