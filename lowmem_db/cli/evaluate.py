@@ -46,8 +46,8 @@ def evaluate(
     identifier: Annotated[str | None, typer.Option(help="Rare token of the subject; read from a run.")] = None,
     class_noun: Annotated[str | None, typer.Option(help="Class of the subject; read from a run.")] = None,
     num_class_images: Annotated[
-        int, typer.Option(min=0, help="Images drawn of a run for the prompt of the class, for PRES.")
-    ] = 16,
+        int | None, typer.Option(min=0, help="Images drawn of a run for the prompt of the class, for PRES (16).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of images, bootstrap and questionnaire.")] = 0,
     sampler: Annotated[
         Literal["ddim", "dpm_solver", "ddpm"] | None, typer.Option(help="That of the run's samples by default.")
@@ -97,7 +97,17 @@ def evaluate(
         return
 
     from lowmem_db.evaluation.encoders import find_encoders
-    from lowmem_db.evaluation.protocol import Drawing, PromptChoice, draw_runs, find_runs, holds_runs, parse_shard
+    from lowmem_db.evaluation.protocol import (
+        NUM_CLASS_IMAGES,
+        NUM_IMAGES,
+        Drawing,
+        PromptChoice,
+        draw_runs,
+        find_runs,
+        holds_runs,
+        parse_shard,
+        refuse_unused,
+    )
     from lowmem_db.evaluation.report import evaluate as score
     from lowmem_db.evaluation.report import write_report
     from lowmem_db.models.saving import DTYPES
@@ -107,6 +117,16 @@ def evaluate(
     where = environment.resolve_device(device)
     part = parse_shard(shard)
     is_run = holds_runs(paths[0])
+    if is_run:
+        refuse_unused({"--class-images": class_images}, f"{paths[0]} is a run, whose class images are drawn")
+    else:
+        of_runs = {
+            "--shard": shard, "--suite": suite, "--prompt-file": prompt_file, "--identifier": identifier,
+            "--class-noun": class_noun, "--num-class-images": num_class_images, "--sampler": sampler,
+            "--num-inference-steps": num_inference_steps, "--guidance-scale": guidance_scale,
+            "--resolution": resolution, "--precision": precision,
+        }  # fmt: skip
+        refuse_unused(of_runs, f"{paths[0]} holds no run, and nothing is drawn")
     encoders = find_encoders(encoder or ["en0"])
     if is_run:
         choice = PromptChoice(suite=suite, prompt_file=prompt_file, identifier=identifier, class_noun=class_noun)
@@ -117,8 +137,8 @@ def evaluate(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             num_prompts=prompts,
-            num_images=images or 4,
-            num_class_images=num_class_images,
+            num_images=images or NUM_IMAGES,
+            num_class_images=NUM_CLASS_IMAGES if num_class_images is None else num_class_images,
             resolution=resolution,
             seed=seed,
             device=where,

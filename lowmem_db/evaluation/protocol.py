@@ -5,7 +5,7 @@ alone, so that a killed evaluation goes on with what is missing, and several pro
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,17 @@ def parse_shard(text: str | None) -> Shard:
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise DataError(f"--shard: {text!r}; allowed: NUMBER/COUNT with the number from 1 to COUNT, such as 1/4")
     return Shard(number=int(match[1]), count=int(match[2]))
+
+
+def refuse_unused(options: Mapping[str, Any], reason: str) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        DataError: One of them is given; the message says why it cannot be used.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise DataError(f"{', '.join(given)}: cannot be used here, because {reason}; leave it out")
 
 
 def holds_runs(folder: Path) -> bool:

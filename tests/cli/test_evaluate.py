@@ -49,6 +49,25 @@ def test_shards_draw_and_the_whole_scores(run: Run, config_file: Path, tmp_path:
     assert parts.out == whole.out
 
 
+def test_checkpoint_of_a_run_that_is_not_done_is_scored(run: Run, config_file: Path, tmp_path: Path) -> None:
+    fields = (
+        "training.max_train_steps=3",
+        "training.learning_rate=1e-2",
+        "checkpointing.every=1",
+        "checkpointing.keep=3",
+    )
+    assert run("train", config_file, *fields).code == 0
+    whole = run("evaluate", tmp_path / "run", *QUICK, "--json", "-o", "whole")
+    shutil.rmtree(tmp_path / "run" / "final")
+    half = run("evaluate", tmp_path / "run", *QUICK, "--json", "-o", "half")
+    assert "drawing from its checkpoint of step 3" in half.err
+    assert half.out == whole.out
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000003")
+    older = run("evaluate", tmp_path / "run", *QUICK, "--json", "-o", "half")
+    assert (older.code, "holds images drawn otherwise (checkpoint)" in older.err) == (2, True)
+    assert run("evaluate", tmp_path / "run", "--class-images", tmp_path / "run").code == 2
+
+
 def test_images_of_any_tool_are_compared_with_photos(run: Run, images: Path, tmp_path: Path) -> None:
     outcome = run("evaluate", images, "--real", PHOTOGRAPHS / "dog3", "--class-images", images)
     assert outcome.code == 0
@@ -98,6 +117,8 @@ def test_questionnaire_is_written_and_tallied(run: Run, images: Path, tmp_path: 
         (("images", "--real", "images", "--encoder", "foo"), "--encoder: 'foo' is unknown"),
         (("images", "--real", "images", "--encoder", "dino=empty"), "holds no config.json beside weights"),
         (("images", "--real", "images", "--shard", "3/2"), "--shard: '3/2'"),
+        (("images", "--real", "images", "--shard", "1/2"), "--shard: cannot be used here, because images holds no run"),
+        (("images", "--real", "images", "--suite", "objects", "--sampler", "ddim"), "--suite, --sampler: cannot be"),
         (("images", "--real", "images", "--subjects", "0"), "--subjects: '0'"),
         (("images", "--real", "images", "--device", "cuda:9"), "device: 'cuda:9' is not there"),
         (("images", "--real", "images", "-o", "file"), "file: cannot be written"),

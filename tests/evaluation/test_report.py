@@ -92,8 +92,8 @@ def test_without_the_package_duplicates_are_not_looked_for_and_that_is_said(
     assert "near-duplicate photos are not looked for" in capsys.readouterr().err
 
 
-def test_papers_figures_stand_beside_the_papers_encoders_alone() -> None:
-    assert paper_rows(find_encoders(["en0"])) == {}
+def test_papers_figures_stand_beside_the_papers_encoders_alone(dino_folder: Path) -> None:
+    assert paper_rows(find_encoders(["en0", f"dino={dino_folder}"])) == {}
     assert paper_rows([papers("dino")]) == {
         "Real images": {"DINO": 0.774},
         "DreamBooth (Imagen)": {"DINO": 0.696},
