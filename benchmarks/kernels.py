@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py                      # counts, on meta tensors
     python benchmarks/kernels.py --csv results.csv    # on a CUDA device: median and 20/80 percentiles in milliseconds
+    python benchmarks/kernels.py --cpu benchmarks/results/adamw8bit_cpu.json    # the optimizer step on one CPU thread
 
 Bytes are counted by watching every operation that is dispatched, not by a formula: each tensor it reads and each it
 writes, once. Both group norms read their input twice, for the statistics and to apply them, so a card moves more. Bytes
@@ -10,8 +11,12 @@ divided by a card's bandwidth are an estimate of the least time a step can take,
 
 import argparse
 import csv
+import json
 import os
+import platform
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +30,7 @@ from lowmem_db_kernels import (
     diffusion_loss,
     geglu,
     group_norm_silu,
+    init_state,
     noise,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -200,11 +206,73 @@ def write_times(path: Path) -> None:
                     writer.writerow([torch.cuda.get_device_name(), torch.__version__, size, name, provider, *times])
 
 
+def cpu_ways(count: int) -> dict[str, Callable[[], Any]]:
+    """Return every way to step fp32 weights with 8-bit states on a CPU, and torch's own AdamW with fp32 states."""
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = torch.randn(count, generator=generator) * 0.03, torch.randn(count, generator=generator) * 1e-3
+    state = init_state(weight)
+    lr, step = torch.full((), 1e-6), torch.ones((), dtype=torch.int64)
+    corrections = bias_corrections(step, (0.9, 0.999))
+
+    def ours(mode: str) -> None:
+        os.environ["LOWMEM_DB_KERNELS"] = mode
+        adamw8bit_step(weight, grad, state, lr=lr, step=step, corrections=corrections)
+
+    ways: dict[str, Callable[[], Any]] = {"native": lambda: ours("native"), "eager": lambda: ours("eager")}
+    parameter = torch.nn.Parameter(weight.clone())
+    parameter.grad = grad
+    ways["torch AdamW, fused, fp32 states"] = torch.optim.AdamW([parameter], lr=1e-6, fused=True).step
+    try:
+        import bitsandbytes
+    except ImportError:
+        print("bitsandbytes is not installed, so it is not in the table", file=sys.stderr)
+    else:
+        parameter = torch.nn.Parameter(weight.clone())
+        parameter.grad = grad
+        ways["bitsandbytes AdamW8bit"] = bitsandbytes.optim.AdamW8bit([parameter], lr=1e-6).step
+    return ways
+
+
+def write_cpu_times(path: Path, count: int, repeats: int) -> None:
+    """Take the processor time of every way on one thread, in turns, and print and write it.
+
+    Processor time and not wall time, because other work on the machine would otherwise be measured with it.
+    """
+    torch.set_num_threads(1)
+    ways = cpu_ways(count)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for name in [*ways, *list(ways) * repeats]:
+        start = time.process_time()
+        ways[name]()
+        times[name].append((time.process_time() - start) / count * 1e9)
+    rows = []
+    for name, (_, *seconds) in times.items():
+        low, median, high = min(seconds), statistics.median(seconds), max(seconds)
+        rows.append({"way": name, "ns_per_parameter": round(median, 2), "low": round(low, 2), "high": round(high, 2)})
+        print(f"| {name} | {median:.2f} ns of processor time per parameter ({low:.2f} to {high:.2f}) |")
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "bitsandbytes") if name in sys.modules}
+    environment = {"cpu": cpu_name(), "threads": 1, "parameters": count, "repeats": repeats, "versions": versions}
+    path.write_text(json.dumps({"environment": environment, "times": rows}, indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    """Return what the system calls its processor."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
 def main() -> int:
     """Count, and time where asked."""
     parser = argparse.ArgumentParser("python benchmarks/kernels.py", description="Bytes, launches and times.")
     parser.add_argument("--csv", type=Path, help="time on the CUDA device and write this file")
+    parser.add_argument("--cpu", type=Path, help="time the optimizer step on one CPU thread and write this file")
+    parser.add_argument("--size", type=int, default=NUM_WEIGHTS["SD 1.5"], help="parameters stepped on the CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each way on the CPU")
     arguments = parser.parse_args()
+    if arguments.cpu:
+        write_cpu_times(arguments.cpu, arguments.size, arguments.repeats)
+        return 0
     print_counts()
     if arguments.csv and not torch.cuda.is_available():
         print("no CUDA device: nothing was timed", file=sys.stderr)

@@ -117,7 +117,7 @@ def kernels() -> list[dict[str, str]]:
     try:
         return [status._asdict() for status in lowmem_db_kernels.status()]
     except lowmem_db_kernels.KernelUnavailableError as error:
-        raise DependencyError(f"{error}; allowed: auto, triton on a CUDA device, eager, interpret") from error
+        raise DependencyError(f"{error}; allowed: auto, triton on a CUDA device, native on a CPU, eager, interpret") from error
 
 
 def check_kernels() -> None:
@@ -221,11 +221,32 @@ def peak_bytes(device: "torch.device") -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reset_peak_bytes(device: "torch.device") -> None:
+    """Let :func:`peak_bytes` of a CUDA device count from now on; that of a process cannot be reset."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def total_host_bytes() -> int | None:
     """Return the size of the host's memory in bytes, or None where the system does not say."""
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_bytes(device: "torch.device") -> int | None:
+    """Return the bytes of a device's memory that are free now, or None where the system does not say."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
+        return next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), None)
+    return total_host_bytes()
 
 
 def free_disk_bytes(path: Path) -> int:

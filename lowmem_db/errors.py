@@ -39,6 +39,12 @@ class NonFiniteError(LowmemDbError):
     """The loss or the gradient is not finite."""
 
 
+class BudgetError(LowmemDbError):
+    """No strategy fits the budget; the message names the smallest budget that one would fit."""
+
+    exit_code = 3
+
+
 class RunInterrupted(BaseException):
     """The run was asked to stop; a checkpoint was saved first.
 

@@ -1,7 +1,8 @@
 """The frozen records that travel between the packages."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -82,3 +83,93 @@ class StepOutput:
     loss_instance: float
     loss_prior: float | None
     grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Bytes of a device, by what they hold.
+
+    Attributes:
+        weights: Weights of every model in memory.
+        optimizer_state: Moments, their scales, and the extra bits of 24-bit weights.
+        gradients: Gradients that the backward pass has handed to parameters.
+        activations: What a step or a sampling step makes and has not freed yet.
+        other: Everything else: tables, rings, averages, inputs.
+    """
+
+    weights: int = 0
+    optimizer_state: int = 0
+    gradients: int = 0
+    activations: int = 0
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(astuple(self))
+
+
+PARTS = tuple(MemoryParts.__dataclass_fields__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseMemory:
+    """What one phase of a run needs at its peak.
+
+    Attributes:
+        name: ``class_images``, ``encode_images``, ``encode_text``, ``train`` or ``sample``.
+        parts: Bytes of the device.
+        host_bytes: Bytes of the host that are kept for the device.
+    """
+
+    name: str
+    parts: MemoryParts
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A strategy that was not chosen.
+
+    Attributes:
+        strategy: What it is called.
+        reason: Why, in words.
+    """
+
+    strategy: str
+    reason: str
+
+
+_Strategy = TypeVar("_Strategy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan(Generic[_Strategy]):
+    """What a run will need, and how it saves memory.
+
+    Attributes:
+        device: What it is planned for, in words.
+        strategy: The fastest strategy that fits.
+        phases: The phases of the run in their order.
+        allowance_bytes: What the device needs beside the tensors: context, workspaces, fragmentation.
+        budget_bytes: What the run may use.
+        seconds_per_step: Predicted seconds of a training step.
+        refused: Strategies that are faster, or that a rule refuses.
+        notes: Remarks for a person.
+        seconds_to_plan: Seconds it took to find out.
+    """
+
+    device: str
+    strategy: _Strategy
+    phases: tuple[PhaseMemory, ...]
+    allowance_bytes: int
+    budget_bytes: int
+    seconds_per_step: float
+    refused: tuple[Refusal, ...]
+    notes: tuple[str, ...]
+    seconds_to_plan: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of the device at the peak of the run, allowance included."""
+        return max(phase.parts.total for phase in self.phases) + self.allowance_bytes

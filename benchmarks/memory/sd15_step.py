@@ -8,8 +8,8 @@ The model is built from the configuration in this package and written to a tempo
 preservation: class image, caches, steps, checkpoint, final model. The peak is that of the whole process.
 
 `plain` is one step at 64 px with fp32 AdamW after the backward pass; compared with weights, gradients and AdamW states
-in fp32, 16 bytes for each of 982.6 M parameters. `engine` is three steps at 256 px with 8-bit AdamW in the backward pass
-and checkpointed segments.
+in fp32, 16 bytes for each of 982.6 M parameters. `engine` is three steps at 256 px with 8-bit AdamW in the backward
+pass and checkpointed segments.
 """
 
 import argparse

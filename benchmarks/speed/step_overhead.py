@@ -1,12 +1,12 @@
 """What a training step costs beside the bare forward and backward pass, at Stable Diffusion 1.5's size on the CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/speed/step_overhead.py [--rounds 3] [--output benchmarks/results/step_overhead.json]
+    OMP_NUM_THREADS=1 python benchmarks/speed/step_overhead.py --output benchmarks/results/step_overhead.json
 
 One process, random weights, UNet and text encoder in fp32 at 256 px, one photo and one class image, checkpointed
 segments, 8-bit AdamW in the backward pass. Three things are timed in turn, round after round:
 
-* `bare`: forward and backward of the same modules with the same checkpoints on ready inputs, each gradient freed when it
-  is complete;
+* `bare`: forward and backward of the same modules with the same checkpoints on ready inputs, each gradient freed when
+  it is complete;
 * `without_optimizer`: the training step, batch to reported losses, with an optimizer that does nothing;
 * `step`: the training step.
 """
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +103,20 @@ def measure(work: Path, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
     config = load_config(None, list(fields.items()))
     denoiser, objective, optimizer = build_step(config, plain_strategy(config), find_model(fields["model.base"]), CPU)
-    optimizer.set_learning_rates({name: 2e-6 for name in optimizer.group_names()})
+    optimizer.set_learning_rates(dict.fromkeys(optimizer.group_names(), 2e-6))
     batch, rule = make_batch(), optimizer.rule
     bare = bare_pass(denoiser, batch)
     seconds: dict[str, list[float]] = {"bare": [], "without_optimizer": [], "step": []}
     for step in range(rounds + 1):  # the first round warms up
-        optimizer.rule = NoRule()
+        optimizer.undo()
         end = free_gradients(dict(denoiser.modules()))
         times = {"bare": timed(bare)}
         end()
-        times["without_optimizer"] = timed(lambda: train_step(denoiser, objective, optimizer, [batch], step))
+        optimizer.apply()
+        optimizer.rule = NoRule()
+        times["without_optimizer"] = timed(partial(train_step, denoiser, objective, optimizer, [batch], step))
         optimizer.rule = rule
-        times["step"] = timed(lambda: train_step(denoiser, objective, optimizer, [batch], step))
+        times["step"] = timed(partial(train_step, denoiser, objective, optimizer, [batch], step))
         print(step, times, file=sys.stderr, flush=True)
         for name, value in times.items():
             seconds[name] += [value] if step else []

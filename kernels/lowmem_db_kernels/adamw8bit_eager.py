@@ -87,9 +87,10 @@ def _step_chunk(
     m = beta1 * m_old + (1.0 - beta1) * g
     v = beta2 * v_old + (1.0 - beta2) * (g * g)
     c1, root_c2 = corrections
-    usable = g.isfinite() & v.isfinite()
+    # g^2 is not finite where g is not.
+    usable = v.isfinite()
     m, v = torch.where(usable, m, m_old), torch.where(usable, v, v_old)
-    update = torch.where(usable, (m / c1) / (_root(v) / root_c2 + eps), 0.0)
+    update = torch.where(usable, m * (root_c2 / c1) / (_root(v) + eps * root_c2), 0.0)
     sums = torch.stack([_blocks(raw.square()).sum(1), _blocks(update.square()).sum(1)])
     if dry_run:
         return sums
@@ -97,8 +98,9 @@ def _step_chunk(
     scaled = update if update_scale is None else update * update_scale
     moved = torch.where(usable, weight - lr * (scaled + weight_decay * weight), weight)
     _store_weight(moved, param, extra_bits, key, start)
-    _store_moment(m, state1, absmax1, signed=True)
-    _store_moment(v, state2, absmax2, signed=False)
+    has_usable = _blocks(usable).any(1)
+    _store_moment(m, state1, absmax1, has_usable, signed=True)
+    _store_moment(v, state2, absmax2, has_usable, signed=False)
     return sums
 
 
@@ -125,14 +127,18 @@ def _load_moment(state: Tensor, absmax: Tensor | None, *, signed: bool) -> Tenso
     return rows.flatten()[: state.numel()]
 
 
-def _store_moment(moment: Tensor, state: Tensor, absmax: Tensor | None, *, signed: bool) -> None:
+def _store_moment(
+    moment: Tensor, state: Tensor, absmax: Tensor | None, has_usable: Tensor, *, signed: bool
+) -> None:
+    """Write a moment; a block that no element has changed keeps its codes, which encoding again could move."""
     if absmax is None:
         state.copy_(moment)
         return
     rows = _blocks(moment)
-    absmax.copy_(rows.abs().amax(1))
+    absmax.copy_(torch.where(has_usable, rows.abs().amax(1), absmax))
     inverse = 1.0 / absmax.clamp(min=_TINY)
-    state.copy_(encode_eager(rows * inverse[:, None], signed=signed).flatten()[: state.numel()])
+    codes = torch.where(has_usable[:, None], encode_eager(rows * inverse[:, None], signed=signed), _blocks(state))
+    state.copy_(codes.flatten()[: state.numel()])
 
 
 def _store_weight(weight: Tensor, param: Tensor, extra_bits: Tensor | None, key: Tensor, start: int) -> None:

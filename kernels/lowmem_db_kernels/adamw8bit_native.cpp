@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -206,6 +207,7 @@ inline double sum_of_squares(const float* x) {
 
 inline Sums step_block(const Arguments& a, int64_t block, int count) {
     const int64_t first = block * BLOCK;
+    const float moment_scale = a.root_c2 / a.c1, scaled_eps = a.eps * a.root_c2;
     alignas(64) float raw[BLOCK], m[BLOCK], v[BLOCK], update[BLOCK], weight[BLOCK];
     alignas(64) int32_t usable[BLOCK];
     if (count < BLOCK) {
@@ -219,16 +221,18 @@ inline Sums step_block(const Arguments& a, int64_t block, int count) {
         const float g = raw[i] * a.grad_scale;
         const float new_m = a.beta1 * m[i] + a.one_minus_beta1 * g;
         const float new_v = a.beta2 * v[i] + a.one_minus_beta2 * (g * g);
-        usable[i] = is_finite(g) & is_finite(new_v);
+        usable[i] = is_finite(new_v);  // g^2 is not finite where g is not
         m[i] = usable[i] ? new_m : m[i];
         v[i] = usable[i] ? new_v : v[i];
     }
+    int32_t has_usable = 0;
+    for (int i = 0; i < count; ++i) has_usable |= usable[i];
     for (int i = 0; i < count; ++i) {
-        const float quotient = (m[i] / a.c1) / (std::sqrt(v[i]) / a.root_c2 + a.eps);
+        const float quotient = m[i] * moment_scale / (std::sqrt(v[i]) + scaled_eps);
         update[i] = usable[i] ? quotient : 0.0f;
     }
     const Sums sums = {sum_of_squares(raw), sum_of_squares(update)};
-    if (a.dry_run) return sums;
+    if (a.dry_run || !has_usable) return sums;  // a block that nothing has changed keeps its codes
 
     load_weight(weight, a, first, count);
     for (int i = 0; i < count; ++i) {
@@ -264,9 +268,14 @@ extern "C" void adamw8bit_step(const Arguments* arguments, int num_threads, floa
     const int64_t num_workers = std::max<int64_t>(std::min<int64_t>(num_threads, num_chunks), 1);
     std::vector<Sums> partial(num_chunks);
     std::vector<std::thread> threads;
-    for (int64_t i = 1; i < num_workers; ++i)
-        threads.emplace_back(step_chunks, std::cref(a), num_chunks * i / num_workers,
-                             num_chunks * (i + 1) / num_workers, partial.data());
+    for (int64_t i = 1; i < num_workers; ++i) {
+        const int64_t begin = num_chunks * i / num_workers, end = num_chunks * (i + 1) / num_workers;
+        try {
+            threads.emplace_back(step_chunks, std::cref(a), begin, end, partial.data());
+        } catch (const std::system_error&) {  // the system gives no more threads
+            step_chunks(a, begin, end, partial.data());
+        }
+    }
     step_chunks(a, 0, num_chunks / num_workers, partial.data());
     for (std::thread& thread : threads) thread.join();
     Sums total = {0, 0};

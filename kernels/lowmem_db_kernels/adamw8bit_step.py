@@ -6,8 +6,10 @@ elements. All arithmetic is fp32. With g the scaled gradient, c1 and c2 the bias
     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  u = (m / c1) / (sqrt(v / c2) + eps),
     p = p - lr (update_scale u + weight_decay p),
 
-so that the decay of a small learning rate is not rounded away on its own. An element whose gradient is not finite keeps
-its weight and states; the sum of squares tells. Elements are taken in storage order, whatever the memory format.
+so that the decay of a small learning rate is not rounded away on its own; u is computed as bitsandbytes does,
+m (sqrt(c2) / c1) / (sqrt(v) + eps sqrt(c2)), with one division for each element. An element whose gradient is not
+finite keeps its weight and states; the sum of squares tells. Elements are taken in storage order, whatever the memory
+format.
 
 References: Loshchilov and Hutter 2019, arXiv:1711.05101, Algorithm 2; Dettmers et al. 2022, arXiv:2110.02861.
 """
@@ -81,7 +83,11 @@ def adamw8bit_step(
     _check(param, grad, extra_bits, rounding_seed)
     _check_state(param, state)
     device = param.device
-    lr = lr if isinstance(lr, Tensor) else torch.full((), lr, device=device)
+    # A float64 scalar would make a kernel compute in float64.
+    lr = lr.to(torch.float32) if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float32, device=device)
+    grad_scale, update_scale = (
+        None if scale is None else scale.to(torch.float32) for scale in (grad_scale, update_scale)
+    )
     step = step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=device)
     corrections = bias_corrections(step, betas) if corrections is None else corrections
     seed_low, seed_high = split_seed(rounding_seed or 0)
@@ -107,7 +113,12 @@ def adamw8bit_step_flat(
     grad_scale: Tensor | None = None,
     update_scale: Tensor | None = None,
 ) -> Tensor:
-    """Step many small parameters of one type in one launch.
+    """Step many small parameters of one type at once.
+
+    Parameters, or gradients, that lie one behind another in one storage are stepped where they lie; others are gathered
+    into one tensor first, and parameters copied back: few launches more, each for up to some hundred tensors. A kernel
+    over a table of pointers would save those, but gradients lie elsewhere in every step, so the table would have to be
+    sent to the device each time.
 
     Args:
         params: Parameters with fp32 states.
@@ -127,16 +138,35 @@ def adamw8bit_step_flat(
     Returns:
         As `adamw8bit_step`, over all parameters.
     """
-    param = torch.cat([tensor.detach().reshape(-1) for tensor in params])
-    grad = torch.cat([tensor.reshape(-1) for tensor in grads])
+    in_place = _joined(params)
+    param = _gathered(params) if in_place is None else in_place
+    joined_grad = _joined(grads)
+    grad = _gathered(grads) if joined_grad is None else joined_grad
     sums = adamw8bit_step(
         param, grad, state, lr=lr, step=step, betas=betas, eps=eps, weight_decay=weight_decay, extra_bits=extra_bits,
         rounding_seed=rounding_seed, corrections=corrections, grad_scale=grad_scale, update_scale=update_scale,
     )  # fmt: skip
-    pieces = param.split([tensor.numel() for tensor in params])
-    with torch.no_grad():
-        torch._foreach_copy_(params, [piece.view_as(tensor) for piece, tensor in zip(pieces, params, strict=True)])
+    if in_place is None:
+        pieces = param.split([tensor.numel() for tensor in params])
+        with torch.no_grad():
+            torch._foreach_copy_(params, [piece.view_as(tensor) for piece, tensor in zip(pieces, params, strict=True)])
     return sums
+
+
+def _gathered(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def _joined(tensors: list[Tensor]) -> Tensor | None:
+    """View tensors that lie one behind another in one storage as one; None where they do not."""
+    first = tensors[0]
+    storage, end = first.untyped_storage(), first.storage_offset()
+    for tensor in tensors:
+        follows = tensor.storage_offset() == end and tensor.untyped_storage()._cdata == storage._cdata
+        if not follows or tensor.dtype != first.dtype or not tensor.is_contiguous():
+            return None
+        end += tensor.numel()
+    return first.detach().as_strided((end - first.storage_offset(),), (1,))
 
 
 def _check(param: Tensor, grad: Tensor, extra_bits: Tensor | None, rounding_seed: int | None) -> None:

@@ -69,11 +69,6 @@ def _store_moment(
         tl.store(state_ptr + elements, moment, mask=inside)
 
 
-@jit
-def _sum_tile(values):
-    return tl.sum(tl.sum(values, axis=1), axis=0)
-
-
 @jit(unspecialized=("seed_low", "seed_high"))
 def _step_kernel(
     param_ptr,
@@ -90,6 +85,7 @@ def _step_kernel(
     grad_scale_ptr,
     update_scale_ptr,
     num_elements,
+    num_rows,
     num_chunks,
     beta1,
     one_minus_beta1,
@@ -107,7 +103,7 @@ def _step_kernel(
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Step chunks of whole quantization blocks, one row each; `partial` is `(2, chunks)`, grid `(programs,)`."""
+    """Step chunks of whole quantization blocks, one row each; `partial` is `(2, rows)`, grid `(programs,)`."""
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     if REVERSE:
@@ -115,8 +111,9 @@ def _step_kernel(
     ROWS: tl.constexpr = BLOCK // QUANTIZATION_BLOCK
     step = tl.load(step_ptr)
     lr = tl.load(lr_ptr)
-    c1 = tl.load(corrections_ptr)
     root_c2 = tl.load(corrections_ptr + 1)
+    moment_scale = tl.div_rn(root_c2, tl.load(corrections_ptr))
+    scaled_eps = eps * root_c2
     key = rounding_key(seed_low, seed_high, step)
     row_in_chunk = tl.arange(0, ROWS)
     column = tl.arange(0, QUANTIZATION_BLOCK)
@@ -133,20 +130,24 @@ def _step_kernel(
             g = raw * tl.load(grad_scale_ptr)
         m = beta1 * m_old + one_minus_beta1 * g
         v = beta2 * v_old + one_minus_beta2 * (g * g)
-        usable = (tl.abs(g) < float("inf")) & (v < float("inf"))
+        # g^2 is not finite where g is not.
+        usable = v < float("inf")
         m = tl.where(usable, m, m_old)
         v = tl.where(usable, v, v_old)
-        update = tl.where(usable, (m / c1) / (tl.sqrt(v) / root_c2 + eps), 0.0)
-        tl.store(partial_ptr + chunk, _sum_tile(raw * raw))
-        tl.store(partial_ptr + num_chunks + chunk, _sum_tile(tl.where(inside, update * update, 0.0)))
+        update = tl.where(usable & inside, m * moment_scale / (tl.sqrt(v) + scaled_eps), 0.0)
+        tl.store(partial_ptr + rows, tl.sum(raw * raw, axis=1), mask=has_row)
+        tl.store(partial_ptr + num_rows + rows, tl.sum(update * update, axis=1), mask=has_row)
         if not DRY_RUN:
             weight = _load_weight(param_ptr, extra_ptr, elements, inside, WEIGHTS)
             if HAS_UPDATE_SCALE:
                 update = update * tl.load(update_scale_ptr)
             moved = tl.where(usable, weight - lr * (update + weight_decay * weight), weight)
             _store_weight(param_ptr, extra_ptr, moved, elements, inside, key, WEIGHTS)
-            _store_moment(state1_ptr, absmax1_ptr, m, elements, inside, rows, has_row, True, QUANTIZED)
-            _store_moment(state2_ptr, absmax2_ptr, v, elements, inside, rows, has_row, False, QUANTIZED)
+            # A block that no element has changed keeps its codes, which encoding again could move.
+            changed = tl.max((usable & inside).to(tl.int32), axis=1) != 0
+            inside = inside & changed[:, None]
+            _store_moment(state1_ptr, absmax1_ptr, m, elements, inside, rows, changed, True, QUANTIZED)
+            _store_moment(state2_ptr, absmax2_ptr, v, elements, inside, rows, changed, False, QUANTIZED)
 
 
 def adamw8bit_step_triton(
@@ -198,15 +199,16 @@ def adamw8bit_step_triton(
     """
     config = launch_config("adamw8bit_step", param)
     num_chunks = cdiv(param.numel(), config.block)
-    partial = param.new_empty((2, num_chunks), dtype=torch.float32)
+    num_rows = cdiv(param.numel(), BLOCK_SIZE)
+    partial = param.new_empty((2, num_rows), dtype=torch.float32)
     weights = 0 if param.dtype == torch.float32 else 1 if extra_bits is None else 2
     if num_chunks:
         with device_of(param):
             _step_kernel[(config.grid(num_chunks),)](
                 param.detach(), or_dummy(extra_bits, param.detach()), grad, state1, state2, or_dummy(absmax1, lr),
                 or_dummy(absmax2, lr), partial, lr, step, corrections, or_dummy(grad_scale, lr),
-                or_dummy(update_scale, lr), param.numel(), num_chunks, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps,
-                weight_decay, seed_low, seed_high, WEIGHTS=weights, QUANTIZED=absmax1 is not None,
+                or_dummy(update_scale, lr), param.numel(), num_rows, num_chunks, beta1, 1.0 - beta1, beta2, 1.0 - beta2,
+                eps, weight_decay, seed_low, seed_high, WEIGHTS=weights, QUANTIZED=absmax1 is not None,
                 HAS_GRAD_SCALE=grad_scale is not None, HAS_UPDATE_SCALE=update_scale is not None, DRY_RUN=dry_run,
                 REVERSE=config.reverse, BLOCK=config.block, **config.options,
             )  # fmt: skip

@@ -58,6 +58,7 @@ UNSIGNED_ZERO = tl.constexpr(_zero_threshold(1))
 SIGNED_ONE = tl.constexpr(_one_threshold(0))
 UNSIGNED_ONE = tl.constexpr(_one_threshold(1))
 NINTH = tl.constexpr(1.0 / 9.0)
+BELOW_TWO = tl.constexpr(2.0 - 2.0**-23)
 
 # --- plain PyTorch ---
 
@@ -139,60 +140,66 @@ def encode_eager(values: Tensor, *, signed: bool) -> Tensor:
     return codes.to(torch.uint8)
 
 
-# --- device functions ---
+# --- device functions: the same numbers by fewer instructions ---
 
 
 @jit
 def decode(codes, SIGNED: tl.constexpr):
     """Decode 8-bit codes, as `decode_eager`."""
-    code = codes.to(tl.int32)
-    magnitude = tl.abs(code - 127) if SIGNED else code + 1
-    size = magnitude.to(tl.float32)
-    bits = size.to(tl.int32, bitcast=True)
+    # 0x4B000000 is 2^23, whose last bit is worth one: the code becomes a float without a conversion.
+    shifted = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
+    position = shifted - (8388608.0 + 127.0 if SIGNED else 8388608.0 - 1.0)
+    magnitude = tl.abs(position)
+    bits = magnitude.to(tl.int32, bitcast=True)
     level = (bits & 0x7F800000).to(tl.float32, bitcast=True)
     # The exponent's low three bits after the bias of 127 = 128 - 1.
-    exponent = (bits >> 23) + 1
-    power = tl.where((exponent & 1) != 0, 5.0, 1.0) * tl.where((exponent & 2) != 0, 25.0, 1.0)
-    power = power * tl.where((exponent & 4) != 0, 625.0, 1.0)
+    decade = bits + 0x00800000
+    power = tl.where((decade & 0x00800000) != 0, 5.0, 1.0) * tl.where((decade & 0x01000000) != 0, 25.0, 1.0)
+    power = power * tl.where((decade & 0x02000000) != 0, 625.0, 1.0)
+    # Of whole numbers below 2^24, so exact.
+    fraction = tl.fma(magnitude, 18.0, tl.fma(level, -16.0, 9.0))
+    value = fraction * (power * (5e-8 if SIGNED else 5e-9))
     if SIGNED:
-        value = (18.0 * size - 16.0 * level + 9.0) * (power * 5e-8)
-        value = tl.where(magnitude == 128, 1.0, tl.where(magnitude == 0, 0.0, value))
-        value = tl.where(code < 127, -value, value)
+        # By its formula the value of 1 is 1.035.
+        value = tl.where(magnitude == 0.0, 0.0, tl.minimum(value, 1.0))
+        sign = position.to(tl.int32, bitcast=True) & -0x80000000
+        value = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     else:
-        value = (18.0 * size - 16.0 * level + 9.0) * (power * 5e-9)
-        value = tl.where(magnitude == 256, 1.0, tl.where(magnitude == 1, 0.0, value))
+        value = tl.where(magnitude == 256.0, 1.0, tl.where(magnitude == 1.0, 0.0, value))
     return value
 
 
 @jit
-def _decade_bits(size, T0, T1, T2, T3, T4, T5):
+def _decade(size, T0, T1, T2, T3, T4, T5, T6):
     """Return the three bits of the number of thresholds that do not exceed `size`, by a search of three comparisons."""
     four = size >= T3
     two = size >= tl.where(four, T5, T1)
-    one = size >= tl.where(two, tl.where(four, 2.0, T2), tl.where(four, T4, T0))
+    one = size >= tl.where(two, tl.where(four, T6, T2), tl.where(four, T4, T0))
     return four, two, one
 
 
 @jit
 def encode(values, SIGNED: tl.constexpr):
-    """Encode to the nearest code, as `encode_eager`."""
+    """Encode to the nearest code, as `encode_eager`.
+
+    With d = 1 ... 7 the decade, 0 that of zero, and y = (10^(8-d) size + 8) / 9 in [1, 2), the magnitude is the whole
+    part of 2^(d-1) y (2^d y in the unsigned map): y's leading bits, and for zero 0 (1) whatever y is.
+    """
     size = tl.abs(values)
     if SIGNED:
-        four, two, one = _decade_bits(size, S0, S1, S2, S3, S4, S5)
-        level = 1.0
+        four, two, one = _decade(size, SIGNED_ZERO, S0, S1, S2, S3, S4, S5)
     else:
-        four, two, one = _decade_bits(size, U0, U1, U2, U3, U4, U5)
-        level = 2.0
-    level = level * tl.where(four, 16.0, 1.0) * tl.where(two, 4.0, 1.0) * tl.where(one, 2.0, 1.0)
-    power = tl.where(four, 1.0, 1e4) * tl.where(two, 1.0, 1e2) * tl.where(one, 1.0, 10.0)
-    magnitude = tl.floor(level * (size * power + 8.0) * NINTH)
-    magnitude = tl.minimum(tl.maximum(magnitude, level), 2.0 * level - 1.0)
+        four, two, one = _decade(size, UNSIGNED_ZERO, U0, U1, U2, U3, U4, U5)
+    power = tl.where(four, 1e1, 1e5) * tl.where(two, 1.0, 1e2) * tl.where(one, 1.0, 1e1)
+    # 154 / 512 is just below log10(2), so of 10^n this is n + 38, exactly.
+    shift = tl.umulhi(power.to(tl.uint32, bitcast=True), 154).to(tl.int32) - (22 if SIGNED else 23)
+    y = tl.minimum(tl.maximum((size * power + 8.0) * NINTH, 1.0), BELOW_TWO)
+    magnitude = (y.to(tl.int32, bitcast=True) - 0x3F000000) >> shift
     if SIGNED:
-        magnitude = tl.where(size < SIGNED_ZERO, 0.0, magnitude)
-        magnitude = tl.where(values >= SIGNED_ONE, 128.0, magnitude)
-        code = tl.where(values < 0, 127.0 - magnitude, 127.0 + magnitude)
+        magnitude = tl.where(values >= SIGNED_ONE, 128, magnitude)
+        # All ones where the value is negative: the complement plus one.
+        sign = values.to(tl.int32, bitcast=True) >> 31
+        code = (magnitude ^ sign) - sign + 127
     else:
-        magnitude = tl.where(size < UNSIGNED_ZERO, 1.0, magnitude)
-        magnitude = tl.where(values >= UNSIGNED_ONE, 256.0, magnitude)
-        code = magnitude - 1.0
-    return code.to(tl.int32).to(tl.uint8)
+        code = tl.where(values >= UNSIGNED_ONE, 255, magnitude - 1)
+    return code.to(tl.uint8)

@@ -364,8 +364,8 @@ def _loss_kernel(
         gradient = slope * scale
         store_rounded(gradient_ptr + prediction_offsets, gradient, inside)
         if LEARNED_VARIANCE:
-            variance_offsets = prediction_offsets + num_channels.to(tl.int64) * spatial_size
-            store_rounded(gradient_ptr + variance_offsets, tl.zeros_like(gradient), inside)
+            variance_row = prediction_row + num_channels
+            store_rounded(gradient_ptr + variance_row * spatial_size + positions, tl.zeros_like(gradient), inside)
         overflows = inside & ((tl.abs(gradient) < overflow) == 0)
         slot = partial_ptr + row * num_chunks + chunk
         tl.store(slot, tl.sum(tl.where(inside, value, 0.0), axis=0))

@@ -212,6 +212,7 @@ def _merge_statistics_kernel(
     spatial_size,
     num_chunks,
     num_partials,
+    group_size,
     eps,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -219,21 +220,20 @@ def _merge_statistics_kernel(
     """Merge the partial statistics of one group of one sample; grid `(N * G,)`."""
     group = tl.program_id(0)
     first = group.to(tl.int64) * num_partials
-    # The chunks of a channel are full but for the last one, so a partial's count follows from its index.
-    total = (num_partials // num_chunks).to(tl.float32) * spatial_size
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_partials, BLOCK):
         index = start + tl.arange(0, BLOCK)
         sums += tl.load(partial_sum_ptr + first + index, mask=index < num_partials, other=0.0)
-    mean = tl.sum(sums, axis=0) / total
+    mean = tl.sum(sums, axis=0) / group_size
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_partials, BLOCK):
         index = start + tl.arange(0, BLOCK)
+        # The chunks of a channel are full but for the last one.
         count = tl.minimum(spatial_size - index % num_chunks * CHUNK, CHUNK).to(tl.float32)
         shift = tl.load(partial_sum_ptr + first + index, mask=index < num_partials, other=0.0) / count - mean
         inner = tl.load(partial_distance_ptr + first + index, mask=index < num_partials, other=0.0)
         sums += tl.where(index < num_partials, inner + count * shift * shift, 0.0)
-    variance = tl.sum(sums, axis=0) / total
+    variance = tl.sum(sums, axis=0) / group_size
     tl.store(mean_ptr + group, mean)
     tl.store(rstd_ptr + group, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)))
 
@@ -317,23 +317,26 @@ def _sums_kernel(
         program = num_programs - 1 - program
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     sample = tl.program_id(2)
+    has_channel = channels < num_channels
+    group = sample * num_groups + channels // (num_channels // num_groups)
+    mean = tl.load(mean_ptr + group, mask=has_channel, other=0.0)[:, None]
+    rstd = tl.load(rstd_ptr + group, mask=has_channel, other=0.0)
+    scale = (rstd * load_fp32(weight_ptr + channels, has_channel))[:, None]
+    bias = load_fp32(bias_ptr + channels, has_channel)[:, None]
     for chunk in range(program, num_chunks, num_programs):
-        sums = tl.zeros((CHANNELS,), tl.float32)
-        products = tl.zeros((CHANNELS,), tl.float32)
+        sums = tl.zeros((CHANNELS, POSITIONS), tl.float32)
+        products = tl.zeros((CHANNELS, POSITIONS), tl.float32)
         for tile in range(TILES):
             positions = (chunk * TILES + tile) * POSITIONS + tl.arange(0, POSITIONS)
             inside = (channels[:, None] < num_channels) & (positions[None, :] < spatial_size)
             offsets = _offsets(sample, channels, positions, num_channels, spatial_size, CHANNELS_LAST)
-            normalized, z, _, _ = _load_normalized(
-                x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, offsets, inside, sample, channels, num_channels,
-                num_groups,
-            )  # fmt: skip
-            grad_z = _grad_z(load_fp32(grad_output_ptr + offsets, inside), z)
-            sums += tl.sum(grad_z, axis=1)
-            products += tl.sum(grad_z * normalized, axis=1)
+            centred = load_fp32(x_ptr + offsets, inside) - mean
+            grad_z = _grad_z(load_fp32(grad_output_ptr + offsets, inside), centred * scale + bias)
+            sums += grad_z
+            products += grad_z * centred
         slots = (sample * num_channels + channels) * num_chunks + chunk
-        tl.store(sum_ptr + slots, sums, mask=channels < num_channels)
-        tl.store(product_ptr + slots, products, mask=channels < num_channels)
+        tl.store(sum_ptr + slots, tl.sum(sums, axis=1), mask=has_channel)
+        tl.store(product_ptr + slots, tl.sum(products, axis=1) * rstd, mask=has_channel)
 
 
 @jit
@@ -431,10 +434,11 @@ class _Plan(NamedTuple):
     tile: dict[str, Any]
 
 
-def _plan(config: LaunchConfig, x: Tensor) -> _Plan:
+def _plan(config: LaunchConfig, x: Tensor, *, half_tiles: bool = False) -> _Plan:
     """Cut positions into tiles and fixed chunks of tiles, on which sums depend, and channels into what fills a tile.
 
     In channels_last a tile is wide in channels, so it takes several to keep the partial sums few beside the input.
+    `half_tiles` makes it half as wide there.
     """
     num_samples, num_channels = x.shape[:2]
     spatial_size = x[0, 0].numel()
@@ -442,6 +446,8 @@ def _plan(config: LaunchConfig, x: Tensor) -> _Plan:
     positions = min(_CHANNELS_LAST_TILE if channels_last else _SPATIAL_TILE, next_power_of_2(spatial_size))
     num_tiles = min(_TILES_PER_CHUNK, next_power_of_2(cdiv(spatial_size, positions))) if channels_last else 1
     channels = min(max(config.block // positions, 1), next_power_of_2(num_channels))
+    if half_tiles and channels_last and channels * positions == config.block:
+        channels //= 2
     tile = {"CHANNELS_LAST": channels_last, "REVERSE": config.reverse, "CHANNELS": channels, "POSITIONS": positions}
     chunk = positions * num_tiles
     rest_of_grid = (cdiv(num_channels, channels), num_samples)
@@ -473,7 +479,8 @@ def group_norm_silu_triton(
     config = launch_config("group_norm_silu", x)
     plan = _plan(config, x)
     partial = x.new_empty((2, plan.num_samples, plan.num_channels, plan.num_chunks), dtype=torch.float32)
-    num_partials = plan.num_channels // num_groups * plan.num_chunks
+    channels_per_group = plan.num_channels // num_groups
+    num_partials, group_size = channels_per_group * plan.num_chunks, channels_per_group * plan.spatial_size
     num_tiles = cdiv(plan.spatial_size, plan.tile["POSITIONS"])
     with device_of(x):
         _statistics_kernel[(config.grid(plan.num_chunks), *plan.rest_of_grid)](
@@ -481,8 +488,8 @@ def group_norm_silu_triton(
             TILES=plan.chunk // plan.tile["POSITIONS"], **plan.tile,
         )  # fmt: skip
         _merge_statistics_kernel[(plan.num_samples * num_groups,)](
-            partial[0], partial[1], mean, rstd, plan.spatial_size, plan.num_chunks, num_partials, eps,
-            CHUNK=plan.chunk, BLOCK=min(1024, next_power_of_2(num_partials)), **config.options,
+            partial[0], partial[1], mean, rstd, plan.spatial_size, plan.num_chunks, num_partials,
+            float(group_size), eps, CHUNK=plan.chunk, BLOCK=min(1024, next_power_of_2(num_partials)), **config.options,
         )  # fmt: skip
         _apply_kernel[(num_tiles, *plan.rest_of_grid)](
             x, mean, rstd, weight, bias, output, plan.num_channels, num_groups, plan.spatial_size, **plan.tile
@@ -513,15 +520,17 @@ def group_norm_silu_backward_triton(
         return grad_x, grad_weight.zero_(), grad_bias.zero_()
     config = launch_config("group_norm_silu", x)
     plan = _plan(config, x)
+    # The sums keep five values per channel in registers; half a tile leaves room for as many programs as elsewhere.
+    sums_plan = _plan(config, x, half_tiles=True)
     num_groups = mean.shape[1]
     partial = x.new_empty((2, plan.num_samples, plan.num_channels, plan.num_chunks), dtype=torch.float32)
     groups = mean.new_empty((2, *mean.shape))
     channels = next_power_of_2(plan.num_channels // num_groups)
     num_tiles = cdiv(plan.spatial_size, plan.tile["POSITIONS"])
     with device_of(x):
-        _sums_kernel[(config.grid(plan.num_chunks), *plan.rest_of_grid)](
+        _sums_kernel[(config.grid(plan.num_chunks), *sums_plan.rest_of_grid)](
             grad_output, x, mean, rstd, weight, bias, partial[0], partial[1], plan.num_channels, num_groups,
-            plan.spatial_size, plan.num_chunks, TILES=plan.chunk // plan.tile["POSITIONS"], **plan.tile,
+            plan.spatial_size, plan.num_chunks, TILES=plan.chunk // plan.tile["POSITIONS"], **sums_plan.tile,
         )  # fmt: skip
         _merge_sums_kernel[(num_groups,)](
             partial[0], partial[1], weight, grad_weight, grad_bias, groups[0], groups[1], plan.num_samples,

@@ -61,18 +61,19 @@ class Build:
     per_element: float
 
 
-def compile_for(spec: Spec, architecture: int, dtype: str) -> bytes:
+def compile_for(spec: Spec, architecture: int, dtype: str, *, ones: bool = False) -> bytes:
     """Compile one kernel ahead of time.
 
     Args:
         spec: The kernel and how it is launched.
         architecture: Compute capability, two digits.
         dtype: Type of the tensors.
+        ones: Compile for integer arguments that are all 1, which a launch makes constants.
 
     Returns:
         The cubin.
     """
-    signature, constants, attributes = spec.signature(dtype)
+    signature, constants, attributes = spec.signature(dtype, ones=ones)
     source = triton.compiler.ASTSource(fn=spec.kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
     options = {"num_warps": NUM_WARPS, "num_stages": 1, "enable_fp_fusion": FP_FUSION}
@@ -114,6 +115,22 @@ def inspect(spec: Spec, architecture: int, dtype: str) -> Build:
         instructions=len(opcodes),
         per_element=round(len(opcodes) / spec.elements_per_thread, 1),
     )
+
+
+def failure_with_ones(spec: Spec) -> str | None:
+    """Compile one kernel for integer arguments that are all 1: an attribute of a number that is none any more fails.
+
+    Args:
+        spec: The kernel and how it is launched.
+
+    Returns:
+        None, or what the compiler said.
+    """
+    try:
+        compile_for(spec, ARCHITECTURES[0], (spec.dtypes or DTYPES)[0], ones=True)
+    except triton.errors.TritonError as error:
+        return str(error)
+    return None
 
 
 def violations(build: Build, spec: Spec) -> list[str]:
@@ -204,6 +221,7 @@ def main() -> int:
         print("this needs Triton, and not as an interpreter (TRITON_INTERPRET)", file=sys.stderr)
         return 2
     builds = build_all(arguments.jobs, arguments.only)
+    failures = {name: failure_with_ones(spec) for name, spec in SPECS.items() if arguments.only in name}
     print(table(builds))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -214,6 +232,7 @@ def main() -> int:
         for build in builds
         for clause in violations(build, SPECS[build.kernel])
     ]
+    broken += [f"{name}, integer arguments of 1: {failure}" for name, failure in failures.items() if failure]
     print(f"{len(builds)} builds, {len(broken)} bars broken", *broken, sep="\n")
     return 1 if broken and arguments.check else 0
 

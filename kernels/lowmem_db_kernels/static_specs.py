@@ -16,8 +16,9 @@ _THREADS = NUM_WARPS * 32
 _FLOATS = {
     "input_perturbation", "noise_offset", "sample_size", "instance_share", "prior_share", "grad_scale", "overflow",
     "prior_loss_weight", "num_instance_or_1", "num_prior_or_1", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2",
-    "eps", "weight_decay",
+    "eps", "weight_decay", "group_size",
 }  # fmt: skip
+_UNSPECIALIZED = {"seed_low", "seed_high", "step"}
 _DIVISIBLE = {"num_elements", "spatial_size", "num_channels", "num_columns", "num_rows", "num_groups"}
 _POINTERS = {
     "timesteps_ptr": "i64", "sample_ids_ptr": "i64", "step_ptr": "i64", "extra_ptr": "i8", "state1_ptr": "u8",
@@ -64,12 +65,20 @@ class Spec:
         """Elements of a tile that one thread holds."""
         return self.elements / _THREADS
 
-    def signature(self, dtype: str) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
-        """Return types, constants and the divisibility that an aligned launch has."""
+    def signature(
+        self, dtype: str, *, ones: bool = False
+    ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
+        """Return types, constants and the divisibility that an aligned launch has; `ones` are integers that are 1."""
         names = self.kernel.arg_names
         types = {name: self._type(name, dtype) for name in names}
-        aligned = [i for i, name in enumerate(names) if name.endswith("_ptr") or name in _DIVISIBLE]
-        return types, self.constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
+        aligned = [name for name in names if name.endswith("_ptr") or name in _DIVISIBLE]
+        constants = self.constants
+        if ones:
+            specialized = [name for name in names if types[name] == "i32" and name not in _UNSPECIALIZED]
+            types |= dict.fromkeys(specialized, "constexpr")
+            constants = constants | dict.fromkeys(specialized, 1)
+            aligned = [name for name in aligned if name not in specialized]
+        return types, constants, {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
 
     def _type(self, name: str, dtype: str) -> str:
         if name in self.constants:
@@ -112,6 +121,7 @@ def _loss_specs() -> list[Spec]:
     module = _module("diffusion_loss")
     mse = {"KIND": 0, "HAS_MASK": False, "LEARNED_VARIANCE": False, "REVERSE": False, "BLOCK": 1024}
     bars: dict[str, Any] = {"tensors": ("prediction_ptr", "gradient_ptr"), "wide_stores": 1, "narrow_stores": 2}
+    bars_with_variance: dict[str, Any] = bars | {"wide_stores": 2}
     return [
         Spec(
             name="loss, mse",
@@ -132,6 +142,16 @@ def _loss_specs() -> list[Spec]:
             **bars,
         ),
         Spec(
+            name="loss, learned variance",
+            kernel=module._loss_kernel,
+            constants=mse | {"LEARNED_VARIANCE": True},
+            dtypes=("bf16",),
+            wide_loads=2,
+            narrow_loads=1,
+            max_per_element=60,
+            **bars_with_variance,
+        ),
+        Spec(
             name="loss, finish",
             kernel=module._finish_kernel,
             constants={"BLOCK": 16},
@@ -148,12 +168,20 @@ def _adamw_specs() -> list[Spec]:
     constants |= {"REVERSE": False, "BLOCK": 1024}
     bf16 = {"param_ptr": "bf16"}
     bars: dict[str, Any] = {"tensors": ("grad_ptr",), "narrow_loads": 8, "narrow_stores": 4, "max_registers": 96}
-    bars |= {"max_per_element": 250}
     return [
-        Spec(name="adamw, fp32", kernel=kernel, constants=constants, wide_loads=3, wide_stores=2, **bars),
+        Spec(
+            name="adamw, fp32",
+            kernel=kernel,
+            max_per_element=195,
+            constants=constants,
+            wide_loads=3,
+            wide_stores=2,
+            **bars,
+        ),
         Spec(
             name="adamw, extra bits",
             kernel=kernel,
+            max_per_element=200,
             constants=constants | {"WEIGHTS": 2},
             wide_loads=2,
             wide_stores=1,
@@ -164,6 +192,7 @@ def _adamw_specs() -> list[Spec]:
         Spec(
             name="adamw, stochastic",
             kernel=kernel,
+            max_per_element=210,
             constants=constants | {"WEIGHTS": 1},
             wide_loads=2,
             wide_stores=1,
@@ -174,6 +203,7 @@ def _adamw_specs() -> list[Spec]:
         Spec(
             name="adamw, fp32 states",
             kernel=kernel,
+            max_per_element=80,
             constants=constants | {"QUANTIZED": False},
             wide_loads=8,
             wide_stores=6,
@@ -217,13 +247,12 @@ def _group_norm_specs() -> list[Spec]:
             Spec(
                 name=f"norm, sums, {layout}",
                 kernel=module._sums_kernel,
-                constants=chunked,
-                wide_loads=2,
+                # In channels_last half a tile, of which the compiler unrolls two: 16-bit tensors are read by 64 bits.
+                constants=chunked if layout == "NCHW" else chunked | {"CHANNELS": channels // 2},
+                wide_loads=2 if layout == "NCHW" else 0,
                 narrow_loads=8,
                 narrow_stores=2,
-                # In channels_last four values per channel stay in registers over the loop.
-                max_registers=64 if layout == "NCHW" else 96,
-                max_per_element=80,
+                max_per_element=65,
                 **tensors,
             ),
             Spec(

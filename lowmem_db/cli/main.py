@@ -8,7 +8,7 @@ from types import FrameType
 import typer
 
 from lowmem_db import environment
-from lowmem_db.cli import doctor, evaluate, generate, identifiers, prepare, train
+from lowmem_db.cli import doctor, evaluate, generate, identifiers, plan, prepare, train
 from lowmem_db.console import console, warn
 from lowmem_db.errors import LowmemDbError, RunInterrupted
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 _FREE_ARGUMENTS = {"ignore_unknown_options": True}
 app.command("train", context_settings=_FREE_ARGUMENTS)(train.train)
+app.command("plan", context_settings=_FREE_ARGUMENTS)(plan.plan)
 app.command("prepare", context_settings=_FREE_ARGUMENTS)(prepare.prepare)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)

@@ -37,29 +37,41 @@ def train(
 
     from lowmem_db import environment
     from lowmem_db.config.loading import to_yaml
+    from lowmem_db.config.strategy import with_strategy
     from lowmem_db.console import say
     from lowmem_db.models.source import find_model
+    from lowmem_db.planning.output import summary
+    from lowmem_db.planning.plan import plan as plan_run
+    from lowmem_db.planning.target import target_of_device
+    from lowmem_db.planning.verify import write_measured, write_plan
     from lowmem_db.preparation.prepare import check_photos, check_prompts
     from lowmem_db.preparation.prepare import prepare as prepare_data
     from lowmem_db.storage.atomic import write_text
     from lowmem_db.storage.run_folder import RunFolder, write_json
-    from lowmem_db.training.resuming import check_run_folder
+    from lowmem_db.training.resuming import check_run_folder, with_choices_of_run
     from lowmem_db.training.setup import build_trainer, check_disk, check_machine, write_final
 
     run = RunFolder(config.output_dir)
     with run.locked():
+        config = with_choices_of_run(run, config)
         check_run_folder(run, config, resume=resume or resume_flag)
         device = environment.resolve_device(config.device)
         check_machine(config, device)
         photos = check_photos(config)
         model = find_model(**config.model.model_dump())
+        plan = plan_run(config, target_of_device(config, device), model=model)
+        config = with_strategy(config, plan.strategy)
+        say(summary(plan))
         check_disk(config, model)
         check_prompts(config, model, photos)
         write_text(run.config_file, to_yaml(config))
         write_json(run.environment_file, environment.describe())
+        write_plan(run, plan)
         trainer = build_trainer(config, model, device, prepare_data(config, model, device, photos), run)
         if resume or resume_flag:
             trainer.resume()
         trainer.train()
+        if device.type == "cuda":
+            write_measured(run, trainer.peak_step_bytes)
         write_final(trainer, model)
         say(f"done: {run.final_dir} is the model; draw from it with: lowmem-db generate {run.root}")

@@ -4,14 +4,13 @@ Each cell is the answer of the table of refused combinations itself.
 """
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lowmem_db.config.rules import refusals
 from lowmem_db.config.schema import Config
 
-Fields = Mapping[str, Any]
+Fields = dict[str, Any]
 TECHNIQUES: tuple[Fields, ...] = (
     {"memory.optimizer_in_backward": True},
     {"memory.optimizer_in_backward": True, "memory.stream_optimizer_state": True},
@@ -44,7 +43,9 @@ def render() -> str:
     """Return the text of ``docs/memory/compatibility.md``."""
     notes: list[str] = []
     head = ["", *(_label(feature) for feature in FEATURES)]
-    rows = [[_label(technique), *(_cell(technique | feature, notes) for feature in FEATURES)] for technique in TECHNIQUES]
+    rows = [
+        [_label(technique), *(_cell(technique | feature, notes) for feature in FEATURES)] for technique in TECHNIQUES
+    ]
     lines = [
         "# What goes with what",
         "",

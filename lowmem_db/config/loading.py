@@ -110,7 +110,7 @@ def _fields(section: type[BaseModel], prefix: str = "") -> Iterable[tuple[str, A
 
 
 def _holds_text(kind: Any) -> bool:
-    return kind in (str, Path) or (get_origin(kind) is not tuple and any(map(_holds_text, get_args(kind))))
+    return kind in (str, Path) or (get_origin(kind) not in {tuple, dict} and any(map(_holds_text, get_args(kind))))
 
 
 def _set(tree: Tree, field: str, value: Any) -> str | None:
@@ -136,17 +136,30 @@ def _validate(tree: Tree) -> tuple[Config | None, list[str]]:
     try:
         return Config.model_validate(empty_sections | tree), []
     except ValidationError as error:
-        return None, [_describe(dict(problem)) for problem in error.errors()]
+        problems: dict[str, list[dict[str, Any]]] = {}
+        for problem in error.errors():
+            problems.setdefault(_field_of(problem["loc"]), []).append(dict(problem))
+        return None, [_describe(field, found) for field, found in problems.items()]
 
 
-def _describe(problem: dict[str, Any]) -> str:
-    field = ".".join(str(part) for part in problem["loc"])
+def _field_of(location: tuple[int | str, ...]) -> str:
+    """Return the field of a problem, without the kinds of value that were tried for it."""
+    path = ".".join(map(str, location))
+    known = set(field_paths())
+    prefixes = [".".join(map(str, location[:length])) for length in range(1, len(location) + 1)]
+    return next((prefix for prefix in prefixes if prefix in known), path)
+
+
+def _describe(field: str, problems: list[dict[str, Any]]) -> str:
+    """Say what is wrong with a field; where it takes several kinds of value, what each of them allows."""
+    problem = problems[0]
     if problem["type"] == "extra_forbidden":
         return _unknown(field)
     if problem["type"] == "missing":
         return f"{field}: is missing; set {field}=VALUE"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{field}: {problem['input']!r} is not allowed: {message}"
+    said = [each["msg"].removeprefix("Value error, ") for each in problems]
+    messages = dict.fromkeys(message[0].lower() + message[1:] for message in said)
+    return f"{field}: {problem['input']!r} is not allowed: {', or '.join(messages)}"
 
 
 def _unknown(field: str) -> str:

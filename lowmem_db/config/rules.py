@@ -86,9 +86,7 @@ RULES = (
         "memory.optimizer_in_backward=false",
     ),
     Rule(
-        lambda c: bool(c.memory.stream_optimizer_state)
-        and c.ema.enabled
-        and c.memory.weights == "bf16_extra_bits",
+        lambda c: bool(c.memory.stream_optimizer_state) and c.ema.enabled and c.memory.weights == "bf16_extra_bits",
         "ema.enabled: true averages whole weights, and memory.stream_optimizer_state keeps their extra bits on the "
         "host; set ema.enabled=false, memory.stream_optimizer_state=false, or memory.weights=fp32",
     ),

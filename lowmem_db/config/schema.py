@@ -216,6 +216,8 @@ class MemoryConfig(Section):
     transformers. A mapping gives a placement per block: ``{unet.up_blocks.3: segments}``."""
     offload_checkpoints: bool | None = None
     """Keep what checkpointed segments start from in the host's memory."""
+    tiled_samples: bool | None = None
+    """Draw samples during training one at a time, and decode them in tiles in the type of the weights."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention implementation; xformers needs a CUDA device."""
 

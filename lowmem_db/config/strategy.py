@@ -19,6 +19,7 @@ class Strategy:
         checkpointing: Placement, for all blocks or for each.
         offload_checkpoints: Keep what checkpointed segments start from on the host.
         clipping: What is clipped.
+        tiled_samples: Draw samples during training one at a time, and decode them in tiles in the type of the weights.
     """
 
     weights: Weights
@@ -28,6 +29,7 @@ class Strategy:
     checkpointing: Placement | Mapping[str, Placement]
     offload_checkpoints: bool
     clipping: Clipping
+    tiled_samples: bool = False
 
     @property
     def autocast(self) -> Literal["no", "fp16", "bf16"]:
@@ -48,6 +50,7 @@ def plain_strategy(config: Config) -> Strategy:
         checkpointing=memory.checkpointing or "none",
         offload_checkpoints=bool(memory.offload_checkpoints),
         clipping=resolve_clipping(config, optimizer_in_backward=in_backward),
+        tiled_samples=bool(memory.tiled_samples),
     )
 
 
@@ -73,6 +76,7 @@ def with_strategy(config: Config, strategy: Strategy) -> Config:
             "stream_optimizer_state": strategy.stream_optimizer_state,
             "checkpointing": placement if isinstance(placement, str) else dict(placement),
             "offload_checkpoints": strategy.offload_checkpoints,
+            "tiled_samples": strategy.tiled_samples,
         }
     )
     training = config.training.model_copy(

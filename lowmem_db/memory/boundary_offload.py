@@ -40,7 +40,9 @@ class _Host:
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-            return self._stream.record_event()
+        copied = torch.cuda.Event()
+        copied.record(self._stream)
+        return copied
 
     def wait(self, copied: torch.cuda.Event | None) -> None:
         """Let what the computation is given from now on run after a copy."""
@@ -59,20 +61,30 @@ class _HostCopy:
         self._region = region
         self._on_host = region.tensor.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
         self._on_device: Tensor | None = tensor
+        self._version = tensor._version
         self._copied = host.copy(self._on_host, tensor)
 
     def leave(self) -> None:
-        """Let the device's memory go."""
-        if self._on_device is not None:
-            self._host.wait(self._copied)
-            self._on_device = None
+        """Let the device's memory go.
+
+        Raises:
+            RuntimeError: The tensor was changed while it was copied.
+        """
+        if self._on_device is None:
+            return
+        self._host.wait(self._copied)
+        if self._on_device._version != self._version:
+            raise RuntimeError("a tensor that a checkpointed segment keeps for backward was changed in place")
+        self._on_device = None
 
     def fetch(self) -> None:
         """Begin to bring it back, where it is not on the device."""
-        if self._on_device is None:
-            shape, stride, dtype = self._on_host.shape, self._on_host.stride(), self._on_host.dtype
-            self._on_device = torch.empty_strided(shape, stride, dtype=dtype, device=self._host.device)
-            self._copied = self._host.copy(self._on_device, self._on_host)
+        if self._on_device is not None:
+            return
+        shape, stride, dtype = self._on_host.shape, self._on_host.stride(), self._on_host.dtype
+        tensor = torch.empty_strided(shape, stride, dtype=dtype, device=self._host.device)
+        self._copied = self._host.copy(tensor, self._on_host)
+        self._on_device, self._version = tensor, tensor._version
 
     def take(self) -> Tensor:
         """Return it on the device, and keep it on the host alone."""
@@ -83,7 +95,8 @@ class _HostCopy:
         return tensor
 
     def __del__(self) -> None:
-        self.leave()
+        if self._on_device is not None:
+            self._host.wait(self._copied)
         self._host.arena.give_back(self._region)
 
 
@@ -113,6 +126,11 @@ class BoundaryOffload:
         self._drop_groups_of_the_past()
         with saved_tensors_hooks(partial(self._pack, []), self._unpack):
             yield
+
+    def num_bytes_kept(self) -> int:
+        """Return the bytes on the host that are in use."""
+        arenas = [host.arena for host in self._hosts.values()]
+        return sum(arena.num_bytes - arena.num_bytes_free for arena in arenas)
 
     def _drop_groups_of_the_past(self) -> None:
         while self._groups and all(kept() is None for kept in self._groups[-1]):

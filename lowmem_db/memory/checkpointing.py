@@ -64,22 +64,30 @@ def apply(
             checkpointing is applied already.
     """
     placements = _placements(modules, placement)
+    if any(_is_checkpointed(part) for module in modules.values() for part in module.modules()):
+        raise ValueError(f"checkpointing is applied already to {', '.join(modules)}; undo it first")
     keeping = BoundaryOffload().keeping if offload else nullcontext
     replacements = [
         replacement
         for name, block in _blocks(modules).items()
         for replacement in _Segmenter(name, placements[name], keeping).replacements(block)
     ]
-    if any("forward" in module.__dict__ for module, _ in replacements):
-        raise ValueError(f"checkpointing is applied already to {', '.join(modules)}; undo it first")
+    before = [(module, module.__dict__.get("forward")) for module, _ in replacements]
     for module, forward in replacements:
         module.forward = forward
-    return partial(_undo, [module for module, _ in replacements])
+    return partial(_undo, before)
 
 
-def _undo(modules: list[nn.Module]) -> None:
-    for module in modules:
+def _undo(before: list[tuple[nn.Module, Callable[..., Any] | None]]) -> None:
+    for module, forward in before:
         del module.forward
+        if forward is not None:
+            module.forward = forward
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, Segment) or getattr(forward, "func", None) in (_up_block_forward, _transformer_forward)
 
 
 def _blocks(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

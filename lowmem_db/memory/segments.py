@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 class Segment:
     """Calls a function so that backward recomputes what it needs.
 
-    Tensors that are passed by position are what the segment keeps. Those passed by keyword, such as text embeddings, are
-    shared by many segments and stay where they are.
+    Tensors that are passed by position are what the segment keeps. Those passed by keyword, such as text embeddings,
+    are shared by many segments and stay where they are.
 
     Args:
         function: What the segment computes; the same each time it is called with the same tensors.

@@ -55,14 +55,10 @@ class Denoiser:
     ) -> Float[Tensor, "b c h w"]:
         """Return what the UNet predicts, in fp32."""
         with self.autocast():
-            embeds, added = self._embeds_and_added(conditioning)
+            embeds, added = self.embeds_and_added(conditioning)
             latents = noisy_latents.to(self.unet.dtype)
             prediction = self.unet(latents, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
         return prediction.float()
-
-    def embeds(self, conditioning: Conditioning) -> Float[Tensor, "b tokens dim"]:
-        """Return the embeddings of conditioning; the text encoders make them where they are part of the denoiser."""
-        return self._embeds_and_added(conditioning)[0]
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which the model computes."""
@@ -71,8 +67,11 @@ class Denoiser:
         # Without the cache a weight's copy in low precision lives as long as its layer needs it, not the whole pass.
         return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False)
 
-    def _embeds_and_added(self, conditioning: Conditioning) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Return the embeddings, and what SDXL is told beside them: pooled embedding, sizes and crop."""
+    def embeds_and_added(self, conditioning: Conditioning) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Return the embeddings, and what SDXL is told beside them: pooled embedding, sizes and crop.
+
+        The text encoders make them where they are part of the denoiser.
+        """
         pooled = conditioning.pooled_embeds
         if self.text_encoder is None:
             assert conditioning.prompt_embeds is not None, (

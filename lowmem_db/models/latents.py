@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor
 
@@ -35,6 +36,21 @@ def decode_latents(autoencoder: Autoencoder, latents: Float[Tensor, "b c x y"]) 
     decode: Any = autoencoder.decode
     scaled = latents.to(autoencoder.device, autoencoder.dtype) / scaling_factor(autoencoder)
     return torch.cat([decode(latent[None]).sample for latent in scaled]).float().clamp(-1, 1)
+
+
+def decode_in_tiles(autoencoder: Autoencoder, *, num_pixels: int) -> None:
+    """Let an autoencoder decode squares of half a picture's side, which overlap by a quarter and are blended.
+
+    Only ``AutoencoderKL`` has tiles; the others are small.
+
+    Args:
+        autoencoder: Changed in place.
+        num_pixels: Side of the pictures.
+    """
+    if isinstance(autoencoder, AutoencoderKL):
+        autoencoder.enable_tiling()
+        autoencoder.tile_sample_min_size = num_pixels // 2
+        autoencoder.tile_latent_min_size = num_pixels // 2 // downscaling(dict(autoencoder.config))
 
 
 def scaling_factor(autoencoder: Autoencoder) -> float:

@@ -89,7 +89,8 @@ def published_state(
     state = {}
     for name, tensor in module.state_dict().items():
         published = name if name.startswith(prefix) else prefix + name
-        if (bits := (extra_bits or {}).get(name)) is not None:
+        bits = None if dtype == torch.bfloat16 else (extra_bits or {}).get(name)
+        if bits is not None:
             tensor = unpack_extra_bits_eager(tensor.detach(), bits.to(tensor.device))
         state[published] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
     return state

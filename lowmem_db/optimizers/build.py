@@ -1,11 +1,12 @@
 """From the configuration to an optimizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lowmem_db.config.schema import Config, OptimizerConfig
+from lowmem_db.config.schema import Config, OptimizerConfig, Weights
 from lowmem_db.config.strategy import Strategy
 from lowmem_db.errors import ConfigError
 from lowmem_db.optimizers.adafactor import Adafactor
@@ -58,29 +59,45 @@ def _rule(config: OptimizerConfig, device: torch.device) -> UpdateRule:
 def _units(
     config: Config, strategy: Strategy, rule: UpdateRule, modules: Mapping[str, nn.Module], device: torch.device
 ) -> list[StepUnit]:
-    trained = {name: each for name, each in named_parameters(modules).items() if each.requires_grad}
+    trained = _trained_parameters(modules)
+    large = {name: parameter for name, parameter in trained.items() if parameter.numel() > _LARGEST_SMALL}
+    rows = _rows({name: parameter for name, parameter in trained.items() if name not in large})
+    layout = partial(_layout, rule, extra_bits=strategy.weights == "bf16_extra_bits")
+    of_large = StreamedStates if strategy.stream_optimizer_state else ResidentStates
+    large_states = of_large({name: layout(parameter, small=False) for name, parameter in large.items()}, device)
+    row_states = ResidentStates({name: layout(_in_a_row(row), small=True) for name, row in rows.items()}, device)
+    seed = partial(_rounding_seed, config.seed, strategy.weights)
+    return [
+        *(LargeParameter(name, parameter, large_states, seed(name)) for name, parameter in large.items()),
+        *(SmallParameters(name, row, row_states, seed(name)) for name, row in rows.items()),
+    ]
+
+
+def _trained_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    trained = {name: parameter for name, parameter in named_parameters(modules).items() if parameter.requires_grad}
     for component in modules:
         if not any(name.startswith(f"{component}.") for name in trained):
             raise ConfigError(f"{component}: has no parameter that trains")
-    large = {name: each for name, each in trained.items() if each.numel() > _LARGEST_SMALL}
+    return trained
+
+
+def _rows(small: Mapping[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
+    """Return the small parameters of each component."""
     rows: dict[str, dict[str, nn.Parameter]] = {}
-    for name, parameter in trained.items():
-        if name not in large:
-            rows.setdefault(f"{name.partition('.')[0]}.small", {})[name] = parameter
+    for name, parameter in small.items():
+        rows.setdefault(f"{name.partition('.')[0]}.small", {})[name] = parameter
+    return rows
 
-    def layout(parameters: Sequence[nn.Parameter], *, small: bool) -> StateLayout:
-        whole = torch.empty(sum(each.numel() for each in parameters), device="meta") if small else parameters[0]
-        extra = [like(whole, EXTRA_BITS, torch.int8)] if strategy.weights == "bf16_extra_bits" else []
-        return StateLayout([*rule.state_tensors(whole, small=small), *extra])
 
-    def rounding_seed(name: str) -> int | None:
-        return derive_seed(config.seed, f"rounding of {name}") if strategy.weights == "bf16_stochastic" else None
+def _in_a_row(row: Mapping[str, nn.Parameter]) -> Tensor:
+    """Return the shape of a row of parameters."""
+    return torch.empty(sum(parameter.numel() for parameter in row.values()), device="meta")
 
-    of_large = StreamedStates if strategy.stream_optimizer_state else ResidentStates
-    large_states = of_large({name: layout([each], small=False) for name, each in large.items()}, device)
-    row_layouts = {name: layout(list(row.values()), small=True) for name, row in rows.items()}
-    row_states = ResidentStates(row_layouts, device)
-    return [
-        *(LargeParameter(name, each, large_states, rounding_seed(name)) for name, each in large.items()),
-        *(SmallParameters(name, row, row_states, rounding_seed(name)) for name, row in rows.items()),
-    ]
+
+def _layout(rule: UpdateRule, parameter: Tensor, *, small: bool, extra_bits: bool) -> StateLayout:
+    tensors = list(rule.state_tensors(parameter, small=small))
+    return StateLayout([*tensors, like(parameter, EXTRA_BITS, torch.int8)] if extra_bits else tensors)
+
+
+def _rounding_seed(seed: int, weights: Weights, name: str) -> int | None:
+    return derive_seed(seed, f"rounding of {name}") if weights == "bf16_stochastic" else None

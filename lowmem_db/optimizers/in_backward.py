@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lowmem_db.errors import NonFiniteError
 from lowmem_db.optimizers.handle import OptimizerHandle
@@ -23,11 +24,16 @@ class InBackwardHandle(OptimizerHandle):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._squared_norms: list[Tensor] = []
-        self._hooks = {
-            unit.name: unit.parameters[unit.name].register_post_accumulate_grad_hook(partial(self._on_gradient, unit))
-            for unit in self.units
-            if isinstance(unit, LargeParameter)
-        }
+        self._hooks: dict[str, RemovableHandle] = {}
+        self.apply()
+
+    def apply(self) -> None:
+        """Step large parameters from now on when their gradient is complete."""
+        for unit in self.units:
+            if isinstance(unit, LargeParameter) and unit.name not in self._hooks:
+                (parameter,) = unit.parameters.values()
+                hook = partial(self._on_gradient, unit)
+                self._hooks[unit.name] = parameter.register_post_accumulate_grad_hook(hook)
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass and step large parameters in it."""
@@ -64,7 +70,7 @@ class InBackwardHandle(OptimizerHandle):
         super().remove_group(name)
 
     def undo(self) -> None:
-        """Take the hooks off the parameters: gradients stay as they are again."""
+        """Leave gradients as they are again; what :meth:`apply` takes back."""
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()

@@ -5,12 +5,14 @@ deterministically, and a killed run goes on with the next missing image. A folde
 belongs to the user and is used as it is.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from lowmem_db import fingerprint
 from lowmem_db.config.schema import Config
@@ -18,7 +20,15 @@ from lowmem_db.console import say, track
 from lowmem_db.errors import DataError
 from lowmem_db.models.conditioning import embed_prompts
 from lowmem_db.models.latents import decode_latents, downscaling
-from lowmem_db.models.loading import load_autoencoder, load_noise_schedule, load_text_encoder, load_tokenizer, load_unet
+from lowmem_db.models.loading import (
+    Autoencoder,
+    UNet2DConditionModel,
+    load_autoencoder,
+    load_noise_schedule,
+    load_text_encoder,
+    load_tokenizer,
+    load_unet,
+)
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.models.source import COMPONENTS, ModelFolder
 from lowmem_db.randomness import generator
@@ -107,23 +117,50 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, folder: Path
     prompt_embeds, empty_embeds = _embed(model, device, dtype, str(config.subject.class_prompt))
     unet = load_unet(model, device=device, dtype=dtype)
     autoencoder = load_autoencoder(model, device=device, dtype=dtype)
-    latent_size = config.data.resolution // downscaling(model.config_of("vae"))
-    noise_schedule = load_noise_schedule(model)
     batches = _whole_batches(missing, config.prior.sample_batch_size)
     for indices in track(batches, "class images", len(batches)):
-        latents = sample_latents(
-            unet,
-            noise_schedule,
-            _settings(config),
-            prompt_embeds=prompt_embeds.expand(len(indices), -1, -1),
-            empty_embeds=empty_embeds,
-            latent_size=latent_size,
-            generators=[generator(config.seed, "class_images", index) for index in indices],
+        pixels = draw_batch(
+            config, model, unet, autoencoder, indices, prompt_embeds=prompt_embeds, empty_embeds=empty_embeds
         )
-        images = to_images(decode_latents(autoencoder, latents))
-        for index, image in zip(indices, images, strict=True):
+        for index, image in zip(indices, to_images(pixels), strict=True):
             if index in missing:
                 write_file(_image_file(folder, index), lambda path, image=image: image.save(path, format="PNG"))
+
+
+def draw_batch(
+    config: Config,
+    model: ModelFolder,
+    unet: UNet2DConditionModel,
+    autoencoder: Autoencoder,
+    indices: Sequence[int],
+    *,
+    prompt_embeds: Float[Tensor, "1 tokens dim"],
+    empty_embeds: Float[Tensor, "1 tokens dim"],
+    added_cond_kwargs: Mapping[str, Tensor] | None = None,
+) -> Float[Tensor, "b 3 h w"]:
+    """Return the class images of some numbers, in [-1, 1].
+
+    Args:
+        config: The configuration.
+        model: Where the noise schedule is.
+        unet: The frozen UNet.
+        autoencoder: The autoencoder.
+        indices: Numbers of the images; each has its own noise.
+        prompt_embeds: Embedding of the class prompt.
+        empty_embeds: Embedding of the empty prompt.
+        added_cond_kwargs: As for :func:`lowmem_db.sampling.latents.sample_latents`.
+    """
+    latents = sample_latents(
+        unet,
+        load_noise_schedule(model),
+        _settings(config),
+        prompt_embeds=prompt_embeds.expand(len(indices), -1, -1),
+        empty_embeds=empty_embeds,
+        latent_size=config.data.resolution // downscaling(model.config_of("vae")),
+        generators=[generator(config.seed, "class_images", index) for index in indices],
+        added_cond_kwargs=added_cond_kwargs,
+    )
+    return decode_latents(autoencoder, latents)
 
 
 def _manifest_precision(folder: Path) -> str:

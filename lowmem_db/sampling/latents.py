@@ -1,6 +1,6 @@
 """From prompt embeddings to latents: the sampling loop with classifier-free guidance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,7 @@ def sample_latents(
     empty_embeds: Float[Tensor, "1 tokens dim"],
     latent_size: int,
     generators: Sequence[torch.Generator],
+    added_cond_kwargs: Mapping[str, Tensor] | None = None,
 ) -> Float[Tensor, "b c x y"]:
     """Draw latents, one image for each row of the embeddings.
 
@@ -50,16 +51,28 @@ def sample_latents(
         empty_embeds: Embedding of the empty prompt.
         latent_size: Latent pixels of a side.
         generators: One CPU generator for each image: an image does not depend on those drawn beside it.
+        added_cond_kwargs: What SDXL is told beside the embeddings, each with a row for the prompt and one for the empty
+            prompt.
     """
     scheduler = _SAMPLERS[settings.sampler].from_config(noise_schedule.config)
-    scheduler.set_timesteps(settings.num_inference_steps, device=unet.device)
+    on_meta = unet.device.type == "meta"
+    scheduler.set_timesteps(settings.num_inference_steps, device="cpu" if on_meta else unet.device)
     count = len(prompt_embeds)
     embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds]).to(unet.device, unet.dtype)
     shape = (count, unet.config["in_channels"], latent_size, latent_size)
+    added = (
+        None
+        if added_cond_kwargs is None
+        else {
+            name: torch.cat([rows[1:].expand(count, -1), rows[:1].expand(count, -1)]).to(unet.device, unet.dtype)
+            for name, rows in added_cond_kwargs.items()
+        }
+    )
     latents = randn_tensor(shape, generator=list(generators), device=unet.device, dtype=torch.float32)
     for timestep in scheduler.timesteps:
         inputs = torch.cat([latents, latents]).to(unet.dtype)
-        empty, prompted = unet(inputs, timestep, encoder_hidden_states=embeds).sample.float().chunk(2)
+        predicted = unet(inputs, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
+        empty, prompted = predicted.float().chunk(2)
         prediction = empty + settings.guidance_scale * (prompted - empty)
         latents = scheduler.step(prediction, timestep, latents, generator=list(generators), return_dict=False)[0]
     return latents

@@ -91,14 +91,16 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that lie in the memory of another one, which safetensors refuses."""
+    """Copy tensors that lie on another one, which safetensors refuses; neighbours in one buffer may stay."""
     own: dict[str, Tensor] = {}
-    storages: set[int] = set()
+    taken: dict[int, list[tuple[int, int]]] = {}
     for name, tensor in tensors.items():
         contiguous = tensor.detach().contiguous()
-        storage = contiguous.untyped_storage().data_ptr()
-        own[name] = contiguous.clone() if storage in storages else contiguous
-        storages.add(storage)
+        start, stop = contiguous.data_ptr(), contiguous.data_ptr() + contiguous.nbytes
+        others = taken.setdefault(contiguous.untyped_storage().data_ptr(), [])
+        overlaps = any(start < other_stop and other_start < stop for other_start, other_stop in others)
+        own[name] = contiguous.clone() if overlaps else contiguous
+        others.append((start, stop))
     return own
 
 

@@ -22,6 +22,26 @@ FIXED_FIELDS = (
 """Fields that a run keeps from its first step to its last."""
 
 
+PLANNED_FIELDS = {
+    "memory": ("weights", "optimizer_in_backward", "stream_optimizer_state", "checkpointing", "offload_checkpoints"),
+    "training": ("clipping", "mixed_precision"),
+}
+"""Fields that the planner fills where they are left open."""
+
+
+def with_choices_of_run(run: RunFolder, config: Config) -> Config:
+    """Return the configuration with what it leaves open filled in as the run was begun, where there is a checkpoint."""
+    if not run.complete_steps():
+        return config
+    before = read_yaml(run.config_file)
+    sections = {}
+    for name, fields in PLANNED_FIELDS.items():
+        section = getattr(config, name)
+        chosen = {field: before.get(name, {}).get(field) for field in fields if getattr(section, field) is None}
+        sections[name] = section.model_copy(update=chosen)
+    return config.model_copy(update=sections)
+
+
 def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
     """Refuse to overwrite a run, or to continue it with a field that it cannot change; say what else differs.
 

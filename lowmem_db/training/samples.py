@@ -4,16 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.latents import decode_latents, downscaling
-from lowmem_db.models.loading import load_autoencoder, load_noise_schedule
+from lowmem_db.models.latents import decode_in_tiles, decode_latents, downscaling
+from lowmem_db.models.loading import Autoencoder, load_autoencoder, load_noise_schedule
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.randomness import generator
+from lowmem_db.records import Conditioning
 from lowmem_db.sampling.images import GRID_FILE, save_rows, to_images
 from lowmem_db.sampling.latents import SamplingSettings, sample_latents
 from lowmem_db.storage.atomic import write_folder
@@ -24,8 +26,10 @@ def draw_samples(
     config: Config, model: ModelFolder, denoiser: Denoiser, prompts: PromptTable, run: RunFolder, step: int
 ) -> None:
     """Draw ``sampling.num_images`` of each of ``sampling.prompts`` into ``samples/step-N/``, with a grid of all."""
-    latents = [_latents(config, model, denoiser, prompts, prompt) for prompt in config.sampling.prompts]
-    autoencoder = load_autoencoder(model, device=denoiser.device)
+    latents = [
+        sample_prompt(config, model, denoiser, prompts.conditioning([prompt, ""])) for prompt in config.sampling.prompts
+    ]
+    autoencoder = load_decoder(config, model, denoiser)
     rows = [
         (prompt, to_images(decode_latents(autoencoder, drawn)))
         for prompt, drawn in zip(config.sampling.prompts, latents, strict=True)
@@ -35,24 +39,49 @@ def draw_samples(
     say(f"samples of step {step}: {folder / GRID_FILE}")
 
 
-def _latents(config: Config, model: ModelFolder, denoiser: Denoiser, prompts: PromptTable, prompt: str) -> torch.Tensor:
+def sample_prompt(
+    config: Config, model: ModelFolder, denoiser: Denoiser, conditioning: Conditioning
+) -> Float[Tensor, "b c h w"]:
+    """Draw the latents of the samples of one prompt.
+
+    Args:
+        config: The configuration.
+        model: Where the noise schedule is.
+        denoiser: The model in memory.
+        conditioning: A row for the prompt and one for the empty prompt.
+    """
     count = config.sampling.num_images
+    at_once = 1 if config.memory.tiled_samples else count
     settings = SamplingSettings(
         sampler=config.sampling.sampler,
         num_inference_steps=config.sampling.num_inference_steps,
         guidance_scale=config.sampling.guidance_scale,
     )
     with torch.no_grad(), _evaluating(denoiser):
-        embeds = denoiser.embeds(prompts.conditioning([prompt, ""]))
-        return sample_latents(
-            denoiser.unet,
-            load_noise_schedule(model, config.objective.prediction_type),
-            settings,
-            prompt_embeds=embeds[:1].expand(count, -1, -1),
-            empty_embeds=embeds[1:],
-            latent_size=config.data.resolution // downscaling(model.config_of("vae")),
-            generators=[generator(config.sampling.seed, "samples", index) for index in range(count)],
-        )
+        embeds, added = denoiser.embeds_and_added(conditioning)
+        drawn = [
+            sample_latents(
+                denoiser.unet,
+                load_noise_schedule(model, config.objective.prediction_type),
+                settings,
+                prompt_embeds=embeds[:1].expand(at_once, -1, -1),
+                empty_embeds=embeds[1:],
+                latent_size=config.data.resolution // downscaling(model.config_of("vae")),
+                generators=[generator(config.sampling.seed, "samples", first + index) for index in range(at_once)],
+                added_cond_kwargs=added,
+            )
+            for first in range(0, count, at_once)
+        ]
+    return torch.cat(drawn)
+
+
+def load_decoder(config: Config, model: ModelFolder, denoiser: Denoiser) -> Autoencoder:
+    """Load what decodes samples: in fp32 or, for tiled samples, in tiles and the type of the weights."""
+    if not config.memory.tiled_samples:
+        return load_autoencoder(model, device=denoiser.device)
+    autoencoder = load_autoencoder(model, device=denoiser.device, dtype=denoiser.unet.dtype)
+    decode_in_tiles(autoencoder, num_pixels=config.data.resolution)
+    return autoencoder
 
 
 @contextmanager

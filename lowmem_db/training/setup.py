@@ -11,7 +11,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import Strategy, plain_strategy
 from lowmem_db.console import say
 from lowmem_db.data.batches import BatchSource
-from lowmem_db.errors import StorageError
+from lowmem_db.errors import ConfigError, StorageError
 from lowmem_db.memory import attention, checkpointing
 from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
 from lowmem_db.models.loading import CPU, load_noise_schedule, load_text_encoder, load_text_encoder_2, load_unet
@@ -85,7 +85,7 @@ def build_trainer(
     """Load what trains onto the device and put the trainer together."""
     _set_arithmetic(config, device)
     denoiser, objective, optimizer = build_step(config, plain_strategy(config), model, device)
-    ema = _build_ema(config, denoiser, optimizer)
+    ema = build_ema(config, denoiser, optimizer)
     _say_what_trains(model, denoiser, device)
     sampler: Callable[[int], None] = lambda step: draw_samples(config, model, denoiser, batches.prompts, run, step)  # noqa: E731
     return Trainer(config, run, denoiser, objective, optimizer, batches, ema, sampler)
@@ -101,6 +101,9 @@ def build_step(
         strategy: How memory is saved.
         model: The model; on the meta device its configuration files are enough.
         device: Where the step runs.
+
+    Raises:
+        ConfigError: ``memory.checkpointing`` names a block that the model has not.
     """
     start = device if device.type == "meta" else CPU  # fp32 weights meet the device in the kind that trains
     unet = load_unet(model, device=start)
@@ -115,7 +118,10 @@ def build_step(
     for module in denoiser.modules().values():
         module.to(device).train().requires_grad_(True)
     attention.apply(unet, config.memory.attention, device)
-    checkpointing.apply(denoiser.modules(), strategy.checkpointing, offload=strategy.offload_checkpoints)
+    try:
+        checkpointing.apply(denoiser.modules(), strategy.checkpointing, offload=strategy.offload_checkpoints)
+    except ValueError as error:
+        raise ConfigError(f"memory.checkpointing: {error}") from error
     optimizer = build_optimizer(config, strategy, denoiser.modules(), device)
     for name, bits in optimizer.extra_bits().items():
         bits.copy_(extra_bits[name])
@@ -134,7 +140,8 @@ def _build_objective(config: Config, model: ModelFolder, device: torch.device) -
     )
 
 
-def _build_ema(config: Config, denoiser: Denoiser, optimizer: OptimizerHandle) -> ExponentialMovingAverage | None:
+def build_ema(config: Config, denoiser: Denoiser, optimizer: OptimizerHandle) -> ExponentialMovingAverage | None:
+    """Build the moving average of the weights, where the configuration asks for it."""
     if not config.ema.enabled:
         return None
     parameters = named_parameters(denoiser.modules())

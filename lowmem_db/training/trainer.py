@@ -42,6 +42,10 @@ class Trainer:
         batches: All batches of the run.
         ema: Moving average of the weights, or None.
         draw_samples: Called with the step when samples are due, always after a checkpoint of that step.
+
+    Attributes:
+        step: Optimizer steps done.
+        peak_step_bytes: Most memory in use in a step so far, as :func:`environment.peak_bytes` counts it.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Trainer:
         self.ema = ema
         self.draw_samples = draw_samples
         self.step = 0
+        self.peak_step_bytes = 0
 
     def stateful_objects(self) -> dict[str, Stateful]:
         """Return the one list of what a checkpoint holds."""
@@ -98,6 +103,7 @@ class Trainer:
             StorageError: The disk is full.
         """
         self.run.truncate_metrics(self.step)
+        environment.reset_peak_bytes(self.denoiser.device)
         metrics = MetricsWriter(self.run, tensorboard=self.config.logging.tensorboard, start_step=self.step)
         try:
             with stop_on_signals() as stop, _progress() as bar:
@@ -156,6 +162,7 @@ class Trainer:
         if self._samples_are_due() and not self.run.samples_dir(self.step).is_dir():
             with self.weights():
                 self.draw_samples(self.step)
+            environment.reset_peak_bytes(self.denoiser.device)
 
     def _samples_are_due(self) -> bool:
         every = self.config.sampling.every or self.config.checkpointing.every
@@ -199,6 +206,8 @@ class Trainer:
     def _row(self, output: StepOutput, rates: dict[str, float], seconds: float) -> dict[str, Any]:
         trains_text_encoder = "text_encoder" in self.optimizer.group_names()
         values = asdict(output)
+        peak_bytes = environment.peak_bytes(self.denoiser.device)
+        self.peak_step_bytes = max(self.peak_step_bytes, peak_bytes)
         return {
             "step": self.step,
             "loss": values["loss"],
@@ -208,7 +217,7 @@ class Trainer:
             "lr_text_encoder": rates["text_encoder"] if trains_text_encoder else None,
             "grad_norm": values["grad_norm"],
             "seconds": round(seconds, 4),
-            "peak_bytes": environment.peak_bytes(self.denoiser.device),
+            "peak_bytes": peak_bytes,
         }
 
     def _data_key(self) -> str:

@@ -10,6 +10,8 @@ from lowmem_db_kernels import (
     to_bitsandbytes,
     unpack_extra_bits_eager,
 )
+from lowmem_db_kernels.codec import decode_eager, dynamic_map
+from torch.utils._python_dispatch import TorchDispatchMode
 
 STEPS = 200
 
@@ -65,6 +67,39 @@ def test_200_steps_agree_with_bitsandbytes(shape, exact_quantizer):
     distance = (mine - theirs.detach()).abs().flatten()
     assert distance.quantile(0.999) <= STEPS * torch.finfo(torch.float32).eps / 2 * theirs.abs().max()
     assert distance.max() < 1e-3
+
+
+def nearest_codes(moment, absmax, *, signed):
+    """Find the nearest code of float64 moments by looking through the map."""
+    table = dynamic_map(signed).double()
+    scale = absmax.double().repeat_interleave(256)[: moment.numel()].clamp(min=1e-38)
+    return torch.bucketize(moment / scale, (table[1:] + table[:-1]) / 2)
+
+
+def decoded(codes, absmax, *, signed):
+    scale = absmax.double().repeat_interleave(256)[: codes.numel()]
+    return decode_eager(codes.flatten(), signed=signed).double() * scale
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (10, 1000), (16, 20, 3, 7)])
+def test_where_codes_differ_from_bitsandbytes_on_a_cpu_its_code_is_not_the_nearest(shape):
+    """Every twentieth of 200 steps, both from its state; its native routine looks codes up by 16 bits of the value."""
+    theirs = torch.nn.Parameter(draw(*shape, seed=9) * 0.03)
+    optimizer = bitsandbytes_optimizer(theirs)
+    for last in range(20, STEPS + 1, 20):
+        take_steps(theirs, optimizer, None, last - 19, 19)
+        before, step = from_bitsandbytes(optimizer.state[theirs])
+        mine = AdamW8bitState(*(tensor.clone() for tensor in before))
+        m, v = (decoded(*state, signed=signed) for state, signed in ((mine[::2], True), (mine[1::2], False)))
+        take_steps(theirs, optimizer, mine, step + 1, 1, mine=theirs.detach().clone())
+        grad = theirs.grad.flatten().double()
+        exact = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+        after, _ = from_bitsandbytes(optimizer.state[theirs])
+        for index, signed in ((0, True), (1, False)):
+            got, other = mine[index].flatten().long(), after[index].flatten().long()
+            nearest = nearest_codes(exact[index], mine[2 + index], signed=signed)
+            assert (got != nearest).double().mean() < 1e-3
+            assert ((got != other) & (other == nearest)).double().mean() < 1e-3
 
 
 def test_one_step_from_a_state_of_bitsandbytes_moves_the_weights_alike():
@@ -181,6 +216,42 @@ def test_small_parameters_step_in_one_call():
     torch.testing.assert_close(sums, total)
 
 
+class Names(TorchDispatchMode):
+    """Collects the names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name.split("::")[1])
+        return function(*args, **(kwargs or {}))
+
+
+def in_one_buffer(tensors, gap):
+    """Copy tensors into one buffer, so many elements apart."""
+    buffer, start, copies = torch.zeros(2000), 0, []
+    for tensor in tensors:
+        copies.append(buffer[start : start + tensor.numel()].view_as(tensor).copy_(tensor))
+        start += tensor.numel() + gap
+    return copies
+
+
+@pytest.mark.parametrize("gap", [0, 1])
+def test_small_parameters_of_one_buffer_are_stepped_where_they_lie(gap):
+    shapes = [(5, 7), (3,), (600,)]
+    params = [draw(*shape, seed=1) for shape in shapes]
+    grads = [draw(*shape, seed=9) for shape in shapes]
+    joined, joined_grads = in_one_buffer(params, gap), in_one_buffer(grads, gap)
+    expected, got = init_state(torch.zeros(638)), init_state(torch.zeros(638))
+    adamw8bit_step_flat(params, grads, expected, lr=1e-3, step=1)
+    with Names() as ran:
+        adamw8bit_step_flat(joined, joined_grads, got, lr=1e-3, step=1)
+    assert all(torch.equal(param, other) for param, other in zip(joined, params, strict=True))
+    assert torch.equal(got.state1, expected.state1)
+    assert ("cat" in ran.names) == ("_foreach_copy_" in ran.names) == bool(gap)
+
+
 @pytest.mark.parametrize("scales", [{"grad_scale": torch.tensor(0.5)}, {"update_scale": torch.tensor(0.0)}])
 def test_scales_are_tensors(scales):
     param, grad = draw(5000), draw(5000, seed=1)
@@ -217,6 +288,16 @@ def test_a_gradient_in_another_layout_is_refused():
         adamw8bit_step(param, draw(8, 4, 3, 3), init_state(param), lr=1e-3, step=1)
 
 
+def test_scalars_of_another_type_count_alike():
+    param, grad = draw(5000), draw(5000, seed=1)
+    other = param.clone()
+    scales = {"grad_scale": torch.tensor(0.5), "update_scale": torch.tensor(0.25)}
+    adamw8bit_step(param, grad, init_state(param), lr=torch.tensor(1e-3), step=1, **scales)
+    scales = {name: scale.double() for name, scale in scales.items()}
+    adamw8bit_step(other, grad, init_state(other), lr=torch.tensor(1e-3).double(), step=1, **scales)
+    assert torch.equal(param, other)
+
+
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)])
 def test_an_empty_parameter_is_stepped(shape):
     param = torch.zeros(shape)
@@ -239,11 +320,17 @@ def test_a_state_of_another_parameter_is_refused(change, match):
         adamw8bit_step(param, param, init_state(param)._replace(**change), lr=1e-3, step=1)
 
 
-@pytest.mark.parametrize("extra", [False, True])
-def test_operator_is_registered_correctly(extra):
-    param = draw(5000)
-    param, extra_bits = pack_extra_bits_eager(param) if extra else (param, None)
+@pytest.mark.parametrize("weights", ["fp32", "extra_bits", "stochastic"])
+@pytest.mark.parametrize("size", [300, 5000])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_operator_is_registered_correctly(weights, size, dry_run):
+    param, extra_bits = draw(size), None
+    if weights == "extra_bits":
+        param, extra_bits = pack_extra_bits_eager(param)
+    elif weights == "stochastic":
+        param = param.to(torch.bfloat16)
     lr, step, corrections = torch.tensor(1e-3), torch.tensor(1), torch.tensor([0.1, 0.03])
-    arguments = (param, extra_bits, draw(5000), *init_state(param), lr, step, corrections, None, None)
+    scales = torch.tensor(0.5), torch.tensor(0.5)
+    arguments = (param, extra_bits, draw(size), *init_state(param), lr, step, corrections, *scales)
     operator = torch.ops.lowmem_db_kernels.adamw8bit_step.default
-    torch.library.opcheck(operator, (*arguments, 0.9, 0.999, 1e-8, 0.01, 1, 2, False))
+    torch.library.opcheck(operator, (*arguments, 0.9, 0.999, 1e-8, 0.01, 1, 2, dry_run))

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from lowmem_db_kernels._triton import jit, tl
 
 pytest.importorskip("triton")
 static = pytest.importorskip("lowmem_db_kernels.static")
@@ -36,6 +37,18 @@ def test_the_figures_of_a_good_build_break_no_bar(build):
 def test_every_bar_can_break(build, change, clause):
     broken = static.violations(static.Build(**{**vars(build), **change}), static.SPECS["geglu"])
     assert any(clause in text for text in broken)
+
+
+@jit
+def attribute_of_a_number_kernel(result_ptr, count):
+    tl.store(result_ptr, count.to(tl.float32))
+
+
+def test_an_attribute_of_an_integer_argument_is_noticed():
+    """A launch makes a constant of an argument that is 1, and a constant has no such attribute."""
+    spec = static.Spec(name="", kernel=attribute_of_a_number_kernel, constants={}, dtypes=("fp32",))
+    assert static.compile_for(spec, 75, "fp32")
+    assert "has no attribute 'to'" in (static.failure_with_ones(spec) or "")
 
 
 def test_every_kernel_has_a_spec():

@@ -14,11 +14,11 @@ from tests.tiny_models import NUM_TOKENS, tiny_text_encoder, tiny_unet
 DEMO_BASE = Path(lowmem_db.models.__file__).parent / "demo" / "base"
 
 
-def sdxl_like_unet(channels: tuple[int, ...] = (8, 16), **changes: object) -> UNet2DConditionModel:
+def sdxl_like_unet(**changes: object) -> UNet2DConditionModel:
     """Transformers of two blocks, linear projections, and text and time ids added to the time embedding."""
     config = {
         "sample_size": 16,
-        "block_out_channels": channels,
+        "block_out_channels": (8, 16),
         "layers_per_block": 1,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),

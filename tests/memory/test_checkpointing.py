@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem_db.memory import boundary_offload, checkpointing
-from lowmem_db.memory.segments import Concatenation
+from lowmem_db.memory import boundary_offload, checkpointing, fused_layers
+from lowmem_db.memory.segments import Concatenation, Segment
 from tests.memory.models import (
     UNETS,
     assert_same_bits,
@@ -227,6 +227,38 @@ def test_applying_twice_is_refused(first: str, second: str) -> None:
         checkpointing.apply(modules, second)
 
 
+def test_applying_to_another_block_later_is_refused() -> None:
+    modules = build("tiny")
+    undo = checkpointing.apply(modules, {"unet.up_blocks.1": "segments"})
+    with pytest.raises(ValueError, match="is applied already"):
+        checkpointing.apply(modules, {"unet.mid_block": "layers"})
+    undo()
+    checkpointing.apply(modules, {"unet.mid_block": "layers"})
+
+
+def test_a_forward_that_somebody_else_replaced_is_used_and_restored() -> None:
+    modules = build("tiny")
+    resnet = modules["unet"].mid_block.resnets[0]
+    calls, original = [], resnet.forward
+    replaced = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]  # noqa: E731
+    resnet.forward = replaced
+    undo = checkpointing.apply(modules, "segments")
+    assert_same_bits(loss_and_gradients(modules), expected("tiny"))
+    assert len(calls) == 2
+    undo()
+    assert resnet.forward is replaced
+
+
+def test_fused_layers_go_with_it() -> None:
+    modules = build("tiny")
+    fused_layers.apply(modules["unet"])
+    plain = loss_and_gradients(modules)
+    undo = checkpointing.apply(modules, "nested", offload=True)
+    assert_same_bits(loss_and_gradients(modules), plain)
+    undo()
+    assert_same_bits(loss_and_gradients(modules), plain)
+
+
 def test_an_unknown_block_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'unet.middle' is no block; the blocks are unet.down_blocks.0, .*encoder"):
         checkpointing.apply(build("tiny"), {"unet.middle": "layers"})
@@ -260,6 +292,17 @@ def test_images_are_drawn_as_before(placement: str) -> None:
     checkpointing.apply(modules, placement, offload=True)
     with torch.no_grad():
         assert torch.equal(loss_of(modules), expected("sdxl_like")["loss"])
+
+
+def test_weights_that_autocast_converts_die_with_their_segment() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    segment = Segment(layer.forward, layer)
+    x = torch.ones(1, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
+        assert segment(x).any()
+        layer.weight.data.zero_()
+        assert not segment(x).any()
+        assert torch.is_autocast_cache_enabled()
 
 
 def test_a_skip_connections_gradient_does_not_keep_the_other_alive() -> None:

@@ -221,6 +221,10 @@ def test_undo_leaves_gradients_alone_again() -> None:
     loss_of(trained, 0).backward()
     assert all(parameter.grad is not None for parameter in handle.parameters())
     assert_equal(weights_of(trained), before)
+    handle.apply()
+    handle.zero_grad()
+    do_step(handle, trained, 0)
+    assert not torch.equal(weights_of(trained)[0], before[0])
 
 
 def test_gradients_of_several_backward_passes_add_up() -> None:

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from lowmem_db import environment
 from lowmem_db.errors import StorageError
-from lowmem_db.storage.tensors import TensorStore, read_state, read_tensors, write_state, write_tensors
+from lowmem_db.storage.tensors import (
+    TensorStore,
+    _without_shared_memory,
+    read_state,
+    read_tensors,
+    write_state,
+    write_tensors,
+)
 
 DAMAGES = {
     "empty": b"",
@@ -148,3 +155,12 @@ def test_a_folder_in_the_place_of_a_file_is_a_cache_miss(tmp_path: Path) -> None
     store = TensorStore(tmp_path)
     store.path("abcd").mkdir(parents=True)
     assert store.read("abcd") is None
+
+
+def test_neighbours_in_one_buffer_are_written_without_a_copy(tmp_path: Path) -> None:
+    buffer = torch.arange(1024, dtype=torch.uint8)
+    state = {"a": buffer[:256], "b": buffer[256:512].view(torch.int32), "c": buffer[128:384], "empty": buffer[:0]}
+    own = _without_shared_memory(state)
+    assert [own[name].data_ptr() == state[name].data_ptr() for name in ("a", "b", "c")] == [True, True, False]
+    write_state(tmp_path / "state.safetensors", state)
+    assert_same(read_state(tmp_path / "state.safetensors"), state)

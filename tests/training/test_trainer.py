@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from lowmem_db_kernels import unpack_extra_bits_eager
 
 from lowmem_db.cli.train import train
-from lowmem_db.errors import NonFiniteError, StorageError
+from lowmem_db.errors import ConfigError, NonFiniteError, StorageError
 from lowmem_db.models.loading import load_unet
 from lowmem_db.models.source import find_model
 from lowmem_db.storage.run_folder import RunFolder
+from lowmem_db.storage.tensors import read_state, read_tensors
 from lowmem_db.training import samples, setup, trainer
 from lowmem_db.training.step import train_step
 
@@ -111,3 +113,53 @@ def test_samples_come_from_the_moving_average(
     base = load_unet(find_model(str(tiny_model))).conv_in.weight
     weights, average = seen
     torch.testing.assert_close(average, base.lerp(weights, 1 - 2 / 11))  # the decay of step 1 is (1 + 1) / (10 + 1)
+
+
+ENGINE = {
+    "optimizer.name": "adamw8bit",
+    "memory.weights": "bf16_extra_bits",
+    "memory.optimizer_in_backward": True,
+    "memory.stream_optimizer_state": True,
+    "memory.checkpointing": "segments",
+    "training.train_text_encoder": True,
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_final_model_of_24_bit_weights_has_all_their_bits(
+    tiny_fields: dict[str, object], tmp_path: Path, precision: str
+) -> None:
+    train(arguments(tiny_fields | ENGINE | {"final.precision": precision}))
+    run = RunFolder(tmp_path / "run")
+    checkpoint = run.checkpoint_dir(4)
+    extra_bits = read_state(checkpoint / "optimizer.safetensors")["parameters"]
+    final, _ = read_tensors(run.final_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    trained = read_state(checkpoint / "unet.safetensors")
+    assert trained.keys() == final.keys()
+    differing = 0
+    for name, weight in trained.items():
+        assert weight.dtype == torch.bfloat16
+        whole = unpack_extra_bits_eager(weight, extra_bits[f"unet.{name}"]["extra_bits"])
+        assert torch.equal(final[name], whole if precision == "fp32" else weight), name
+        differing += int((whole != weight.float()).sum())
+    assert differing > 10_000
+    pipeline = StableDiffusionPipeline.from_pretrained(run.final_dir, local_files_only=True)
+    assert torch.equal(pipeline.unet.conv_in.weight.detach().float(), final["conv_in.weight"].float())
+
+
+def test_kind_of_weights_and_clipping_are_in_the_run_s_configuration(
+    tiny_fields: dict[str, object], tmp_path: Path
+) -> None:
+    train(arguments(tiny_fields | ENGINE))
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    assert "weights: bf16_extra_bits" in text
+    assert "clipping: update_rms" in text
+    assert "mixed_precision: bf16" in text
+
+
+def test_block_that_the_model_has_not_is_refused(tiny_fields: dict[str, object]) -> None:
+    changed = {"memory.checkpointing": {"unet.down_blocks.7": "segments"}}
+    with pytest.raises(
+        ConfigError, match=r"memory\.checkpointing: .*unet\.down_blocks\.7.* is no block; the blocks are"
+    ):
+        train(arguments(tiny_fields | changed))

@@ -16,12 +16,13 @@ from lowmem_db_kernels.codec import decode_eager, encode_eager
 from lowmem_db_kernels.rounding import pack_extra_bits_eager, unpack_extra_bits_eager
 
 NAMES = ("param", "extra_bits", "state1", "state2", "absmax1", "absmax2")
+COMPARED = ("weight", "m", "v", "sums")
 BETA1, BETA2, EPS, WEIGHT_DECAY = 0.9, 0.999, 1e-8, 0.01
 FORMATS = ["fp32", "extra_bits", "stochastic"]
 
 
 def problem(
-    device, shape=(5000,), grad_dtype=torch.float32, weight_format="fp32", *, quantized=True, lr=1e-3, step=7, seed=2
+    device, shape=(1300,), grad_dtype=torch.float32, weight_format="fp32", *, quantized=True, lr=1e-3, step=7, seed=2
 ):
     generator = torch.Generator().manual_seed(seed)
     param = torch.randn(shape, generator=generator) * 0.03
@@ -97,27 +98,32 @@ def exact_result(tensors, fixed):
 
 
 def check(*arguments, **options):
-    """Compare over several problems: the sums are single numbers."""
-    sums = []
-    for seed in range(6 if len(arguments) == 1 else 24):
+    """Compare over many problems: the sums are single numbers, and a small parameter has few elements."""
+    results = []
+    for seed in range(64 if arguments[1:] == ((1,),) else 32):
         tensors, fixed = problem(*arguments, seed=seed, **options)
         got, eager = (run(serve, tensors, fixed) for serve in (adamw8bit_step_triton, adamw8bit_step_eager))
-        exact = exact_result(tensors, fixed)
-        sums.append((got["sums"], eager["sums"], exact["sums"]))
-        check_weight_and_moments(got, eager, exact)
-    assert_sums_no_worse_than_eager("sums", *(torch.cat(part) for part in zip(*sums, strict=True)))
+        results.append([comparable(got), comparable(eager), exact_result(tensors, fixed)])
+        for name in ("state1", "state2"):
+            if got[name].dtype == torch.uint8:
+                assert_same_codes_but_for_ties(name, got[name], eager[name])
+    for name in ("weight", "m", "v"):
+        assert_no_worse_than_eager(
+            name, *(torch.cat([part[name] for part in parts]) for parts in zip(*results, strict=True))
+        )
+    sums = (torch.cat([part["sums"] for part in parts]) for parts in zip(*results, strict=True))
+    assert_sums_no_worse_than_eager("sums", *sums)
 
 
-def check_weight_and_moments(got, eager, exact):
-    weights = [weight_of(result) for result in (got, eager)]
-    assert_no_worse_than_eager("weight", *weights, exact["weight"].reshape(weights[0].shape))
-    for name, *moments in zip(("m", "v"), moments_of(got), moments_of(eager), strict=True):
-        assert_no_worse_than_eager(name, *moments, exact[name])
-    for name in ("state1", "state2"):
-        if got[name].dtype == torch.uint8:
-            difference = (got[name].int() - eager[name].int()).abs()
-            assert difference.max() <= 1, f"{name} differs by more than a tie"
-            assert difference.sum() <= 2 + 1e-4 * difference.numel(), f"{name} differs in {difference.sum()} codes"
+def comparable(result):
+    m, v = moments_of(result)
+    return dict(zip(COMPARED, (weight_of(result).flatten(), m, v, result["sums"]), strict=True))
+
+
+def assert_same_codes_but_for_ties(name, got, eager):
+    difference = (got.int() - eager.int()).abs()
+    assert difference.max() <= 1, f"{name} differs by more than a tie"
+    assert difference.sum() <= 2 + 1e-4 * difference.numel(), f"{name} differs in {difference.sum()} codes"
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
@@ -172,6 +178,19 @@ def test_element_without_finite_gradient_keeps_its_weight_and_the_sum_tells(devi
     assert all(moment.isfinite().all() for moment in moments_of(got))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("serve", [adamw8bit_step_triton, adamw8bit_step_eager])
+def test_gradient_scale_of_nan_leaves_every_bit_as_it_is(device, serve, weight_format):
+    """The lowest code of the signed map is short of -1: encoding a block again would move it."""
+    tensors, fixed = problem(device, (600,), weight_format=weight_format)
+    fixed["grad_scale"].fill_(float("nan"))
+    got = run(serve, tensors, fixed)
+    for name, before in tensors.items():
+        if before is not None:
+            assert_bit_equal(name, got[name], before)
+
+
 @pytest.mark.parametrize("serve", [adamw8bit_step_triton, adamw8bit_step_eager])
 def test_zero_gradient_from_zero_state(device, serve):
     tensors, fixed = problem(device, (600,), step=1)
@@ -197,7 +216,7 @@ def test_dry_run_writes_nothing_and_returns_the_same_sums(device):
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_result_does_not_depend_on_program_order(device, weight_format):
     tensors, fixed = problem(device, (9000,), weight_format=weight_format)
-    assert_independent_of_order(lambda: run(adamw8bit_step_triton, tensors, fixed))
+    assert_independent_of_order(lambda: run(adamw8bit_step_triton, tensors, fixed), blocks=(512,))
 
 
 def test_operator_is_served_by_the_kernel_in_storage_order(device):

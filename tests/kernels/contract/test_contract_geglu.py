@@ -36,8 +36,8 @@ def test_kernel_matches_its_twin(device, dtype, shape):
 
 @pytest.mark.parametrize("size", [1, 3, 63, 257, 1023])
 def test_odd_sizes(device, size):
-    check(*problem((5, size), device))
-    check(*problem((size, 3), device))
+    check(*problem((-(-64 // size) + 1, size), device))
+    check(*problem((size, 67), device))
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
@@ -49,7 +49,8 @@ def test_empty(device, shape):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_far_tails(device):
-    gate = torch.tensor([-40.0, -10.0, -6.0, 0.0, 6.0, 40.0], device=device)
+    gate = torch.tensor([-40.0, -10.0, -6.0, 0.0, 6.0, 40.0], device=device).repeat(11)
+    gate += torch.linspace(0, 0.1, 66, device=device)
     packed = torch.cat([torch.ones_like(gate), gate])[None]
     check(packed, torch.ones_like(gate)[None])
 
@@ -66,9 +67,9 @@ def test_inf_and_nan_stay_where_they_are(device):
 
 
 def test_result_does_not_depend_on_program_order(device):
-    packed, grad_output = problem((9, 300), device)
+    packed, grad_output = problem((7, 250), device)
     run = lambda: {"output": geglu_triton(packed), "gradient": geglu_backward_triton(grad_output, packed)}  # noqa: E731
-    assert_independent_of_order(run, blocks=(256, 512, 2048))
+    assert_independent_of_order(run, blocks=(256, 2048))
 
 
 def test_operator_is_served_by_the_kernel(device):

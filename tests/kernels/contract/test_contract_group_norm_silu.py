@@ -1,6 +1,14 @@
 import pytest
 import torch
-from kernel_contract import DTYPES, assert_bit_equal, assert_independent_of_order, assert_no_worse_than_eager, guarded
+from kernel_contract import (
+    DTYPES,
+    MINIMUM_COUNT,
+    assert_bit_equal,
+    assert_independent_of_order,
+    assert_no_worse_than_eager,
+    assert_together_no_worse_than_eager,
+    guarded,
+)
 from lowmem_db_kernels import group_norm_silu
 from lowmem_db_kernels.group_norm_silu import (
     group_norm_silu_backward_eager,
@@ -12,6 +20,7 @@ from lowmem_db_kernels.group_norm_silu import (
 EPS = 1e-5
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 NAMES = ("output", "mean", "rstd", "grad_x", "grad_weight", "grad_bias")
+SMALL_NAMES = ("mean", "rstd", "grad_weight", "grad_bias")
 TRITON = (group_norm_silu_triton, group_norm_silu_backward_triton)
 EAGER = (group_norm_silu_eager, group_norm_silu_backward_eager)
 
@@ -54,7 +63,7 @@ def exact_result(arguments, num_groups=4):
     return dict(zip(NAMES, (output.detach(), mean.detach(), rstd.detach(), *gradients), strict=True))
 
 
-def check(*problem_arguments, num_groups=4, num_problems=6, **problem_options):
+def check(*problem_arguments, num_groups=4, num_problems=4, **problem_options):
     """Compare over several problems: an error of a group's statistics is one error of all its elements."""
     results = []
     for seed in range(num_problems):
@@ -62,9 +71,14 @@ def check(*problem_arguments, num_groups=4, num_problems=6, **problem_options):
         with guarded() as guard:
             got = run(TRITON, {name: guard(tensor) for name, tensor in arguments.items()}, num_groups)
         results.append((got, run(EAGER, arguments, num_groups), exact_result(arguments, num_groups)))
+    by_server = [{name: torch.stack([part[name] for part in parts]) for name in NAMES} for parts in zip(*results)]  # noqa: B905
+    stacked = {name: [server[name] for server in by_server] for name in NAMES}
+    few = any(stacked[name][0].numel() < MINIMUM_COUNT for name in SMALL_NAMES)
+    if few:
+        assert_together_no_worse_than_eager({name: stacked[name] for name in SMALL_NAMES})
     for name in NAMES:
-        by_server = (torch.stack([result[name] for result in server]) for server in zip(*results, strict=True))
-        assert_no_worse_than_eager(name, *by_server, sums=True)
+        if not (few and name in SMALL_NAMES):
+            assert_no_worse_than_eager(name, *stacked[name], sums=True)
     for name in ("output", "grad_x"):
         strides = [tensors[name].stride() for tensors in results[0][:2]]
         assert strides == [arguments["x"].stride()] * 2, name
@@ -73,17 +87,17 @@ def check(*problem_arguments, num_groups=4, num_problems=6, **problem_options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_kernel_matches_its_twin(device, dtype, layout):
-    check(device, dtype=dtype, layout=layout)
+    check(device, dtype=dtype, layout=layout, num_problems=8)
 
 
 @pytest.mark.parametrize(
     ("shape", "num_problems"),
     [
-        ((6, 8, 1, 1), 6),
-        ((2, 4, 1, 3), 20),
-        ((1, 4, 7, 9), 12),
-        ((6, 2, 1, 257), 6),
-        ((1, 2, 33, 31), 2),
+        ((6, 8, 1, 1), 4),
+        ((2, 4, 1, 3), 12),
+        ((1, 4, 7, 9), 8),
+        ((6, 2, 1, 257), 3),
+        ((1, 8, 33, 31), 4),
         ((2, 6, 5), 6),
     ],
 )

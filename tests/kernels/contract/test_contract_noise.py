@@ -100,7 +100,7 @@ def check(arguments, settings):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_kernel_matches_its_twin(device, dtype, prediction_type):
-    check(problem((2, 4, 5, 7), device, dtype), options(prediction_type, 0.1, 0.05, out_dtype=dtype))
+    check(problem((2, 4, 9, 15), device, dtype), options(prediction_type, 0.1, 0.05, out_dtype=dtype))
 
 
 @pytest.mark.parametrize(("std", "given"), itertools.product([False, True], repeat=2))
@@ -110,7 +110,7 @@ def test_kernel_serves_given_and_drawn_parts(device, std, given):
 
 @pytest.mark.parametrize("size", [1, 3, 63, 257, 1023])
 def test_odd_sizes(device, size):
-    check(problem((2, 1, 1, size), device, torch.float32), options("v_prediction", 0.1, 0.1))
+    check(problem((-(-64 // size) + 1, 1, 1, size), device, torch.float32), options("v_prediction", 0.1, 0.1))
 
 
 def test_many_channels(device):
@@ -133,7 +133,7 @@ def test_inf_and_nan_stay_where_they_are(device):
 
 
 def test_result_does_not_depend_on_program_order(device):
-    arguments = problem((2, 4, 16, 16), device, torch.float32)
+    arguments = problem((2, 4, 14, 16), device, torch.float32)
     names = ("noisy", "target")
     run = lambda: dict(zip(names, noise_triton(*arguments.values(), *options("v_prediction", 0.1)), strict=True))  # noqa: E731
-    assert_independent_of_order(run, blocks=(128, 512, 2048))
+    assert_independent_of_order(run, blocks=(128, 512))

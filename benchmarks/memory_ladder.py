@@ -1,0 +1,125 @@
+"""From plain fp32 AdamW down, one technique at a time: the peak of a training step, predicted and measured.
+
+    python benchmarks/memory_ladder.py [--output FILE.jsonl] [--picture docs/images/memory_ladder.png]
+
+Bytes of tensors while a step of UNet and text encoders runs on one photo and one class image. `sd15` and `sdxl` are
+predicted: traces of the real step on the meta device, 512 and 1024 px. `demo` is the small model of this package at 128
+px, predicted alike and measured: three real steps on the CPU, every storage followed. Prints a JSON line per rung, then a
+table.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lowmem_db.config.loading import load_config  # noqa: E402
+from lowmem_db.config.schema import Config  # noqa: E402
+from lowmem_db.config.strategy import plain_strategy  # noqa: E402
+from lowmem_db.planning.cards import CPU, find_card  # noqa: E402
+from lowmem_db.planning.models import find_configuration  # noqa: E402
+from lowmem_db.planning.phases import Subject, trace_train  # noqa: E402
+from lowmem_db.planning.verify import measure_train  # noqa: E402
+
+GIB, MIB = 1 << 30, 1 << 20
+RUNGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("fp32, AdamW", {"training.mixed_precision": "bf16"}),
+    ("+ checkpointed segments", {"memory.checkpointing": "segments"}),
+    ("+ 8-bit states", {"optimizer.name": "adamw8bit"}),
+    ("+ optimizer in backward", {"memory.optimizer_in_backward": True}),
+    ("+ 24-bit weights", {"memory.weights": "bf16_extra_bits"}),
+    ("+ streamed states", {"memory.stream_optimizer_state": True}),
+    ("+ checkpoints on the host", {"memory.offload_checkpoints": True}),
+)
+MODELS = {
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 1024),
+    "demo": ("demo", 128),
+}
+
+
+def config_of(model: str, fields: dict[str, Any]) -> Config:
+    """Return the configuration of a rung."""
+    base, resolution = MODELS[model]
+    needed = {
+        "model.base": base, "subject.instance_dir": "photos", "subject.instance_prompt": "a sks dog",
+        "subject.class_prompt": "a dog", "output_dir": "run", "data.resolution": resolution,
+        "training.train_text_encoder": True,
+    }  # fmt: skip
+    return load_config(None, list((needed | fields).items()))
+
+
+def measure_rung(model: str, fields: dict[str, Any], *, measured: bool) -> dict[str, int]:
+    """Return the predicted and, where asked for, the measured bytes of a rung.
+
+    What is measured on the CPU computes without autocast, and is predicted for the CPU too.
+    """
+    if measured:
+        fields = {name: value for name, value in fields.items() if name != "training.mixed_precision"}
+    config = config_of(model, fields)
+    strategy, folder = plain_strategy(config), find_configuration(config.model)
+    card = CPU if measured else find_card("RTX 3060")
+    traced = trace_train(Subject(config=config, model=folder, card=card), strategy)
+    found = {"predicted_bytes": traced.peak.total, "host_bytes": traced.host_bytes}
+    if measured:
+        found["measured_bytes"] = measure_train(config, strategy, folder, torch.device("cpu"))
+    return found
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the predicted bars of Stable Diffusion 1.5 and SDXL."""
+    left, width, row_height = 190, 330, 26
+    picture = Image.new("RGB", (left + 2 * width + 20, 40 + row_height * len(rows)), "white")
+    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
+    for column, model in enumerate(("sd15", "sdxl")):
+        start = left + column * width
+        title = {"sd15": "Stable Diffusion 1.5, 512 px", "sdxl": "SDXL, 1024 px"}[model]
+        canvas.text((start, 10), f"{title}: GiB (predicted)", fill="black", font=font)
+        largest = rows[0][model]["predicted_bytes"]
+        for index, row in enumerate(rows):
+            top, size = 36 + index * row_height, row[model]["predicted_bytes"]
+            canvas.rectangle((start, top, start + (width - 70) * size / largest, top + 18), fill="#4477aa")
+            label = f"{size / GIB:.1f}"
+            canvas.text((start + (width - 70) * size / largest + 6, top + 1), label, fill="black", font=font)
+    for index, row in enumerate(rows):
+        canvas.text((8, 37 + index * row_height), row["rung"], fill="black", font=font)
+    picture.save(path, optimize=True)
+
+
+def main() -> None:
+    """Climb down, print JSON lines and a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    fields: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for rung, changed in RUNGS:
+        fields |= changed
+        row = {"rung": rung} | {model: measure_rung(model, fields, measured=model == "demo") for model in MODELS}
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    print("| | SD 1.5, 512 px | SDXL, 1024 px | on the host | demo: predicted | demo: measured |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        sd15, sdxl, demo = (row[model] for model in MODELS)
+        host = f"{sd15['host_bytes'] / GIB:.1f} / {sdxl['host_bytes'] / GIB:.1f} GiB"
+        print(
+            f"| {row['rung']} | {sd15['predicted_bytes'] / GIB:.2f} GiB | {sdxl['predicted_bytes'] / GIB:.2f} GiB | {host} "
+            f"| {demo['predicted_bytes'] / MIB:.1f} MiB | {demo['measured_bytes'] / MIB:.1f} MiB |"
+        )
+    if options.output:
+        options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if options.picture:
+        draw(rows, options.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""``lowmem-db plan``."""
+
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml] [section.key=value]... [--flag value]...", help="As for train.", show_default=False
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Memory that the run may use: 8GiB, 7.5GB. By default memory.budget.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help='A card, for instance "rtx 3060"; its memory is the budget where none is given.')
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run three real steps here, and print what they needed.")
+    ] = False,
+) -> None:
+    """Predict what a run will need, before it starts, and choose the fastest way that fits the budget.
+
+    Neither weights nor a GPU are needed: [bold]lowmem-db plan configs/sd15_full_12gb.yaml --gpu "rtx 3060"[/bold]
+    """
+    import json
+
+    from lowmem_db.cli.arguments import read_arguments
+    from lowmem_db.config.sizes import parse_bytes
+    from lowmem_db.errors import ConfigError
+
+    config, _ = read_arguments(arguments or [])
+    try:
+        budget_bytes = None if budget is None else parse_bytes(budget)
+    except ValueError as error:
+        raise ConfigError(f"--budget: {budget!r} {error}") from None
+
+    from rich.console import Console
+
+    from lowmem_db.planning.output import as_json as to_json
+    from lowmem_db.planning.output import show
+    from lowmem_db.planning.plan import plan as plan_run
+    from lowmem_db.planning.target import find_target
+    from lowmem_db.planning.verify import verify as verify_plan
+
+    target = find_target(config, gpu=gpu, budget_bytes=budget_bytes, here=verify)
+    found = plan_run(config, target)
+    verified = verify_plan(config, found) if verify else None
+    if as_json:
+        typer.echo(json.dumps(to_json(found) | ({} if verified is None else verified.as_json()), indent=2))
+        return
+    out = Console(highlight=False, soft_wrap=True)
+    show(found, out)
+    if verified is not None:
+        out.print(verified.describe(), markup=False)

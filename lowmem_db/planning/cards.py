@@ -1,0 +1,166 @@
+"""Public figures of consumer and Colab cards, and how long a trace would take on them.
+
+Tensor TFLOPS are dense and with accumulation in fp32, as training multiplies. The times are predictions for an order of
+strategies, not measurements: they assume the shares of the public figures that stand below.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from lowmem_db.errors import ConfigError
+from lowmem_db.planning.costs import COMPUTE_TYPES, Costs
+
+GIB = 1 << 30
+_SHARE_OF_FLOPS = 0.5
+_SHARE_OF_BANDWIDTH = 0.75
+_SHARE_OF_PCIE = 0.8
+_SHARE_FOR_PROGRAMS = 0.97  # a card's own firmware keeps the rest
+_SECONDS_PER_LAUNCH = 5e-6
+_PCIE_3_LANE = 0.985e9  # bytes per second, each way; every generation doubles it
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device a run is planned for.
+
+    Attributes:
+        name: As it is sold.
+        memory_gib: Its memory.
+        bandwidth: GB/s of its memory.
+        tflops: Dense half-precision TFLOPS of the tensor cores, accumulated in fp32.
+        fp32_tflops: TFLOPS in fp32.
+        pcie_generation: 3, 4 or 5; 0: the host itself.
+        pcie_lanes: 8 or 16.
+        capability: CUDA compute capability; None: the CPU.
+    """
+
+    name: str
+    memory_gib: float
+    bandwidth: float
+    tflops: float
+    fp32_tflops: float
+    pcie_generation: int
+    pcie_lanes: int
+    capability: tuple[int, int] | None
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether it computes in bf16: from compute capability 8.0 on."""
+        return self.capability is not None and self.capability >= (8, 0)
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is no card but the CPU."""
+        return self.capability is None
+
+    @property
+    def usable_bytes(self) -> int:
+        """What programs can use of its memory."""
+        return int(self.memory_gib * GIB * _SHARE_FOR_PROGRAMS)
+
+
+CPU = Card("CPU", 0.0, 20.0, 0.1, 0.1, 0, 0, None)
+CARDS = (
+    Card("GTX 1660 Ti", 6.0, 288.0, 10.9, 5.4, 3, 16, (7, 5)),
+    Card("RTX 2060", 6.0, 336.0, 25.8, 6.5, 3, 16, (7, 5)),
+    Card("RTX 2070", 8.0, 448.0, 29.9, 7.5, 3, 16, (7, 5)),
+    Card("RTX 2080", 8.0, 448.0, 40.3, 10.1, 3, 16, (7, 5)),
+    Card("RTX 2080 Ti", 11.0, 616.0, 53.8, 13.4, 3, 16, (7, 5)),
+    Card("RTX 3050", 8.0, 224.0, 18.2, 9.1, 4, 8, (8, 6)),
+    Card("RTX 3060", 12.0, 360.0, 25.6, 12.7, 4, 16, (8, 6)),
+    Card("RTX 3060 Ti", 8.0, 448.0, 32.4, 16.2, 4, 16, (8, 6)),
+    Card("RTX 3070", 8.0, 448.0, 40.6, 20.3, 4, 16, (8, 6)),
+    Card("RTX 3080", 10.0, 760.0, 59.5, 29.8, 4, 16, (8, 6)),
+    Card("RTX 3080 Ti", 12.0, 912.0, 68.2, 34.1, 4, 16, (8, 6)),
+    Card("RTX 3090", 24.0, 936.0, 71.2, 35.6, 4, 16, (8, 6)),
+    Card("RTX 4060", 8.0, 272.0, 30.2, 15.1, 4, 8, (8, 9)),
+    Card("RTX 4060 Ti", 8.0, 288.0, 44.1, 22.1, 4, 8, (8, 9)),
+    Card("RTX 4060 Ti 16GB", 16.0, 288.0, 44.1, 22.1, 4, 8, (8, 9)),
+    Card("RTX 4070", 12.0, 504.0, 58.3, 29.1, 4, 16, (8, 9)),
+    Card("RTX 4070 Ti", 12.0, 504.0, 80.2, 40.1, 4, 16, (8, 9)),
+    Card("RTX 4070 Ti Super", 16.0, 672.0, 88.2, 44.1, 4, 16, (8, 9)),
+    Card("RTX 4080", 16.0, 717.0, 97.5, 48.7, 4, 16, (8, 9)),
+    Card("RTX 4090", 24.0, 1008.0, 165.2, 82.6, 4, 16, (8, 9)),
+    Card("RTX 5060 Ti 16GB", 16.0, 448.0, 47.4, 23.7, 5, 8, (12, 0)),
+    Card("RTX 5070", 12.0, 672.0, 61.7, 30.9, 5, 16, (12, 0)),
+    Card("RTX 5070 Ti", 16.0, 896.0, 87.9, 43.9, 5, 16, (12, 0)),
+    Card("RTX 5080", 16.0, 960.0, 112.6, 56.3, 5, 16, (12, 0)),
+    Card("RTX 5090", 32.0, 1792.0, 209.5, 104.8, 5, 16, (12, 0)),
+    Card("T4", 15.0, 320.0, 65.0, 8.1, 3, 16, (7, 5)),
+    Card("L4", 24.0, 300.0, 121.0, 30.3, 4, 16, (8, 9)),
+    Card("V100", 16.0, 900.0, 112.0, 14.0, 3, 16, (7, 0)),
+    Card("A100", 40.0, 1555.0, 312.0, 19.5, 4, 16, (8, 0)),
+    Card("H100", 80.0, 3350.0, 989.0, 67.0, 5, 16, (9, 0)),
+)
+ASSUMED = next(card for card in CARDS if card.name == "RTX 3060")
+
+
+def find_card(name: str) -> Card:
+    """Find a card by its name, whatever its spelling: ``rtx 3060``, ``RTX3060``, ``3060``, ``RTX 3060 8GB``.
+
+    Raises:
+        ConfigError: There is none of that name; the message names near ones.
+    """
+    cards = _by_plain_name()
+    plain = _plain(name)
+    for key in (plain, "rtx" + plain):
+        if key in cards:
+            return cards[key]
+    for digits in (2, 1):
+        model, memory = plain[: -2 - digits], plain[-2 - digits : -2]
+        key = next((key for key in (model, "rtx" + model) if key in cards), None)
+        if plain.endswith("gb") and memory.isdecimal() and key is not None:
+            return replace(cards[key], name=f"{cards[key].name} {int(memory)}GB", memory_gib=float(memory))
+    near = difflib.get_close_matches(plain, cards, n=6, cutoff=0.6)
+    hint = f"did you mean {' or '.join(cards[key].name for key in near)}? " if near else ""
+    raise ConfigError(
+        f"--gpu: {name!r} is not known; {hint}Allowed: {', '.join(card.name for card in CARDS)}; or leave --gpu out "
+        "and give --budget"
+    )
+
+
+def card_of(name: str, *, total_bytes: int, capability: tuple[int, int]) -> Card:
+    """Return the card of a device in this machine, with its own memory; an unknown one is as fast as ``ASSUMED``."""
+    plain = _plain(name)
+    known = [key for key in _by_plain_name() if plain.startswith(key)]
+    like = _by_plain_name()[max(known, key=len)] if known else ASSUMED
+    return replace(like, name=name, memory_gib=total_bytes / GIB / _SHARE_FOR_PROGRAMS, capability=capability)
+
+
+def seconds_per_step(costs: Costs, card: Card) -> float:
+    """Predict the seconds a traced step takes on a card: each operator computes or moves bytes, whichever is longer.
+
+    What crosses PCIe is hidden behind the step as far as it takes no longer; the two ways do not slow each other down.
+    """
+    crossing = max(costs.host_to_device_bytes, costs.device_to_host_bytes)
+    return max(float(operator_seconds(costs, card).sum()), pcie_seconds(crossing, card))
+
+
+def operator_seconds(costs: Costs, card: Card) -> np.ndarray:
+    """Predict the seconds of each operator."""
+    half, full = card.tflops * 1e12 * _SHARE_OF_FLOPS, card.fp32_tflops * 1e12 * _SHARE_OF_FLOPS
+    rates = np.array([full if dtype == torch.float32 else half for dtype in COMPUTE_TYPES])
+    computing = costs.flops / rates[costs.compute_type]
+    moving = costs.moved_bytes / (card.bandwidth * 1e9 * _SHARE_OF_BANDWIDTH)
+    return np.maximum(np.maximum(computing, moving), _SECONDS_PER_LAUNCH)
+
+
+def pcie_seconds(num_bytes: int, card: Card) -> float:
+    """Predict the seconds that bytes take to or from the host."""
+    if card.is_cpu:
+        return num_bytes / (card.bandwidth * 1e9 * _SHARE_OF_BANDWIDTH)
+    lane = _PCIE_3_LANE * 2 ** (card.pcie_generation - 3)
+    return num_bytes / (lane * card.pcie_lanes * _SHARE_OF_PCIE)
+
+
+def _by_plain_name() -> dict[str, Card]:
+    return {_plain(card.name): card for card in CARDS}
+
+
+def _plain(name: str) -> str:
+    """Return a name without spaces, case, maker and line of products."""
+    return re.sub(r"nvidia|geforce|tesla|laptop|gpu|[^a-z0-9]", "", name.lower())

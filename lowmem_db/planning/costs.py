@@ -1,0 +1,115 @@
+"""What each operator of a trace does: floating-point operations, bytes read and written, bytes over PCIe."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, no_type_check
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+COMPUTE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FREE = {
+    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default, torch.ops.aten.new_empty_strided.default,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Operators of a trace, one row each.
+
+    Attributes:
+        flops: Floating-point operations of matrix products and convolutions.
+        moved_bytes: Bytes that are read and written.
+        compute_type: Index into ``COMPUTE_TYPES``.
+        block: Index into ``block_names``; -1: of none.
+        block_names: Parts of the model the rows are told apart by.
+        host_to_device_bytes: What crosses PCIe one way.
+        device_to_host_bytes: And the other way.
+    """
+
+    flops: np.ndarray
+    moved_bytes: np.ndarray
+    compute_type: np.ndarray
+    block: np.ndarray
+    block_names: tuple[str, ...] = ()
+    host_to_device_bytes: int = 0
+    device_to_host_bytes: int = 0
+
+
+class Row(NamedTuple):
+    """One operator: see :class:`Costs`."""
+
+    flops: int
+    moved_bytes: int
+    compute_type: int
+
+
+class CostRecorder:
+    """Collects the rows of :class:`Costs`."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._block_names: list[str] = []
+        self._block = -1
+        self._crossed = [0, 0]
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._rows.clear()
+        self._crossed = [0, 0]
+
+    def start_block(self, name: str) -> None:
+        """Count what follows as a block's, until :meth:`end_block`."""
+        if name not in self._block_names:
+            self._block_names.append(name)
+        self._block = self._block_names.index(name)
+
+    def end_block(self) -> None:
+        """Count what follows as no block's."""
+        self._block = -1
+
+    @no_type_check
+    def add(self, row: Row) -> None:
+        """Add one operator."""
+        self._rows.append((row.flops, row.moved_bytes, row.compute_type, self._block))
+
+    @no_type_check
+    def add_crossing(self, num_bytes: int, *, to_host: bool) -> None:
+        """Add a copy to the host, or from it."""
+        self._crossed[to_host] += num_bytes
+
+    def costs(self) -> Costs:
+        """Return all rows so far."""
+        table = np.array(self._rows, dtype=np.int64).reshape(-1, 4)
+        return Costs(
+            flops=table[:, 0],
+            moved_bytes=table[:, 1],
+            compute_type=table[:, 2],
+            block=table[:, 3],
+            block_names=tuple(self._block_names),
+            host_to_device_bytes=self._crossed[0],
+            device_to_host_bytes=self._crossed[1],
+        )
+
+
+def row_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], made: Any) -> Row | None:
+    """Return what an operator that is no view costs, or None where it costs nothing."""
+    if func in _FREE:
+        return None
+    tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+    count = flop_registry.get(func._overloadpacket)
+    flops = 0 if count is None else int(count(*args, **kwargs, out_val=made))
+    moved = sum(tensor.nbytes for tensor in tensors) + sum(tensor.nbytes for tensor in _tensors((made,)))
+    dtype = tensors[0].dtype if tensors else torch.float32
+    return Row(flops, moved, COMPUTE_TYPES.index(dtype) if dtype in COMPUTE_TYPES else 0)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)

@@ -1,0 +1,56 @@
+"""The model a plan is made for: its configuration files are enough, its weights may be missing."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from lowmem_db import models
+from lowmem_db.config.schema import ModelConfig
+from lowmem_db.errors import ModelError
+from lowmem_db.models.source import DEMO_DIR, FAMILIES, ModelFolder
+
+_CONFIGS_DIR = Path(models.__file__).parent / "configs"
+_KNOWN = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "runwayml/stable-diffusion-v1-5": "sd15",
+    "CompVis/stable-diffusion-v1-4": "sd15",
+    "stabilityai/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-2-1-base": "sd21_base",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl_base",
+}
+
+
+def find_configuration(config: ModelConfig) -> ModelFolder:
+    """Find the configuration files of ``model.base``: the demo's, a folder's, those downloaded, or those known here.
+
+    Raises:
+        ModelError: They are nowhere, or no denoiser is among them.
+    """
+    path = _find(config)
+    for component in ("unet", "text_encoder", "vae", "scheduler"):
+        if not (path / component).is_dir():
+            raise ModelError(
+                f"model.base: {config.base} lacks {component}; a plan needs the configuration files of a folder in "
+                "diffusers' layout, not its weights"
+            )
+    folder = ModelFolder(name=config.base, path=path, family=FAMILIES[-1])
+    width = folder.config_of("unet").get("cross_attention_dim")
+    family = next(family for family in FAMILIES if family.cross_attention_dim in {width, None})
+    return ModelFolder(name=config.base, path=path, family=family)
+
+
+def _find(config: ModelConfig) -> Path:
+    if config.base == "demo":
+        return DEMO_DIR
+    if Path(config.base).is_dir():
+        return Path(config.base)
+    try:
+        return Path(snapshot_download(config.base, revision=config.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        if config.base in _KNOWN:
+            return _CONFIGS_DIR / _KNOWN[config.base]
+    raise ModelError(
+        f"model.base: {config.base!r} is no folder, is not downloaded and is none whose configuration is known here; "
+        f"download it (hf download {config.base}), name a folder, or plan for one of: demo, {', '.join(_KNOWN)}"
+    )

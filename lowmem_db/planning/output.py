@@ -1,0 +1,106 @@
+"""A plan as JSON, and as a person sees it."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.bar import Bar
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lowmem_db.planning.candidates import describe
+from lowmem_db.planning.cards import GIB
+from lowmem_db.planning.plan import Plan
+from lowmem_db.records import PhaseMemory, Refusal
+
+_NUM_REFUSED = 8
+_WIDTH = 16
+_HEADINGS = ("weights", "states", "grads", "act.", "other", "host")
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Return a plan as JSON values; sizes in bytes, times in seconds."""
+    return {
+        "peak_bytes": plan.peak_bytes,
+        "budget_bytes": plan.budget_bytes,
+        "allowance_bytes": plan.allowance_bytes,
+        "device": plan.device,
+        "phases": [
+            {
+                "name": phase.name,
+                "peak_bytes": phase.parts.total,
+                "parts": asdict(phase.parts),
+                "host_bytes": phase.host_bytes,
+            }
+            for phase in plan.phases
+        ],
+        "strategy": strategy_as_json(plan),
+        "refused": [asdict(refusal) for refusal in plan.refused],
+        "notes": list(plan.notes),
+        "seconds_per_step": plan.seconds_per_step,
+        "seconds_to_plan": plan.seconds_to_plan,
+    }
+
+
+def strategy_as_json(plan: Plan) -> dict[str, Any]:
+    """Return the strategy of a plan as JSON values."""
+    placement = plan.strategy.checkpointing
+    fields = {name: getattr(plan.strategy, name) for name in plan.strategy.__dataclass_fields__}
+    return fields | {"checkpointing": placement if isinstance(placement, str) else dict(placement)}
+
+
+def show(plan: Plan, out: Console) -> None:
+    """Print a plan: the strategy, a bar for each phase, and why faster strategies were refused."""
+    out.print(f"{describe(plan.strategy)}", markup=False, style="bold")
+    out.print(
+        f"peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} on {plan.device}, of that "
+        f"{_gib(plan.allowance_bytes)} set aside for context, workspaces and fragmentation; "
+        f"predicted {plan.seconds_per_step:.2f} s/step; planned in {plan.seconds_to_plan:.1f} s",
+        markup=False,
+    )
+    out.print(_phases(plan))
+    for note in plan.notes:
+        out.print(note, markup=False)
+    if plan.refused:
+        out.print(_refused(plan.refused))
+    if len(plan.refused) > _NUM_REFUSED:
+        out.print(f"and {len(plan.refused) - _NUM_REFUSED} more: --json names all", markup=False)
+
+
+def summary(plan: Plan) -> str:
+    """Return a plan in one line, for the start of a run."""
+    return (
+        f"plan: {describe(plan.strategy)}; predicted peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} "
+        f"(memory.budget), {len(plan.refused)} faster strategies refused: see plan.json"
+    )
+
+
+def _phases(plan: Plan) -> Table:
+    largest = max(phase.parts.total for phase in plan.phases)
+    table = Table(box=None)
+    for heading in ("phase", "peak", "", *_HEADINGS):
+        table.add_column(heading, no_wrap=True)
+    for phase in plan.phases:
+        bar = Bar(largest, 0, phase.parts.total, width=_WIDTH)
+        table.add_row(phase.name, _gib(phase.parts.total), bar, *_sizes(phase))
+    return table
+
+
+def _sizes(phase: PhaseMemory) -> list[str]:
+    return [_short(size) for size in (*asdict(phase.parts).values(), phase.host_bytes)]
+
+
+def _refused(refused: tuple[Refusal, ...]) -> Table:
+    table = Table("refused", "why", box=None)
+    for refusal in refused[:_NUM_REFUSED]:
+        table.add_row(escape(refusal.strategy), escape(refusal.reason))
+    return table
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"
+
+
+def _short(num_bytes: int) -> str:
+    """Return a size without its unit, GiB; a dash for nothing."""
+    return "-" if num_bytes < GIB // 200 else f"{num_bytes / GIB:.2f}"

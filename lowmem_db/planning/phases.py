@@ -1,0 +1,250 @@
+"""The phases of a run, each traced by running its real code on the meta device."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_db.config.schema import Config
+from lowmem_db.config.strategy import Strategy, with_strategy
+from lowmem_db.models.conditioning import encode_prompt, encode_prompt_with_two
+from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.models.latents import decode_latents, downscaling, encode_moments
+from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_text_encoder_2, load_unet
+from lowmem_db.models.saving import DTYPES
+from lowmem_db.models.source import ModelFolder
+from lowmem_db.optimizers.build import build_optimizer
+from lowmem_db.planning.cards import Card
+from lowmem_db.planning.costs import CostRecorder, Costs
+from lowmem_db.planning.timeline import BlockFigures, Timeline
+from lowmem_db.planning.tracing import real_paths
+from lowmem_db.planning.tracker import CUDA_ROUNDING, AllocationTracker
+from lowmem_db.preparation.class_images import draw_batch
+from lowmem_db.records import Batch, Conditioning, MemoryParts
+from lowmem_db.training.samples import load_decoder, sample_prompt
+from lowmem_db.training.setup import build_ema, build_step
+from lowmem_db.training.step import train_step
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """What a trace of a phase found.
+
+    Attributes:
+        peak: Bytes of the device when most were in use.
+        resident: Bytes that stay in use when the phase's work is done.
+        host_bytes: Most bytes of the host in use at once.
+        costs: What its operators do.
+        blocks: Figures of the blocks of a training step, in the order of the forward pass.
+    """
+
+    peak: MemoryParts
+    resident: MemoryParts
+    host_bytes: int
+    costs: Costs
+    blocks: Mapping[str, BlockFigures] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is traced: a configuration and its model, for a card."""
+
+    config: Config
+    model: ModelFolder
+    card: Card
+
+    @contextmanager
+    def tracing(self, *, autocast: bool = False) -> Iterator[tuple[AllocationTracker, CostRecorder]]:
+        """Return a context with a tracker that follows what runs in it as if that ran on the card."""
+        costs = CostRecorder()
+        rounding = 1 if self.card.is_cpu else CUDA_ROUNDING
+        tracker = AllocationTracker(rounding=rounding, cpu_kernels=self.card.is_cpu, costs=costs)
+        with real_paths(on_cpu=self.card.is_cpu, autocast=autocast), tracker.tracking():
+            yield tracker, costs
+
+
+def trace_class_images(subject: Subject) -> Traced:
+    """Trace the generation of one batch of class images: UNet and autoencoder, as they are drawn with."""
+    config, model = _short(subject.config), subject.model
+    dtype = DTYPES[config.prior.precision or ("fp32" if subject.card.is_cpu else "fp16")]
+    count = min(config.prior.sample_batch_size, config.prior.num_class_images)
+    with subject.tracing() as (tracker, costs), torch.no_grad():
+        embeds, pooled = _embeds(model, 2, dtype)
+        with tracker.new_tensors_are("weights"):
+            unet = load_unet(model, device=META, dtype=dtype)
+            autoencoder = load_autoencoder(model, device=META, dtype=dtype)
+        tracker.reset_peak()
+        with tracker.new_tensors_are("activations"):
+            pixels = draw_batch(
+                config,
+                model,
+                unet,
+                autoencoder,
+                range(count),
+                prompt_embeds=embeds[:1],
+                empty_embeds=embeds[1:],
+                added_cond_kwargs=None if pooled is None else {"text_embeds": pooled, "time_ids": torch.zeros(2, 6)},
+            )
+        del pixels
+        return _found(tracker, costs)
+
+
+def trace_encode_images(subject: Subject) -> Traced:
+    """Trace the autoencoder on one picture, in fp32."""
+    resolution = subject.config.data.resolution
+    with subject.tracing() as (tracker, costs):
+        with tracker.new_tensors_are("weights"):
+            autoencoder = load_autoencoder(subject.model, device=META)
+        tracker.reset_peak()
+        with tracker.new_tensors_are("activations"):
+            moments = encode_moments(autoencoder, torch.zeros(1, 3, resolution, resolution))
+        del moments
+        return _found(tracker, costs)
+
+
+def trace_encode_text(subject: Subject) -> Traced:
+    """Trace the text encoders on one prompt, in fp32."""
+    model = subject.model
+    ids = torch.zeros(1, _num_tokens(model), dtype=torch.int64)
+    with subject.tracing() as (tracker, costs), torch.no_grad():
+        with tracker.new_tensors_are("weights"):
+            first = load_text_encoder(model, device=META)
+            second = load_text_encoder_2(model, device=META) if model.family.has_text_encoder_2 else None
+        tracker.reset_peak()
+        with tracker.new_tensors_are("activations"):
+            made = encode_prompt(first, ids) if second is None else encode_prompt_with_two(first, second, ids, ids)
+        del made
+        return _found(tracker, costs)
+
+
+def trace_train(subject: Subject, strategy: Strategy) -> Traced:
+    """Trace one training step that others went before, and the moving average after it."""
+    config = subject.config
+    with subject.tracing(autocast=strategy.autocast != "no") as (tracker, costs):
+        with tracker.new_tensors_are("optimizer_state"):
+            denoiser, objective, optimizer = build_step(config, strategy, subject.model, META)
+        tracker.register(weights_of(denoiser.modules().values()), "weights")
+        with tracker.new_tensors_are("other"):
+            ema = build_ema(config, denoiser, optimizer)
+        optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))
+        batches = training_batches(config, subject.model, denoiser)
+        timeline = Timeline(tracker, costs)
+        tracker.reset_peak()
+        costs.clear()
+        with timeline.recorded(denoiser.modules()), tracker.new_tensors_are("activations"):
+            with tracker.gradients_of(optimizer.parameters()):
+                train_step(denoiser, objective, optimizer, batches, 1)
+            if ema is not None:
+                ema.update(2)
+        return _found(tracker, costs, timeline.figures())
+
+
+def trace_residents(subject: Subject, strategies: Sequence[Strategy]) -> list[Traced]:
+    """Trace what stays in memory between steps, under strategies whose weights are of one type."""
+    after_backward = [replace(strategy, optimizer_in_backward=False) for strategy in strategies]  # hooks keep states
+    found: list[Traced] = []
+    with subject.tracing() as (tracker, costs):
+        denoiser, _, optimizer = build_step(subject.config, after_backward[0], subject.model, META)
+        tracker.register(weights_of(denoiser.modules().values()), "weights")
+        for strategy in after_backward:
+            del optimizer
+            tracker.reset_peak()
+            with tracker.new_tensors_are("optimizer_state"):
+                optimizer = build_optimizer(subject.config, strategy, denoiser.modules(), META)
+            with tracker.new_tensors_are("other"):
+                ema = build_ema(subject.config, denoiser, optimizer)
+            found.append(_found(tracker, costs))
+            del ema
+    return found
+
+
+def trace_sample(subject: Subject, strategy: Strategy) -> Traced:
+    """Trace the samples of one prompt from the model in memory; optimizer states and averages are not counted."""
+    config, model = _short(with_strategy(subject.config, strategy)), subject.model
+    with subject.tracing(autocast=strategy.autocast != "no") as (tracker, costs):
+        after_backward = replace(strategy, optimizer_in_backward=False)  # no hook keeps the optimizer alive then
+        denoiser = build_step(config, after_backward, model, META)[0]
+        tracker.register(weights_of(denoiser.modules().values()), "weights")
+        conditioning = _conditioning(model, denoiser, 2)
+        tracker.reset_peak()
+        with tracker.new_tensors_are("activations"):
+            latents = sample_prompt(config, model, denoiser, conditioning)
+            with tracker.new_tensors_are("weights"):
+                autoencoder = load_decoder(config, model, denoiser)
+            pixels = decode_latents(autoencoder, latents)
+        del latents, pixels, autoencoder
+        return _found(tracker, costs)
+
+
+def _found(tracker: AllocationTracker, costs: CostRecorder, blocks: Mapping[str, BlockFigures] | None = None) -> Traced:
+    return Traced(
+        peak=tracker.peak,
+        resident=tracker.live,
+        host_bytes=tracker.peak_host_bytes,
+        costs=costs.costs(),
+        blocks=blocks or {},
+    )
+
+
+def _short(config: Config) -> Config:
+    """Return a configuration that samples in one step, which needs what fifty need."""
+    prior = config.prior.model_copy(update={"num_inference_steps": 1})
+    num_images = min(config.sampling.num_images, 2) if config.memory.tiled_samples else config.sampling.num_images
+    sampling = config.sampling.model_copy(update={"num_inference_steps": 1, "num_images": num_images})
+    return config.model_copy(update={"prior": prior, "sampling": sampling})
+
+
+def weights_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Yield parameters and buffers."""
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()
+
+
+def training_batches(config: Config, model: ModelFolder, denoiser: Denoiser) -> list[Batch]:
+    """Return batches of the shapes of a step, on the host; more than two need no more memory than two."""
+    count = config.training.train_batch_size * (2 if config.prior.enabled else 1)
+    size = config.data.resolution // downscaling(model.config_of("vae"))
+    moments = torch.zeros(count, denoiser.unet.config["in_channels"], size, size)
+    batch = Batch(
+        latent_mean=moments,
+        latent_std=moments,
+        conditioning=_conditioning(model, denoiser, count),
+        sample_ids=torch.arange(count),
+        num_instance=config.training.train_batch_size,
+        sources=("",) * count,
+    )
+    return [batch] * min(2, config.training.gradient_accumulation_steps)
+
+
+def _conditioning(model: ModelFolder, denoiser: Denoiser, count: int) -> Conditioning:
+    """Return token ids on the host, and what frozen text encoders have made."""
+    ids = torch.zeros(count, _num_tokens(model), dtype=torch.int64)
+    is_frozen, has_two = denoiser.text_encoder is None, model.family.has_text_encoder_2
+    embeds, pooled = _embeds(model, count, torch.float32, torch.device("cpu"))
+    return Conditioning(
+        input_ids=ids,
+        prompt_embeds=embeds if is_frozen else None,
+        input_ids_2=ids if has_two else None,
+        pooled_embeds=pooled if is_frozen else None,
+        time_ids=torch.zeros(count, 6) if has_two else None,
+    )
+
+
+def _embeds(
+    model: ModelFolder, count: int, dtype: torch.dtype, device: torch.device = META
+) -> tuple[Tensor, Tensor | None]:
+    """Return what text encoders make of prompts: embeddings, and the pooled ones of SDXL."""
+    width = model.config_of("unet")["cross_attention_dim"]
+    embeds = torch.zeros(count, _num_tokens(model), width, dtype=dtype, device=device)
+    if not model.family.has_text_encoder_2:
+        return embeds, None
+    return embeds, torch.zeros(count, model.config_of("text_encoder_2")["projection_dim"], dtype=dtype, device=device)
+
+
+def _num_tokens(model: ModelFolder) -> int:
+    return model.config_of("text_encoder")["max_position_embeddings"]

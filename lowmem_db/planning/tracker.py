@@ -1,0 +1,240 @@
+"""Counts the bytes of every tensor that lives while a block of code runs, on the meta device or on a real one.
+
+A dispatch mode sees each operator's outputs. A storage counts from the operator that made it until nobody refers to it,
+as the caching allocator of CUDA counts it. What an operator allocates inside itself is not seen, but for the operators
+of ``lowmem_db_kernels`` where their eager twins serve.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, no_type_check
+
+import torch
+from lowmem_db_kernels import registry
+from lowmem_db_kernels.dispatch import choose
+from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem_db import host_memory
+from lowmem_db.planning import meta_results
+from lowmem_db.planning.costs import CostRecorder, Row
+from lowmem_db.records import PARTS, MemoryParts
+
+CUDA_ROUNDING = 512
+_KERNELS = "lowmem_db_kernels"
+_COPY = torch.ops.aten.copy_.default
+_READ_SCALAR = torch.ops.aten._local_scalar_dense.default
+
+
+@dataclass(slots=True)
+class _Storage:
+    num_bytes: int
+    part: int
+    on_host: bool
+    reference: Any
+
+
+class AllocationTracker(TorchDispatchMode):
+    """Follows the storages that operators make on one kind of device while :meth:`tracking`.
+
+    Args:
+        device_type: ``meta`` in a trace, ``cpu`` for real tensors; storages elsewhere do not count.
+        rounding: Every storage counts a multiple of this many bytes.
+        cpu_kernels: Look inside those operators of ``lowmem_db_kernels`` that eager twins serve on the CPU.
+        costs: Is told of every operator of a trace.
+    """
+
+    def __init__(
+        self,
+        *,
+        device_type: str = "meta",
+        rounding: int = CUDA_ROUNDING,
+        cpu_kernels: bool = False,
+        costs: CostRecorder | None = None,
+    ) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self._rounding = rounding
+        self._cpu_kernels = cpu_kernels
+        self._costs = costs or CostRecorder()
+        self._storages: dict[int, _Storage] = {}
+        self._totals = [0] * len(PARTS)
+        self._live_bytes = self._host_bytes = 0
+        self._peak_before: tuple[int, tuple[int, ...], int] = (0, (), 0)
+        self._interval_peak = 0
+        self._part_of_new = PARTS.index("other")
+        self.reset_peak()
+
+    @property
+    def live(self) -> MemoryParts:
+        """Bytes of the device that are in use now."""
+        return MemoryParts(*self._totals)
+
+    @property
+    def peak(self) -> MemoryParts:
+        """Bytes of the device at the moment when most were in use, since the last :meth:`reset_peak`."""
+        return MemoryParts(*self._peak_totals)
+
+    @property
+    def peak_host_bytes(self) -> int:
+        """Most bytes in use at once of what :mod:`lowmem_db.host_memory` allocated, since :meth:`reset_peak`."""
+        return self._peak_host_bytes
+
+    def reset_peak(self) -> None:
+        """Start the peak from what is in use now."""
+        self._peak_bytes, self._peak_totals = self._live_bytes, tuple(self._totals)
+        self._peak_host_bytes = self._host_bytes
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the device that are in use now, all parts together."""
+        return self._live_bytes
+
+    def end_interval(self) -> int:
+        """Return the most bytes in use at once since this was called last."""
+        peak, self._interval_peak = self._interval_peak, self._live_bytes
+        return peak
+
+    @contextmanager
+    def tracking(self) -> Iterator[None]:
+        """Follow what is made inside the block."""
+        with host_memory.observed(self._is_on_host), self:
+            yield
+
+    def register(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Count tensors as a part, whether they are known or were made outside."""
+        for tensor in tensors:
+            self._follow(tensor)
+            self._retag(tensor, PARTS.index(part))
+
+    @contextmanager
+    def new_tensors_are(self, part: str) -> Iterator[None]:
+        """Count what operators make inside the block as a part."""
+        before, self._part_of_new = self._part_of_new, PARTS.index(part)
+        try:
+            yield
+        finally:
+            self._part_of_new = before
+
+    @contextmanager
+    def gradients_of(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Count as gradients what the backward pass hands to parameters inside the block."""
+        gradients = PARTS.index("gradients")
+
+        def is_complete(gradient: Tensor) -> None:
+            self._retag(gradient, gradients)
+
+        handles = [parameter.register_hook(is_complete) for parameter in parameters if parameter.requires_grad]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @no_type_check
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.is_view:
+            return func(*args, **kwargs)
+        if func is _READ_SCALAR and args[0].is_meta:
+            return _likely_value(args[0].dtype)
+        if self._cpu_kernels and func.namespace == _KERNELS and not _is_native(func):
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        if self.device_type != "meta":
+            made = func(*args, **kwargs)
+            self._follow_all(made)
+            return made
+        made, row = meta_results.run(func, args, kwargs)
+        is_new = self._follow_all(made)
+        if row is not None and (is_new or func._schema.is_mutable):
+            self._record(func, args, row)
+        return made
+
+    @no_type_check
+    def _record(self, func: Any, args: tuple[Any, ...], row: Row) -> None:
+        """Record the costs of an operator; a copy between host and device crosses PCIe."""
+        if func is _COPY and (to_host := self.is_on_host(args[0])) != self.is_on_host(args[1]):
+            self._costs.add_crossing(args[1].nbytes, to_host=to_host)
+        else:
+            self._costs.add(row)
+
+    @no_type_check
+    def _follow_all(self, made: Any) -> bool:
+        """Follow the storages of what an operator returned; return whether one of them was unknown."""
+        if isinstance(made, Tensor):
+            return self._follow(made)
+        is_new = False
+        if isinstance(made, list | tuple):
+            for each in made:
+                is_new |= self._follow_all(each)
+        return is_new
+
+    @no_type_check
+    def _follow(self, tensor: Tensor) -> bool:
+        """Follow a tensor's storage; return whether it was unknown."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages or storage.device.type != self.device_type:
+            return False
+        num_bytes = -(-storage.nbytes() // self._rounding) * self._rounding
+        part = self._part_of_new
+        self._storages[key] = _Storage(num_bytes, part, False, weakref.ref(storage, lambda _: self._forget(key)))
+        self._totals[part] += num_bytes
+        self._live_bytes += num_bytes
+        self._peak_before = self._peak_bytes, self._peak_totals, self._interval_peak
+        if self._live_bytes > self._peak_bytes:
+            self._peak_bytes, self._peak_totals = self._live_bytes, tuple(self._totals)
+        self._interval_peak = max(self._interval_peak, self._live_bytes)
+        return True
+
+    @no_type_check
+    def _forget(self, key: int) -> None:
+        storage = self._storages.pop(key)
+        if storage.on_host:
+            self._host_bytes -= storage.num_bytes
+        else:
+            self._totals[storage.part] -= storage.num_bytes
+            self._live_bytes -= storage.num_bytes
+
+    @no_type_check
+    def _retag(self, tensor: Tensor, part: int) -> None:
+        storage = self._storages.get(tensor.untyped_storage()._cdata)
+        if storage is not None and not storage.on_host:
+            self._totals[storage.part] -= storage.num_bytes
+            self._totals[part] += storage.num_bytes
+            storage.part = part
+
+    def _is_on_host(self, tensor: Tensor) -> None:
+        """Take the tensor that was followed last off the device."""
+        storage = self._storages.get(tensor.untyped_storage()._cdata)
+        if storage is None:
+            return
+        self._totals[storage.part] -= storage.num_bytes
+        self._live_bytes -= storage.num_bytes
+        self._peak_bytes, self._peak_totals, self._interval_peak = self._peak_before
+        storage.on_host = True
+        self._host_bytes += storage.num_bytes
+        self._peak_host_bytes = max(self._peak_host_bytes, self._host_bytes)
+
+    @no_type_check
+    def is_on_host(self, tensor: Tensor) -> bool:
+        """Say whether :mod:`lowmem_db.host_memory` allocated a tensor's storage."""
+        storage = self._storages.get(tensor.untyped_storage()._cdata)
+        return storage is not None and storage.on_host
+
+
+def _is_native(func: Any) -> bool:
+    """Say whether compiled code serves an operator on the CPU, which allocates nothing that could be seen."""
+    name = func._schema.name.partition("::")[2]
+    return name in registry and choose(name, torch.device("cpu")).backend == "native"
+
+
+def _likely_value(dtype: torch.dtype) -> bool | float:
+    """Return what a scalar of a step that goes well may be: yes, finite, nothing to clip."""
+    return True if dtype == torch.bool else 1.0

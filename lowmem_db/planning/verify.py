@@ -1,0 +1,122 @@
+"""A plan against the real thing: three real steps, and what they needed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowmem_db import environment
+from lowmem_db.config.schema import Config
+from lowmem_db.config.strategy import Strategy, with_strategy
+from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.planning.cards import GIB
+from lowmem_db.planning.output import as_json
+from lowmem_db.planning.phases import training_batches, weights_of
+from lowmem_db.planning.plan import Plan
+from lowmem_db.planning.tracker import AllocationTracker
+from lowmem_db.storage.run_folder import RunFolder, read_json, write_json
+from lowmem_db.training.setup import build_ema, build_step
+from lowmem_db.training.step import train_step
+
+PLAN_FILE = "plan.json"
+_NUM_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A prediction and what was measured: bytes of tensors at the peak of training."""
+
+    predicted_bytes: int
+    measured_bytes: int
+
+    def as_json(self) -> dict[str, int]:
+        """Return both under their names in ``plan.json``."""
+        return {"predicted_train_bytes": self.predicted_bytes, "measured_train_bytes": self.measured_bytes}
+
+    def describe(self) -> str:
+        """Say both, and how far apart they are."""
+        error = self.predicted_bytes / self.measured_bytes - 1.0
+        return (
+            f"train: predicted {self.predicted_bytes / GIB:.3f} GiB, measured {self.measured_bytes / GIB:.3f} GiB of "
+            f"tensors in {_NUM_STEPS} real steps ({error:+.1%})"
+        )
+
+
+def verify(config: Config, plan: Plan) -> Verified:
+    """Run three real training steps under a plan's strategy.
+
+    Raises:
+        ModelError: The model has no weights here.
+    """
+    predicted = next(phase.parts.total for phase in plan.phases if phase.name == "train")
+    device = environment.resolve_device(config.device)
+    model = find_model(**config.model.model_dump())
+    return Verified(predicted, measure_train(with_strategy(config, plan.strategy), plan.strategy, model, device))
+
+
+def measure_train(
+    config: Config, strategy: Strategy, model: ModelFolder, device: torch.device, *, num_steps: int = _NUM_STEPS
+) -> int:
+    """Run real training steps on made-up latents; return the bytes of tensors at their peak.
+
+    On a CUDA device its allocator is asked; on the CPU storages are followed as in a trace, with real tensors.
+
+    Args:
+        config: The configuration.
+        strategy: How memory is saved.
+        model: The model, with its weights.
+        device: Where the steps run.
+        num_steps: How many.
+    """
+    if device.type != "cuda":
+        return _follow(config, strategy, model, device, num_steps)
+    denoiser, objective, optimizer = build_step(config, strategy, model, device)
+    ema = build_ema(config, denoiser, optimizer)
+    optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))
+    torch.cuda.reset_peak_memory_stats(device)
+    for step in range(num_steps):
+        train_step(denoiser, objective, optimizer, training_batches(config, model, denoiser), step)
+        if ema is not None:
+            ema.update(step + 1)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def _follow(config: Config, strategy: Strategy, model: ModelFolder, device: torch.device, num_steps: int) -> int:
+    tracker = AllocationTracker(device_type=device.type, rounding=1, cpu_kernels=True)
+    with tracker.tracking():
+        denoiser, objective, optimizer = build_step(config, strategy, model, device)
+        tracker.register(weights_of(denoiser.modules().values()), "weights")
+        ema = build_ema(config, denoiser, optimizer)
+        optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))
+        batches = training_batches(config, model, denoiser)
+        tracker.reset_peak()
+        for step in range(num_steps):
+            train_step(denoiser, objective, optimizer, batches, step)
+            if ema is not None:
+                ema.update(step + 1)
+    return tracker.peak.total
+
+
+def write_plan(run: RunFolder, plan: Plan) -> None:
+    """Write ``plan.json`` of a run folder.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    write_json(run.root / PLAN_FILE, as_json(plan))
+
+
+def write_measured(run: RunFolder, measured_bytes: int) -> None:
+    """Put the measured peak of training beside the prediction in ``plan.json``.
+
+    Args:
+        run: The run folder; nothing is written where it holds no plan.
+        measured_bytes: Bytes of tensors at the peak, as the device's allocator counted them.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    found: Any = read_json(run.root / PLAN_FILE)
+    if isinstance(found, Mapping):
+        write_json(run.root / PLAN_FILE, {**found, "measured_train_bytes": measured_bytes})

@@ -1,0 +1,78 @@
+"""Predictions from shapes alone, against real steps: tensors that are followed, and the profiler's allocations."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem_db.config.strategy import Strategy, plain_strategy
+from lowmem_db.models.loading import load_unet
+from lowmem_db.models.source import find_model
+from lowmem_db.planning.cards import CPU
+from lowmem_db.planning.phases import trace_train
+from lowmem_db.planning.verify import measure_train
+from lowmem_db.training import setup
+from tests.planning.conftest import make_config, make_subject
+from tests.planning.reality import CPU as CPU_DEVICE
+from tests.planning.reality import profiled_train_peak
+
+STRATEGIES = {
+    "plain": {},
+    "layers": {"checkpointing": "layers"},
+    "in backward": {"optimizer_in_backward": True},
+    "segments": {"checkpointing": "segments", "optimizer_in_backward": True},
+    "nested": {"checkpointing": "nested", "optimizer_in_backward": True},
+    "mixture": {"checkpointing": {"unet.up_blocks.2": "segments"}, "optimizer_in_backward": True},
+    "streamed": {"optimizer_in_backward": True, "stream_optimizer_state": True},
+    "all": {
+        "checkpointing": "nested", "offload_checkpoints": True, "optimizer_in_backward": True,
+        "stream_optimizer_state": True,
+    },
+}  # fmt: skip
+
+
+def strategy_of(config, changes) -> Strategy:
+    clipping = "update_rms" if changes.get("optimizer_in_backward") else "global"
+    return replace(plain_strategy(config), clipping=clipping, **changes)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_peak_is_that_of_real_tensors(name):
+    optimizer = "adamw8bit" if name in {"nested", "streamed"} else "adamw"
+    config = make_config(
+        prior__enabled=False, training__train_text_encoder=True, training__train_batch_size=4,
+        optimizer__name=optimizer,
+        ema__enabled=name in {"plain", "segments"},
+    )  # fmt: skip
+    strategy = strategy_of(config, STRATEGIES[name])
+    predicted = trace_train(make_subject(config, CPU), strategy)
+    model = find_model("demo")
+    if name in {"plain", "all"}:
+        followed = measure_train(config, strategy, model, CPU_DEVICE, num_steps=1)
+        assert predicted.peak.total == pytest.approx(followed, rel=0.005)
+    profiled = profiled_train_peak(config, strategy, model)
+    assert predicted.peak.total + predicted.host_bytes == pytest.approx(profiled, rel=0.02)
+    assert (predicted.host_bytes > 0) == strategy.stream_optimizer_state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["none", "segments"])
+def test_peak_of_a_model_of_the_size_of_sd15(placement, monkeypatch):
+    config = make_config(
+        model__base="stable-diffusion-v1-5/stable-diffusion-v1-5", data__resolution=256, prior__enabled=False,
+        optimizer__name="adamw8bit", memory__optimizer_in_backward=True,
+    )  # fmt: skip
+    strategy = strategy_of(config, {"checkpointing": placement, "optimizer_in_backward": True})
+    subject = make_subject(config, CPU)
+    predicted = trace_train(subject, strategy).peak.total
+    monkeypatch.setattr(setup, "load_unet", lambda model, device: _zeros(load_unet(model, device=torch.device("meta"))))
+    assert predicted == pytest.approx(profiled_train_peak(config, strategy, subject.model), rel=0.03)
+
+
+def _zeros(module: nn.Module) -> nn.Module:
+    """Return a module on the CPU; the bytes of a step do not depend on its values."""
+    module.to_empty(device="cpu")
+    for tensor in [*module.parameters(), *module.buffers()]:
+        tensor.zero_()
+    return module

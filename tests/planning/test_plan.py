@@ -1,0 +1,178 @@
+"""Plans of a tiny model on a card: bytes beside the allowance decide."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from lowmem_db.config.strategy import with_strategy
+from lowmem_db.errors import BudgetError, ConfigError, ModelError
+from lowmem_db.planning.candidates import candidates
+from lowmem_db.planning.cards import ASSUMED, CPU, find_card
+from lowmem_db.planning.models import find_configuration
+from lowmem_db.planning.phases import trace_train
+from lowmem_db.planning.plan import Plan, Planner, plan
+from lowmem_db.planning.target import Target
+from tests.planning.conftest import make_config, make_subject
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model) -> dict[str, object]:
+    return {
+        "model__base": str(tiny_model), "data__resolution": 32, "optimizer__name": "adamw8bit",
+        "training__train_batch_size": 8, "prior__enabled": False,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plan_for(tiny) -> Callable[..., Plan]:
+    def make(budget_bytes: int, card=ASSUMED, **fields) -> Plan:
+        return plan(make_config(**tiny | fields), Target(card=card, budget_bytes=budget_bytes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def plans(tiny) -> list[Plan]:
+    """Plans for ever smaller budgets: each is a byte less than the plan before needs."""
+    planner = Planner(make_subject(make_config(**tiny)))
+    found = [planner.plan(GIB)]
+    while len(found) < 8:
+        try:
+            found.append(planner.plan(found[-1].peak_bytes - 1))
+        except BudgetError:
+            break
+    return found
+
+
+def test_larger_budget_is_never_slower(plans):
+    assert len(plans) >= 4
+    for weights in ("bf16_extra_bits", "bf16_stochastic"):
+        seconds = [each.seconds_per_step for each in plans if each.strategy.weights == weights]
+        assert seconds == sorted(seconds)
+    weights = [each.strategy.weights for each in plans]
+    assert weights == sorted(weights), "stochastic rounding comes last"
+
+
+def test_enough_memory_is_spent_on_speed(plans):
+    strategy = plans[0].strategy
+    assert (strategy.checkpointing, strategy.stream_optimizer_state, strategy.offload_checkpoints) == (
+        "none", False, False,
+    )  # fmt: skip
+    assert not strategy.optimizer_in_backward
+    assert strategy.clipping == "global"
+    assert plans[0].refused == ()
+
+
+def test_plans_fit_and_say_why_faster_ones_do_not(plans):
+    for each in plans:
+        assert each.peak_bytes <= each.budget_bytes
+        names = [refusal.strategy for refusal in each.refused]
+        assert len(set(names)) == len(names)
+        assert all("more than the budget" in refusal.reason for refusal in each.refused)
+    assert len(plans[-1].refused) > len(plans[1].refused) > 0
+
+
+def test_figure_is_that_of_a_trace_of_exactly_this_strategy(plans, tiny):
+    for each in plans[1:3]:
+        train = next(phase for phase in each.phases if phase.name == "train")
+        assert train.parts == trace_train(make_subject(make_config(**tiny)), each.strategy).peak
+
+
+def test_chosen_strategy_can_be_written_into_the_configuration(plans):
+    config = make_config()
+    for each in plans:
+        written = with_strategy(config, each.strategy)
+        assert written.memory.checkpointing == each.strategy.checkpointing
+        assert written.optimizer == config.optimizer
+
+
+def test_budget_that_is_too_small_names_one_that_is_enough(tiny):
+    planner = Planner(make_subject(make_config(**tiny)))
+    with pytest.raises(BudgetError, match="the smallest budget that would do is") as raised:
+        planner.plan(100 << 20)
+    assert raised.value.exit_code == 3
+    named = float(str(raised.value).partition("would do is ")[2].partition("GiB")[0])
+    assert planner.plan(int(named * GIB)).peak_bytes <= named * GIB
+
+
+def test_given_fields_are_constraints(plan_for):
+    found = plan_for(
+        GIB, memory__checkpointing="layers", memory__weights="bf16_stochastic", memory__optimizer_in_backward=True
+    )
+    strategy = found.strategy
+    assert (strategy.checkpointing, strategy.weights, strategy.optimizer_in_backward) == (
+        "layers", "bf16_stochastic", True,
+    )  # fmt: skip
+    assert strategy.clipping == "update_rms"
+
+
+def test_accumulation_rules_the_backward_pass_out():
+    config = make_config(training__gradient_accumulation_steps=2)
+    kept, refused = candidates(config, ASSUMED, [])
+    assert not any(strategy.optimizer_in_backward for strategy in kept)
+    assert any("gradient_accumulation_steps is 2" in refusal.reason for refusal in refused)
+
+
+def test_rule_that_refuses_every_strategy_is_an_error():
+    fields = {"memory__stream_optimizer_state": True, "memory__optimizer_in_backward": True}
+    config = make_config(ema__enabled=True, **fields)
+    memory = config.memory.model_copy(update={"weights": "bf16_extra_bits"})  # what load_config refuses by itself
+    with pytest.raises(ConfigError, match=r"ema\.enabled: true averages whole weights"):
+        plan(config.model_copy(update={"memory": memory}), Target(card=ASSUMED, budget_bytes=GIB))
+
+
+@pytest.mark.parametrize(
+    ("card", "weights", "precision"),
+    [(CPU, "fp32", "no"), (find_card("T4"), "fp32", "fp16"), (ASSUMED, "bf16_extra_bits", "bf16")],
+)
+def test_weights_follow_the_card(card, weights, precision):
+    kept, _ = candidates(make_config(), card, [])
+    assert {strategy.weights for strategy in kept} <= {weights, "bf16_stochastic"}
+    assert (kept[0].weights, kept[0].mixed_precision) == (weights, precision)
+    streams = any(strategy.stream_optimizer_state or strategy.offload_checkpoints for strategy in kept)
+    assert streams == (card is not CPU)
+
+
+def test_loss_scaling_on_a_card_without_bf16_steps_too(tiny):
+    config, card = make_config(**tiny), find_card("T4")
+    strategy = replace(candidates(config, card, [])[0][0], optimizer_in_backward=False)
+    found = trace_train(make_subject(config, card), strategy)
+    assert strategy.autocast == "fp16"
+    assert found.costs.flops[found.costs.compute_type == 1].sum() > 0.9 * found.costs.flops.sum(), "not in fp16"
+
+
+def test_phases_are_those_the_configuration_has(plan_for):
+    full = plan_for(8 * GIB, prior__enabled=True, sampling__prompts=["a dog"], prior__num_class_images=2)
+    assert [phase.name for phase in full.phases] == ["class_images", "encode_images", "encode_text", "train", "sample"]
+    assert full.phases[-1].parts.optimizer_state > 0, "the optimizer stays in memory while samples are drawn"
+    few = plan_for(8 * GIB, training__train_text_encoder=True)
+    assert [phase.name for phase in few.phases] == ["encode_images", "train"]
+
+
+def test_samples_are_tiled_where_they_would_be_the_peak(plan_for):
+    fields = {
+        "sampling__prompts": ["a dog"], "sampling__num_images": 64, "training__train_batch_size": 1,
+        "memory__optimizer_in_backward": True, "memory__stream_optimizer_state": True,
+        "memory__checkpointing": "nested", "memory__weights": "bf16_stochastic", "memory__offload_checkpoints": False,
+    }  # fmt: skip
+    roomy = plan_for(8 * GIB, **fields)
+    tight = plan_for(roomy.peak_bytes - 1, **fields)
+    assert (roomy.strategy.tiled_samples, tight.strategy.tiled_samples) == (False, True)
+    assert roomy.notes == ("the peak of the run is that of sample, not of train",)
+    assert tight.peak_bytes < roomy.peak_bytes
+    with pytest.raises(BudgetError, match="phase sample"):
+        plan_for(tight.budget_bytes, memory__tiled_samples=False, **fields)
+
+
+def test_unknown_hub_id_says_what_to_do():
+    config = make_config(model__base="somebody/something").model
+    with pytest.raises(ModelError, match=r"somebody/something.*download it .*demo, stable-diffusion-v1-5/"):
+        find_configuration(config)
+
+
+def test_folder_without_a_denoiser_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="lacks unet"):
+        find_configuration(make_config(model__base=str(tmp_path)).model)
