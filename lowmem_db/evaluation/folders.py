@@ -1,0 +1,242 @@
+"""From folders of images, made by any tool, to what is compared with what.
+
+A folder of drawn images is read in one of three forms: ``prompts.txt`` with a prompt in each line beside images named
+``PROMPT-IMAGE`` (numbers from zero); a text file of the same name beside an image; a folder for each prompt, whose name
+is the prompt. Images without a prompt are compared with the photos alone.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowmem_db.console import say
+from lowmem_db.data.photos import read_photo, scan_photos
+from lowmem_db.errors import DataError
+from lowmem_db.evaluation.scoring import Pictures
+from lowmem_db.records import ImageRecord
+from lowmem_db.sampling.images import GRID_FILE
+from lowmem_db.sampling.prompts import read_prompt_file
+
+PROMPTS_FILE = "prompts.txt"
+CONTACT_SHEET = "contact_sheet.png"
+_NUMBERED = re.compile(r"(\d+)-(\d+)")
+_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif", ".hif", ".tif", ".tiff", ".bmp", ".gif")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectFiles:
+    """The picture files of one subject; every one of them was decoded once.
+
+    Attributes:
+        name: Name of the subject.
+        photos: Real photos.
+        prompts: Each prompt, or None where it is not known, with its images.
+        class_images: Images of the prompt of the class.
+    """
+
+    name: str
+    photos: tuple[Path, ...]
+    prompts: tuple[tuple[str | None, tuple[Path, ...]], ...]
+    class_images: tuple[Path, ...] = ()
+
+    @property
+    def num_images(self) -> int:
+        """How many images were drawn."""
+        return sum(len(files) for _, files in self.prompts)
+
+    def read(self) -> Pictures:
+        """Read all pictures."""
+        return Pictures(
+            photos=[read_photo(file) for file in self.photos],
+            prompts=[(prompt, [read_photo(file) for file in files]) for prompt, files in self.prompts],
+            class_images=[read_photo(file) for file in self.class_images],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What makes an evaluation smaller; None: everything.
+
+    Attributes:
+        subjects: So many subjects, the first by name; or their names.
+        num_prompts: So many prompts, the first ones.
+        num_images: So many images of each prompt.
+    """
+
+    subjects: int | tuple[str, ...] | None = None
+    num_prompts: int | None = None
+    num_images: int | None = None
+
+
+def parse_subjects(text: str | None) -> int | tuple[str, ...] | None:
+    """Read the option ``--subjects``: a number, or names with commas between them.
+
+    Raises:
+        DataError: It is neither.
+    """
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names or text.strip() == "0":
+        raise DataError(f"--subjects: {text!r}; allowed: a number from 1, or names with commas between them: dog,cat")
+    return int(text) if text.strip().isdigit() else names
+
+
+def find_subjects(images: Path, photos: Path | None, class_images: Path | None, limits: Limits) -> list[SubjectFiles]:
+    """Find what is compared: the pictures of one subject, or a folder for each subject in each of the folders.
+
+    Raises:
+        DataError: A folder is missing or empty, or pictures cannot be read; every problem has its line.
+    """
+    for field, folder in (("IMAGES", images), ("--real", photos), ("--class-images", class_images)):
+        if folder is not None and not folder.is_dir():
+            raise DataError(
+                f"{field}: {folder} {'is a file' if folder.exists() else 'does not exist'}; allowed: a folder"
+            )
+    if photos is None:
+        raise DataError(f"--real: is needed, because {images} holds no run; give the photos of the subject")
+    if _holds_pictures(photos):
+        return [read_subject(photos.resolve().name, images, photos, class_images, limits)]
+    names = choose(_names_of_both(images, photos), limits)
+    return gather(
+        lambda name: read_subject(name, images / name, photos / name, class_images and class_images / name, limits),
+        names,
+    )
+
+
+def read_subject(name: str, images: Path, photos: Path, class_images: Path | None, limits: Limits) -> SubjectFiles:
+    """Read the folders of one subject.
+
+    Raises:
+        DataError: One of them is missing or empty, or pictures cannot be read.
+    """
+    return SubjectFiles(
+        name=name,
+        photos=scan_pictures(photos, "--real"),
+        prompts=read_prompts_of(images, limits),
+        class_images=() if class_images is None else scan_pictures(class_images, "--class-images"),
+    )
+
+
+def scan_pictures(folder: Path, field: str) -> tuple[Path, ...]:
+    """Check and list the pictures of a folder.
+
+    Raises:
+        DataError: There is none, or some cannot be read.
+    """
+    return tuple(record.path for record in _scan(folder, field))
+
+
+def choose(names: Sequence[str], limits: Limits) -> list[str]:
+    """Return the subjects that are asked for.
+
+    Raises:
+        DataError: One that is asked for by name is not there.
+    """
+    if isinstance(limits.subjects, tuple):
+        missing = [name for name in limits.subjects if name not in names]
+        if missing:
+            raise DataError(f"--subjects: {', '.join(missing)}: not there; allowed: {', '.join(names)}")
+        return list(limits.subjects)
+    return list(names)[: limits.subjects]
+
+
+def gather(read: Callable[[str], SubjectFiles], names: Sequence[str]) -> list[SubjectFiles]:
+    """Read all subjects and name every problem at once."""
+    found, problems = [], []
+    for name in names:
+        try:
+            found.append(read(name))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return found
+
+
+def read_prompts_of(folder: Path, limits: Limits) -> tuple[tuple[str | None, tuple[Path, ...]], ...]:
+    """Read a folder of drawn images in one of the three forms.
+
+    Raises:
+        DataError: It is missing, empty or in no form.
+    """
+    if folder.is_dir() and not _holds_pictures(folder) and any(_picture_folders(folder)):
+        found = [(_prompt_of_folder(inner), scan_pictures(inner, "IMAGES")) for inner in _picture_folders(folder)]
+    elif (folder / PROMPTS_FILE).is_file():
+        found = _numbered(folder)
+    else:
+        found = _captioned(_scan(folder, "IMAGES"))
+    return tuple((prompt, files[: limits.num_images]) for prompt, files in found[: limits.num_prompts])
+
+
+def _numbered(folder: Path) -> list[tuple[str | None, tuple[Path, ...]]]:
+    prompts = read_prompt_file(folder / PROMPTS_FILE)
+    by_prompt: dict[int, list[tuple[int, Path]]] = {}
+    for record in _scan(folder, "IMAGES"):
+        match = _NUMBERED.fullmatch(record.path.stem)
+        if match is None or int(match[1]) >= len(prompts):
+            raise DataError(
+                f"IMAGES: {record.path}: belongs to none of the {len(prompts)} prompts in {PROMPTS_FILE}; allowed: "
+                f"PROMPT-IMAGE with the number of the line from 0, such as 00-03.png. Rename it, or "
+                f"remove {PROMPTS_FILE}"
+            )
+        by_prompt.setdefault(int(match[1]), []).append((int(match[2]), record.path))
+    return [(prompts[number], tuple(path for _, path in sorted(by_prompt[number]))) for number in sorted(by_prompt)]
+
+
+def _captioned(records: Sequence[ImageRecord]) -> list[tuple[str | None, tuple[Path, ...]]]:
+    """Put images of the same caption together; an image without one stays alone."""
+    found: list[tuple[str | None, tuple[Path, ...]]] = []
+    by_prompt: dict[str, list[Path]] = {}
+    for record in records:
+        if record.prompt:
+            by_prompt.setdefault(record.prompt, []).append(record.path)
+        else:
+            found.append((None, (record.path,)))
+    return [*((prompt, tuple(paths)) for prompt, paths in by_prompt.items()), *found]
+
+
+def _scan(folder: Path, field: str) -> list[ImageRecord]:
+    records = scan_photos(folder, prompt="", resolution=1, field=field)
+    kept = [record for record in records if record.path.name not in (GRID_FILE, CONTACT_SHEET)]
+    if not kept:
+        raise DataError(f"{field}: {folder} holds an overview and no single picture; allowed: a folder of pictures")
+    return kept
+
+
+def _names_of_both(images: Path, photos: Path) -> list[str]:
+    names = sorted(folder.name for folder in _picture_folders(photos))
+    if not names:
+        raise DataError(
+            f"--real: {photos} holds no picture, and no folder with pictures; put photos of the subject there"
+        )
+    drawn = [name for name in names if (images / name).is_dir()]
+    if not drawn:
+        raise DataError(
+            f"IMAGES: {images} has no folder of the name of a subject in {photos} ({', '.join(names[:3])}, ...); name "
+            "them alike, or give the photos of one subject as --real"
+        )
+    if len(drawn) < len(names):
+        say(f"no images of {', '.join(name for name in names if name not in drawn)}: left out")
+    return drawn
+
+
+def _prompt_of_folder(folder: Path) -> str:
+    return " ".join(folder.name.replace("_", " ").split())
+
+
+def _picture_folders(folder: Path) -> list[Path]:
+    inner = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return [
+        entry for entry in inner if _holds_pictures(entry) or any(_holds_pictures(below) for below in entry.iterdir())
+    ]
+
+
+def _holds_pictures(folder: Path) -> bool:
+    return folder.is_dir() and any(
+        file.suffix.lower() in _SUFFIXES and file.is_file() and not file.name.startswith(".")
+        for file in folder.iterdir()
+    )

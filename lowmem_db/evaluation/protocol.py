@@ -1,0 +1,373 @@
+"""The paper's protocol (arXiv:2208.12242, section 4.2): images of every prompt from a run, drawn so that it can go on.
+
+A manifest beside the images records what they were drawn with. Each image depends on its subject, prompt and number
+alone, so that a killed evaluation goes on with what is missing, and several processes can share the work.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_db import fingerprint
+from lowmem_db.config.schema import Config
+from lowmem_db.console import say, track
+from lowmem_db.errors import DataError
+from lowmem_db.evaluation.folders import PROMPTS_FILE, Limits, SubjectFiles, choose, scan_pictures
+from lowmem_db.models.latents import decode_latents, downscaling
+from lowmem_db.models.loading import load_autoencoder
+from lowmem_db.models.source import COMPONENTS
+from lowmem_db.randomness import generator
+from lowmem_db.sampling.generate import ImageSource, embed_for, find_source, load_denoiser
+from lowmem_db.sampling.images import to_images
+from lowmem_db.sampling.latents import SamplingSettings, sample_latents
+from lowmem_db.sampling.prompts import read_prompt_file, read_suite, subject_names
+from lowmem_db.storage.atomic import write_file, write_text
+from lowmem_db.storage.run_folder import RunFolder, read_json, write_json
+
+MANIFEST = "manifest.json"
+CLASS_DIR = "class"
+NUM_IMAGES = 4
+"""Images of each prompt in the paper."""
+NUM_CLASS_IMAGES = 16
+_FORMAT_VERSION = 1
+_BATCH_SIZE = 4
+_LIVE = frozenset(
+    ("dog", "cat", "puppy", "kitten", "corgi", "horse", "cow", "pig", "rabbit", "hamster", "bird", "parrot", "animal",
+     "pet", "person", "man", "woman", "boy", "girl", "child", "face")
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One of ``count`` parts of the work, numbered from 1."""
+
+    number: int = 1
+    count: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How images are drawn.
+
+    Attributes:
+        sampler: Sampler; None: that of the run's samples.
+        num_inference_steps: Sampling steps; None: those of the run's samples.
+        guidance_scale: Classifier-free guidance; None: that of the run's samples.
+        num_prompts: So many prompts, the first ones; None: all.
+        num_images: Images of each prompt.
+        num_class_images: Images of the prompt of the class, for PRES.
+        resolution: Pixels of a side; None: those of the run.
+        seed: Seed of everything.
+        device: Where to compute.
+        dtype: Type to compute in.
+    """
+
+    sampler: Any = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    num_prompts: int | None = None
+    num_images: int = NUM_IMAGES
+    num_class_images: int = NUM_CLASS_IMAGES
+    resolution: int | None = None
+    seed: int = 0
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run to be evaluated.
+
+    Attributes:
+        name: Name of its folder: the subject's name in reports.
+        source: The model.
+        config: Its configuration.
+        prompts: What is drawn.
+        captions: The same prompts without the identifier, which means nothing to an encoder.
+        class_prompt: Prompt of the class.
+        photos: Real photos of the subject.
+    """
+
+    name: str
+    source: ImageSource
+    config: Config
+    prompts: tuple[str, ...]
+    captions: tuple[str, ...]
+    class_prompt: str
+    photos: tuple[Path, ...]
+
+    def drawn(self, output: Path, drawing: Drawing) -> SubjectFiles:
+        """Return the files of the run, whose images are all drawn into ``output``."""
+        by_prompt: dict[str | None, list[Path]] = {}
+        for job in _jobs(self, output / self.name, drawing):
+            by_prompt.setdefault(job.caption, []).extend(job.files)
+        class_images = tuple(by_prompt.pop(None, []))
+        prompts = tuple((caption, tuple(files)) for caption, files in by_prompt.items())
+        return SubjectFiles(name=self.name, photos=self.photos, prompts=prompts, class_images=class_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptChoice:
+    """Which prompts are drawn.
+
+    Attributes:
+        suite: Name of a suite; None: the paper's for live subjects or for objects, by the class noun.
+        prompt_file: A file of prompts instead.
+        identifier: Rare token; None: as the run's prompts say.
+        class_noun: Class; None: as the run's prompts say.
+    """
+
+    suite: str | None = None
+    prompt_file: Path | None = None
+    identifier: str | None = None
+    class_noun: str | None = None
+
+
+def parse_shard(text: str | None) -> Shard:
+    """Read the option ``--shard``, such as ``1/4``.
+
+    Raises:
+        DataError: It is no part of a whole.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", "1/1" if text is None else text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise DataError(f"--shard: {text!r}; allowed: NUMBER/COUNT with the number from 1 to COUNT, such as 1/4")
+    return Shard(number=int(match[1]), count=int(match[2]))
+
+
+def refuse_unused(options: Mapping[str, Any], reason: str) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        DataError: One of them is given; the message says why it cannot be used.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise DataError(f"{', '.join(given)}: cannot be used here, because {reason}; leave it out")
+
+
+def holds_runs(folder: Path) -> bool:
+    """Say whether a folder is a run, or holds runs.
+
+    Raises:
+        DataError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"RUN_OR_IMAGES: {folder} {'is a file' if folder.exists() else 'does not exist'}; allowed: a folder"
+        )
+    return bool(_run_folders(folder))
+
+
+def find_runs(folder: Path, choice: PromptChoice, limits: Limits, photos: Path | None = None) -> list[Run]:
+    """Find the runs of a folder: the folder itself, or every run folder in it.
+
+    Args:
+        folder: The folder.
+        choice: Which prompts are drawn.
+        limits: Which runs are wanted.
+        photos: Photos of the subject, where a single run's are no longer where its configuration says.
+
+    Raises:
+        DataError: A run has no model yet, its photos are not there, or identifier and class noun are not known.
+    """
+    folders = {run.resolve().name: run for run in _run_folders(folder)}
+    return [_read_run(name, folders[name], choice, photos) for name in choose(sorted(folders), limits)]
+
+
+def draw_runs(runs: Sequence[Run], output: Path, drawing: Drawing, shard: Shard) -> int:
+    """Draw what is missing of every run into ``output/RUN``; return how many images of other shards are missing.
+
+    Raises:
+        DataError: The folder holds images that were drawn otherwise.
+        StorageError: The disk is full.
+    """
+    manifests = {run.name: _manifest(run, drawing) for run in runs}
+    for name, wanted in manifests.items():
+        _check_manifest(output / name, wanted)
+    jobs = [job for run in runs for job in _jobs(run, output / run.name, drawing)]
+    own = jobs[shard.number - 1 :: shard.count]
+    for run in runs:
+        missing = [job for job in own if job.run is run and job.missing()]
+        if missing:
+            write_json(output / run.name / MANIFEST, manifests[run.name])
+            write_text(output / run.name / PROMPTS_FILE, "".join(f"{caption}\n" for caption in run.captions))
+            say(f"{run.name}: drawing {sum(len(job.missing()) for job in missing)} images into {output / run.name}")
+            _draw(run, missing, drawing)
+    return sum(len(job.missing()) for job in jobs)
+
+
+def suite_for(class_noun: str) -> str:
+    """Return the paper's suite for a class: live subjects, such as dogs, or objects."""
+    return "live_subjects" if class_noun.split()[-1].lower() in _LIVE else "objects"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """Images of one prompt that are drawn together.
+
+    Attributes:
+        run: The run.
+        prompt: What is drawn.
+        caption: The prompt without the identifier; None: it is the prompt of the class.
+        stream: Stream of the randomness, and the number of the prompt in it.
+        first: Number of the first image.
+        files: Where the images stand.
+    """
+
+    run: Run
+    prompt: str
+    caption: str | None
+    stream: tuple[str, int]
+    first: int
+    files: tuple[Path, ...]
+
+    def missing(self) -> list[Path]:
+        return [file for file in self.files if not file.is_file()]
+
+
+def _jobs(run: Run, folder: Path, drawing: Drawing) -> list[_Job]:
+    photos = run.config.subject.instance_dir.resolve().name  # runs on the same photos start from the same noise
+    jobs = []
+    for number, (prompt, caption) in enumerate(zip(run.prompts, run.captions, strict=True)):
+        if drawing.num_prompts is not None and number >= drawing.num_prompts:
+            break
+        files = [folder / f"{number:02d}-{index:02d}.png" for index in range(drawing.num_images)]
+        jobs += _batches(run, prompt, caption, (f"evaluation/{photos}", number), files)
+    class_files = [folder / CLASS_DIR / f"{index:02d}.png" for index in range(drawing.num_class_images)]
+    return jobs + _batches(run, run.class_prompt, None, (f"evaluation/{photos}/class", 0), class_files)
+
+
+def _batches(run: Run, prompt: str, caption: str | None, stream: tuple[str, int], files: Sequence[Path]) -> list[_Job]:
+    return [
+        _Job(
+            run=run,
+            prompt=prompt,
+            caption=caption,
+            stream=stream,
+            first=first,
+            files=tuple(files[first : first + _BATCH_SIZE]),
+        )
+        for first in range(0, len(files), _BATCH_SIZE)
+    ]
+
+
+def _draw(run: Run, jobs: Sequence[_Job], drawing: Drawing) -> None:
+    prompts = sorted({job.prompt for job in jobs})
+    embeds = embed_for(run.source, [*prompts, ""], device=drawing.device, dtype=drawing.dtype)
+    unet, noise_schedule = load_denoiser(run.source, device=drawing.device, dtype=drawing.dtype)
+    autoencoder = load_autoencoder(run.source.model, device=drawing.device)
+    latent_size = _resolution(run, drawing) // downscaling(run.source.model.config_of("vae"))
+    for job in track(jobs, f"drawing {run.name}", len(jobs)):
+        stream, number = job.stream
+        latents = sample_latents(
+            unet,
+            noise_schedule,
+            _settings(run, drawing),
+            prompt_embeds=embeds[prompts.index(job.prompt)][None].expand(len(job.files), -1, -1),
+            empty_embeds=embeds[-1:],
+            latent_size=latent_size,
+            generators=[generator(drawing.seed, stream, number, job.first + index) for index in range(len(job.files))],
+        )
+        missing = job.missing()
+        for file, image in zip(job.files, to_images(decode_latents(autoencoder, latents)), strict=True):
+            if file in missing:
+                write_file(file, lambda path, image=image: image.save(path, format="PNG"))
+
+
+def _settings(run: Run, drawing: Drawing) -> SamplingSettings:
+    own = run.config.sampling
+    return SamplingSettings(
+        sampler=drawing.sampler or own.sampler,
+        num_inference_steps=drawing.num_inference_steps or own.num_inference_steps,
+        guidance_scale=own.guidance_scale if drawing.guidance_scale is None else drawing.guidance_scale,
+    )
+
+
+def _resolution(run: Run, drawing: Drawing) -> int:
+    return drawing.resolution or run.config.data.resolution
+
+
+def _manifest(run: Run, drawing: Drawing) -> dict[str, Any]:
+    checkpoint = run.source.checkpoint
+    latent_pixel = downscaling(run.source.model.config_of("vae"))
+    if _resolution(run, drawing) % latent_pixel:
+        raise DataError(
+            f"--resolution: {_resolution(run, drawing)} is not a multiple of {latent_pixel}, the size of a latent pixel"
+        )
+    return {
+        "format_version": _FORMAT_VERSION,
+        "model": run.source.model.content_key(*COMPONENTS),
+        "checkpoint": None if checkpoint is None else fingerprint.of_files(checkpoint.glob("*.safetensors")),
+        "prompts": list(run.prompts),
+        "class_prompt": run.class_prompt,
+        **asdict(_settings(run, drawing)),
+        "resolution": _resolution(run, drawing),
+        "precision": str(drawing.dtype).removeprefix("torch."),
+        "seed": drawing.seed,
+    }
+
+
+def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
+    if not (folder / MANIFEST).is_file():
+        if folder.is_dir() and any(folder.glob("*.png")):
+            raise DataError(f"--output: {folder} holds images that this command did not draw; choose another folder")
+        return
+    found = read_json(folder / MANIFEST) or {}
+    differing = [name for name, value in wanted.items() if found.get(name) != value]
+    if differing:
+        raise DataError(
+            f"--output: {folder} holds images drawn otherwise ({', '.join(differing)}); choose another folder, or "
+            "delete this one"
+        )
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    if RunFolder(folder).config_file.is_file():
+        return [folder]
+    inner = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [entry for entry in inner if entry.is_dir() and RunFolder(entry).config_file.is_file()]
+
+
+def _read_run(name: str, folder: Path, choice: PromptChoice, photos: Path | None) -> Run:
+    source = find_source(str(folder))
+    config = source.run_config
+    if config is None:
+        raise DataError(f"{folder}: is no run folder; allowed: a folder that lowmem-db train has written")
+    identifier, class_noun = _names(folder, config, choice)
+    if choice.prompt_file is not None:
+        prompts = read_prompt_file(choice.prompt_file)
+    else:
+        suite = choice.suite or suite_for(class_noun)
+        say(f"{name}: {identifier!r}, {class_noun!r}: prompts of the suite {suite}")
+        prompts = read_suite(suite, identifier=identifier, class_noun=class_noun)
+    return Run(
+        name=name,
+        source=source,
+        config=config,
+        prompts=tuple(prompts),
+        captions=tuple(without_identifier(prompt, identifier) for prompt in prompts),
+        class_prompt=config.subject.class_prompt or f"a {class_noun}",
+        photos=scan_pictures(photos or config.subject.instance_dir, "subject.instance_dir"),
+    )
+
+
+def _names(folder: Path, config: Config, choice: PromptChoice) -> tuple[str, str]:
+    if choice.identifier and choice.class_noun:
+        return choice.identifier, choice.class_noun
+    if config.subject.class_prompt is None:
+        raise DataError(
+            f"{folder}: its config.yaml has no subject.class_prompt, so the class is not known; say --identifier sks "
+            "--class-noun dog"
+        )
+    identifier, class_noun = subject_names(config.subject.instance_prompt, config.subject.class_prompt)
+    return choice.identifier or identifier, choice.class_noun or class_noun
+
+
+def without_identifier(prompt: str, identifier: str) -> str:
+    """Return a prompt without the rare token: ``a sks dog`` becomes ``a dog``."""
+    return " ".join(re.sub(rf"(?<!\S){re.escape(identifier)}(?!\S)", "", prompt).split())

@@ -1,0 +1,138 @@
+"""The questionnaire of arXiv:2208.12242 (section 4.2, Table 2): which of two methods do people prefer?
+
+One self-contained page asks twice of each pair of images: which is more like the subject, and which fits the prompt.
+Which method stands left depends on a number in the page and is not to be seen; the page offers the answers as a file.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lowmem_db import fingerprint
+from lowmem_db.data.photos import read_photo
+from lowmem_db.errors import DataError
+from lowmem_db.evaluation.folders import SubjectFiles
+from lowmem_db.randomness import derive_seed, permutation
+from lowmem_db.storage.atomic import write_text
+
+NUM_PAIRS = 25
+"""Comparisons that a person of the paper's study answered."""
+KINDS = ("subject", "prompt")
+_TEMPLATE = Path(__file__).parent / "questionnaire.html"
+_PLACEHOLDER = "QUESTIONNAIRE_JSON"
+_PIXELS = 384
+_NUM_REFERENCES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePair:
+    """An image of each method for the same subject and prompt."""
+
+    subject: SubjectFiles
+    prompt: str | None
+    files: tuple[Path, Path]
+
+
+def is_swapped(seed: int, question: str) -> bool:
+    """Say whether the second method stands left in a question."""
+    return derive_seed(seed, f"questionnaire/{question}") % 2 == 1
+
+
+def check_methods(folders: Sequence[Path]) -> tuple[str, str]:
+    """Return what the methods of two folders are called: by the folders, or by their paths where these are alike.
+
+    Raises:
+        DataError: There are not two different folders.
+    """
+    if len(folders) != 2 or folders[0].resolve() == folders[1].resolve():
+        raise DataError("--pairs: allowed: two different folders of images, one of each method")
+    one, other = (folder.resolve().name for folder in folders)
+    return (one, other) if one != other else (str(folders[0]), str(folders[1]))
+
+
+def find_pairs(
+    one: Sequence[SubjectFiles], other: Sequence[SubjectFiles], *, num_pairs: int, seed: int
+) -> list[ImagePair]:
+    """Choose pairs of images, spread over subjects and prompts.
+
+    Raises:
+        DataError: The two methods share no subject and prompt.
+    """
+    partners = {subject.name: subject for subject in other}
+    pairs = [
+        ImagePair(subject=subject, prompt=prompt, files=files)
+        for subject in one
+        if subject.name in partners
+        for prompt, files in _matched(subject, partners[subject.name])
+    ]
+    if not pairs:
+        raise DataError("--pairs: the two folders share no subject and prompt; draw both with the same prompts")
+    order = permutation(seed, "questionnaire/pairs", 0, len(pairs))
+    seen: dict[tuple[str, str | None], int] = {}
+    ranked = []
+    for index in order:
+        group = (pairs[index].subject.name, pairs[index].prompt)
+        seen[group] = seen.get(group, 0) + 1
+        ranked.append((seen[group], index))
+    by_round = sorted(ranked, key=lambda entry: entry[0])  # every prompt once before any prompt twice
+    return [pairs[index] for _, index in by_round[:num_pairs]]
+
+
+def write_questionnaire(path: Path, names: tuple[str, str], pairs: Sequence[ImagePair], *, seed: int) -> int:
+    """Write the page; return the number of questions.
+
+    Args:
+        path: The HTML file.
+        names: What the methods are called in the tally; people do not see it.
+        pairs: Of :func:`find_pairs`.
+        seed: Decides which method stands left.
+    """
+    pictures: dict[str, str] = {}
+    questions = [
+        _question(f"{kind}-{number:03d}", kind, pair, pictures, seed)
+        for kind in KINDS
+        for number, pair in enumerate(pairs)
+        if kind == "subject" or pair.prompt is not None
+    ]
+    content = {"seed": str(seed), "names": list(names), "questions": questions, "pictures": pictures}
+    content["questionnaire"] = fingerprint.of_values(content)
+    page = _TEMPLATE.read_text(encoding="utf-8")
+    write_text(path, page.replace(_PLACEHOLDER, json.dumps(content).replace("<", "\\u003c")))
+    return len(questions)
+
+
+def _matched(one: SubjectFiles, other: SubjectFiles) -> list[tuple[str | None, tuple[Path, Path]]]:
+    """Return the images of two methods for the same prompts; images without prompts are paired by their order."""
+    matched = []
+    for prompt in dict.fromkeys(prompt for prompt, _ in one.prompts):
+        left, right = (
+            [file for text, files in own.prompts if text == prompt for file in files] for own in (one, other)
+        )
+        matched += [(prompt, files) for files in zip(left, right, strict=False)]
+    return matched
+
+
+def _question(name: str, kind: str, pair: ImagePair, pictures: dict[str, str], seed: int) -> dict[str, Any]:
+    left, right = reversed(pair.files) if is_swapped(seed, name) else pair.files
+    question: dict[str, Any] = {"id": name, "kind": kind, "images": [_add(left, pictures), _add(right, pictures)]}
+    if kind == "subject":
+        return question | {"references": [_add(file, pictures) for file in pair.subject.photos[:_NUM_REFERENCES]]}
+    return question | {"prompt": pair.prompt}
+
+
+def _add(file: Path, pictures: dict[str, str]) -> str:
+    """Put a picture into the page once; its name there says nothing about its file."""
+    image = read_photo(file)
+    image.thumbnail((_PIXELS, _PIXELS), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=90)
+    address = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    key = fingerprint.of_values(address)[:12]
+    pictures[key] = address
+    return key

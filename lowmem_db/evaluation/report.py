@@ -1,0 +1,215 @@
+"""What is found about subjects, as JSON; the paper's figures; the contact sheet of a subject."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+
+from lowmem_db.console import say, track, warn
+from lowmem_db.errors import DependencyError
+from lowmem_db.evaluation.duplicates import near_duplicates
+from lowmem_db.evaluation.encoders import EncoderFiles, find_encoders, load_encoder
+from lowmem_db.evaluation.folders import CONTACT_SHEET, SubjectFiles
+from lowmem_db.evaluation.metrics import summarise
+from lowmem_db.evaluation.scoring import LOWER_IS_BETTER, METRICS, Role, SubjectPairs, score_pictures
+from lowmem_db.sampling.images import labelled_grid
+from lowmem_db.storage.atomic import write_file
+from lowmem_db.storage.run_folder import write_json
+
+PAPER_ROWS: dict[str, dict[str, float]] = {
+    "Real images": {"DINO": 0.774, "CLIP-I": 0.885},
+    "DreamBooth (Imagen)": {"DINO": 0.696, "CLIP-I": 0.812, "CLIP-T": 0.306},
+    "DreamBooth (Stable Diffusion)": {"DINO": 0.668, "CLIP-I": 0.803, "CLIP-T": 0.305},
+    "Textual Inversion (Stable Diffusion)": {"DINO": 0.569, "CLIP-I": 0.780, "CLIP-T": 0.255},
+}
+"""Table 1 of arXiv:2208.12242: 30 subjects, 25 prompts, 4 images."""
+_MISSING: dict[Role, str] = {
+    "fidelity": "there is no image",
+    "prompt": "the prompts of the images are not known: put prompts.txt or a text file beside each of them",
+    "preservation": "there are no images of the class: give --class-images",
+    "diversity": "no prompt has two images",
+}
+_THUMBNAIL = 128
+REPORT_FILE = "evaluation.json"
+
+
+def evaluate(
+    subjects: Sequence[SubjectFiles], encoders: Sequence[EncoderFiles], device: torch.device, *, seed: int = 0
+) -> dict[str, Any]:
+    """Score subjects with each encoder; one encoder, and the pictures of one subject, are in memory at a time.
+
+    Args:
+        subjects: What is compared.
+        encoders: Found by :func:`lowmem_db.evaluation.encoders.find_encoders`.
+        device: Where the encoders compute.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        JSON values: ``metrics``, ``real_images``, ``encoders``, ``subjects``, ``paper``.
+    """
+    scored: dict[str, dict[str, SubjectPairs]] = {}
+    for files in encoders:
+        encoder = load_encoder(files, device)
+        scored[files.kind] = {
+            subject.name: score_pictures(encoder, subject.read())
+            for subject in track(subjects, f"encoding with {files.kind}", len(subjects))
+        }
+        del encoder
+    duplicates = _find_duplicates(subjects, device)
+    return {
+        "metrics": _summaries(encoders, scored, seed),
+        "real_images": _real(encoders, scored, seed),
+        "encoders": {files.kind: files.name for files in encoders},
+        "subjects": {
+            subject.name: {
+                "num_photos": len(subject.photos),
+                "num_prompts": sum(prompt is not None for prompt, _ in subject.prompts),
+                "num_images": subject.num_images,
+                "num_class_images": len(subject.class_images),
+                "near_duplicates": duplicates.get(subject.name),
+                "metrics": _summaries(encoders, _only(scored, subject.name), seed),
+                "real_images": _real(encoders, _only(scored, subject.name), seed),
+            }
+            for subject in subjects
+        },
+        "paper": paper_rows(encoders),
+    }
+
+
+def paper_rows(encoders: Sequence[EncoderFiles]) -> dict[str, dict[str, float]]:
+    """Return the paper's figures, of metrics alone whose encoder here is the paper's."""
+    comparable = {name for files in encoders if files.is_papers for name in METRICS[files.kind].values()}
+    rows = {
+        row: {name: value for name, value in values.items() if name in comparable} for row, values in PAPER_ROWS.items()
+    }
+    return {row: values for row, values in rows.items() if values}
+
+
+def write_report(output: Path, report: Mapping[str, Any], subjects: Sequence[SubjectFiles]) -> None:
+    """Write ``evaluation.json``, and a contact sheet in a folder for each subject.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    for subject in subjects:
+        write_contact_sheet(output / subject.name, subject)
+    write_json(output / REPORT_FILE, report)
+
+
+def metric_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return a table of the metrics, its header first."""
+    header = ["metric", "better", "value", "95 % interval", "pairs", "real images"]
+    rows = [
+        [
+            name,
+            "lower" if name in LOWER_IS_BETTER else "higher",
+            _number(found["value"]),
+            _interval(found["interval"]),
+            str(found["num_pairs"]),
+            _number(report["real_images"].get(name, {}).get("value")),
+        ]
+        for name, found in report["metrics"].items()
+    ]
+    return [header, *rows]
+
+
+def remarks(report: Mapping[str, Any]) -> list[str]:
+    """Return what a table has no room for: the encoders, and why metrics are missing."""
+    metrics = report["metrics"].items()
+    encoders = [f"{', '.join(METRICS[kind].values())}: {name}" for kind, name in report["encoders"].items()]
+    return encoders + [f"{name}: {found['missing']}" for name, found in metrics if "missing" in found]
+
+
+def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return a table beside the paper's, its header first; no more than the header where nothing is comparable."""
+    names = sorted({name for values in report["paper"].values() for name in values}, key=list(report["metrics"]).index)
+    own = {
+        "real images, here": {name: report["real_images"].get(name, {}).get("value") for name in names},
+        "here": {name: report["metrics"][name]["value"] for name in names},
+    }
+    rows = (own | report["paper"]).items() if names else ()
+    return [["", *names], *([row, *(_number(values.get(name)) for name in names)] for row, values in rows)]
+
+
+def write_contact_sheet(folder: Path, subject: SubjectFiles) -> Path:
+    """Write one picture of everything: the photos, then a row for each prompt; return its path."""
+    pictures = subject.read()
+    rows: list[tuple[str, list[Image.Image]]] = [(f"{subject.name}: photos", [_thumbnail(p) for p in pictures.photos])]
+    rows += [(prompt, [_thumbnail(image) for image in images]) for prompt, images in pictures.prompts if prompt]
+    rows += _in_rows("images", [image for prompt, images in pictures.prompts if not prompt for image in images])
+    rows += _in_rows("images of the class", list(pictures.class_images))
+    path = folder / CONTACT_SHEET
+    write_file(path, lambda temporary: labelled_grid(rows).save(temporary, format="PNG"))
+    return path
+
+
+def _summaries(
+    encoders: Sequence[EncoderFiles], scored: Mapping[str, Mapping[str, SubjectPairs]], seed: int
+) -> dict[str, Any]:
+    found = {}
+    for files in encoders:
+        for role, name in METRICS[files.kind].items():
+            score = summarise(
+                {subject: pairs.metrics[name] for subject, pairs in scored[files.kind].items()}, seed=seed
+            )
+            reason = {} if score.num_pairs else {"missing": _MISSING[role]}
+            found[name] = score.as_json() | {"encoder": files.name} | reason
+    return found
+
+
+def _real(
+    encoders: Sequence[EncoderFiles], scored: Mapping[str, Mapping[str, SubjectPairs]], seed: int
+) -> dict[str, Any]:
+    names = {files.kind: METRICS[files.kind].get("fidelity") for files in encoders}
+    return {
+        name: summarise({subject: pairs.real[name] for subject, pairs in scored[kind].items()}, seed=seed).as_json()
+        for kind, name in names.items()
+        if name is not None
+    }
+
+
+def _only(scored: Mapping[str, Mapping[str, SubjectPairs]], subject: str) -> dict[str, dict[str, SubjectPairs]]:
+    return {kind: {subject: of_subjects[subject]} for kind, of_subjects in scored.items()}
+
+
+def _find_duplicates(subjects: Sequence[SubjectFiles], device: torch.device) -> dict[str, list[Any]]:
+    """Look for near-duplicates among photos, always with EfficientNet-Lite0: its threshold is known."""
+    try:
+        encoder = load_encoder(find_encoders(["en0"])[0], device)
+    except DependencyError as error:
+        say(f"near-duplicate photos are not looked for: {error}")
+        return {}
+    found = {}
+    for subject in subjects:
+        names = [file.name for file in subject.photos]
+        found[subject.name] = [
+            {"photos": [one, other], "cosine": cosine}
+            for one, other, cosine in near_duplicates(names, encoder.embed_images(subject.read().photos))
+        ]
+        for pair in found[subject.name]:
+            warn(
+                f"{subject.name}: {' and '.join(pair['photos'])} show nearly the same (cosine {pair['cosine']:.2f}), "
+                "which raises the fidelity to both; keep one of them"
+            )
+    return found
+
+
+def _in_rows(label: str, images: Sequence[Image.Image], columns: int = 8) -> list[tuple[str, list[Image.Image]]]:
+    return [
+        (label, [_thumbnail(image) for image in images[start : start + columns]])
+        for start in range(0, len(images), columns)
+    ]
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    return ImageOps.fit(image, (_THUMBNAIL, _THUMBNAIL))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"

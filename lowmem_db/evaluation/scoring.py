@@ -1,0 +1,85 @@
+"""Which metrics an encoder gives, and their pairs for the pictures of one subject.
+
+Pictures come as they are in memory, so that images drawn during training can be scored as well as folders.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lowmem_db.evaluation.encoders import Encoder, Images
+from lowmem_db.evaluation.metrics import (
+    Pairs,
+    fidelity_pairs,
+    preservation_pairs,
+    prompt_pairs,
+    real_pairs,
+)
+
+Role = Literal["fidelity", "prompt", "preservation", "diversity"]
+METRICS: dict[str, dict[Role, str]] = {
+    "en0": {"fidelity": "EN0-I", "preservation": "EN0-PRES", "diversity": "EN0-DIV"},
+    "dino": {"fidelity": "DINO", "preservation": "PRES"},
+    "clip": {"fidelity": "CLIP-I", "prompt": "CLIP-T"},
+    "lpips": {"diversity": "DIV"},
+}
+"""Names of the metrics by encoder and by what they tell. Only the paper's encoders bear the paper's names."""
+LOWER_IS_BETTER = ("EN0-PRES", "PRES")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """The pictures of one subject.
+
+    Attributes:
+        photos: Real photos of the subject.
+        prompts: What was drawn: each prompt, or None where it is not known, with its images.
+        class_images: Images that were drawn for the prompt of the class.
+    """
+
+    photos: Images
+    prompts: Sequence[tuple[str | None, Images]]
+    class_images: Images = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectPairs:
+    """The pairs of one subject behind each metric, by its name.
+
+    Attributes:
+        metrics: Of what was drawn.
+        real: Of the photos among themselves, for metrics of fidelity: what a perfect model would reach.
+    """
+
+    metrics: dict[str, Pairs]
+    real: dict[str, Pairs]
+
+
+def score_pictures(encoder: Encoder, pictures: Pictures) -> SubjectPairs:
+    """Return the pairs behind each metric that an encoder gives.
+
+    A metric without what it needs (known prompts, class images, two images of a prompt) has no pairs.
+    """
+    names = METRICS[encoder.files.kind]
+    metrics: dict[str, Pairs] = {}
+    real: dict[str, Pairs] = {}
+    if "fidelity" in names:
+        photos = encoder.embed_images(pictures.photos)
+        drawn = [encoder.embed_images(images) for _, images in pictures.prompts]
+        metrics[names["fidelity"]] = fidelity_pairs(drawn, photos)
+        real[names["fidelity"]] = real_pairs(photos)
+        if "preservation" in names:
+            metrics[names["preservation"]] = (
+                preservation_pairs(encoder.embed_images(pictures.class_images), photos) if pictures.class_images else []
+            )
+        if "prompt" in names:
+            known = [
+                (prompt, of_prompt) for (prompt, _), of_prompt in zip(pictures.prompts, drawn, strict=True) if prompt
+            ]
+            texts = [prompt for prompt, _ in known]
+            metrics[names["prompt"]] = (
+                prompt_pairs([images for _, images in known], encoder.embed_texts(texts)) if known else []
+            )
+    if "diversity" in names:
+        metrics[names["diversity"]] = [encoder.distances(images) for _, images in pictures.prompts if len(images) > 1]
+    return SubjectPairs(metrics=metrics, real=real)

@@ -1,0 +1,187 @@
+"""The page, and the tally of its answers."""
+
+import base64
+import io
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lowmem_db.errors import DataError
+from lowmem_db.evaluation.folders import Limits, SubjectFiles, find_subjects
+from lowmem_db.evaluation.questionnaire import check_methods, find_pairs, is_swapped, write_questionnaire
+from lowmem_db.evaluation.tally import count, tally, tally_rows
+from tests.evaluation.conftest import PHOTOGRAPHS, write_images
+
+PROMPTS = ["a thing", "a thing in the snow", "a </script> thing"]
+NAMES = ("ours", "theirs")
+
+
+def method(folder: Path, seed: int, prompts: list[str] = PROMPTS) -> list[SubjectFiles]:
+    for index, name in enumerate(("dog3", "robot_toy")):
+        write_images(folder / name, prompts, 2, seed=seed + index)
+    return find_subjects(folder, PHOTOGRAPHS, None, Limits())
+
+
+@pytest.fixture
+def methods(tmp_path: Path) -> tuple[list[SubjectFiles], list[SubjectFiles]]:
+    return method(tmp_path / "ours", 0), method(tmp_path / "theirs", 5)
+
+
+@pytest.fixture
+def page(methods: tuple[list[SubjectFiles], list[SubjectFiles]], tmp_path: Path) -> Path:
+    pairs = find_pairs(*methods, num_pairs=8, seed=3)
+    assert write_questionnaire(tmp_path / "page.html", NAMES, pairs, seed=3) == 16
+    return tmp_path / "page.html"
+
+
+def content(page: Path) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="content">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def decoded(address: str) -> np.ndarray:
+    data = base64.b64decode(address.removeprefix("data:image/jpeg;base64,"))
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(float)
+
+
+def test_every_prompt_comes_once_before_any_comes_twice(
+    methods: tuple[list[SubjectFiles], list[SubjectFiles]],
+) -> None:
+    pairs = find_pairs(*methods, num_pairs=8, seed=0)
+    groups = Counter((pair.subject.name, pair.prompt) for pair in pairs)
+    assert len(groups) == 6
+    assert sorted(groups.values()) == [1, 1, 1, 1, 2, 2]
+    for pair in pairs:
+        assert [file.parts[-3:-1] for file in pair.files] == [
+            ("ours", pair.subject.name),
+            ("theirs", pair.subject.name),
+        ]
+        assert pair.files[0].name == pair.files[1].name
+    assert find_pairs(*methods, num_pairs=8, seed=0) == pairs
+    assert find_pairs(*methods, num_pairs=8, seed=1) != pairs
+    assert len(find_pairs(*methods, num_pairs=99, seed=0)) == 12
+
+
+def test_page_shows_both_images_on_the_sides_that_the_seed_says(
+    page: Path, methods: tuple[list[SubjectFiles], list[SubjectFiles]]
+) -> None:
+    found = content(page)
+    pairs = find_pairs(*methods, num_pairs=8, seed=3)
+    swapped = 0
+    for question in found["questions"]:
+        pair = pairs[int(question["id"].split("-")[1])]
+        files = pair.files[::-1] if is_swapped(3, question["id"]) else pair.files
+        swapped += is_swapped(3, question["id"])
+        for key, file in zip(question["images"], files, strict=True):
+            with Image.open(file) as picture:
+                difference = np.abs(decoded(found["pictures"][key]) - np.asarray(picture).astype(float))
+            assert difference.mean() < 10
+    assert 0 < swapped < 16
+
+
+def test_page_is_whole_and_hides_the_files(page: Path) -> None:
+    text = page.read_text()
+    assert "QUESTIONNAIRE_JSON" not in text
+    assert not re.search(r'(src|href)="', text)
+    assert "http" not in text
+    assert ".png" not in text
+    assert "dog3" not in text
+    found = content(page)
+    kinds = Counter(question["kind"] for question in found["questions"])
+    assert kinds == {"subject": 8, "prompt": 8}
+    for question in found["questions"]:
+        assert ("references" in question) == (question["kind"] == "subject")
+        assert ("prompt" in question) == (question["kind"] == "prompt")
+        assert set(question["images"] + question.get("references", [])) <= set(found["pictures"])
+    assert any(question.get("prompt") == "a </script> thing" for question in found["questions"])
+
+
+def test_sides_are_even() -> None:
+    swapped = sum(is_swapped(0, f"subject-{number:03d}") for number in range(1000))
+    assert 430 < swapped < 570  # 4.4 standard deviations
+
+
+def test_images_without_prompts_have_no_question_about_prompts(tmp_path: Path) -> None:
+    one, other = (write_images(tmp_path / name, ["x"], 3, seed=seed) for seed, name in enumerate(NAMES))
+    for folder in (one, other):
+        (folder / "prompts.txt").unlink()
+    found = [find_subjects(folder, PHOTOGRAPHS / "dog3", None, Limits()) for folder in (one, other)]
+    pairs = find_pairs(*found, num_pairs=25, seed=0)
+    assert write_questionnaire(tmp_path / "page.html", NAMES, pairs, seed=0) == 3
+
+
+def test_methods_that_share_nothing_are_refused(tmp_path: Path) -> None:
+    one, other = method(tmp_path / "a", 0, ["a dog"]), method(tmp_path / "b", 1, ["a cat"])
+    with pytest.raises(DataError, match="--pairs: the two folders share no subject and prompt"):
+        find_pairs(one, other, num_pairs=1, seed=0)
+
+
+def test_methods_are_two_different_folders(tmp_path: Path) -> None:
+    assert check_methods([Path("x/ours"), Path("theirs")]) == ("ours", "theirs")
+    assert check_methods([Path("x/images"), Path("y/images")]) == ("x/images", "y/images")
+    for folders in ([tmp_path], [tmp_path, tmp_path / "." / ""], [tmp_path] * 3):
+        with pytest.raises(DataError, match="two different folders"):
+            check_methods(folders)
+
+
+def answer(page: Path, folder: Path, rater: str, choices: dict[str, str]) -> Path:
+    """Write what a person saves who chooses a method, or ``undecided``, in each question."""
+    found = content(page)
+    sides = {}
+    for question, choice in choices.items():
+        names = NAMES[::-1] if is_swapped(int(found["seed"]), question) else NAMES
+        sides[question] = "undecided" if choice == "undecided" else ("left", "right")[names.index(choice)]
+    saved = {name: found[name] for name in ("questionnaire", "seed", "names")} | {"rater": rater, "answers": sides}
+    (folder / f"{rater}.json").write_text(json.dumps(saved))
+    return folder / f"{rater}.json"
+
+
+def test_answers_are_counted_for_the_method_behind_the_side(page: Path, tmp_path: Path) -> None:
+    questions = [question["id"] for question in content(page)["questions"]]
+    choices = {question: "ours" if question.startswith("subject") else "theirs" for question in questions}
+    result = tally([answer(page, tmp_path, "a", choices), answer(page, tmp_path, "b", choices)])
+    assert (result["names"], result["num_raters"]) == (["ours", "theirs"], 2)
+    assert result["subject"] == {
+        "num_questions": 8, "num_votes": 16, "percentages": {"ours": 100, "theirs": 0, "undecided": 0}
+    }  # fmt: skip
+    assert result["prompt"]["percentages"] == {"ours": 0, "theirs": 100, "undecided": 0}
+    assert tally_rows(result)[1] == ["subject fidelity", "100.0 %", "0.0 %", "0.0 %", "8", "16"]
+
+
+def test_majority_decides_and_ties_stay_undecided() -> None:
+    votes = [("q0", "a"), ("q0", "a"), ("q0", "b"), ("q1", "a"), ("q1", "b"), ("q2", "undecided"), ("q3", "b")]
+    found = count(votes, ("a", "b"))
+    assert (found.num_questions, found.num_votes) == (4, 7)
+    assert found.percentages == {"a": 25, "b": 25, "undecided": 50}
+    assert count([], ("a", "b")).percentages == {"a": 0, "b": 0, "undecided": 0}
+
+
+def test_files_that_do_not_belong_together_are_refused(page: Path, tmp_path: Path) -> None:
+    one = answer(page, tmp_path, "a", {"subject-000": "ours"})
+    again = tmp_path / "again.json"
+    again.write_text(one.read_text())
+    with pytest.raises(DataError, match=r"again\.json is of the same person as .*a\.json"):
+        tally([one, again])
+    again.write_text(
+        one.read_text().replace('"rater": "a"', '"rater": "b"').replace('"questionnaire": "', '"questionnaire": "0')
+    )
+    with pytest.raises(DataError, match=r"again\.json answers another page than .*a\.json"):
+        tally([one, again])
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"answers": {"subject-000": "up"}}'])
+def test_files_that_hold_no_answers_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=r"a\.json: is no file of answers"):
+        tally([tmp_path / "a.json"])
+    with pytest.raises(DataError, match=r"nothing\.json: cannot be read"):
+        tally([tmp_path / "nothing.json"])
+    with pytest.raises(DataError, match="needs files of answers"):
+        tally([])
