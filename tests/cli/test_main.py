@@ -21,7 +21,7 @@ from lowmem_db.errors import (
 )
 from tests.cli.conftest import Run
 
-COMMANDS = ("train", "prepare", "generate", "evaluate", "identifiers", "doctor")
+COMMANDS = ("train", "plan", "prepare", "generate", "evaluate", "identifiers", "doctor")
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL")
 
 
