@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lowmem_db_kernels import AdamW8bitState, adamw8bit_step
+from lowmem_db_kernels import AdamW8bitState, adamw8bit_step, bias_corrections
 from lowmem_db_kernels.codec import BLOCK_SIZE, dynamic_map
 from lowmem_db_kernels.dispatch import choose
 from torch import Tensor
@@ -36,6 +36,7 @@ class AdamW8bit:
         self._bitsandbytes: Any = None if leaves_out_overflow else _bitsandbytes_for(device)
         self._maps = [dynamic_map(signed=signed).to(device) for signed in (True, False)] if self._bitsandbytes else []
         self.reports_norm = self._bitsandbytes is None
+        self._corrections: tuple[int, Tensor] | None = None
 
     def state_tensors(self, parameter: Tensor, *, small: bool) -> Sequence[StateTensor]:
         """Return 8-bit moments and the maxima of their blocks; small parameters have fp32 moments."""
@@ -63,6 +64,7 @@ class AdamW8bit:
             "lr": scalars.learning_rate,
             "step": scalars.step,
             "betas": (self.config.beta1, self.config.beta2),
+            "corrections": self._corrections_of(scalars),
             "eps": self.config.epsilon,
             "weight_decay": self.config.weight_decay,
             "extra_bits": state.get(EXTRA_BITS),
@@ -73,6 +75,14 @@ class AdamW8bit:
             sums = adamw8bit_step(parameter, gradient, moments, **arguments, dry_run=True)
             arguments["update_scale"] = mean_square_scale(sums[1], parameter.numel())
         return adamw8bit_step(parameter, gradient, moments, **arguments)[0]
+
+    def _corrections_of(self, scalars: StepScalars) -> Tensor:
+        """Return the bias corrections of a step, computed once for all parameters."""
+        if self._corrections is None or self._corrections[0] != scalars.host_step:
+            self._corrections = (
+                scalars.host_step, bias_corrections(scalars.step, (self.config.beta1, self.config.beta2)),
+            )  # fmt: skip
+        return self._corrections[1]
 
     def _step_with_bitsandbytes(
         self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Tensor], scalars: StepScalars

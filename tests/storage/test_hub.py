@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from huggingface_hub import RepoUrl
+from huggingface_hub import HfApi, RepoUrl
 
 from lowmem_db.cli.train import train
 from lowmem_db.errors import StorageError
@@ -64,3 +64,9 @@ def test_failed_upload_leaves_the_model(
     with pytest.raises(StorageError, match=r"hf upload .*final"):
         train(arguments(tiny_fields | {"final.hub_model_id": "someone/teapot"}))
     assert (tmp_path / "run" / "final" / "model_index.json").is_file()
+
+
+def test_unreachable_hub_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9", token="hf_none"))
+    with pytest.raises(StorageError, match=r"final\.push_to_hub: true, but the hub knows no login here \(.+\)"):
+        hub.check_login()
