@@ -325,6 +325,13 @@ def test_removed_group_stays_as_it_is_and_the_other_goes_on_as_alone(name: str, 
     assert_equal(weights_of(again), weights_of(trained))
 
 
+def test_each_parameter_is_rounded_with_a_seed_of_its_own() -> None:
+    fields = {"memory.weights": "bf16_stochastic"}
+    seeds = [unit.rounding_seed for run in (0, 1) for unit in build(modules(), fields | {"seed": run}).units]
+    assert None not in seeds
+    assert len(set(seeds)) == len(seeds) == 2 * 6  # four large parameters and two rows
+
+
 @pytest.mark.parametrize("strategy", [IN_BACKWARD, STREAMED], ids=["in backward", "streamed"])
 def test_gradients_of_a_removed_group_are_left_alone(strategy: dict) -> None:
     trained = modules()
