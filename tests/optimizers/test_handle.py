@@ -325,6 +325,24 @@ def test_removed_group_stays_as_it_is_and_the_other_goes_on_as_alone(name: str, 
     assert_equal(weights_of(again), weights_of(trained))
 
 
+def test_each_parameter_is_rounded_with_a_seed_of_its_own() -> None:
+    fields = {"memory.weights": "bf16_stochastic"}
+    seeds = [unit.rounding_seed for run in (0, 1) for unit in build(modules(), fields | {"seed": run}).units]
+    assert None not in seeds
+    assert len(set(seeds)) == len(seeds) == 2 * 6  # four large parameters and two rows
+
+
+@pytest.mark.parametrize("strategy", [IN_BACKWARD, STREAMED], ids=["in backward", "streamed"])
+def test_gradients_of_a_removed_group_are_left_alone(strategy: dict) -> None:
+    trained = modules()
+    handle = build(trained, strategy)
+    handle.remove_group("text_encoder")
+    before = weights_of(trained)
+    do_step(handle, trained, 0)
+    assert all(parameter.grad is not None for parameter in trained["text_encoder"].parameters())
+    assert_equal(weights_of(trained)[6:], before[6:])
+
+
 @pytest.mark.parametrize("strategy", [IN_BACKWARD, STREAMED], ids=["in backward", "streamed"])
 def test_24_bit_weights_of_a_removed_group_stay_whole(strategy: dict) -> None:
     """Also in a run that goes on after the group was removed, where the optimizer is built with it at first."""
