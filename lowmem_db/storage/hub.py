@@ -8,7 +8,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from lowmem_db.errors import StorageError
 
 # The hub's own HTTP error shares its base with the errors of the library that carries it, requests, httpx or httpx2.
-_TRANSPORT_ERRORS = tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+_TRANSPORT_ERRORS: tuple[type[Exception], ...] = tuple(
+    base for base in HfHubHTTPError.__mro__ if issubclass(base, Exception) and base.__name__ == "HTTPError"
+)
 _HUB_ERRORS = (HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, *_TRANSPORT_ERRORS)
 
 
