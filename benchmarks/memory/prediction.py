@@ -1,0 +1,78 @@
+"""The planner against real steps at Stable Diffusion 1.5's size on the CPU: bytes of tensors at the peak of training.
+
+    python benchmarks/memory/prediction.py [--output benchmarks/results/prediction_sd15.jsonl]
+
+UNet and text encoder in fp32 with random weights, one photo and one class image at 256 px, 8-bit AdamW in the backward
+pass. Each strategy is predicted from configuration files, then followed with real tensors, then seen by torch's
+profiler, which knows nothing of the planner. Prints a JSON line per strategy, then a table.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.memory.sd15_step import GIB, write_random_model  # noqa: E402
+from lowmem_db.config.loading import load_config  # noqa: E402
+from lowmem_db.config.strategy import plain_strategy  # noqa: E402
+from lowmem_db.models.source import ModelFolder, find_model  # noqa: E402
+from lowmem_db.planning.cards import CPU  # noqa: E402
+from lowmem_db.planning.phases import Subject, trace_train  # noqa: E402
+from lowmem_db.planning.verify import measure_train  # noqa: E402
+from tests.planning.reality import profiled_train_peak  # noqa: E402
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "no checkpointing": {"memory.checkpointing": "none"},
+    "segments": {"memory.checkpointing": "segments"},
+    "segments, streamed states": {"memory.checkpointing": "segments", "memory.stream_optimizer_state": True},
+}
+
+
+def compare(model: ModelFolder, fields: dict[str, Any]) -> dict[str, int]:
+    """Return the bytes that were predicted, followed and profiled; the host's are part of all three on the CPU."""
+    needed = {
+        "model.base": str(model.path), "subject.instance_dir": "photos", "subject.instance_prompt": "a sks dog",
+        "subject.class_prompt": "a dog", "output_dir": "run", "data.resolution": 256,
+        "training.train_text_encoder": True, "optimizer.name": "adamw8bit", "memory.optimizer_in_backward": True,
+    }  # fmt: skip
+    config = load_config(None, list((needed | fields).items()))
+    strategy = plain_strategy(config)
+    traced = trace_train(Subject(config=config, model=model, card=CPU), strategy)
+    return {
+        "predicted_bytes": traced.peak.total + traced.host_bytes,
+        "followed_bytes": measure_train(config, strategy, model, torch.device("cpu"), num_steps=1) + traced.host_bytes,
+        "profiled_bytes": profiled_train_peak(config, strategy, model),
+    }
+
+
+def main() -> None:
+    """Compare, print JSON lines and a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as work:
+        write_random_model(Path(work) / "model")
+        model = find_model(str(Path(work) / "model"))
+        for name, fields in STRATEGIES.items():
+            rows.append({"strategy": name, **compare(model, fields)})
+            print(json.dumps(rows[-1]), flush=True)
+    print("| strategy | predicted | followed | profiler | error |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        predicted, followed, profiled = (row[f"{kind}_bytes"] for kind in ("predicted", "followed", "profiled"))
+        sizes = " | ".join(f"{size / GIB:.3f} GiB" for size in (predicted, followed, profiled))
+        print(f"| {row['strategy']} | {sizes} | {predicted / profiled - 1:+.2%} |")
+    if options.output:
+        options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
