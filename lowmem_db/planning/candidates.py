@@ -44,12 +44,25 @@ def candidates(config: Config, card: Card, block_names: Sequence[str]) -> tuple[
             clipping=resolve_clipping(config, optimizer_in_backward=in_backward),
             tiled_samples=bool(memory.tiled_samples),
         )
-        problems = refusals(with_strategy(config, strategy))
+        problems = [*refusals(with_strategy(config, strategy)), *_beyond(card, strategy)]
         if not problems:
             kept.append(strategy)
         elif problems[0] not in refused:
             refused[problems[0]] = Refusal(strategy=describe(strategy), reason=problems[0])
     return kept, list(refused.values())
+
+
+def _beyond(card: Card, strategy: Strategy) -> Iterator[str]:
+    """Say what a card cannot compute."""
+    if strategy.mixed_precision != "bf16" or card.has_bf16 or card.is_cpu:
+        return
+    if strategy.weights == "fp32":
+        yield f"training.mixed_precision: 'bf16' is not native on {card.name}; allowed there: fp16, no"
+    else:
+        yield (
+            f"memory.weights: {strategy.weights!r} computes in bf16, which is not native on {card.name}; set "
+            "memory.weights=fp32 (with training.mixed_precision=fp16), or leave both out"
+        )
 
 
 def open_choices(config: Config, card: Card) -> list[Strategy]:

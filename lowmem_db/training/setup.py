@@ -42,7 +42,7 @@ def check_machine(config: Config, device: torch.device) -> None:
         DependencyError: A library that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for what cannot serve.
         StorageError: The final model shall be uploaded and nobody is logged in.
     """
-    environment.check_precision(plain_strategy(config).mixed_precision, device)
+    environment.check_precision(config.training.mixed_precision or "no", device)
     attention.check(config.memory.attention, device)
     environment.check_kernels()
     if config.logging.tensorboard:

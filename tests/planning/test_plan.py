@@ -7,7 +7,7 @@ import pytest
 
 from lowmem_db.config.strategy import with_strategy
 from lowmem_db.errors import BudgetError, ConfigError, ModelError
-from lowmem_db.planning.candidates import candidates
+from lowmem_db.planning.candidates import candidates, open_choices
 from lowmem_db.planning.cards import ASSUMED, CPU, find_card
 from lowmem_db.planning.models import find_configuration
 from lowmem_db.planning.phases import trace_train
@@ -176,3 +176,19 @@ def test_unknown_hub_id_says_what_to_do():
 def test_folder_without_a_denoiser_is_refused(tmp_path):
     with pytest.raises(ModelError, match="lacks unet"):
         find_configuration(make_config(model__base=str(tmp_path)).model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"memory__weights": "bf16_extra_bits"}, r"memory\.weights: 'bf16_extra_bits' computes in bf16, .* on T4; set"),
+        (
+            {"training__mixed_precision": "bf16"},
+            r"training\.mixed_precision: 'bf16' is not native on T4; allowed there",
+        ),
+    ],
+)
+def test_what_the_card_cannot_compute_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        open_choices(make_config(**fields), find_card("t4"))
+    assert open_choices(make_config(**fields), find_card("rtx 3060"))
