@@ -102,24 +102,19 @@ def evaluate(
         NUM_IMAGES,
         Drawing,
         PromptChoice,
-        draw_runs,
         find_runs,
         holds_runs,
         parse_shard,
         refuse_unused,
     )
-    from lowmem_db.evaluation.report import evaluate as score
-    from lowmem_db.evaluation.report import write_report
     from lowmem_db.models.saving import DTYPES
 
     if len(paths) != 1:
         raise DataError(f"RUN_OR_IMAGES: {len(paths)} are given; allowed: one, or two with --pairs")
     where = environment.resolve_device(device)
-    part = parse_shard(shard)
-    is_run = holds_runs(paths[0])
-    if is_run:
-        refuse_unused({"--class-images": class_images}, f"{paths[0]} is a run, whose class images are drawn")
-    else:
+    parse_shard(shard)
+    encoders = encoder or ["en0"]
+    if not holds_runs(paths[0]):
         of_runs = {
             "--shard": shard, "--suite": suite, "--prompt-file": prompt_file, "--identifier": identifier,
             "--class-noun": class_noun, "--num-class-images": num_class_images, "--sampler": sampler,
@@ -127,34 +122,49 @@ def evaluate(
             "--resolution": resolution, "--precision": precision,
         }  # fmt: skip
         refuse_unused(of_runs, f"{paths[0]} holds no run, and nothing is drawn")
-    encoders = find_encoders(encoder or ["en0"])
-    if is_run:
-        choice = PromptChoice(suite=suite, prompt_file=prompt_file, identifier=identifier, class_noun=class_noun)
-        runs = find_runs(paths[0], choice, limits, real)
-        make_folder(output)
-        drawing = Drawing(
-            sampler=sampler,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_prompts=prompts,
-            num_images=images or NUM_IMAGES,
-            num_class_images=NUM_CLASS_IMAGES if num_class_images is None else num_class_images,
-            resolution=resolution,
-            seed=seed,
-            device=where,
-            dtype=DTYPES[precision or ("fp16" if where.type == "cuda" else "fp32")],
-        )
-        num_missing = draw_runs(runs, output, drawing, part)
-        if shard is not None:
-            typer.echo(
-                f"shard {shard} is done, {num_missing} images of other shards are missing; then leave out --shard"
-            )
-            return
-        compared = [run.drawn(output, drawing) for run in runs]
-    else:
+        found = find_encoders(encoders)
         compared = find_subjects(paths[0], real, class_images, limits)
         make_folder(output)
-    report = score(compared, encoders, where, seed=seed)
+        _score(compared, found, where, output, seed=seed, as_json=as_json)
+        return
+    refuse_unused({"--class-images": class_images}, f"{paths[0]} is a run, whose class images are drawn")
+    found = find_encoders(encoders)
+    choice = PromptChoice(suite=suite, prompt_file=prompt_file, identifier=identifier, class_noun=class_noun)
+    runs = find_runs(paths[0], choice, limits, real)
+    make_folder(output)
+    drawing = Drawing(
+        sampler=sampler,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        num_prompts=prompts,
+        num_images=images or NUM_IMAGES,
+        num_class_images=NUM_CLASS_IMAGES if num_class_images is None else num_class_images,
+        resolution=resolution,
+        seed=seed,
+        device=where,
+        dtype=DTYPES[precision or ("fp16" if where.type == "cuda" else "fp32")],
+    )
+    if _draw(runs, drawing, output, shard):
+        compared = [run.drawn(output, drawing) for run in runs]
+        _score(compared, found, where, output, seed=seed, as_json=as_json)
+
+
+def _draw(runs: list[Any], drawing: Any, output: Path, shard: str | None) -> bool:
+    """Draw what is missing; return whether it is to be scored."""
+    from lowmem_db.evaluation.protocol import draw_runs, parse_shard
+
+    num_missing = draw_runs(runs, output, drawing, parse_shard(shard))
+    if shard is None:
+        return True
+    typer.echo(f"shard {shard} is done, {num_missing} images of other shards are missing; then leave out --shard")
+    return False
+
+
+def _score(compared: list[Any], encoders: Any, device: Any, output: Path, *, seed: int, as_json: bool) -> None:
+    from lowmem_db.evaluation.report import evaluate as score
+    from lowmem_db.evaluation.report import write_report
+
+    report = score(compared, encoders, device, seed=seed)
     write_report(output, report, compared)
     if as_json:
         _print_json(report)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from lowmem_db.environment import GIB
 from lowmem_db.errors import ConfigError
 from lowmem_db.planning.costs import COMPUTE_TYPES, Costs
 
-GIB = 1 << 30
 _SHARE_OF_FLOPS = 0.5
 _SHARE_OF_BANDWIDTH = 0.75
 _SHARE_OF_PCIE = 0.8

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lowmem_db.environment import GIB
 from lowmem_db.planning.candidates import describe
-from lowmem_db.planning.cards import GIB
 from lowmem_db.planning.plan import Plan
 from lowmem_db.records import PhaseMemory, Refusal
 

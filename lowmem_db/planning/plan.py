@@ -8,11 +8,11 @@ from functools import cached_property
 
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import Strategy
+from lowmem_db.environment import GIB
 from lowmem_db.errors import BudgetError
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.planning.allowance import allowance_bytes
 from lowmem_db.planning.candidates import candidates, describe, num_measures, open_choices
-from lowmem_db.planning.cards import GIB
 from lowmem_db.planning.models import find_configuration
 from lowmem_db.planning.phases import (
     Subject,

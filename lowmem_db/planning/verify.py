@@ -9,8 +9,8 @@ import torch
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import Strategy, with_strategy
+from lowmem_db.environment import GIB
 from lowmem_db.models.source import ModelFolder, find_model
-from lowmem_db.planning.cards import GIB
 from lowmem_db.planning.output import as_json
 from lowmem_db.planning.phases import training_batches, weights_of
 from lowmem_db.planning.plan import Plan
