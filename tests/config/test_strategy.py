@@ -42,10 +42,18 @@ def test_clipping_follows_what_the_user_gave(fields, after, in_backward):
 
 
 def test_a_strategy_written_into_a_configuration_comes_out_of_it_again():
-    config = config_of({"memory.optimizer_in_backward": True, "memory.checkpointing": {"unet.mid_block": "nested"}})
-    strategy = plain_strategy(config)
-    assert plain_strategy(with_strategy(config, strategy)) == strategy
-    assert with_strategy(config, strategy).training.clipping == "update_rms"
+    fields = {
+        "memory.weights": "bf16_stochastic",
+        "memory.optimizer_in_backward": True,
+        "memory.stream_optimizer_state": True,
+        "memory.checkpointing": {"unet.mid_block": "nested"},
+        "memory.offload_checkpoints": True,
+        "memory.tiled_samples": True,
+    }
+    strategy = plain_strategy(config_of(fields))
+    written = with_strategy(config_of({}), strategy)
+    assert plain_strategy(written) == strategy
+    assert written.training.clipping == "update_rms"
 
 
 def test_plainly_rounded_weights_are_refused_with_the_way_out():
