@@ -9,14 +9,14 @@ NOUNS: dict[str, tuple[str, ...]] = {
     "dog": ("dog", "poodle", "guide-dog", "service-dog"),
     "dog face": ("dog-face",),
     "cat": ("cat", "black-cat"),
-    "cat face": ("cat-face", "grinning-cat"),
-    "clock": ("alarm-clock", *(f"{hour}-o-clock" for hour in HOURS[::2])),
+    "cat face": ("cat-face", "grinning-cat", "grinning-cat-with-smiling-eyes", "smiling-cat-with-heart-eyes"),
+    "clock": ("alarm-clock", "mantelpiece-clock", *(f"{hour}-o-clock" for hour in HOURS[::2])),
     "bird": ("bird", "black-bird", "dove", "duck", "baby-chick"),
     "car": ("automobile", "taxi", "police-car", "sport-utility-vehicle"),
     "flower": ("blossom", "tulip", "rose", "hibiscus", "sunflower", "cherry-blossom"),
     "cup": ("hot-beverage", "teacup-without-handle"),
-    "house": ("house", "house-with-garden", "hut"),
-    "tree": ("deciduous-tree", "evergreen-tree", "christmas-tree"),
+    "house": ("house", "house-with-garden", "hut", "derelict-house"),
+    "tree": ("deciduous-tree", "evergreen-tree", "christmas-tree", "palm-tree"),
     "shoe": ("running-shoe", "man-s-shoe"),
     "boot": ("woman-s-boot", "hiking-boot"),
     "hat": ("top-hat", "woman-s-hat"),
@@ -30,6 +30,24 @@ NOUNS: dict[str, tuple[str, ...]] = {
     "backpack": ("backpack",),
     "teddy bear": ("teddy-bear",),
     "robot": ("robot",),
+    "butterfly": ("butterfly",),
+    "elephant": ("elephant",),
+    "penguin": ("penguin",),
+    "pig": ("pig",),
+    "owl": ("owl",),
+    "turtle": ("turtle",),
+    "mushroom": ("mushroom",),
+    "bus": ("bus",),
+    "airplane": ("airplane",),
+    "boat": ("sailboat",),
+    "banana": ("banana",),
+    "strawberry": ("strawberry",),
+    "cake": ("birthday-cake",),
+    "guitar": ("guitar",),
+    "crown": ("crown",),
+    "bell": ("bell",),
+    "snowman": ("snowman", "snowman-without-snow"),
+    "pumpkin": ("jack-o-lantern",),
 }
 
 # Drawings filed under a name that they do not show (a face instead of the animal, a hoop with the ball).
@@ -41,7 +59,8 @@ RENAMED = {
 }
 DROPPED = (
     "emojione/poodle", "fxemoji/bird", "fxemoji/baby-chick", "noto-v1/basketball", "emojione/basketball",
-    "noto/rabbit", "noto-v1/rabbit", "emojione/rabbit",
+    "noto/rabbit", "noto-v1/rabbit", "emojione/rabbit", "fxemoji/pig", "fxemoji/sailboat", "fxemoji/derelict-house",
+    "emojione/derelict-house", "noto/snowman", "noto-v1/snowman",
 )  # fmt: skip
 
 # Whole designs kept out of training, so that subject-driven fine-tuning can be judged on unseen subjects.
@@ -52,7 +71,10 @@ HELD_OUT_SLUGS = (
 HELD_OUT = frozenset(f"{HELD_OUT_STYLE}/{slug}" for slug in HELD_OUT_SLUGS)
 
 # Drawn facing left in nearly every style, and never mirrored: with both directions a small model draws neither.
-ONE_SIDED = ("dog", "cat", "bird", "fish", "horse", "rabbit", "shoe", "boot", "cup")
+ONE_SIDED = (
+    "dog", "cat", "bird", "fish", "horse", "rabbit", "shoe", "boot", "cup", "elephant", "pig", "turtle", "bus", "airplane",
+    "guitar",
+)  # fmt: skip
 
 # Sampled more often than the square root of their number of drawings alone would give.
 EMPHASIS = {"dog": 2.0, "cat": 1.6, "clock": 1.2, "bird": 1.2, "car": 1.2, "flower": 1.2}

@@ -165,6 +165,15 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         if (args.out / "state.pt").exists():
             self.load(args.out / "state.pt")
+        elif args.start_from:
+            self.start_from(args.start_from)
+
+    def start_from(self, base: Path) -> None:
+        """Takes the weights of an exported base; step and time begin at zero."""
+        for name in ("unet", "text_encoder"):
+            weights = type(self.model[name]).from_pretrained(base / name, torch_dtype=torch.float32).state_dict()
+            self.model[name].load_state_dict(weights)
+            self.ema[name].load_state_dict(weights)
 
     def load(self, path: Path) -> None:
         """Continues from a saved state."""
@@ -234,6 +243,7 @@ def main() -> None:
     parser.add_argument("--latents", type=Path, required=True, help="folder of shards written by render.py")
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the state")
+    parser.add_argument("--start-from", type=Path, help="exported base whose weights a new state begins with")
     parser.add_argument("--minutes", type=float, required=True, help="planned time, over all runs; sets the decay")
     parser.add_argument("--channels", type=int, nargs="+", default=[64, 96, 192])
     parser.add_argument("--text-layers", type=int, default=2)
