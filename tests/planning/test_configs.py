@@ -13,13 +13,16 @@ from lowmem_db.planning.plan import plan
 from lowmem_db.planning.target import find_target
 
 GIB = 1 << 30
-FILES = sorted((Path(__file__).parents[2] / "configs").glob("*gb.yaml"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted([*CONFIGS.glob("*gb.yaml"), CONFIGS / "sd15_full_t4.yaml"])
 HEADER = re.compile(r"# Predicted peak: (\d+\.\d\d) GiB in training, (\d+\.\d\d) GiB for the whole run")
 # Training phase, GiB: what these configurations were made for.
 LIMITS = {
     "sd15_full_8gb": 5.6,
     "sd15_full_6gb": 4.6,
     "sd15_full_4gb": 2.9,
+    "sd15_full_t4": 11.0,
+    "sd21_full_12gb": 10.0,
     "sdxl_full_16gb": 15.3,
     "sdxl_full_12gb": 9.2,
     "sdxl_full_8gb": 6.6,
@@ -33,6 +36,8 @@ def in_header(file: Path) -> tuple[float, float]:
 
 
 def card_of(file: Path) -> str:
+    if file.stem.endswith("t4"):
+        return "T4"
     size = re.search(r"(\d+)gb", file.name)
     assert size is not None
     return f"rtx 3060 {size[1]}GB"
