@@ -4,7 +4,7 @@ Every problem is found before the first one is reported, and each names its fiel
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -39,14 +39,28 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
     return config
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping; YAML would let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Return the mapping of a node."""
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise yaml.YAMLError(f"{key.value} stands twice, in line {seen[key.value]} and in line {line}")
+            seen[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> Tree:
     """Read a YAML file that holds a mapping.
 
     Raises:
-        ConfigError: The file is missing, is no YAML, or is no mapping.
+        ConfigError: The file is missing, is no YAML, names a key twice, or is no mapping.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such configuration file{_nearby(path)}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -292,3 +292,12 @@ def test_every_configuration_file_builds() -> None:
 def test_every_text_survives_being_written(text: str) -> None:
     config = load_config(None, [*NEEDED, ("subject.class_prompt", text)])
     assert Config.model_validate(yaml.safe_load(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("text", ["seed: 1\nmodel:\n  base: demo\nseed: 2\n", "training:\n  seed: 1\n\n\n  seed: 2\n"])
+def test_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    lines = [number for number, line in enumerate(text.splitlines(), 1) if "seed" in line]
+    with pytest.raises(ConfigError, match=f"seed stands twice, in line {lines[0]} and in line {lines[1]}"):
+        read_yaml(path)
