@@ -1,0 +1,196 @@
+"""What a composed caption says, and whether an image shows it: fidelity to the prompt without a network.
+
+A small classifier, trained on drawings, names the noun, the colour and the background of an image. It knows the
+captions that the demo base was trained on, and nothing else; its accuracy is in ``accuracy.json`` beside its weights.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowmem_db.evaluation.efficientnet_lite import NUM_FEATURES
+from lowmem_db.evaluation.metrics import Pairs
+
+NOUNS = (
+    "dog", "dog face", "cat", "cat face", "clock", "bird", "car", "flower", "cup", "house", "tree", "shoe", "boot",
+    "hat", "glasses", "fish", "ball", "apple", "horse", "rabbit", "umbrella", "backpack", "teddy bear", "robot",
+    "butterfly", "elephant", "penguin", "pig", "owl", "turtle", "mushroom", "bus", "airplane", "boat", "banana",
+    "strawberry", "cake", "guitar", "crown", "bell", "snowman", "pumpkin",
+)  # fmt: skip
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
+OWN_COLOURS = "its own"
+"""What the classifier answers for a drawing that was not tinted; no caption says so."""
+PLAIN = ("white", "blue", "yellow", "green", "red", "pink", "purple", "orange", "gray", "black")
+SCENES = {
+    "beach": ("on the beach", "on a beach"),
+    "grass": ("on the grass", "on a meadow", "in a meadow"),
+    "snow": ("in the snow", "on the snow"),
+    "forest": ("in the forest", "in a forest"),
+    "city": ("in the city", "in a city", "on a street"),
+    "night": ("at night", "under a night sky"),
+    "room": ("on a wooden floor", "in a room"),
+}
+LABELS = {"noun": NOUNS, "colour": (*COLOURS, OWN_COLOURS), "background": (*PLAIN, *SCENES)}
+FOLDER = Path(__file__).parent / "caption_classifier"
+WEIGHTS_FILE = "classifier.safetensors"
+ACCURACY_FILE = "accuracy.json"
+PIXELS = 128
+"""Side of the pictures that the classifier sees."""
+
+_PREFIX = re.compile(r"an? (?:flat drawing|drawing|picture|photo|photograph|painting) of ")
+_POSITION = re.compile(r" (?:on the (?:left|right)|at the (?:top|bottom))$")
+_SIZES = ("small", "large")
+_BACKGROUNDS = {f" on {'an' if name[0] in 'aeiou' else 'a'} {name} background": name for name in PLAIN} | {
+    f" {phrase}": scene for scene, phrases in SCENES.items() for phrase in phrases
+}
+_LONGEST_FIRST = sorted(NOUNS, key=len, reverse=True)
+_NO_IDENTIFIERS = {
+    *PLAIN, *(word for noun in NOUNS for word in noun.split()), *_SIZES, "a", "an", "the", "of", "on", "in", "at",
+    "and", "with", "without", "no", "not",
+}  # fmt: skip
+_LEVELS = 6
+_GRID = 8
+_BORDER = 6
+_DIFFERS = 0.12
+_NUM_STATISTICS = 3 * _GRID**2 + 2 * _LEVELS**3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """What a caption says, or what the classifier sees.
+
+    Attributes:
+        noun: One of ``NOUNS``.
+        colour: Of the noun; None where the caption does not say.
+        background: A plain colour or a scene; None where the caption does not say.
+    """
+
+    noun: str
+    colour: str | None = None
+    background: str | None = None
+
+
+def read_caption(prompt: str) -> Caption | None:
+    """Return what a composed caption says; None where it says something that the classifier does not know.
+
+    A prefix such as "a photo of", a size, a position and one word before the noun or its colour that is not known (an
+    identifier such as "sks") are skipped. Text after the noun must be known as a whole.
+    """
+    text = _PREFIX.sub("", " ".join(prompt.lower().split()).rstrip("."), count=1)
+    phrase = next((phrase for phrase in _BACKGROUNDS if text.endswith(phrase)), "")
+    words = _POSITION.sub("", text.removesuffix(phrase)).split()
+    words = words[1:] if words[:1] in (["a"], ["an"]) else words
+    noun = next((noun for noun in _LONGEST_FIRST if words[-len(noun.split()) :] == noun.split()), None)
+    if noun is None:
+        return None
+    before = [word for word in words[: -len(noun.split())] if word not in _SIZES]
+    colours = [word for word in before if word in COLOURS]
+    others = [word for word in before if word not in COLOURS]
+    if len(colours) > 1 or len(others) > 1 or not all(_may_be_skipped(word) for word in others):
+        return None
+    return Caption(noun=noun, colour=colours[0] if colours else None, background=_BACKGROUNDS.get(phrase))
+
+
+def caption_pairs(said: Sequence[Caption], shown: Sequence[Sequence[Caption]]) -> dict[str, Pairs]:
+    """Return by attribute one (the image shows what its caption says) or zero for each image of each caption.
+
+    Args:
+        said: The captions.
+        shown: What the classifier sees in the images of each caption.
+    """
+    found: dict[str, Pairs] = {attribute: [] for attribute in LABELS}
+    for caption, images in zip(said, shown, strict=True):
+        for attribute, pairs in found.items():
+            wanted = getattr(caption, attribute)
+            if wanted is not None and images:
+                pairs.append(torch.tensor([float(getattr(image, attribute) == wanted) for image in images]))
+    return found
+
+
+class CaptionClassifier(nn.Module):
+    """Heads of one hidden layer: the noun from EfficientNet-Lite0's features, the others from pixel statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noun = _head(NUM_FEATURES, 256, len(LABELS["noun"]))
+        self.colour = _head(_NUM_STATISTICS, 128, len(LABELS["colour"]))
+        self.background = _head(_NUM_STATISTICS, 128, len(LABELS["background"]))
+
+    def forward(
+        self, features: Float[Tensor, "b 1280"], statistics: Float[Tensor, "b statistics"]
+    ) -> dict[str, Float[Tensor, "b labels"]]:
+        """Return logits by attribute, in the order of ``LABELS``."""
+        return {
+            "noun": self.noun(functional.layer_norm(features, (NUM_FEATURES,))),
+            "colour": self.colour(statistics),
+            "background": self.background(statistics),
+        }
+
+    @torch.no_grad()
+    def name(self, features: Float[Tensor, "b 1280"], statistics: Float[Tensor, "b statistics"]) -> list[Caption]:
+        """Return the likeliest noun, colour and background of each picture."""
+        answers = {attribute: logits.argmax(1).tolist() for attribute, logits in self(features, statistics).items()}
+        named = {attribute: [LABELS[attribute][index] for index in indices] for attribute, indices in answers.items()}
+        return [
+            Caption(noun=noun, colour=colour, background=background)
+            for noun, colour, background in zip(named["noun"], named["colour"], named["background"], strict=True)
+        ]
+
+
+def load_classifier(folder: Path = FOLDER) -> CaptionClassifier:
+    """Load the weights in evaluation mode, in fp32."""
+    classifier = CaptionClassifier()
+    classifier.load_state_dict({name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()})
+    return classifier.eval().requires_grad_(False)
+
+
+def read_accuracy(folder: Path = FOLDER) -> dict[str, Any]:
+    """Return the classifier's accuracy on drawings in a style that it was not trained on, by attribute."""
+    return json.loads((folder / ACCURACY_FILE).read_text(encoding="utf-8"))
+
+
+def pixel_statistics(pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b statistics"]:
+    """Return what tells colour and background: a coarse picture, and histograms of all pixels and of the foreground.
+
+    Foreground is what differs from the left and right border of its row: backgrounds change from top to bottom.
+
+    Args:
+        pixels: Values in [0, 255].
+    """
+    values = pixels / 255
+    border = torch.cat((values[..., :_BORDER], values[..., -_BORDER:]), dim=-1).median(dim=-1, keepdim=True).values
+    is_foreground = ((values - border).abs().amax(dim=1) > _DIFFERS).flatten(1).float()
+    levels = (values * _LEVELS).long().clamp(max=_LEVELS - 1).flatten(2)
+    bins = (levels[:, 0] * _LEVELS + levels[:, 1]) * _LEVELS + levels[:, 2]
+    return torch.cat(
+        (
+            functional.adaptive_avg_pool2d(values, _GRID).flatten(1),
+            _histogram(bins, torch.ones_like(is_foreground)),
+            _histogram(bins, is_foreground),
+        ),
+        dim=1,
+    )
+
+
+def _histogram(bins: Int[Tensor, "b n"], weights: Float[Tensor, "b n"]) -> Float[Tensor, "b bins"]:
+    """Return the square root of the share of each bin."""
+    counts = torch.zeros(len(bins), _LEVELS**3, device=bins.device).scatter_add(1, bins, weights)
+    return (counts / weights.sum(dim=1, keepdim=True).clamp(min=1)).sqrt()
+
+
+def _head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(0.3), nn.Linear(hidden, outputs))
+
+
+def _may_be_skipped(word: str) -> bool:
+    """Say whether a word before the noun may be an identifier: no word that composed captions are made of."""
+    return word.isalnum() and word not in _NO_IDENTIFIERS
