@@ -27,8 +27,8 @@ def evaluate(
     encoder: Annotated[
         list[str] | None,
         typer.Option(
-            help="en0 (no network), dino, clip, lpips, or paper for the last three; NAME=FOLDER_OR_HUB_ID chooses the "
-            "model. May be given again.",
+            help="en0 (no network), captions (no network, simple drawings alone), dino, clip, lpips, or paper for the "
+            "last three; NAME=FOLDER_OR_HUB_ID chooses the model. May be given again.",
             show_default="en0",
         ),
     ] = None,

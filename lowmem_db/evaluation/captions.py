@@ -121,7 +121,7 @@ class CaptionClassifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.noun = _head(NUM_FEATURES, 256, len(LABELS["noun"]))
+        self.noun = nn.Sequential(nn.Dropout(0.5), *_head(NUM_FEATURES, 256, len(LABELS["noun"])))
         self.colour = _head(_NUM_STATISTICS, 128, len(LABELS["colour"]))
         self.background = _head(_NUM_STATISTICS, 128, len(LABELS["background"]))
 
@@ -130,7 +130,7 @@ class CaptionClassifier(nn.Module):
     ) -> dict[str, Float[Tensor, "b labels"]]:
         """Return logits by attribute, in the order of ``LABELS``."""
         return {
-            "noun": self.noun(functional.layer_norm(features, (NUM_FEATURES,))),
+            "noun": self.noun(functional.layer_norm(features.sqrt(), (NUM_FEATURES,))),
             "colour": self.colour(statistics),
             "background": self.background(statistics),
         }

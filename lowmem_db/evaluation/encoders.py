@@ -29,7 +29,8 @@ from transformers import (
 
 from lowmem_db import environment
 from lowmem_db.errors import ConfigError, ModelError
-from lowmem_db.evaluation.efficientnet_lite import EfficientNetLite0, normalise
+from lowmem_db.evaluation.captions import PIXELS, Caption, load_classifier, pixel_statistics
+from lowmem_db.evaluation.efficientnet_lite import NUM_FEATURES, EfficientNetLite0, normalise
 from lowmem_db.evaluation.lpips import Lpips
 from lowmem_db.evaluation.metrics import cosine_distances
 from lowmem_db.evaluation.preprocessing import read_preprocessing
@@ -57,7 +58,7 @@ class EncoderFiles:
     """An encoder whose files are here.
 
     Attributes:
-        kind: ``en0``, ``dino``, ``clip`` or ``lpips``.
+        kind: ``en0``, ``captions``, ``dino``, ``clip`` or ``lpips``.
         name: What it is, for reports.
         path: Its folder or weights file.
         is_papers: Whether it has the architecture that the paper's figures were made with.
@@ -93,6 +94,10 @@ class Encoder:
         """Return the distance of every two pictures."""
         raise NotImplementedError
 
+    def name_images(self, images: Images) -> list[Caption]:
+        """Return what each picture shows."""
+        raise NotImplementedError
+
 
 def find_encoders(requests: Sequence[str]) -> list[EncoderFiles]:
     """Find encoders by what a user says: ``en0``, ``paper``, ``dino``, ``clip=FOLDER``, ``lpips=FILE``.
@@ -108,8 +113,8 @@ def find_encoders(requests: Sequence[str]) -> list[EncoderFiles]:
     for kind in kinds:
         if kind not in _FINDERS:
             raise ConfigError(
-                f"--encoder: {kind!r} is unknown; allowed: {', '.join(_FINDERS)}, each also as NAME=FOLDER_OR_HUB_ID, "
-                "or paper for the last three"
+                f"--encoder: {kind!r} is unknown; allowed: {', '.join(_FINDERS)}, all but captions also as "
+                "NAME=FOLDER_OR_HUB_ID, or paper for the last three"
             )
         if kinds.count(kind) > 1:
             raise ConfigError(f"--encoder: {kind} is asked for {kinds.count(kind)} times; say it once")
@@ -150,6 +155,28 @@ class EfficientNetEncoder(Encoder):
     @staticmethod
     def _pixels(image: Image.Image) -> Float[Tensor, "3 h w"]:
         return _to_pixels(image.resize((_EN0_PIXELS, _EN0_PIXELS), Image.Resampling.BICUBIC))
+
+
+class CaptionEncoder(EfficientNetEncoder):
+    """The classifier that names noun, colour and background of simple drawings."""
+
+    def __init__(self, files: EncoderFiles, device: torch.device) -> None:
+        super().__init__(files, device)
+        self.classifier = load_classifier().to(device)
+
+    def name_images(self, images: Images) -> list[Caption]:
+        """Return the likeliest noun, colour and background of each picture; pictures are squeezed to a square."""
+        if not images:
+            return []
+        inputs = _in_batches(images, self._small_pixels, self._inputs, self.device)
+        return self.classifier.name(inputs[:, :NUM_FEATURES].to(self.device), inputs[:, NUM_FEATURES:].to(self.device))
+
+    def _inputs(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b inputs"]:
+        return torch.cat((self.network(normalise(pixels)), pixel_statistics(pixels)), dim=1)
+
+    @staticmethod
+    def _small_pixels(image: Image.Image) -> Float[Tensor, "3 h w"]:
+        return _to_pixels(image.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
 
 
 class DinoEncoder(Encoder):
@@ -249,6 +276,13 @@ def _find_en0(kind: str, model: str) -> EncoderFiles:
     return EncoderFiles(kind=kind, name=f"EfficientNet-Lite0 ({_PACKAGE} {version})", path=path)
 
 
+def _find_captions(kind: str, model: str) -> EncoderFiles:
+    if model:
+        raise ConfigError(f"--encoder: captions={model}: the classifier comes with the package; allowed: captions")
+    files = _find_en0("en0", "")
+    return EncoderFiles(kind=kind, name=f"caption classifier on {files.name}", path=files.path)
+
+
 def _find_transformer(kind: str, model: str) -> EncoderFiles:
     name = model or DEFAULT_MODELS[kind]
     path = Path(name) if Path(name).is_dir() else _download(kind, name)
@@ -313,5 +347,17 @@ def _download(kind: str, hub_id: str) -> Path:
         ) from error
 
 
-_FINDERS = {"en0": _find_en0, "dino": _find_transformer, "clip": _find_transformer, "lpips": _find_lpips}
-_LOADERS = {"en0": EfficientNetEncoder, "dino": DinoEncoder, "clip": ClipEncoder, "lpips": LpipsEncoder}
+_FINDERS = {
+    "en0": _find_en0,
+    "captions": _find_captions,
+    "dino": _find_transformer,
+    "clip": _find_transformer,
+    "lpips": _find_lpips,
+}
+_LOADERS = {
+    "en0": EfficientNetEncoder,
+    "captions": CaptionEncoder,
+    "dino": DinoEncoder,
+    "clip": ClipEncoder,
+    "lpips": LpipsEncoder,
+}

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from lowmem_db.console import say, track, warn
 from lowmem_db.errors import DependencyError
+from lowmem_db.evaluation.captions import read_accuracy
 from lowmem_db.evaluation.duplicates import near_duplicates
 from lowmem_db.evaluation.encoders import EncoderFiles, find_encoders, load_encoder
 from lowmem_db.evaluation.folders import CONTACT_SHEET, SubjectFiles
@@ -30,6 +31,9 @@ _MISSING: dict[Role, str] = {
     "prompt": "the prompts of the images are not known: put prompts.txt or a text file beside each of them",
     "preservation": "there are no images of the class: give --class-images",
     "diversity": "no prompt has two images",
+    "noun": "no prompt is a caption that the classifier can read",
+    "colour": "no prompt that the classifier can read names a colour",
+    "background": "no prompt that the classifier can read names a background",
 }
 _THUMBNAIL = 128
 REPORT_FILE = "evaluation.json"
@@ -119,7 +123,12 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
     """Return what a table has no room for: the encoders, and why metrics are missing."""
     metrics = report["metrics"].items()
     encoders = [f"{', '.join(METRICS[kind].values())}: {name}" for kind, name in report["encoders"].items()]
-    return encoders + [f"{name}: {found['missing']}" for name, found in metrics if "missing" in found]
+    accuracies = [
+        f"{name}: the classifier itself is right on {found['classifier_accuracy']:.1%} of drawings in an unseen style"
+        for name, found in metrics
+        if "classifier_accuracy" in found
+    ]
+    return encoders + accuracies + [f"{name}: {found['missing']}" for name, found in metrics if "missing" in found]
 
 
 def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -155,8 +164,13 @@ def _summaries(
                 {subject: pairs.metrics[name] for subject, pairs in scored[files.kind].items()}, seed=seed
             )
             reason = {} if score.num_pairs else {"missing": _MISSING[role]}
-            found[name] = score.as_json() | {"encoder": files.name} | reason
+            found[name] = score.as_json() | {"encoder": files.name} | _accuracy(files.kind, role) | reason
     return found
+
+
+def _accuracy(kind: str, role: Role) -> dict[str, float]:
+    """Return how often the caption classifier itself is right: its figures can be read beside that alone."""
+    return {"classifier_accuracy": read_accuracy()[role]} if kind == "captions" else {}
 
 
 def _real(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lowmem_db.evaluation.captions import caption_pairs, read_caption
 from lowmem_db.evaluation.encoders import Encoder, Images
 from lowmem_db.evaluation.metrics import (
     Pairs,
@@ -16,9 +17,10 @@ from lowmem_db.evaluation.metrics import (
     real_pairs,
 )
 
-Role = Literal["fidelity", "prompt", "preservation", "diversity"]
+Role = Literal["fidelity", "prompt", "preservation", "diversity", "noun", "colour", "background"]
 METRICS: dict[str, dict[Role, str]] = {
     "en0": {"fidelity": "EN0-I", "preservation": "EN0-PRES", "diversity": "EN0-DIV"},
+    "captions": {"noun": "caption_noun", "colour": "caption_colour", "background": "caption_background"},
     "dino": {"fidelity": "DINO", "preservation": "PRES"},
     "clip": {"fidelity": "CLIP-I", "prompt": "CLIP-T"},
     "lpips": {"diversity": "DIV"},
@@ -82,4 +84,15 @@ def score_pictures(encoder: Encoder, pictures: Pictures) -> SubjectPairs:
             )
     if "diversity" in names:
         metrics[names["diversity"]] = [encoder.distances(images) for _, images in pictures.prompts if len(images) > 1]
+    if "noun" in names:
+        metrics |= _caption_metrics(encoder, pictures)
     return SubjectPairs(metrics=metrics, real=real)
+
+
+def _caption_metrics(encoder: Encoder, pictures: Pictures) -> dict[str, Pairs]:
+    """Look at the images of prompts that can be read alone."""
+    read = [(read_caption(prompt), images) for prompt, images in pictures.prompts if prompt and images]
+    readable = [(caption, images) for caption, images in read if caption is not None]
+    shown = [encoder.name_images(images) for _, images in readable]
+    found = caption_pairs([caption for caption, _ in readable], shown)
+    return {name: found[role] for role, name in METRICS[encoder.files.kind].items()}

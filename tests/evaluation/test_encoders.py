@@ -88,7 +88,7 @@ def test_only_the_papers_architecture_is_the_papers(dino_folder: Path, clip_fold
 @pytest.mark.parametrize(
     ("requests", "part"),
     [
-        (["foo"], "'foo' is unknown; allowed: en0, dino, clip, lpips"),
+        (["foo"], "'foo' is unknown; allowed: en0, captions, dino, clip, lpips"),
         (["en0", "en0"], "en0 is asked for 2 times"),
         (["paper", "clip"], "clip is asked for 2 times"),
     ],
