@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -59,7 +60,7 @@ def sample(
     for start in range(0, len(captions), BATCH):
         batch = list(captions[start : start + BATCH])
         generators = [torch.Generator().manual_seed(start + index) for index in range(len(batch))]
-        drawn = pipeline(
+        drawn: Any = pipeline(
             batch, height=SIZE, width=SIZE, num_inference_steps=steps, guidance_scale=guidance, generator=generators
         )
         pictures += drawn.images
@@ -75,7 +76,7 @@ def draw(drawings: Sequence[Drawing], shown: Sequence[Attributes], rng: random.R
     return [compose(rng.choice(by_noun[one.noun]), one, rng) for one in shown]
 
 
-def follow(encoder: Encoder, captions: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, object]:
+def follow(encoder: Encoder, captions: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
     """Return accuracies by attribute, and that of each noun; the pictures of a caption follow one another."""
     named = iter(encoder.name_images(pictures))
     groups = [(text, [next(named) for _ in group]) for text, group in groupby(captions)]

@@ -37,7 +37,7 @@ from lowmem_db.evaluation.captions import (
     pixel_statistics,
 )
 from lowmem_db.evaluation.efficientnet_lite import EfficientNetLite0, normalise
-from lowmem_db.evaluation.encoders import find_encoders, load_encoder
+from lowmem_db.evaluation.encoders import EfficientNetEncoder, find_encoders
 
 Drawing = tuple[str, str, Image.Image]
 
@@ -169,7 +169,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    network = load_encoder(find_encoders(["en0"])[0], torch.device("cpu")).network
+    network = EfficientNetEncoder(find_encoders(["en0"])[0], torch.device("cpu")).network
     drawings = load_drawings(args.drawings)
     seen = [drawing for drawing in drawings if not drawing[0].startswith(f"{HELD_OUT_STYLE}/")]
     unseen = [drawing for drawing in drawings if drawing[0].startswith(f"{HELD_OUT_STYLE}/")]
