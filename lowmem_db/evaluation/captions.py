@@ -158,6 +158,13 @@ def read_accuracy(folder: Path = FOLDER) -> dict[str, Any]:
     return json.loads((folder / ACCURACY_FILE).read_text(encoding="utf-8"))
 
 
+def accuracy_on(captions: Sequence[Caption], attribute: str) -> float | None:
+    """Return the classifier's accuracy on what captions name, a mean over them; None where it was not judged on it."""
+    of_labels = read_accuracy()["labels"][attribute]
+    found = [of_labels[name] for caption in captions if (name := getattr(caption, attribute)) in of_labels]
+    return sum(found) / len(found) if found else None
+
+
 def pixel_statistics(pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b statistics"]:
     """Return what tells colour and background: a coarse picture, and histograms of all pixels and of the foreground.
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from lowmem_db.console import say, track, warn
 from lowmem_db.errors import DependencyError
-from lowmem_db.evaluation.captions import read_accuracy
+from lowmem_db.evaluation.captions import accuracy_on, read_accuracy, read_caption
 from lowmem_db.evaluation.duplicates import near_duplicates
 from lowmem_db.evaluation.encoders import EncoderFiles, find_encoders, load_encoder
 from lowmem_db.evaluation.folders import CONTACT_SHEET, SubjectFiles
@@ -63,7 +63,7 @@ def evaluate(
         del encoder
     duplicates = _find_duplicates(subjects, device)
     return {
-        "metrics": _summaries(encoders, scored, seed),
+        "metrics": _summaries(encoders, scored, subjects, seed),
         "real_images": _real(encoders, scored, seed),
         "encoders": {files.kind: files.name for files in encoders},
         "subjects": {
@@ -73,7 +73,7 @@ def evaluate(
                 "num_images": subject.num_images,
                 "num_class_images": len(subject.class_images),
                 "near_duplicates": duplicates.get(subject.name),
-                "metrics": _summaries(encoders, _only(scored, subject.name), seed),
+                "metrics": _summaries(encoders, _only(scored, subject.name), [subject], seed),
                 "real_images": _real(encoders, _only(scored, subject.name), seed),
             }
             for subject in subjects
@@ -124,7 +124,8 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
     metrics = report["metrics"].items()
     encoders = [f"{', '.join(METRICS[kind].values())}: {name}" for kind, name in report["encoders"].items()]
     accuracies = [
-        f"{name}: the classifier itself is right on {found['classifier_accuracy']:.1%} of drawings in an unseen style"
+        f"{name}: on drawings in an unseen style the classifier itself has {found['classifier_accuracy']:.3f}, "
+        f"and {_number(found['classifier_accuracy_on_named'])} on what these prompts name"
         for name, found in metrics
         if "classifier_accuracy" in found
     ]
@@ -155,7 +156,10 @@ def write_contact_sheet(folder: Path, subject: SubjectFiles) -> Path:
 
 
 def _summaries(
-    encoders: Sequence[EncoderFiles], scored: Mapping[str, Mapping[str, SubjectPairs]], seed: int
+    encoders: Sequence[EncoderFiles],
+    scored: Mapping[str, Mapping[str, SubjectPairs]],
+    subjects: Sequence[SubjectFiles],
+    seed: int,
 ) -> dict[str, Any]:
     found = {}
     for files in encoders:
@@ -164,13 +168,16 @@ def _summaries(
                 {subject: pairs.metrics[name] for subject, pairs in scored[files.kind].items()}, seed=seed
             )
             reason = {} if score.num_pairs else {"missing": _MISSING[role]}
-            found[name] = score.as_json() | {"encoder": files.name} | _accuracy(files.kind, role) | reason
+            accuracy = _accuracy(role, subjects) if files.kind == "captions" else {}
+            found[name] = score.as_json() | {"encoder": files.name} | accuracy | reason
     return found
 
 
-def _accuracy(kind: str, role: Role) -> dict[str, float]:
-    """Return how often the caption classifier itself is right: its figures can be read beside that alone."""
-    return {"classifier_accuracy": read_accuracy()[role]} if kind == "captions" else {}
+def _accuracy(role: Role, subjects: Sequence[SubjectFiles]) -> dict[str, float | None]:
+    """Return how often the caption classifier itself is right: on everything, and on what the prompts name."""
+    prompts = [prompt for subject in subjects for prompt, _ in subject.prompts if prompt]
+    captions = [caption for caption in map(read_caption, prompts) if caption is not None]
+    return {"classifier_accuracy": read_accuracy()[role], "classifier_accuracy_on_named": accuracy_on(captions, role)}
 
 
 def _real(

@@ -149,7 +149,13 @@ def test_report_has_the_accuracy_of_the_classifier_beside_its_figures(tmp_path: 
     assert report["metrics"]["caption_noun"]["interval"] is not None
     assert [row[0] for row in metric_rows(report)] == ["metric", *FIGURES]
     said = "\n".join(remarks(report))
-    assert f"caption_noun: the classifier itself is right on {read_accuracy()['noun']:.1%}" in said
+    of_labels = read_accuracy()["labels"]
+    dogs = of_labels["noun"]["dog"]
+    assert report["metrics"]["caption_noun"]["classifier_accuracy_on_named"] == dogs
+    assert report["metrics"]["caption_background"]["classifier_accuracy_on_named"] == of_labels["background"]["snow"]
+    assert report["metrics"]["caption_colour"]["classifier_accuracy_on_named"] is None
+    own = f"{read_accuracy()['noun']:.3f}, and {dogs:.3f} on what these prompts name"
+    assert f"caption_noun: on drawings in an unseen style the classifier itself has {own}" in said
     assert "caption_colour: no prompt that the classifier can read names a colour" in said
 
 
