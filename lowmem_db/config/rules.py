@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lowmem_db.config.schema import Config
+from lowmem_db.config.schema import Config, LoraConfig
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,31 @@ RULES = (
         "set memory.checkpointing=segments, or leave offload_checkpoints out",
     ),
     Rule(
+        lambda c: not c.lora.enabled and c.lora != LoraConfig(),
+        "lora.enabled: false leaves the other fields of lora without use; set lora.enabled=true, or leave them out",
+    ),
+    Rule(
+        lambda c: c.lora.enabled and _has_bf16_weights(c),
+        "memory.weights: {config.memory.weights!r} is for weights that train, and adapters train in fp32; leave it "
+        "out, or set it to fp32; the type of the frozen weights is lora.base_weights",
+    ),
+    Rule(
+        lambda c: c.lora.enabled and bool(c.training.layers),
+        "training.layers: {config.training.layers!r} chooses among the weights of a full fine-tuning; with "
+        "lora.enabled=true use lora.targets",
+    ),
+    Rule(
+        lambda c: c.lora.dora and c.lora.base_weights in {"int8", "nf4"},
+        "lora.dora: true needs whole weights for their norms, and lora.base_weights is {config.lora.base_weights!r}; "
+        "allowed: fp32, fp16, bf16",
+    ),
+    Rule(
+        lambda c: c.lora.base_weights not in {None, "fp32"} and c.training.mixed_precision not in _compute_types(c),
+        "training.mixed_precision: {config.training.mixed_precision!r} goes not with lora.base_weights="
+        "{config.lora.base_weights!r}; the frozen weights compute in their own type, int8 and nf4 in fp16 or bf16; "
+        "leave it out, or set lora.base_weights=fp32",
+    ),
+    Rule(
         lambda c: c.final.hub_model_id is not None and not c.final.push_to_hub,
         "final.hub_model_id: {config.final.hub_model_id!r} has no use without final.push_to_hub=true; set it, or leave "
         "hub_model_id out",
@@ -105,6 +130,12 @@ RULES = (
 
 def _has_bf16_weights(config: Config) -> bool:
     return config.memory.weights is not None and config.memory.weights != "fp32"
+
+
+def _compute_types(config: Config) -> set[str | None]:
+    """Return what goes with the type of the frozen weights of a LoRA run."""
+    is_quantized = config.lora.base_weights in {"int8", "nf4"}
+    return {None, "fp16", "bf16"} if is_quantized else {None, config.lora.base_weights}
 
 
 def _checkpoints_nothing(config: Config) -> bool:

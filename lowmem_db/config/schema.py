@@ -47,6 +47,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Sampler = Literal["ddpm", "ddim", "dpm_solver"]
 Weights = Literal["fp32", "bf16_extra_bits", "bf16_stochastic"]
 Placement = Literal["none", "layers", "segments", "nested"]
+BaseWeights = Literal["fp32", "fp16", "bf16", "int8", "nf4"]
 Clipping = Literal["global", "update_rms", "lagged", "per_tensor", "none"]
 
 
@@ -138,6 +139,8 @@ class TrainingConfig(Section):
     """Steps over which the learning rates rise from zero."""
     train_text_encoder: bool = False
     """Train the text encoder too."""
+    layers: tuple[str, ...] = ()
+    """Layers of a full fine-tuning that train, as shell patterns of their names: ``[unet.*.attn2.*]``; none: all."""
     stop_text_encoder_training: PositiveInt | None = None
     """Step after which the text encoder stays as it is. None: never."""
     clipping: Clipping | None = None
@@ -187,6 +190,29 @@ class OptimizerConfig(Section):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     """Decoupled weight decay."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv:2106.09685) that train in fp32 beside frozen weights."""
+
+    enabled: bool = False
+    """Train adapters in place of the weights; ``training.train_text_encoder`` gives the text encoder some too."""
+    rank: PositiveInt = 16
+    """Rank of an adapter."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """An adapter counts ``alpha / rank`` times. None: the rank, so that it counts once."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that are dropped in training."""
+    rank_stabilized: bool = False
+    """An adapter counts ``alpha / sqrt(rank)`` times (arXiv:2312.03732)."""
+    dora: bool = False
+    """Also train the norm of each row of the adapted weights (DoRA, arXiv:2402.09353)."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("attention",)
+    """What gets adapters: ``attention``, ``feed_forward``, ``convolutions``, or shell patterns of the names of layers:
+    ``unet.mid_block.*``."""
+    base_weights: BaseWeights | None = None
+    """Type of the frozen weights; ``int8`` and ``nf4`` (arXiv:2305.14314) need bitsandbytes and a CUDA device. None: fp32
+    on the CPU, else bf16 or, on cards without it, fp16; ``nf4`` where that does not fit."""
 
 
 class EmaConfig(Section):
@@ -292,6 +318,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     ema: EmaConfig = EmaConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpointing: CheckpointingConfig = CheckpointingConfig()

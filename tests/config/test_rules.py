@@ -74,6 +74,24 @@ CASES = [
         {"training.max_train_steps": 11},
     ),
     ({"sampling.every": 5}, "sampling.every", {"sampling.prompts": ["a sks dog"]}),
+    ({"lora.rank": 8}, "lora.enabled", {"lora.enabled": True}),
+    ({"lora.enabled": True, "memory.weights": "bf16_extra_bits"}, "memory.weights", {"memory.weights": "fp32"}),
+    ({"lora.enabled": True, "training.layers": ["unet.*"]}, "training.layers", {"training.layers": []}),
+    (
+        {"lora.enabled": True, "lora.dora": True, "lora.base_weights": "nf4"},
+        "lora.dora",
+        {"lora.base_weights": "bf16"},
+    ),
+    (
+        {"lora.enabled": True, "lora.base_weights": "int8", "training.mixed_precision": "no"},
+        "training.mixed_precision",
+        {"training.mixed_precision": "bf16"},
+    ),
+    (
+        {"lora.enabled": True, "lora.base_weights": "fp16", "training.mixed_precision": "bf16"},
+        "training.mixed_precision",
+        {"lora.base_weights": "bf16"},
+    ),
     ({"final.hub_model_id": "me/dog"}, "final.hub_model_id", {"final.push_to_hub": True}),
 ]
 
