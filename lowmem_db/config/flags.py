@@ -1,4 +1,4 @@
-"""The flags of diffusers' ``train_dreambooth.py`` and ``train_dreambooth_lora.py``, as their users know them, mapped to fields of the configuration.
+"""The flags of diffusers' ``train_dreambooth.py`` and ``train_dreambooth_lora.py``, mapped to fields.
 
 Underscores and hyphens are the same. A flag that has no meaning here is an error that says what to use.
 """

@@ -211,8 +211,8 @@ class LoraConfig(Section):
     """What gets adapters: ``attention``, ``feed_forward``, ``convolutions``, or shell patterns of the names of layers:
     ``unet.mid_block.*``."""
     base_weights: BaseWeights | None = None
-    """Type of the frozen weights; ``int8`` and ``nf4`` (arXiv:2305.14314) need bitsandbytes and a CUDA device. None: fp32
-    on the CPU, else bf16 or, on cards without it, fp16; ``nf4`` where that does not fit."""
+    """Type of the frozen weights; ``int8`` and ``nf4`` (arXiv:2305.14314) need bitsandbytes and a CUDA device. None:
+    fp32 on the CPU, else bf16 or, on cards without it, fp16; ``nf4`` where that does not fit."""
 
 
 class EmaConfig(Section):

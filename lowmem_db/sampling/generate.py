@@ -16,6 +16,7 @@ from lowmem_db.errors import DataError
 from lowmem_db.models.conditioning import embed_prompts
 from lowmem_db.models.latents import decode_latents, downscaling
 from lowmem_db.models.loading import load_autoencoder, load_noise_schedule, load_text_encoder, load_tokenizer, load_unet
+from lowmem_db.models.lora_file import LORA_FILE, LoraFile, lora_of_checkpoint, put_into, read_lora
 from lowmem_db.models.source import ModelFolder, find_model
 from lowmem_db.randomness import generator
 from lowmem_db.sampling.images import to_images
@@ -31,11 +32,13 @@ class ImageSource:
     Attributes:
         model: The folder that holds its components.
         checkpoint: Checkpoint whose weights replace those of the folder, for a run that is not done; or None.
+        lora: Adapters that the components get; or None.
         run_config: Configuration of the run it comes from; or None.
     """
 
     model: ModelFolder
     checkpoint: Path | None = None
+    lora: LoraFile | None = None
     run_config: Config | None = None
 
 
@@ -48,21 +51,31 @@ def find_source(source: str) -> ImageSource:
     """
     run = RunFolder(Path(source))
     if not run.config_file.is_file():
-        return ImageSource(model=find_model(source))
+        return _lora_source(Path(source)) or ImageSource(model=find_model(source))
     config = load_config(run.config_file)
+    if (of_lora := _lora_source(run.final_dir, config)) is not None:
+        return of_lora
     if run.final_dir.is_dir():
         return ImageSource(model=find_model(str(run.final_dir)), run_config=config)
     steps = run.complete_steps()
     if not steps:
         raise DataError(f"{run.root}: the run has no final model and no complete checkpoint yet; train it first")
     say(f"the run is not done: drawing from its checkpoint of step {steps[-1]}")
-    model = find_model(
-        config.model.base,
-        revision=config.model.revision,
-        variant=config.model.variant,
-        allow_pickle=config.model.allow_pickle,
-    )
-    return ImageSource(model=model, checkpoint=run.checkpoint_dir(steps[-1]), run_config=config)
+    model, checkpoint = find_model(**config.model.model_dump()), run.checkpoint_dir(steps[-1])
+    if config.lora.enabled:
+        return ImageSource(model=model, lora=lora_of_checkpoint(checkpoint, config), run_config=config)
+    return ImageSource(model=model, checkpoint=checkpoint, run_config=config)
+
+
+def _lora_source(folder: Path, run_config: Config | None = None) -> ImageSource | None:
+    """Return the base model and the adapters where a folder holds a LoRA, as ``final/`` of a LoRA run does."""
+    if not (folder / LORA_FILE).is_file():
+        return None
+    lora = read_lora(folder / LORA_FILE)
+    base = run_config.model.model_dump() if run_config is not None else lora.base
+    if not base:
+        raise DataError(f"{folder / LORA_FILE}: does not say its base model; draw from the run folder instead")
+    return ImageSource(model=find_model(**base), lora=lora, run_config=run_config)
 
 
 def default_resolution(source: ImageSource) -> int:
@@ -114,7 +127,7 @@ def generate_images(
 def embed_for(source: ImageSource, prompts: Sequence[str], *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the embeddings of prompts by the text encoder of a source, with the weights of its checkpoint."""
     text_encoder = load_text_encoder(source.model, device=device, dtype=dtype)
-    _take_checkpoint(text_encoder, source, "text_encoder")
+    _take_trained(text_encoder, source, "text_encoder")
     return embed_prompts(load_tokenizer(source.model), text_encoder, prompts)
 
 
@@ -123,7 +136,7 @@ def load_denoiser(
 ) -> tuple[UNet2DConditionModel, DDPMScheduler]:
     """Load the UNet of a source, with the weights of its checkpoint, and the noise schedule it was trained with."""
     unet = load_unet(source.model, device=device, dtype=dtype)
-    _take_checkpoint(unet, source, "unet")
+    _take_trained(unet, source, "unet")
     trained_as = None if source.run_config is None else source.run_config.objective.prediction_type
     return unet, load_noise_schedule(source.model, trained_as)
 
@@ -148,8 +161,13 @@ def _sample(
     ]
 
 
-def _take_checkpoint(module: nn.Module, source: ImageSource, component: str) -> None:
-    """Put the weights of a run's checkpoint into a component, those of its moving average where it keeps one."""
+def _take_trained(module: nn.Module, source: ImageSource, component: str) -> None:
+    """Put what a run trained into a component: adapters, or the weights of its checkpoint.
+
+    Where the run keeps a moving average, that of the checkpoint counts.
+    """
+    if source.lora is not None:
+        put_into(component, module, source.lora)
     if source.checkpoint is None or not (source.checkpoint / f"{component}.safetensors").is_file():
         return
     module.load_state_dict(read_state(source.checkpoint / f"{component}.safetensors"))

@@ -15,6 +15,7 @@ from lowmem_db.console import progress, say
 from lowmem_db.data.batches import BatchSource
 from lowmem_db.errors import NonFiniteError, RunInterrupted, StorageError
 from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.models.lora import AdapterState, has_adapters
 from lowmem_db.objective.objective import Objective
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
 from lowmem_db.optimizers.handle import OptimizerHandle
@@ -72,7 +73,11 @@ class Trainer:
 
     def stateful_objects(self) -> dict[str, Stateful]:
         """Return the one list of what a checkpoint holds."""
-        objects: dict[str, Stateful] = {**self.denoiser.modules(), "optimizer": self.optimizer}
+        components = {
+            name: AdapterState(name, module) if has_adapters(module) else module
+            for name, module in self.denoiser.modules().items()
+        }
+        objects: dict[str, Stateful] = {**components, "optimizer": self.optimizer}
         return objects if self.ema is None else objects | {"ema": self.ema}
 
     def resume(self) -> None:
