@@ -98,6 +98,9 @@ def inject(module: nn.Module, paths: Iterable[str], settings: Mapping[str, Any])
     peft = environment.require("peft")
     module.requires_grad_(False)
     peft.inject_adapter_in_model(peft.LoraConfig(**settings, target_modules=list(paths)), module)
+    for layer in module.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            layer.cast_input_dtype_enabled = False  # autocast does it, without a copy in fp32 between
 
 
 def has_adapters(module: nn.Module) -> bool:

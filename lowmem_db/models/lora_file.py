@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowmem_db.config.schema import Config
 from lowmem_db.errors import ModelError
 from lowmem_db.models.lora import adapters_of, inject, load_adapters, name_in_files, peft_settings
-from lowmem_db.storage.tensors import read_state
+from lowmem_db.storage.tensors import read_state, read_tensors, write_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' key; its fields are called ``component.field``
@@ -75,25 +73,21 @@ def write_lora(file: Path, lora: LoraFile) -> None:
     }
     metadata = {"format": "pt", _ADAPTER_METADATA: json.dumps(fields, indent=2, sort_keys=True)}
     metadata |= {_BASE: json.dumps(lora.base)} if lora.base else {}
-    save_file(dict(lora.state), file, {**lora.metadata, **metadata})
+    write_tensors(file, lora.state, {**lora.metadata, **metadata})
 
 
 def read_lora(file: Path) -> LoraFile:
     """Read what :func:`write_lora` wrote.
 
     Raises:
-        ModelError: The file is damaged, or is no LoRA of this layout.
+        ModelError: The file is no LoRA of this layout.
+        StorageError: It is missing or damaged.
     """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        fields = json.loads(metadata[_ADAPTER_METADATA])
-        base = json.loads(metadata.get(_BASE, "{}"))
-    except KeyError:
-        raise ModelError(f"{file}: is no LoRA in diffusers' layout with its metadata ({_ADAPTER_METADATA})") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{file}: is damaged ({error}); write it anew") from error
+    state, metadata = read_tensors(file)
+    if _ADAPTER_METADATA not in metadata:
+        raise ModelError(f"{file}: is no LoRA in diffusers' layout with its metadata ({_ADAPTER_METADATA})")
+    fields = json.loads(metadata[_ADAPTER_METADATA])
+    base = json.loads(metadata.get(_BASE, "{}"))
     settings: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         component, _, field = name.partition(".")

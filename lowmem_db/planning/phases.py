@@ -40,6 +40,7 @@ class Traced:
         host_bytes: Most bytes of the host in use at once.
         costs: What its operators do.
         blocks: Figures of the blocks of a training step, in the order of the forward pass.
+        trained_bytes: Bytes of the parameters that train.
     """
 
     peak: MemoryParts
@@ -47,6 +48,7 @@ class Traced:
     host_bytes: int
     costs: Costs
     blocks: Mapping[str, BlockFigures] = field(default_factory=dict)
+    trained_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +159,8 @@ def trace_residents(subject: Subject, strategies: Sequence[Strategy]) -> list[Tr
                 optimizer = build_optimizer(subject.config, strategy, denoiser.modules(), META)
             with tracker.new_tensors_are("other"):
                 ema = build_ema(subject.config, denoiser, optimizer)
-            found.append(_found(tracker, costs))
+            trained_bytes = sum(parameter.nbytes for parameter in optimizer.parameters())
+            found.append(replace(_found(tracker, costs), trained_bytes=trained_bytes))
             del ema
     return found
 

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from lowmem_db.config.schema import LoraConfig
-from lowmem_db.errors import ConfigError, ModelError
+from lowmem_db.errors import ConfigError, ModelError, StorageError
 from lowmem_db.models.layers import count_trained
 from lowmem_db.models.lora import AdapterState, adapters_of, attach, peft_settings
 from lowmem_db.models.lora_file import LORA_FILE, LoraFile, lora_file, put_into, read_lora, write_lora
@@ -171,7 +171,7 @@ def test_names_and_metadata_are_those_of_diffusers(tmp_path: Path) -> None:
 
 def test_damaged_file_and_another_model_are_refused(tmp_path: Path) -> None:
     (tmp_path / "damaged").write_bytes(b"no safetensors")
-    with pytest.raises(ModelError, match="is damaged"):
+    with pytest.raises(StorageError, match="is damaged"):
         read_lora(tmp_path / "damaged")
     with pytest.raises(ModelError, match="does not fit this base model"):
         put_into("unet", tiny_unet(), _of_another_width())
