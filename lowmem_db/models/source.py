@@ -20,6 +20,9 @@ from lowmem_db.errors import ModelError
 
 DEMO_DIR = Path(__file__).parent / "demo" / "base"
 COMPONENTS = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
+_SECOND = ("text_encoder_2", "tokenizer_2")
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+_WITHOUT_WEIGHTS = {*_TOKENIZERS, "scheduler"}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NETWORK_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
@@ -31,7 +34,7 @@ class Family:
 
     Attributes:
         name: As it is shown.
-        cross_attention_dim: Width of the text embeddings; None: any, the last row of the table.
+        cross_attention_dim: Width of the text embeddings; None: any, the last rows of the table.
         has_text_encoder_2: Whether there is a second text encoder.
     """
 
@@ -39,14 +42,30 @@ class Family:
     cross_attention_dim: int | None
     has_text_encoder_2: bool = False
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Folders of a model in diffusers' layout."""
+        return COMPONENTS + _SECOND * self.has_text_encoder_2
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Components that read prompts."""
+        return ("text_encoder", "text_encoder_2") if self.has_text_encoder_2 else ("text_encoder",)
+
+    @property
+    def with_weights(self) -> tuple[str, ...]:
+        """Components that have weights."""
+        return tuple(component for component in self.components if component not in _WITHOUT_WEIGHTS)
+
 
 FAMILIES = (
     Family("Stable Diffusion 1.x", 768),
     Family("Stable Diffusion 2.x", 1024),
     Family("Stable Diffusion XL", 2048, has_text_encoder_2=True),
     Family("Stable Diffusion architecture", None),
+    Family("Stable Diffusion XL architecture", None, has_text_encoder_2=True),
 )
-_PIPELINE_CLASSES = {"StableDiffusionPipeline"}
+_PIPELINE_CLASSES = {"StableDiffusionPipeline": COMPONENTS, "StableDiffusionXLPipeline": COMPONENTS + _SECOND}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +88,14 @@ class ModelFolder:
 
     def config_of(self, component: str) -> dict[str, Any]:
         """Return the JSON configuration of a component."""
-        name = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(
-            component, "config.json"
-        )
-        return _read_json(self.path / component / name)
+        names = {"scheduler": "scheduler_config.json", **dict.fromkeys(_TOKENIZERS, "tokenizer_config.json")}
+        return _read_json(self.path / component / names.get(component, "config.json"))
+
+    @property
+    def zeroes_empty_prompt(self) -> bool:
+        """Whether the embeddings of the empty prompt are zeros, as SDXL was trained."""
+        index = _read_json(self.path / "model_index.json")
+        return self.family.has_text_encoder_2 and index.get("force_zeros_for_empty_prompt", True)
 
     def num_parameters(self, component: str) -> int:
         """Return the number of values in a component's weight files, read from their headers."""
@@ -155,17 +178,27 @@ def _check_layout(base: str, path: Path) -> Family:
     pipeline = _read_json(index).get("_class_name")
     if pipeline not in _PIPELINE_CLASSES:
         raise ModelError(f"model.base: {base} is a {pipeline}; allowed: {', '.join(sorted(_PIPELINE_CLASSES))}")
-    missing = [component for component in COMPONENTS if not (path / component).is_dir()]
+    missing = [component for component in _PIPELINE_CLASSES[pipeline] if not (path / component).is_dir()]
     if missing:
         raise ModelError(
             f"model.base: {base} lacks {', '.join(missing)}; a whole folder in diffusers' layout is needed"
         )
+    return find_family(path)
+
+
+def find_family(path: Path) -> Family:
+    """Return the family of a folder in diffusers' layout: by its text encoders and the width of their embeddings."""
     width = _read_json(path / "unet" / "config.json").get("cross_attention_dim")
-    return next(family for family in FAMILIES if family.cross_attention_dim in {width, None})
+    has_text_encoder_2 = (path / "text_encoder_2").is_dir()
+    return next(
+        family
+        for family in FAMILIES
+        if family.has_text_encoder_2 == has_text_encoder_2 and family.cross_attention_dim in {width, None}
+    )
 
 
 def _check_weights(model: ModelFolder) -> None:
-    for component in ("unet", "text_encoder", "vae"):
+    for component in model.family.with_weights:
         folder = model.path / component
         suffixes = {file.suffix for file in folder.iterdir()} & _WEIGHT_SUFFIXES
         if not suffixes:

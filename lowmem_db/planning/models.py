@@ -8,7 +8,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from lowmem_db import models
 from lowmem_db.config.schema import ModelConfig
 from lowmem_db.errors import ModelError
-from lowmem_db.models.source import DEMO_DIR, FAMILIES, ModelFolder
+from lowmem_db.models.source import DEMO_DIR, ModelFolder, find_family
 
 _CONFIGS_DIR = Path(models.__file__).parent / "configs"
 _KNOWN = {
@@ -34,10 +34,7 @@ def find_configuration(config: ModelConfig) -> ModelFolder:
                 f"model.base: {config.base} lacks {component}; a plan needs the configuration files of a folder in "
                 "diffusers' layout, not its weights"
             )
-    folder = ModelFolder(name=config.base, path=path, family=FAMILIES[-1])
-    width = folder.config_of("unet").get("cross_attention_dim")
-    family = next(family for family in FAMILIES if family.cross_attention_dim in {width, None})
-    return ModelFolder(name=config.base, path=path, family=family)
+    return ModelFolder(name=config.base, path=path, family=find_family(path))
 
 
 def _find(config: ModelConfig) -> Path:

@@ -75,7 +75,7 @@ def _bytes_to_be_replaced(output_dir: Path) -> int:
 
 def disk_bytes(config: Config, model: ModelFolder) -> int:
     """Return the most bytes that checkpoints and the final model of a run take on the disk at once."""
-    names = ["unet", "text_encoder"] if config.training.train_text_encoder else ["unet"]
+    names = ["unet", *(model.family.text_encoders if config.training.train_text_encoder else ())]
     parameters = sum(model.num_parameters(name) for name in names)
     per_parameter = (
         _WEIGHT_BYTES[config.memory.weights or "fp32"]
@@ -83,7 +83,7 @@ def disk_bytes(config: Config, model: ModelFolder) -> int:
         + (4 if config.ema.enabled else 0)
     )
     at_once = min(config.checkpointing.keep or config.training.max_train_steps, _num_checkpoints(config)) + 1
-    whole_model = sum(model.num_parameters(name) for name in ("unet", "text_encoder", "vae")) * 4
+    whole_model = sum(model.num_parameters(name) for name in model.family.with_weights) * 4
     return int(parameters * per_parameter * at_once + whole_model)
 
 
@@ -111,8 +111,9 @@ def build_step(
         device: Where the step runs.
 
     Raises:
-        ConfigError: ``memory.checkpointing`` names a block that the model has not.
+        ConfigError: ``memory.checkpointing`` names a block that the model has not, or another field goes not with it.
     """
+    _check_fields(config, model)
     start = device if device.type == "meta" else CPU  # fp32 weights meet the device in the kind that trains
     unet = load_unet(model, device=start)
     trains_text = config.training.train_text_encoder
@@ -136,8 +137,25 @@ def build_step(
     return denoiser, _build_objective(config, model, device), optimizer
 
 
+def _check_fields(config: Config, model: ModelFolder) -> None:
+    """Refuse what the rules of the configuration cannot see: fields that this model has no use for."""
+    rate = config.training.learning_rate_text_encoder_2
+    if rate is not None and not model.family.has_text_encoder_2:
+        raise ConfigError(
+            f"training.learning_rate_text_encoder_2: {rate} has no use with {model.family.name}, which has one text "
+            "encoder; leave it out"
+        )
+
+
 def _build_objective(config: Config, model: ModelFolder, device: torch.device) -> Objective:
-    noise_schedule = load_noise_schedule(model, config.objective.prediction_type)
+    chosen = config.objective
+    noise_schedule = load_noise_schedule(model, chosen.prediction_type, chosen.zero_terminal_snr)
+    if noise_schedule.config["rescale_betas_zero_snr"] and noise_schedule.config["prediction_type"] == "epsilon":
+        raise ConfigError(
+            "objective.prediction_type: this model's scheduler says epsilon, and there is none to predict at a last "
+            "timestep that is all noise (zero terminal SNR); set objective.prediction_type=v_prediction, or "
+            "objective.zero_terminal_snr=false"
+        )
     return Objective(
         config.objective,
         alphas_cumprod=noise_schedule.alphas_cumprod,
@@ -157,7 +175,7 @@ def build_ema(config: Config, denoiser: Denoiser, optimizer: OptimizerHandle) ->
 
 
 def write_final(trainer: Trainer, model: ModelFolder) -> None:
-    """Write ``final/``, which ``StableDiffusionPipeline.from_pretrained`` loads; upload it where that is asked for.
+    """Write ``final/``, which the ``from_pretrained`` of diffusers' pipelines loads; upload it where that is asked for.
 
     Raises:
         StorageError: The disk is full, or the upload failed.
@@ -177,6 +195,7 @@ def _save_final(trainer: Trainer, model: ModelFolder, folder: Path) -> None:
             trainer.denoiser.modules(),
             dtype=DTYPES[trainer.config.final.precision],
             prediction_type=trainer.config.objective.prediction_type,
+            zero_terminal_snr=trainer.config.objective.zero_terminal_snr,
             extra_bits=extra_bits,
         )
 

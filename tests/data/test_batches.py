@@ -12,7 +12,7 @@ from lowmem_db.records import ImageRecord
 def image(name: str, prompt: str, *, crops: int = 1) -> EncodedImage:
     record = ImageRecord(path=Path(name), content_key=name, width=8, height=8, prompt=prompt)
     values = torch.arange(crops, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
-    return EncodedImage(record=record, mean=values, std=torch.zeros_like(values))
+    return EncodedImage(record=record, mean=values, std=torch.zeros_like(values), time_ids=torch.zeros(crops, 6))
 
 
 def source(**changes: object) -> BatchSource:
