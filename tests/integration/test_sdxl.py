@@ -158,7 +158,9 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("variant", "kill"), zip(VARIANTS, [kill_in_step(3), kill_in_write(9), kill_in_step(2)]))
+@pytest.mark.parametrize(
+    ("variant", "kill"), zip(VARIANTS, [kill_in_step(3), kill_in_write(9), kill_in_step(2)], strict=True)
+)
 def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(
     fields: dict[str, object], tmp_path: Path, variant: str, kill: Callable[[], None]
 ) -> None:
