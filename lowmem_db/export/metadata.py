@@ -11,9 +11,8 @@ from lowmem_db.config.schema import Config
 from lowmem_db.export.source import ExportSource
 from lowmem_db.models.latents import downscaling
 from lowmem_db.models.original_layout import SD2, Layout
+from lowmem_db.models.single_file import CONFIGS_KEY
 
-CONFIGS_KEY = "lowmem_db.components"
-"""Key of the configurations of all components, as JSON: a file that has it is read back without a guess."""
 _SPEC_PREDICTION = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
 

@@ -11,7 +11,7 @@ from lowmem_db.errors import ModelError
 from lowmem_db.export.casting import cast, stored_dtype
 from lowmem_db.export.metadata import metadata_of
 from lowmem_db.export.source import ExportSource, refuse_existing
-from lowmem_db.models.original_layout import SD1, SD2, SDXL, Entry, Layout
+from lowmem_db.models.original_layout import Entry, Layout, layout_for
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.models.stored_weights import StoredTensor, stored_weights
 from lowmem_db.storage.tensor_stream import StreamedTensor, write_streamed
@@ -60,9 +60,7 @@ def layout_of(model: ModelFolder) -> Layout:
             f"{model.path / 'text_encoder'}: has {text_encoder['vocab_size']} tokens; a single file has no place for "
             f"a tokenizer, CLIP's with {CLIP_VOCABULARY} is meant; export --format diffusers"
         )
-    if (model.path / "text_encoder_2").is_dir():
-        return SDXL
-    return SD2 if text_encoder.get("hidden_act") == "gelu" else SD1
+    return layout_for({name: model.config_of(name) for name in model.family.text_encoders})
 
 
 def entries_of(layout: Layout, component: str, model: ModelFolder, names: dict[str, StoredTensor]) -> list[Entry]:
@@ -91,9 +89,9 @@ def _streamed(
     dtype = stored_dtype(sources[0].dtype, precision)
 
     def make() -> Tensor:
-        return cast(entry.name, _formed(entry, [source.read() for source in sources]), dtype)
+        return cast(entry.name, entry.pack([source.read() for source in sources]), dtype)
 
-    return StreamedTensor(_shape(entry, [source.shape for source in sources]), dtype, make)
+    return StreamedTensor(entry.shape([source.shape for source in sources]), dtype, make)
 
 
 _CONSTANTS: dict[str, Callable[[dict[str, int]], Tensor]] = {
@@ -101,21 +99,3 @@ _CONSTANTS: dict[str, Callable[[dict[str, int]], Tensor]] = {
     "logit_scale": lambda config: torch.tensor(LOGIT_SCALE),
     "identity": lambda config: torch.eye(config["hidden_size"]),
 }
-
-
-def _shape(entry: Entry, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    first = shapes[0]
-    if entry.form == "conv":
-        return (*first[:2], 1, 1)
-    if entry.form == "transposed":
-        return first[::-1]
-    return (sum(shape[0] for shape in shapes), *first[1:]) if entry.form == "packed" else first
-
-
-def _formed(entry: Entry, sources: list[Tensor]) -> Tensor:
-    first = sources[0]
-    if entry.form == "conv":
-        return first.reshape(*first.shape[:2], 1, 1)
-    if entry.form == "transposed":
-        return first.T
-    return torch.cat(sources) if entry.form == "packed" else first

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 Form = Literal["same", "conv", "transposed", "packed", "positions", "logit_scale", "identity"]
 
 UNET_PREFIX = "model.diffusion_model."
@@ -31,6 +34,28 @@ class Entry:
     sources: tuple[str, ...]
     form: Form = "same"
     spare: bool = False
+
+    def shape(self, sources: list[tuple[int, ...]]) -> tuple[int, ...]:
+        """Return its shape, from the shapes of its sources."""
+        first = sources[0]
+        if self.form == "conv":
+            return (*first[:2], 1, 1)
+        if self.form == "transposed":
+            return first[::-1]
+        return (sum(shape[0] for shape in sources), *first[1:]) if self.form == "packed" else first
+
+    def pack(self, sources: list[Tensor]) -> Tensor:
+        """Make it from its sources."""
+        first = sources[0]
+        if self.form == "packed":
+            return torch.cat(sources)
+        return first.T if self.form == "transposed" else first.reshape(self.shape([tuple(first.shape)]))
+
+    def unpack(self, tensor: Tensor, source: str, shape: tuple[int, ...]) -> Tensor:
+        """Return one of its sources, of a given shape."""
+        if self.form == "packed":
+            return tensor.chunk(len(self.sources))[self.sources.index(source)]
+        return tensor.T if self.form == "transposed" else tensor.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -93,6 +118,18 @@ SDXL = Layout(
     },
     open_clip=frozenset({"text_encoder_2"}),
 )
+
+
+def layout_for(configs: Mapping[str, Mapping[str, Any]]) -> Layout:
+    """Return the layout of a model: SDXL has two text encoders, the text encoder of SD 2.x is OpenCLIP's.
+
+    Args:
+        configs: Configurations of its components.
+    """
+    if "text_encoder_2" in configs:
+        return SDXL
+    return SD2 if configs["text_encoder"].get("hidden_act") == "gelu" else SD1
+
 
 _UNET_ENDS = {
     "conv_in": "input_blocks.0.0",

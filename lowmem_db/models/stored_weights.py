@@ -20,7 +20,6 @@ _LOADERS = {
     "text_encoder": load_text_encoder,
     "text_encoder_2": load_text_encoder_2,
 }
-_FILE_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_NAME = re.compile(r"(mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
 
@@ -74,7 +73,7 @@ def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor
     """
     folder = model.path / component
     found: dict[str, StoredTensor] = {}
-    for file in _files(model, folder, _FILE_NAMES.get(component, "model")):
+    for file in _files(model, folder, weights_name(component).removesuffix(".safetensors")):
         found |= {_published(name, component): tensor for name, tensor in read_header(file)[0].items()}
     expected = expected_shapes(model, component)
     for name, shape in expected.items():
@@ -82,6 +81,11 @@ def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor
             there = list(found[name].shape) if name in found else "missing"
             raise ModelError(f"{folder}: {name} is {there}, its config.json asks for {list(shape)}; get the model anew")
     return {name: found[name] for name in expected}
+
+
+def weights_name(component: str) -> str:
+    """Return the name of a component's weight file."""
+    return "model.safetensors" if component.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
 
 
 def expected_shapes(model: ModelFolder, component: str) -> dict[str, tuple[int, ...]]:
