@@ -30,6 +30,26 @@ RULES = (
         "data.resolution: {config.data.resolution} is not a multiple of 8, the size of a latent pixel; round it",
     ),
     Rule(
+        lambda c: c.data.bucket_step is not None and not c.data.aspect_ratio_buckets,
+        "data.bucket_step: {config.data.bucket_step} has no use without data.aspect_ratio_buckets=true; set it, or "
+        "leave bucket_step out",
+    ),
+    Rule(
+        lambda c: c.data.min_bucket_side is not None and not c.data.aspect_ratio_buckets,
+        "data.min_bucket_side: {config.data.min_bucket_side} has no use without data.aspect_ratio_buckets=true; set "
+        "it, or leave min_bucket_side out",
+    ),
+    Rule(
+        lambda c: c.data.max_bucket_side is not None and not c.data.aspect_ratio_buckets,
+        "data.max_bucket_side: {config.data.max_bucket_side} has no use without data.aspect_ratio_buckets=true; set "
+        "it, or leave max_bucket_side out",
+    ),
+    Rule(
+        lambda c: bool(c.objective.zero_terminal_snr) and c.objective.prediction_type == "epsilon",
+        "objective.zero_terminal_snr: true leaves nothing to predict from the last timestep's epsilon, which is all "
+        "noise; set objective.prediction_type=v_prediction, or zero_terminal_snr=false",
+    ),
+    Rule(
         lambda c: c.objective.snr_gamma is not None and c.objective.debiased,
         "objective.debiased: true and objective.snr_gamma: {config.objective.snr_gamma} are two weightings of the same "
         "loss; leave one of them out",
@@ -38,6 +58,11 @@ RULES = (
         lambda c: c.training.learning_rate_text_encoder is not None and not c.training.train_text_encoder,
         "training.learning_rate_text_encoder: {config.training.learning_rate_text_encoder} has no use while the text "
         "encoder is frozen; set training.train_text_encoder=true or leave it out",
+    ),
+    Rule(
+        lambda c: c.training.learning_rate_text_encoder_2 is not None and not c.training.train_text_encoder,
+        "training.learning_rate_text_encoder_2: {config.training.learning_rate_text_encoder_2} has no use while the "
+        "text encoders are frozen; set training.train_text_encoder=true or leave it out",
     ),
     Rule(
         lambda c: c.training.stop_text_encoder_training is not None and not c.training.train_text_encoder,

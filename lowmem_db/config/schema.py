@@ -92,7 +92,16 @@ class DataConfig(Section):
     crop: Literal["random", "center"] = "random"
     """Where the square is cut from a picture that is not square."""
     num_crops: PositiveInt = 4
-    """How many random crops of each picture are encoded; ignored for square pictures, which have one."""
+    """How many random crops of each picture are encoded; ignored for pictures that need no cropping."""
+    aspect_ratio_buckets: bool = False
+    """Train each picture at the size of about ``resolution`` squared pixels that is nearest to its own shape, not in a
+    square. A batch has one size; class images are drawn at the sizes of the photos."""
+    bucket_step: PositiveInt | None = None
+    """Sides of buckets are multiples of it. None: 64 from 512 pixels on, else the least that the model takes."""
+    min_bucket_side: PositiveInt | None = None
+    """Least pixels of a bucket's side. None: half of ``resolution``."""
+    max_bucket_side: PositiveInt | None = None
+    """Most pixels of a bucket's side. None: twice ``resolution``."""
 
 
 class PriorConfig(Section):
@@ -131,6 +140,8 @@ class TrainingConfig(Section):
     """Learning rate of the UNet."""
     learning_rate_text_encoder: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the text encoder. None: the same as the UNet's."""
+    learning_rate_text_encoder_2: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of SDXL's second text encoder. None: the same as the first one's."""
     scale_learning_rate: bool = False
     """Multiply the learning rates by the batch size and the accumulation steps."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
@@ -138,7 +149,7 @@ class TrainingConfig(Section):
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rates rise from zero."""
     train_text_encoder: bool = False
-    """Train the text encoder too."""
+    """Train the text encoder too; both of SDXL's."""
     layers: tuple[str, ...] = ()
     """Layers of a full fine-tuning that train, as shell patterns of their names: ``[unet.*.attn2.*]``; none: all."""
     stop_text_encoder_training: PositiveInt | None = None
@@ -161,6 +172,9 @@ class ObjectiveConfig(Section):
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the denoiser predicts. None: as the model's scheduler says."""
+    zero_terminal_snr: bool | None = None
+    """Rescale the noise schedule so that the last timestep is noise alone (arXiv:2305.08891, section 3.1); needs
+    ``v_prediction`` or ``sample``. None: as the model's scheduler says."""
     loss: Literal["mse", "huber", "l1"] = "mse"
     """Distance between prediction and target; ``huber`` is the pseudo-Huber loss."""
     huber_c: Annotated[float, Field(gt=0)] = 0.1

@@ -76,6 +76,8 @@ def trace_class_images(subject: Subject) -> Traced:
     count = min(config.prior.sample_batch_size, config.prior.num_class_images)
     with subject.tracing() as (tracker, costs), torch.no_grad():
         embeds, pooled = _embeds(model, 2, dtype)
+        ids = torch.zeros(2, _num_tokens(model), dtype=torch.int64)
+        conditioning = Conditioning(input_ids=ids, prompt_embeds=embeds, pooled_embeds=pooled)
         with tracker.new_tensors_are("weights"):
             unet = load_unet(model, device=META, dtype=dtype)
             autoencoder = load_autoencoder(model, device=META, dtype=dtype)
@@ -87,9 +89,8 @@ def trace_class_images(subject: Subject) -> Traced:
                 unet,
                 autoencoder,
                 range(count),
-                prompt_embeds=embeds[:1],
-                empty_embeds=embeds[1:],
-                added_cond_kwargs=None if pooled is None else {"text_embeds": pooled, "time_ids": torch.zeros(2, 6)},
+                conditioning,
+                (config.data.resolution, config.data.resolution),
             )
         del pixels
         return _found(tracker, costs)

@@ -27,6 +27,7 @@ FIXED_FIELDS = (
     "memory.weights",
     "ema.enabled",
     "data.resolution",
+    "data.aspect_ratio_buckets",
 )
 """Fields that a run keeps from its first step to its last."""
 

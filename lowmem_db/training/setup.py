@@ -84,9 +84,9 @@ def disk_bytes(config: Config, model: ModelFolder) -> int:
         parameters = sum(layers.count_trained(_on_meta(config, model).modules()).values())
         whole_model = parameters * 4
     else:
-        names = ["unet", "text_encoder"] if config.training.train_text_encoder else ["unet"]
+        names = ["unet", *(model.family.text_encoders if config.training.train_text_encoder else ())]
         parameters = sum(model.num_parameters(name) for name in names)
-        whole_model = sum(model.num_parameters(name) for name in ("unet", "text_encoder", "vae")) * 4
+        whole_model = sum(model.num_parameters(name) for name in model.family.with_weights) * 4
     per_parameter = (
         _WEIGHT_BYTES[config.memory.weights or "fp32"]
         + _STATE_BYTES[config.optimizer.name]
@@ -120,8 +120,9 @@ def build_step(
         device: Where the step runs.
 
     Raises:
-        ConfigError: ``memory.checkpointing`` names a block that the model has not.
+        ConfigError: ``memory.checkpointing`` names a block that the model has not, or another field goes not with it.
     """
+    _check_fields(config, model)
     # fp32 weights meet the device in the kind that trains
     denoiser = _load_denoiser(config, strategy, model, device if device.type == "meta" else CPU)
     extra_bits = weights.apply(denoiser.modules(), strategy.weights)
@@ -181,8 +182,25 @@ def _choose_what_trains(config: Config, strategy: Strategy, denoiser: Denoiser) 
     lora.attach(modules, config.lora, seed=config.seed)
 
 
+def _check_fields(config: Config, model: ModelFolder) -> None:
+    """Refuse what the rules of the configuration cannot see: fields that this model has no use for."""
+    rate = config.training.learning_rate_text_encoder_2
+    if rate is not None and not model.family.has_text_encoder_2:
+        raise ConfigError(
+            f"training.learning_rate_text_encoder_2: {rate} has no use with {model.family.name}, which has one text "
+            "encoder; leave it out"
+        )
+
+
 def _build_objective(config: Config, model: ModelFolder, device: torch.device) -> Objective:
-    noise_schedule = load_noise_schedule(model, config.objective.prediction_type)
+    chosen = config.objective
+    noise_schedule = load_noise_schedule(model, chosen.prediction_type, chosen.zero_terminal_snr)
+    if noise_schedule.config["rescale_betas_zero_snr"] and noise_schedule.config["prediction_type"] == "epsilon":
+        raise ConfigError(
+            "objective.prediction_type: this model's scheduler says epsilon, and there is none to predict at a last "
+            "timestep that is all noise (zero terminal SNR); set objective.prediction_type=v_prediction, or "
+            "objective.zero_terminal_snr=false"
+        )
     return Objective(
         config.objective,
         alphas_cumprod=noise_schedule.alphas_cumprod,
@@ -231,6 +249,7 @@ def _save_final(trainer: Trainer, model: ModelFolder, folder: Path) -> None:
                 modules,
                 dtype=dtype,
                 prediction_type=config.objective.prediction_type,
+                zero_terminal_snr=config.objective.zero_terminal_snr,
                 extra_bits=extra_bits,
             )
 

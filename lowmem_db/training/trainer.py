@@ -187,11 +187,11 @@ class Trainer:
         )
         if training.scale_learning_rate:
             factor *= self.config.samples_per_step
-        of_text_encoders = (training.learning_rate_text_encoder or training.learning_rate) * factor
+        of_text_encoder = training.learning_rate_text_encoder or training.learning_rate
         return {
             "unet": training.learning_rate * factor,
-            "text_encoder": of_text_encoders,
-            "text_encoder_2": of_text_encoders,
+            "text_encoder": of_text_encoder * factor,
+            "text_encoder_2": (training.learning_rate_text_encoder_2 or of_text_encoder) * factor,
         }
 
     def _stop_text_encoder_where_due(self) -> None:
@@ -205,7 +205,11 @@ class Trainer:
         say(f"the text encoder stays as it is after step {stop}")
 
     def _row(self, output: StepOutput, rates: dict[str, float], seconds: float) -> dict[str, Any]:
-        trains_text_encoder = "text_encoder" in self.optimizer.group_names()
+        rates_of_text_encoders = {
+            f"lr_{name}": rates[name] if name in self.optimizer.group_names() else None
+            for name in ["text_encoder", *self.denoiser.modules()]
+            if name != "unet"
+        }
         values = asdict(output)
         peak_bytes = environment.peak_bytes(self.denoiser.device)
         self.peak_step_bytes = max(self.peak_step_bytes, peak_bytes)
@@ -215,7 +219,7 @@ class Trainer:
             "loss_instance": values["loss_instance"],
             "loss_prior": values["loss_prior"],
             "lr": rates["unet"],
-            "lr_text_encoder": rates["text_encoder"] if trains_text_encoder else None,
+            **rates_of_text_encoders,
             "grad_norm": values["grad_norm"],
             "seconds": round(seconds, 4),
             "peak_bytes": peak_bytes,

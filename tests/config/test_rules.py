@@ -18,6 +18,14 @@ CASES = [
     ({"subject.class_prompt": None}, "prior.enabled", {"prior.enabled": False}),
     ({"subject.class_prompt": ""}, "prior.enabled", {"subject.class_prompt": "a dog"}),
     ({"data.resolution": 500}, "data.resolution", {"data.resolution": 504}),
+    ({"data.bucket_step": 32}, "data.bucket_step", {"data.aspect_ratio_buckets": True}),
+    ({"data.min_bucket_side": 256}, "data.min_bucket_side", {"data.aspect_ratio_buckets": True}),
+    ({"data.max_bucket_side": 768}, "data.max_bucket_side", {"data.aspect_ratio_buckets": True}),
+    (
+        {"objective.zero_terminal_snr": True, "objective.prediction_type": "epsilon"},
+        "objective.zero_terminal_snr",
+        {"objective.prediction_type": "v_prediction"},
+    ),
     (
         {"objective.snr_gamma": 5, "objective.debiased": True},
         "objective.debiased",
@@ -26,6 +34,11 @@ CASES = [
     (
         {"training.learning_rate_text_encoder": 1e-6},
         "training.learning_rate_text_encoder",
+        {"training.train_text_encoder": True},
+    ),
+    (
+        {"training.learning_rate_text_encoder_2": 1e-6},
+        "training.learning_rate_text_encoder_2",
         {"training.train_text_encoder": True},
     ),
     (
