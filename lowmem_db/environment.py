@@ -46,6 +46,7 @@ OPTIONAL_LIBRARIES = (
         "encoders of the paper alone",
         'pip install "lowmem-db[evaluation]"',
     ),
+    OptionalLibrary("peft", "LoRA and DoRA", "all weights train", 'pip install "lowmem-db[lora]"'),
     OptionalLibrary("tensorboard", "live curves", "metrics.jsonl alone", 'pip install "lowmem-db[tensorboard]"'),
 )
 _ACCELERATING = {"bitsandbytes", "xformers", "triton"}

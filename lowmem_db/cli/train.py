@@ -39,11 +39,12 @@ def train(
     from lowmem_db.config.loading import to_yaml
     from lowmem_db.config.strategy import with_strategy
     from lowmem_db.console import say
+    from lowmem_db.models.layers import count_trained
     from lowmem_db.models.source import find_model
     from lowmem_db.planning.output import summary
     from lowmem_db.planning.plan import plan as plan_run
     from lowmem_db.planning.target import target_of_device
-    from lowmem_db.planning.verify import write_measured, write_plan
+    from lowmem_db.planning.verify import write_measured, write_plan, write_trained
     from lowmem_db.preparation.prepare import check_photos, check_prompts
     from lowmem_db.preparation.prepare import prepare as prepare_data
     from lowmem_db.storage.atomic import write_text
@@ -68,10 +69,12 @@ def train(
         write_json(run.environment_file, environment.describe())
         write_plan(run, plan)
         trainer = build_trainer(config, model, device, prepare_data(config, model, device, photos), run)
+        write_trained(run, count_trained(trainer.denoiser.modules()))
         if resume or resume_flag:
             trainer.resume()
         trainer.train()
         if device.type == "cuda":
             write_measured(run, trainer.peak_step_bytes)
         write_final(trainer, model)
-        say(f"done: {run.final_dir} is the model; draw from it with: lowmem-db generate {run.root}")
+        made = "LoRA" if config.lora.enabled else "model"
+        say(f"done: {run.final_dir} is the {made}; draw from it with: lowmem-db generate {run.root}")

@@ -40,6 +40,7 @@ class Traced:
         host_bytes: Most bytes of the host in use at once.
         costs: What its operators do.
         blocks: Figures of the blocks of a training step, in the order of the forward pass.
+        trained_bytes: Bytes of the parameters that train.
     """
 
     peak: MemoryParts
@@ -47,6 +48,7 @@ class Traced:
     host_bytes: int
     costs: Costs
     blocks: Mapping[str, BlockFigures] = field(default_factory=dict)
+    trained_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,8 @@ def trace_class_images(subject: Subject) -> Traced:
     count = min(config.prior.sample_batch_size, config.prior.num_class_images)
     with subject.tracing() as (tracker, costs), torch.no_grad():
         embeds, pooled = _embeds(model, 2, dtype)
+        ids = torch.zeros(2, _num_tokens(model), dtype=torch.int64)
+        conditioning = Conditioning(input_ids=ids, prompt_embeds=embeds, pooled_embeds=pooled)
         with tracker.new_tensors_are("weights"):
             unet = load_unet(model, device=META, dtype=dtype)
             autoencoder = load_autoencoder(model, device=META, dtype=dtype)
@@ -85,9 +89,8 @@ def trace_class_images(subject: Subject) -> Traced:
                 unet,
                 autoencoder,
                 range(count),
-                prompt_embeds=embeds[:1],
-                empty_embeds=embeds[1:],
-                added_cond_kwargs=None if pooled is None else {"text_embeds": pooled, "time_ids": torch.zeros(2, 6)},
+                conditioning,
+                (config.data.resolution, config.data.resolution),
             )
         del pixels
         return _found(tracker, costs)
@@ -157,7 +160,8 @@ def trace_residents(subject: Subject, strategies: Sequence[Strategy]) -> list[Tr
                 optimizer = build_optimizer(subject.config, strategy, denoiser.modules(), META)
             with tracker.new_tensors_are("other"):
                 ema = build_ema(subject.config, denoiser, optimizer)
-            found.append(_found(tracker, costs))
+            trained_bytes = sum(parameter.nbytes for parameter in optimizer.parameters())
+            found.append(replace(_found(tracker, costs), trained_bytes=trained_bytes))
             del ema
     return found
 

@@ -125,7 +125,7 @@ class _Search:
 
     def _preference(self, strategy: Strategy) -> tuple[object, ...]:
         """Return what strategies are ordered by: exact weights come before speed, and fewer measures break a tie."""
-        is_rounded = strategy.weights == "bf16_stochastic"
+        is_rounded = strategy.weights == "bf16_stochastic" or strategy.base_weights in {"int8", "nf4"}
         return is_rounded, round(self._predictor.seconds(strategy), 4), num_measures(strategy)
 
     def _predict(self, strategy: Strategy) -> tuple[Refusal | None, Strategy]:
@@ -133,8 +133,8 @@ class _Search:
 
         Samples are tiled where they would not fit otherwise and the configuration leaves that open.
         """
-        resident = self._predictor.resident(strategy).resident
-        gradients = 0 if strategy.optimizer_in_backward else resident.weights
+        kept = self._predictor.resident(strategy)
+        resident, gradients = kept.resident, 0 if strategy.optimizer_in_backward else kept.trained_bytes
         if (least := self._with_allowance(resident.total + gradients)) > self._budget_bytes:
             held = "weights, optimizer state and gradients" if gradients else "weights and optimizer state"
             reason = f"{self._refusal(strategy, least).reason}, for {held} alone"

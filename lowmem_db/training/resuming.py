@@ -15,10 +15,19 @@ FIXED_FIELDS = (
     "model.revision",
     "training.train_text_encoder",
     "training.stop_text_encoder_training",
+    "training.layers",
+    "lora.enabled",
+    "lora.rank",
+    "lora.alpha",
+    "lora.rank_stabilized",
+    "lora.dora",
+    "lora.targets",
+    "lora.base_weights",
     "optimizer.name",
     "memory.weights",
     "ema.enabled",
     "data.resolution",
+    "data.aspect_ratio_buckets",
 )
 """Fields that a run keeps from its first step to its last."""
 
@@ -29,6 +38,7 @@ PLANNED_FIELDS = {
         "tiled_samples",
     ),
     "training": ("clipping", "mixed_precision"),
+    "lora": ("base_weights",),
 }  # fmt: skip
 """Fields that the planner fills where they are left open."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
+from lowmem_db.models.conditioning import whole_picture_time_ids
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.latents import decode_in_tiles, decode_latents, downscaling
 from lowmem_db.models.loading import Autoencoder, load_autoencoder, load_noise_schedule
@@ -57,12 +59,16 @@ def sample_prompt(
         num_inference_steps=config.sampling.num_inference_steps,
         guidance_scale=config.sampling.guidance_scale,
     )
+    resolution = config.data.resolution
+    conditioning = replace(conditioning, time_ids=whole_picture_time_ids(resolution, resolution, 2))
+    objective = config.objective
+    noise_schedule = load_noise_schedule(model, objective.prediction_type, objective.zero_terminal_snr)
     with torch.no_grad(), _evaluating(denoiser):
         embeds, added = denoiser.embeds_and_added(conditioning)
         drawn = [
             sample_latents(
                 denoiser.unet,
-                load_noise_schedule(model, config.objective.prediction_type),
+                noise_schedule,
                 settings,
                 prompt_embeds=embeds[:1].expand(at_once, -1, -1),
                 empty_embeds=embeds[1:],
@@ -76,7 +82,10 @@ def sample_prompt(
 
 
 def load_decoder(config: Config, model: ModelFolder, denoiser: Denoiser) -> Autoencoder:
-    """Load what decodes samples: in fp32 or, for tiled samples, in tiles and the type of the weights."""
+    """Load what decodes samples: in fp32 or, for tiled samples, in tiles and the type of the weights.
+
+    An autoencoder that has to compute in fp32 does so in tiles too.
+    """
     if not config.memory.tiled_samples:
         return load_autoencoder(model, device=denoiser.device)
     autoencoder = load_autoencoder(model, device=denoiser.device, dtype=denoiser.unet.dtype)

@@ -15,6 +15,7 @@ from lowmem_db.console import progress, say
 from lowmem_db.data.batches import BatchSource
 from lowmem_db.errors import NonFiniteError, RunInterrupted, StorageError
 from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.models.lora import AdapterState, has_adapters
 from lowmem_db.objective.objective import Objective
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
 from lowmem_db.optimizers.handle import OptimizerHandle
@@ -72,7 +73,11 @@ class Trainer:
 
     def stateful_objects(self) -> dict[str, Stateful]:
         """Return the one list of what a checkpoint holds."""
-        objects: dict[str, Stateful] = {**self.denoiser.modules(), "optimizer": self.optimizer}
+        components = {
+            name: AdapterState(name, module) if has_adapters(module) else module
+            for name, module in self.denoiser.modules().items()
+        }
+        objects: dict[str, Stateful] = {**components, "optimizer": self.optimizer}
         return objects if self.ema is None else objects | {"ema": self.ema}
 
     def resume(self) -> None:
@@ -182,11 +187,11 @@ class Trainer:
         )
         if training.scale_learning_rate:
             factor *= self.config.samples_per_step
-        of_text_encoders = (training.learning_rate_text_encoder or training.learning_rate) * factor
+        of_text_encoder = training.learning_rate_text_encoder or training.learning_rate
         return {
             "unet": training.learning_rate * factor,
-            "text_encoder": of_text_encoders,
-            "text_encoder_2": of_text_encoders,
+            "text_encoder": of_text_encoder * factor,
+            "text_encoder_2": (training.learning_rate_text_encoder_2 or of_text_encoder) * factor,
         }
 
     def _stop_text_encoder_where_due(self) -> None:
@@ -200,7 +205,11 @@ class Trainer:
         say(f"the text encoder stays as it is after step {stop}")
 
     def _row(self, output: StepOutput, rates: dict[str, float], seconds: float) -> dict[str, Any]:
-        trains_text_encoder = "text_encoder" in self.optimizer.group_names()
+        rates_of_text_encoders = {
+            f"lr_{name}": rates[name] if name in self.optimizer.group_names() else None
+            for name in ["text_encoder", *self.denoiser.modules()]
+            if name != "unet"
+        }
         values = asdict(output)
         peak_bytes = environment.peak_bytes(self.denoiser.device)
         self.peak_step_bytes = max(self.peak_step_bytes, peak_bytes)
@@ -210,7 +219,7 @@ class Trainer:
             "loss_instance": values["loss_instance"],
             "loss_prior": values["loss_prior"],
             "lr": rates["unet"],
-            "lr_text_encoder": rates["text_encoder"] if trains_text_encoder else None,
+            **rates_of_text_encoders,
             "grad_norm": values["grad_norm"],
             "seconds": round(seconds, 4),
             "peak_bytes": peak_bytes,

@@ -1,0 +1,96 @@
+"""Tiny models with random weights whose layout is exactly that of Stable Diffusion 1.5, 2.1 and XL, in diffusers' folders.
+
+Text encoders know CLIP's whole vocabulary and read 77 tokens, for a single file has no place for another tokenizer.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from lowmem_db.models.saving import save_component
+from lowmem_db.models.source import CONFIGS_DIR
+
+RESOLUTION = 32
+BUNDLED = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl_base"}
+_UNETS: dict[str, dict[str, Any]] = {
+    "sd1": {"cross_attention_dim": 16},
+    "sd2": {"cross_attention_dim": 24, "use_linear_projection": True, "upcast_attention": True},
+    "sdxl": {
+        "cross_attention_dim": 40,
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 24,
+    },
+}
+
+
+def write_original_model(folder: Path, family: str, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a tiny model of ``sd1``, ``sd2`` or ``sdxl``; every tensor is random, biases too."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    bundled = CONFIGS_DIR / BUNDLED[family]
+    for name, module in _components(family).items():
+        for tensor in module.state_dict().values():
+            if tensor.is_floating_point():
+                nn.init.normal_(tensor, std=0.1)
+        save_component(folder / name, module, dtype=dtype)
+    shutil.copytree(bundled / "scheduler", folder / "scheduler")
+    for tokenizer in bundled.glob("tokenizer*"):
+        shutil.copytree(tokenizer, folder / tokenizer.name)
+        shutil.copytree(CONFIGS_DIR / "clip_tokenizer", folder / tokenizer.name, dirs_exist_ok=True)
+    shutil.copyfile(bundled / "model_index.json", folder / "model_index.json")
+    return folder
+
+
+def scheduler_fields(folder: Path, **fields: object) -> None:
+    """Change the scheduler of a model."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def _components(family: str) -> dict[str, nn.Module]:
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=4,
+        **_UNETS[family],
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=RESOLUTION,
+    )
+    if family == "sd2":
+        return {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(_text(24, 23, "gelu"))}
+    found = {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(_text(16, 2, "quick_gelu"))}
+    if family == "sdxl":
+        found["text_encoder_2"] = CLIPTextModelWithProjection(_text(24, 2, "gelu"))
+    return found
+
+
+def _text(width: int, num_layers: int, hidden_act: str) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        hidden_act=hidden_act,
+        projection_dim=width,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
