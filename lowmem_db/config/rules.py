@@ -75,6 +75,15 @@ RULES = (
         "allowed: less than training.max_train_steps, {config.training.max_train_steps}",
     ),
     Rule(
+        lambda c: bool(c.evaluation.prompts) and c.evaluation.every is None,
+        "evaluation.prompts: nothing is scored without evaluation.every; set evaluation.every=100 or leave prompts out",
+    ),
+    Rule(
+        lambda c: c.evaluation.patience is not None and c.evaluation.every is None,
+        "evaluation.patience: {config.evaluation.patience} waits for scores that never come; set evaluation.every=100 "
+        "or leave patience out",
+    ),
+    Rule(
         lambda c: c.sampling.every is not None and not c.sampling.prompts,
         "sampling.every: {config.sampling.every} draws nothing without sampling.prompts; "
         'set sampling.prompts=["a sks dog"] or leave it out',

@@ -290,6 +290,24 @@ class SamplingConfig(Section):
     """Seed of the samples, the same at every step, so that progress can be seen."""
 
 
+class EvaluationConfig(Section):
+    """Scores during training: images of prompts, drawn as ``sampling`` says, compared with the photos.
+
+    A score is the similarity of the images to the photos, less that of images of the class prompt where there is one.
+    """
+
+    every: PositiveInt | None = None
+    """Steps between scores; each of these steps has a checkpoint. None: no scores."""
+    prompts: tuple[str, ...] = ()
+    """Prompts whose images shall show the subject. None given: the instance prompt."""
+    encoder: str = "en0"
+    """What compares: ``en0``, ``dino`` or ``clip``, each also as NAME=FOLDER_OR_HUB_ID."""
+    keep_best: bool = True
+    """Keep the checkpoint with the greatest score, the first of equal ones, and make the final model of it."""
+    patience: PositiveInt | None = None
+    """Stop after so many scores in a row without a new best. None: train to the last step."""
+
+
 class FinalConfig(Section):
     """The model that is left when the run is done."""
 
@@ -337,8 +355,20 @@ class Config(Section):
     memory: MemoryConfig = MemoryConfig()
     checkpointing: CheckpointingConfig = CheckpointingConfig()
     sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     final: FinalConfig = FinalConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def evaluation_prompts(self) -> tuple[str, ...]:
+        """Prompts whose images are scored during training."""
+        return self.evaluation.prompts or (self.subject.instance_prompt,)
+
+    @property
+    def prompts_drawn(self) -> frozenset[str]:
+        """Prompts that images are drawn of during training."""
+        scored = {*self.evaluation_prompts, self.subject.class_prompt or ""} if self.evaluation.every else set()
+        return frozenset({*self.sampling.prompts, *scored} - {""})
 
     @property
     def samples_per_step(self) -> int:

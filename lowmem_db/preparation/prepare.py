@@ -63,7 +63,7 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
     ]
     _free(device)
     class_records = [image.record for image in class_images]
-    prompts = {record.prompt for record in [*photos, *class_records]} | set(config.sampling.prompts)
+    prompts = {record.prompt for record in [*photos, *class_records]} | config.prompts_drawn
     table = encode_prompts(config, model, device, prompts)
     _free(device)
     return BatchSource(

@@ -28,6 +28,8 @@ FIXED_FIELDS = (
     "ema.enabled",
     "data.resolution",
     "data.aspect_ratio_buckets",
+    "evaluation.encoder",
+    "evaluation.prompts",
 )
 """Fields that a run keeps from its first step to its last."""
 

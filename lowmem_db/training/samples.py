@@ -1,11 +1,12 @@
 """Samples during training, from the model in memory; the autoencoder is loaded for them and freed again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from lowmem_db.config.schema import Config
@@ -28,17 +29,20 @@ def draw_samples(
     config: Config, model: ModelFolder, denoiser: Denoiser, prompts: PromptTable, run: RunFolder, step: int
 ) -> None:
     """Draw ``sampling.num_images`` of each of ``sampling.prompts`` into ``samples/step-N/``, with a grid of all."""
-    latents = [
-        sample_prompt(config, model, denoiser, prompts.conditioning([prompt, ""])) for prompt in config.sampling.prompts
-    ]
-    autoencoder = load_decoder(config, model, denoiser)
-    rows = [
-        (prompt, to_images(decode_latents(autoencoder, drawn)))
-        for prompt, drawn in zip(config.sampling.prompts, latents, strict=True)
-    ]
+    rows = draw_images(config, model, denoiser, prompts, config.sampling.prompts)
     folder = run.samples_dir(step)
     write_folder(folder, lambda temporary: save_rows(temporary, rows))
     say(f"samples of step {step}: {folder / GRID_FILE}")
+
+
+def draw_images(
+    config: Config, model: ModelFolder, denoiser: Denoiser, table: PromptTable, prompts: Sequence[str]
+) -> list[tuple[str, list[Image]]]:
+    """Draw ``sampling.num_images`` of each of some prompts; return each prompt with its images."""
+    latents = [sample_prompt(config, model, denoiser, table.conditioning([prompt, ""])) for prompt in prompts]
+    autoencoder = load_decoder(config, model, denoiser)
+    images = [to_images(decode_latents(autoencoder, drawn)) for drawn in latents]
+    return list(zip(prompts, images, strict=True))
 
 
 def sample_prompt(

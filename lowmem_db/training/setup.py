@@ -1,11 +1,12 @@
 """From a configuration and prepared data to a trainer, and from a trained model to ``final/``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 
 from lowmem_db import environment
 from lowmem_db.config.schema import Config, Weights
@@ -29,7 +30,7 @@ from lowmem_db.optimizers.weights import named_parameters
 from lowmem_db.storage import hub
 from lowmem_db.storage.atomic import write_folder
 from lowmem_db.storage.run_folder import RunFolder
-from lowmem_db.training.samples import draw_samples
+from lowmem_db.training.samples import draw_images, draw_samples
 from lowmem_db.training.trainer import Trainer
 
 _WEIGHT_BYTES: dict[Weights, int] = {"fp32": 4, "bf16_extra_bits": 3, "bf16_stochastic": 2}  # per parameter
@@ -93,19 +94,39 @@ def disk_bytes(config: Config, model: ModelFolder) -> int:
         + (4 if config.ema.enabled else 0)
     )
     at_once = min(config.checkpointing.keep or config.training.max_train_steps, _num_checkpoints(config)) + 1
+    at_once += config.evaluation.every is not None and config.evaluation.keep_best
     return int(parameters * per_parameter * at_once + whole_model)
 
 
 def build_trainer(
-    config: Config, model: ModelFolder, device: torch.device, batches: BatchSource, run: RunFolder
+    config: Config,
+    model: ModelFolder,
+    device: torch.device,
+    batches: BatchSource,
+    run: RunFolder,
+    score_images: Callable[[Mapping[str, list[Image]]], Mapping[str, float]] | None = None,
 ) -> Trainer:
-    """Load what trains onto the device and put the trainer together."""
+    """Load what trains onto the device and put the trainer together.
+
+    Args:
+        config: The configuration.
+        model: The model.
+        device: Where it trains.
+        batches: All batches of the run.
+        run: The run folder.
+        score_images: Called with images of each prompt when ``evaluation.every`` says so; returns what
+            :meth:`lowmem_db.training.scores.Scores.add` takes.
+    """
     _set_arithmetic(config, device)
     denoiser, objective, optimizer = build_step(config, plain_strategy(config), model, device)
     ema = build_ema(config, denoiser, optimizer)
     _say_what_trains(model, denoiser, device)
     sampler: Callable[[int], None] = lambda step: draw_samples(config, model, denoiser, batches.prompts, run, step)  # noqa: E731
-    return Trainer(config, run, denoiser, objective, optimizer, batches, ema, sampler)
+    score = None
+    if score_images is not None:
+        scored = sorted({*config.evaluation_prompts, config.subject.class_prompt or ""} - {""})
+        score = lambda: score_images(dict(draw_images(config, model, denoiser, batches.prompts, scored)))  # noqa: E731
+    return Trainer(config, run, denoiser, objective, optimizer, batches, ema, sampler, score)
 
 
 def build_step(

@@ -1,7 +1,7 @@
 """The loop: when to step, to save, to sample and to stop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -25,6 +25,7 @@ from lowmem_db.records import StepOutput
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.checkpoint import Stateful, restore_checkpoint, save_checkpoint
 from lowmem_db.training.metrics import MetricsWriter
+from lowmem_db.training.scores import Scores
 from lowmem_db.training.signals import StopRequest, stop_on_signals
 from lowmem_db.training.step import train_step
 
@@ -43,6 +44,8 @@ class Trainer:
         batches: All batches of the run.
         ema: Moving average of the weights, or None.
         draw_samples: Called with the step when samples are due, always after a checkpoint of that step.
+        score: Called when a score is due, always after a checkpoint; returns what :meth:`Scores.add` takes. None: no
+            step is scored.
 
     Attributes:
         step: Optimizer steps done.
@@ -59,6 +62,7 @@ class Trainer:
         batches: BatchSource,
         ema: ExponentialMovingAverage | None,
         draw_samples: Callable[[int], None],
+        score: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         self.config = config
         self.run = run
@@ -68,6 +72,8 @@ class Trainer:
         self.batches = batches
         self.ema = ema
         self.draw_samples = draw_samples
+        self.score = score
+        self.scores = Scores(run, config.evaluation.patience)
         self.step = 0
         self.peak_step_bytes = 0
 
@@ -80,8 +86,8 @@ class Trainer:
         objects: dict[str, Stateful] = {**components, "optimizer": self.optimizer}
         return objects if self.ema is None else objects | {"ema": self.ema}
 
-    def resume(self) -> None:
-        """Continue from the newest complete checkpoint, or start where there is none.
+    def resume(self, step: int | None = None) -> None:
+        """Continue from the checkpoint of a step, by default the newest complete one, or start where there is none.
 
         Raises:
             CheckpointError: The checkpoint is damaged, or belongs to other settings.
@@ -90,7 +96,7 @@ class Trainer:
         if not complete:
             say(f"resume: {self.run.root} has no complete checkpoint, starting at step 1")
             return
-        self.step = complete[-1]
+        self.step = complete[-1] if step is None else step
         self._stop_text_encoder_where_due()
         data_key = restore_checkpoint(self.run, self.step, self.stateful_objects())
         if data_key != self._data_key():
@@ -100,27 +106,30 @@ class Trainer:
         say(f"resume: going on after step {self.step}")
 
     def train(self) -> None:
-        """Train to the last step.
+        """Train to the last step, or until the scores are out of patience.
 
         Raises:
             RunInterrupted: The run was asked to stop; a checkpoint was saved.
             NonFiniteError: The loss or the gradient is not finite.
             StorageError: The disk is full.
         """
-        self.run.truncate_metrics(self.step)
+        self.run.truncate_rows(self.step)
         environment.reset_peak_bytes(self.denoiser.device)
         metrics = MetricsWriter(self.run, tensorboard=self.config.logging.tensorboard, start_step=self.step)
         try:
             with stop_on_signals() as stop, _progress() as bar:
                 self._sample_where_due()  # a run killed between checkpoint and samples still owes them
+                self._score_where_due(metrics)
                 task = bar.add_task(
                     "training", total=self.config.training.max_train_steps, completed=self.step, loss=""
                 )
-                while self.step < self.config.training.max_train_steps:
+                while self.step < self.config.training.max_train_steps and not self.scores.out_of_patience():
                     row = self._step()
                     metrics.write(row)
                     self._show(bar, task, row)
-                    self._after_step(stop)
+                    self._after_step(stop, metrics)
+            if self.step < self.config.training.max_train_steps:
+                say(f"no better score since step {self.scores.best_step()}: stopped after step {self.step}")
         finally:
             metrics.close()
 
@@ -148,14 +157,16 @@ class Trainer:
             self.ema.update(self.step)
         return self._row(output, rates, time.perf_counter() - started)
 
-    def _after_step(self, stop: StopRequest) -> None:
+    def _after_step(self, stop: StopRequest, metrics: MetricsWriter) -> None:
         done = self.step == self.config.training.max_train_steps
-        if self._is_due(self.config.checkpointing.every) or self._samples_are_due() or done or stop:
+        is_due = self._is_due(self.config.checkpointing.every) or self._samples_are_due() or self._score_is_due()
+        if is_due or done or stop:
             self._save_checkpoint()
-            self.run.prune_checkpoints(self.config.checkpointing.keep)
+            self._prune_checkpoints()
         if stop and not done:
             raise RunInterrupted(f"{stop.signal_name}: stopped after step {self.step}; continue with --resume")
         self._sample_where_due()
+        self._score_where_due(metrics)
 
     def _save_checkpoint(self) -> None:
         try:
@@ -168,6 +179,25 @@ class Trainer:
             with self.weights():
                 self.draw_samples(self.step)
             environment.reset_peak_bytes(self.denoiser.device)
+
+    def _score_where_due(self, metrics: MetricsWriter) -> None:
+        if self.score is None or not self._score_is_due() or self.scores.has(self.step):
+            return
+        with self.weights():
+            found = self.score()
+        self.scores.add(self.step, found)
+        metrics.write_curves({"step": self.step, **found})
+        self._prune_checkpoints()
+        environment.reset_peak_bytes(self.denoiser.device)
+
+    def _prune_checkpoints(self) -> None:
+        best = self.scores.best_step() if self.config.evaluation.keep_best else None
+        self.run.prune_checkpoints(self.config.checkpointing.keep, also=best)
+
+    def _score_is_due(self) -> bool:
+        every = self.config.evaluation.every
+        done = self.step == self.config.training.max_train_steps
+        return every is not None and self.step > 0 and (self._is_due(every) or done)
 
     def _samples_are_due(self) -> bool:
         every = self.config.sampling.every or self.config.checkpointing.every
