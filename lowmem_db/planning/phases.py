@@ -12,7 +12,7 @@ from lowmem_db.config.strategy import Strategy, with_strategy
 from lowmem_db.models.conditioning import encode_prompt, encode_prompt_with_two
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.latents import decode_latents, downscaling, encode_moments
-from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_text_encoder_2, load_unet
+from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_text_encoder_2
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.optimizers.build import build_optimizer
@@ -21,7 +21,7 @@ from lowmem_db.planning.costs import CostRecorder, Costs
 from lowmem_db.planning.timeline import BlockFigures, Timeline
 from lowmem_db.planning.tracing import real_paths
 from lowmem_db.planning.tracker import CUDA_ROUNDING, AllocationTracker
-from lowmem_db.preparation.class_images import draw_batch
+from lowmem_db.preparation.class_images import draw_batch, load_frozen_unet
 from lowmem_db.records import Batch, Conditioning, MemoryParts
 from lowmem_db.training.samples import load_decoder, sample_prompt
 from lowmem_db.training.setup import build_ema, build_step
@@ -79,7 +79,7 @@ def trace_class_images(subject: Subject) -> Traced:
         ids = torch.zeros(2, _num_tokens(model), dtype=torch.int64)
         conditioning = Conditioning(input_ids=ids, prompt_embeds=embeds, pooled_embeds=pooled)
         with tracker.new_tensors_are("weights"):
-            unet = load_unet(model, device=META, dtype=dtype)
+            unet = load_frozen_unet(config, model, META, dtype)
             autoencoder = load_autoencoder(model, device=META, dtype=dtype)
         tracker.reset_peak()
         with tracker.new_tensors_are("activations"):

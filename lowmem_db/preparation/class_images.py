@@ -23,12 +23,14 @@ from lowmem_db.models.conditioning import whole_picture_time_ids
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.latents import decode_latents, downscaling
 from lowmem_db.models.loading import (
+    CPU,
     Autoencoder,
     UNet2DConditionModel,
     load_autoencoder,
     load_noise_schedule,
     load_unet,
 )
+from lowmem_db.models.quantized import quantize
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.models.text_encoders import load_text_encoders, tokenize_prompts
@@ -127,10 +129,17 @@ def _manifest(config: Config, model: ModelFolder, device: torch.device, resoluti
         "prompt": config.subject.class_prompt,
         **asdict(_settings(config)),
         "resolution": resolution,
-        "precision": config.prior.precision or ("fp16" if device.type == "cuda" else "fp32"),
+        "precision": _precision(config, device),
         "sample_batch_size": config.prior.sample_batch_size,
         "seed": config.seed,
     }
+
+
+def _precision(config: Config, device: torch.device) -> str:
+    """Return the type of the frozen UNet: that of a LoRA run where it is quantized, so that it fits here too."""
+    if config.lora.base_weights in {"int8", "nf4"}:
+        return str(config.lora.base_weights)
+    return config.prior.precision or ("fp16" if device.type == "cuda" else "fp32")
 
 
 def _settings(config: Config) -> SamplingSettings:
@@ -163,9 +172,9 @@ def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequence[_Set]) -> None:
-    dtype = DTYPES[sets[0].wanted["precision"]]
+    dtype = DTYPES.get(sets[0].wanted["precision"], torch.float16)
     conditioning = _embed(config, model, device, dtype)
-    unet = load_unet(model, device=device, dtype=dtype)
+    unet = load_frozen_unet(config, model, device, dtype)
     autoencoder = load_autoencoder(model, device=device, dtype=dtype)
     for one in sets:
         write_json(one.folder / MANIFEST, one.wanted)
@@ -176,6 +185,17 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequen
             for index, image in zip(indices, to_images(pixels), strict=True):
                 if index in missing:
                     write_file(_image_file(one.folder, index), lambda path, image=image: image.save(path, format="PNG"))
+
+
+def load_frozen_unet(
+    config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype
+) -> UNet2DConditionModel:
+    """Load the UNet that draws class images; in 8 or 4 bits where a LoRA run has its frozen weights so."""
+    if config.lora.base_weights == "int8" or config.lora.base_weights == "nf4":
+        unet = load_unet(model, device if device.type == "meta" else CPU, dtype)
+        quantize([unet], config.lora.base_weights, dtype)
+        return unet.to(device)
+    return load_unet(model, device, dtype)
 
 
 def draw_batch(
