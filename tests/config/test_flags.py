@@ -107,7 +107,8 @@ FLAGS_OF_ITS_RELATIVES = """
   --use_ema --offload_ema --optimizer=prodigy --use_dora --rank=4 --min_snr_gamma=5 --fused_backward_pass
   --stop_text_encoder_training=100 --cache_latents_to_disk --enable_bucket --save_model_as=ckpt --full_bf16
   --multires_noise_iterations=6 --zero_terminal_snr --masked_loss --debiased_estimation_loss --not_cache_latents
-  --concepts_list=c.json --read_prompts_from_txts
+  --concepts_list=c.json --read_prompts_from_txts --bucket_reso_steps=64 --min_bucket_reso=256 --max_bucket_reso=1024
+  --learning_rate_te1=1e-6 --learning_rate_te2=1e-6 --v_parameterization
 """
 ALL_FLAGS = shlex.split(FLAGS_OF_THE_SCRIPT + FLAGS_OF_ITS_RELATIVES)
 
