@@ -66,7 +66,9 @@ def test_sdxl_without_its_second_text_encoder_is_refused(tiny_sdxl: Path, tmp_pa
 
 
 def test_missing_folder_names_its_neighbour(tiny_model: Path) -> None:
-    with pytest.raises(ModelError, match=rf"is neither a folder, a file nor a hub id; .*; did you mean {tiny_model.name}\?"):
+    with pytest.raises(
+        ModelError, match=rf"is neither a folder, a file nor a hub id; .*; did you mean {tiny_model.name}\?"
+    ):
         find_model(str(tiny_model.with_name(tiny_model.name + "x")))
 
 
