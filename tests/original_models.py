@@ -1,4 +1,4 @@
-"""Tiny models with random weights whose layout is exactly that of Stable Diffusion 1.5, 2.1 and XL, in diffusers' folders.
+"""Tiny models with random weights in the layouts of Stable Diffusion 1.5, 2.1 and XL, in diffusers' folders.
 
 Text encoders know CLIP's whole vocabulary and read 77 tokens, for a single file has no place for another tokenizer.
 """

@@ -50,5 +50,6 @@ def _find(config: ModelConfig) -> Path:
             return CONFIGS_DIR / _KNOWN[config.base]
     raise ModelError(
         f"model.base: {config.base!r} is no folder, is no file, is not downloaded and is none whose configuration is "
-        f"known here; download it (hf download {config.base}), name a folder, or plan for one of: demo, {', '.join(_KNOWN)}"
+        f"known here; download it (hf download {config.base}), name a folder, or plan for one of: demo, "
+        + ", ".join(_KNOWN)
     )

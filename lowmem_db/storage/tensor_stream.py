@@ -64,7 +64,7 @@ def write_streamed(path: Path, tensors: Mapping[str, StreamedTensor], metadata: 
                 tensor = streamed.make()
                 if (tuple(tensor.shape), tensor.dtype) != (streamed.shape, streamed.dtype):
                     raise ValueError(f"{name}: {tensor.shape} {tensor.dtype} instead of {streamed}")
-                file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     write_file(path, write)
 
