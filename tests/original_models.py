@@ -6,6 +6,7 @@ Text encoders know CLIP's whole vocabulary and read 77 tokens, for a single file
 import json
 import math
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def published(name: str) -> ModelFolder:
     return ModelFolder(name=name, path=CONFIGS_DIR / name, family=find_family(CONFIGS_DIR / name))
 
 
+@lru_cache
 def entries_and_shapes(name: str, component: str) -> tuple[list[Entry], dict[str, tuple[int, ...]]]:
     shapes = expected_shapes(published(name), component)
     return LAYOUTS[name].entries(component, published(name).config_of(component), shapes), shapes
