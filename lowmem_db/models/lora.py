@@ -103,6 +103,20 @@ def inject(module: nn.Module, paths: Iterable[str], settings: Mapping[str, Any])
             layer.cast_input_dtype_enabled = False  # autocast does it, without a copy in fp32 between
 
 
+def merge(module: nn.Module) -> None:
+    """Add a module's adapters to its weights and take them out, in place.
+
+    Raises:
+        ValueError: A weight would not be finite.
+    """
+    peft = environment.require("peft")
+    adapted = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
+    for path, layer in adapted:
+        layer.merge(safe_merge=True)
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, layer.get_base_layer())
+
+
 def has_adapters(module: nn.Module) -> bool:
     """Say whether a module has adapters."""
     return any(_IN_MEMORY in name for name, _ in _adapters(module))
