@@ -202,7 +202,7 @@ def test_lora_is_planned_with_the_bytes_of_its_adapters_and_frozen_weights(plan_
         kind: next(phase.parts for phase in found.phases if phase.name == "train") for kind, found in by_type.items()
     }
     whole = next(phase.parts for phase in full.phases if phase.name == "train")
-    assert parts["fp32"].weights > parts["bf16"].weights > parts["nf4"].weights
+    assert parts["fp32"].weights > parts["bf16"].weights
     assert parts["bf16"].gradients < whole.gradients
     assert parts["bf16"].optimizer_state < whole.optimizer_state
     assert all(found.strategy.base_weights == kind for kind, found in by_type.items())
