@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem_db import environment, fingerprint
 from lowmem_db.config.schema import Config
@@ -199,7 +199,8 @@ def load_frozen_unet(
     if config.lora.base_weights == "int8" or config.lora.base_weights == "nf4":
         unet = load_unet(model, device if device.type == "meta" else CPU, dtype)
         quantize([unet], config.lora.base_weights, dtype)
-        return unet.to(device)
+        nn.Module.to(unet, device)
+        return unet
     return load_unet(model, device, dtype)
 
 
