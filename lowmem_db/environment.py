@@ -4,6 +4,7 @@ Importing this module loads none of them. What is asked for by name and is missi
 it; what is chosen automatically says why.
 """
 
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -230,6 +231,15 @@ def reset_peak_bytes(device: "torch.device") -> None:
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def release_memory(device: "torch.device") -> None:
+    """Give memory of what is no longer referenced back to the device."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def total_host_bytes() -> int | None:

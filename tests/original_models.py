@@ -1,10 +1,12 @@
-"""Tiny models with random weights whose layout is exactly that of Stable Diffusion 1.5, 2.1 and XL, in diffusers' folders.
+"""Tiny models with random weights in the layouts of Stable Diffusion 1.5, 2.1 and XL, in diffusers' folders.
 
 Text encoders know CLIP's whole vocabulary and read 77 tokens, for a single file has no place for another tokenizer.
 """
 
 import json
+import math
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from lowmem_db.models.original_layout import SD1, SD2, SDXL, Entry
 from lowmem_db.models.saving import save_component
-from lowmem_db.models.source import CONFIGS_DIR
+from lowmem_db.models.source import CONFIGS_DIR, ModelFolder, find_family
+from lowmem_db.models.stored_weights import expected_shapes
 
 RESOLUTION = 32
+LAYOUTS = {"sd15": SD1, "sd21": SD2, "sd21_base": SD2, "sdxl_base": SDXL}
 BUNDLED = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl_base"}
 _UNETS: dict[str, dict[str, Any]] = {
     "sd1": {"cross_attention_dim": 16},
@@ -94,3 +99,38 @@ def _text(width: int, num_layers: int, hidden_act: str) -> CLIPTextConfig:
         bos_token_id=0,
         eos_token_id=2,
     )
+
+
+def published(name: str) -> ModelFolder:
+    """Return one of the bundled configurations."""
+    return ModelFolder(name=name, path=CONFIGS_DIR / name, family=find_family(CONFIGS_DIR / name))
+
+
+@lru_cache
+def entries_and_shapes(name: str, component: str) -> tuple[list[Entry], dict[str, tuple[int, ...]]]:
+    shapes = expected_shapes(published(name), component)
+    return LAYOUTS[name].entries(component, published(name).config_of(component), shapes), shapes
+
+
+def shapes_in_file(name: str, component: str) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of a component's tensors in the published single file."""
+    entries, shapes = entries_and_shapes(name, component)
+    constant = {"positions": (1, 77), "logit_scale": (), "identity": (1024, 1024)}
+    return {
+        entry.name: entry.shape([shapes[source] for source in entry.sources]) if entry.sources else constant[entry.form]
+        for entry in entries
+    }
+
+
+def write_sparse(file: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None) -> Path:
+    """Write a safetensors file of half-precision tensors that takes no room: a header, and zeros nobody wrote."""
+    header: dict[str, Any] = {"__metadata__": metadata or {}}
+    stop = 0
+    for name, shape in shapes.items():
+        start, stop = stop, stop + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, stop]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + stop)
+    return file

@@ -294,7 +294,7 @@ def _resolution(run: Run, drawing: Drawing) -> int:
 
 
 def _manifest(run: Run, drawing: Drawing) -> dict[str, Any]:
-    checkpoint = run.source.checkpoint
+    trained = run.source.trained_files
     latent_pixel = downscaling(run.source.model.config_of("vae"))
     if _resolution(run, drawing) % latent_pixel:
         raise DataError(
@@ -303,7 +303,7 @@ def _manifest(run: Run, drawing: Drawing) -> dict[str, Any]:
     return {
         "format_version": _FORMAT_VERSION,
         "model": run.source.model.content_key(*run.source.model.family.components),
-        "checkpoint": None if checkpoint is None else fingerprint.of_files(checkpoint.glob("*.safetensors")),
+        "checkpoint": fingerprint.of_files(trained) if trained else None,
         "prompts": list(run.prompts),
         "class_prompt": run.class_prompt,
         **asdict(_settings(run, drawing)),

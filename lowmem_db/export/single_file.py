@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def layout_of(model: ModelFolder) -> Layout:
     """
     name = model.config_of("vae").get("_class_name")
     if name != "AutoencoderKL":
-        raise ModelError(f"{model.path / 'vae'}: is a {name}, which no single file holds; export --format diffusers")
+        raise ModelError(f"{model.path / 'vae'}: is {name}, which no single file holds; export --format diffusers")
     text_encoder = model.config_of("text_encoder")
     if text_encoder["vocab_size"] != CLIP_VOCABULARY:
         raise ModelError(
@@ -78,7 +79,7 @@ def entries_of(layout: Layout, component: str, model: ModelFolder, names: dict[s
 
 
 def _streamed(
-    entry: Entry, weights: dict[str, StoredTensor], config: dict[str, int], precision: torch.dtype | None
+    entry: Entry, weights: dict[str, StoredTensor], config: dict[str, Any], precision: torch.dtype | None
 ) -> StreamedTensor:
     if not entry.sources:
         constant = _CONSTANTS[entry.form](config)
@@ -94,7 +95,7 @@ def _streamed(
     return StreamedTensor(entry.shape([source.shape for source in sources]), dtype, make)
 
 
-_CONSTANTS: dict[str, Callable[[dict[str, int]], Tensor]] = {
+_CONSTANTS: dict[str, Callable[[dict[str, Any]], Tensor]] = {
     "positions": lambda config: torch.arange(config["max_position_embeddings"])[None],
     "logit_scale": lambda config: torch.tensor(LOGIT_SCALE),
     "identity": lambda config: torch.eye(config["hidden_size"]),

@@ -98,9 +98,20 @@ def inject(module: nn.Module, paths: Iterable[str], settings: Mapping[str, Any])
     peft = environment.require("peft")
     module.requires_grad_(False)
     peft.inject_adapter_in_model(peft.LoraConfig(**settings, target_modules=list(paths)), module)
-    for layer in module.modules():
-        if isinstance(layer, peft.tuners.lora.LoraLayer):
-            layer.cast_input_dtype_enabled = False  # autocast does it, without a copy in fp32 between
+    for _, layer in _adapted_layers(module):
+        layer.cast_input_dtype_enabled = False  # autocast does it, without a copy in fp32 between
+
+
+def merge(module: nn.Module) -> None:
+    """Add a module's adapters to its weights and take them out, in place.
+
+    Raises:
+        ValueError: A weight would not be finite.
+    """
+    for path, layer in _adapted_layers(module):
+        layer.merge(safe_merge=True)
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, layer.get_base_layer())
 
 
 def has_adapters(module: nn.Module) -> bool:
@@ -157,6 +168,12 @@ class AdapterState:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over the adapters of :meth:`state_dict`."""
         load_adapters(self._component, self._module, state)
+
+
+def _adapted_layers(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return the layers that peft has put in the place of the adapted ones, by path."""
+    kind: Any = environment.require("peft").tuners.lora.LoraLayer
+    return [(path, layer) for path, layer in module.named_modules() if isinstance(layer, kind)]
 
 
 def _is_of_kind(kind: str, name: str, layer: nn.Module) -> bool:

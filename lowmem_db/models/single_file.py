@@ -21,14 +21,8 @@ _TO_K = re.compile(r"^model(_ema)?\.diffusion_model.*attn2\.?to_k\.?weight$")
 _PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
 _PREDICTION_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
 _FAMILY_LAYOUTS = {768: SD1, 1024: SD2, 2048: SDXL}
-_CONFIG_FOLDERS = {
-    (SD1.architecture, "epsilon"): "sd15",
-    (SD1.architecture, "v_prediction"): "sd15",
-    (SD2.architecture, "epsilon"): "sd21_base",
-    (SD2.architecture, "v_prediction"): "sd21",
-    (SDXL.architecture, "epsilon"): "sdxl_base",
-    (SDXL.architecture, "v_prediction"): "sdxl_base",
-}
+_CONFIG_FOLDERS = {SD1.architecture: "sd15", SD2.architecture: "sd21", SDXL.architecture: "sdxl_base"}
+_SD2_EPSILON = "sd21_base"
 _ZERO_TERMINAL_SNR = {
     "_class_name": "DDIMScheduler",
     "rescale_betas_zero_snr": True,
@@ -70,9 +64,8 @@ class SingleFile(ModelFolder):
         """Return the configuration of a component."""
         return self.configs[component] if component in self.configs else super().config_of(component)
 
-    def entries(self, component: str) -> list[Entry]:
-        """Return those tensors of a component that are read."""
-        names = expected_shapes(self, component)
+    def entries(self, component: str, names: Iterable[str]) -> list[Entry]:
+        """Return those tensors of a component that are read, from its names in diffusers' layout."""
         return [e for e in self.layout.entries(component, self.config_of(component), names) if not e.spare]
 
 
@@ -108,7 +101,7 @@ def _of_family(file: Path, found: Mapping[str, StoredTensor], metadata: Mapping[
         raise _refusal(file, f"has a UNet for text embeddings of width {width}" + " (SDXL's refiner)" * (width == 1280))
     layout = _FAMILY_LAYOUTS[width]
     prediction_type, reason = _prediction_type(file, layout, found, metadata)
-    path = CONFIGS_DIR / _CONFIG_FOLDERS[layout.architecture, prediction_type]
+    path = _config_folder(layout, prediction_type)
     scheduler = ModelFolder(name="", path=path, family=FAMILIES[-1]).config_of("scheduler")
     scheduler |= {"prediction_type": prediction_type} | (_ZERO_TERMINAL_SNR if "ztsnr" in found else {})
     return _model(file, path, layout, {"scheduler": scheduler}, reason)
@@ -119,9 +112,7 @@ def _with_own_configs(file: Path, metadata: Mapping[str, str]) -> SingleFile:
     try:
         configs = json.loads(metadata[CONFIGS_KEY])
         layout = layout_for(configs)
-        path = (
-            CONFIGS_DIR / _CONFIG_FOLDERS[layout.architecture, configs["scheduler"].get("prediction_type", "epsilon")]
-        )
+        path = _config_folder(layout, configs["scheduler"].get("prediction_type", "epsilon"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file}: its metadata {CONFIGS_KEY} are damaged ({error!r}); export it anew") from error
     return _model(file, path, layout, configs, "as its metadata say")
@@ -134,6 +125,11 @@ def _model(file: Path, path: Path, layout: Layout, configs: Mapping[str, dict[st
     family = family_of(model.config_of("unet"), has_text_encoder_2="text_encoder_2" in layout.prefixes)
     predicts = model.config_of("scheduler").get("prediction_type", "epsilon")
     return replace(model, family=family, remark=f"{file.name} is {family.name} and predicts {predicts}, {reason}")
+
+
+def _config_folder(layout: Layout, prediction_type: str) -> Path:
+    is_base = layout is SD2 and prediction_type == "epsilon"
+    return CONFIGS_DIR / (_SD2_EPSILON if is_base else _CONFIG_FOLDERS[layout.architecture])
 
 
 def _prediction_type(file: Path, layout: Layout, found: Iterable[str], metadata: Mapping[str, str]) -> tuple[str, str]:
@@ -183,7 +179,7 @@ def _tensors_of(model: SingleFile, component: str, found: Mapping[str, StoredTen
     """
     shapes = expected_shapes(model, component)
     tensors, missing = {}, []
-    for entry in model.entries(component):
+    for entry in model.entries(component, shapes):
         tensor = _find(found, entry.name)
         if tensor is None:
             missing.append(entry.name)
@@ -193,7 +189,7 @@ def _tensors_of(model: SingleFile, component: str, found: Mapping[str, StoredTen
         else:
             tensors[entry.name] = tensor
     if not tensors:
-        raise _refusal(model.file, f"has no {_NAMES[component]}: {_describe(found)}")
+        raise _refusal(model.file, f"has a UNet, but no {_NAMES[component]}")
     if missing:
         raise _refusal(model.file, f"lacks {len(missing)} tensors of its {_NAMES[component]}, such as {missing[0]}")
     return tensors

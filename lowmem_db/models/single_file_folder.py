@@ -66,7 +66,7 @@ def _streamed(model: SingleFile, component: str) -> dict[str, StreamedTensor]:
     shapes = expected_shapes(model, component)
     return {
         name: _source(entry, model.tensors[entry.name], name, shapes[name])
-        for entry in model.entries(component)
+        for entry in model.entries(component, shapes)
         for name in entry.sources
     }
 

@@ -6,6 +6,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from lowmem_db.config.schema import ModelConfig
+from lowmem_db.console import say
 from lowmem_db.errors import ModelError
 from lowmem_db.models.single_file import recognise
 from lowmem_db.models.source import CONFIGS_DIR, DEMO_DIR, ModelFolder, find_family
@@ -27,7 +28,9 @@ def find_configuration(config: ModelConfig) -> ModelFolder:
         ModelError: They are nowhere, or no denoiser is among them.
     """
     if Path(config.base).is_file():
-        return recognise(Path(config.base))
+        model = recognise(Path(config.base))
+        say(model.remark)
+        return model
     path = _find(config)
     for component in ("unet", "text_encoder", "vae", "scheduler"):
         if not (path / component).is_dir():
@@ -50,5 +53,6 @@ def _find(config: ModelConfig) -> Path:
             return CONFIGS_DIR / _KNOWN[config.base]
     raise ModelError(
         f"model.base: {config.base!r} is no folder, is no file, is not downloaded and is none whose configuration is "
-        f"known here; download it (hf download {config.base}), name a folder, or plan for one of: demo, {', '.join(_KNOWN)}"
+        f"known here; download it (hf download {config.base}), name a folder, or plan for one of: demo, "
+        + ", ".join(_KNOWN)
     )

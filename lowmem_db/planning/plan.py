@@ -27,7 +27,7 @@ from lowmem_db.records import MemoryPlan, PhaseMemory, Refusal
 
 Plan = MemoryPlan[Strategy]
 _ADVICE = {
-    "class_images": "; a smaller prior.sample_batch_size, or pictures of your own in prior.class_dir, lower it",
+    "class_images": "; a smaller prior.sample_batch_size, for a LoRA lora.base_weights=nf4, lower it",
     "encode_images": "; a smaller data.resolution lowers it",
     "sample": "; fewer sampling.num_images, or no sampling.prompts and no evaluation.every, lower it",
     "train": "; a frozen text encoder, optimizer.name=adamw8bit or a smaller data.resolution may lower it",

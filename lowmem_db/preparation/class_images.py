@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowmem_db import fingerprint
+from lowmem_db import environment, fingerprint
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say, track
 from lowmem_db.data.batches import PromptTable
@@ -23,12 +23,13 @@ from lowmem_db.models.conditioning import whole_picture_time_ids
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.latents import decode_latents, downscaling
 from lowmem_db.models.loading import (
-    Autoencoder,
+    CPU,
     UNet2DConditionModel,
     load_autoencoder,
     load_noise_schedule,
     load_unet,
 )
+from lowmem_db.models.quantized import quantize
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.models.text_encoders import load_text_encoders, tokenize_prompts
@@ -41,6 +42,7 @@ from lowmem_db.storage.run_folder import read_json, write_json
 
 MANIFEST = "manifest.json"
 _FORMAT_VERSION = 1
+_IMAGES_PER_LOAD = 32  # what a killed run loses at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +129,17 @@ def _manifest(config: Config, model: ModelFolder, device: torch.device, resoluti
         "prompt": config.subject.class_prompt,
         **asdict(_settings(config)),
         "resolution": resolution,
-        "precision": config.prior.precision or ("fp16" if device.type == "cuda" else "fp32"),
+        "precision": _precision(config, device),
         "sample_batch_size": config.prior.sample_batch_size,
         "seed": config.seed,
     }
+
+
+def _precision(config: Config, device: torch.device) -> str:
+    """Return the type of the frozen UNet: that of a LoRA run where it is quantized, so that it fits here too."""
+    if config.lora.base_weights in {"int8", "nf4"}:
+        return str(config.lora.base_weights)
+    return config.prior.precision or ("fp16" if device.type == "cuda" else "fp32")
 
 
 def _settings(config: Config) -> SamplingSettings:
@@ -163,37 +172,59 @@ def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequence[_Set]) -> None:
-    dtype = DTYPES[sets[0].wanted["precision"]]
+    """Draw what is missing of some sets; the UNet and the autoencoder are in memory one after the other."""
+    dtype = DTYPES.get(sets[0].wanted["precision"], torch.float16)
     conditioning = _embed(config, model, device, dtype)
-    unet = load_unet(model, device=device, dtype=dtype)
-    autoencoder = load_autoencoder(model, device=device, dtype=dtype)
     for one in sets:
         write_json(one.folder / MANIFEST, one.wanted)
-        missing = one.missing()
-        batches = _whole_batches(missing, config.prior.sample_batch_size)
-        for indices in track(batches, "class images", len(batches)):
-            pixels = draw_batch(config, model, unet, autoencoder, indices, conditioning, one.size)
-            for index, image in zip(indices, to_images(pixels), strict=True):
-                if index in missing:
-                    write_file(_image_file(one.folder, index), lambda path, image=image: image.save(path, format="PNG"))
+    jobs = [(one, indices) for one in sets for indices in _whole_batches(one.missing(), config.prior.sample_batch_size)]
+    at_once = max(1, _IMAGES_PER_LOAD // config.prior.sample_batch_size)
+    for first in track(range(0, len(jobs), at_once), "class images", -(-len(jobs) // at_once)):
+        some = jobs[first : first + at_once]
+        unet = load_frozen_unet(config, model, device, dtype)
+        latents = [draw_latents(config, model, unet, indices, conditioning, one.size) for one, indices in some]
+        del unet
+        environment.release_memory(device)
+        autoencoder = load_autoencoder(model, device=device, dtype=dtype)
+        for (one, indices), drawn in zip(some, latents, strict=True):
+            _save_missing(one, indices, decode_latents(autoencoder, drawn))
+        del autoencoder
+        environment.release_memory(device)
 
 
-def draw_batch(
+def load_frozen_unet(
+    config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype
+) -> UNet2DConditionModel:
+    """Load the UNet that draws class images; in 8 or 4 bits where a LoRA run has its frozen weights so."""
+    if config.lora.base_weights == "int8" or config.lora.base_weights == "nf4":
+        unet = load_unet(model, device if device.type == "meta" else CPU, dtype)
+        quantize([unet], config.lora.base_weights, dtype)
+        nn.Module.to(unet, device)
+        return unet
+    return load_unet(model, device, dtype)
+
+
+def _save_missing(one: _Set, indices: Sequence[int], pixels: Float[Tensor, "b 3 h w"]) -> None:
+    missing = one.missing()
+    for index, image in zip(indices, to_images(pixels), strict=True):
+        if index in missing:
+            write_file(_image_file(one.folder, index), lambda path, image=image: image.save(path, format="PNG"))
+
+
+def draw_latents(
     config: Config,
     model: ModelFolder,
     unet: UNet2DConditionModel,
-    autoencoder: Autoencoder,
     indices: Sequence[int],
     conditioning: Conditioning,
     size: Size,
-) -> Float[Tensor, "b 3 h w"]:
-    """Return the class images of some numbers, in [-1, 1].
+) -> Float[Tensor, "b c x y"]:
+    """Return the latents of the class images of some numbers, on the host.
 
     Args:
         config: The configuration.
         model: Where the noise schedule is.
         unet: The frozen UNet.
-        autoencoder: The autoencoder.
         indices: Numbers of the images; each has its own noise.
         conditioning: A row for the class prompt and one for the empty prompt, with embeddings.
         size: Height and width in pixels.
@@ -201,15 +232,14 @@ def draw_batch(
     height, width = size
     latent_pixel = downscaling(model.config_of("vae"))
     stream = "class_images" if height == width else f"class_images {width}x{height}"
-    latents = sample_prompt(
+    return sample_prompt(
         Denoiser(unet, None),
         load_noise_schedule(model),
         _settings(config),
         replace(conditioning, time_ids=whole_picture_time_ids(height, width, 2)),
         latent_size=(height // latent_pixel, width // latent_pixel),
         generators=[generator(config.seed, stream, index) for index in indices],
-    )
-    return decode_latents(autoencoder, latents)
+    ).to(CPU if unet.device.type == "cuda" else unet.device)
 
 
 def _embed(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> Conditioning:

@@ -1,9 +1,8 @@
 """The phases before training, one after the other, and what they leave for it."""
 
-import gc
-
 import torch
 
+from lowmem_db import environment
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say, warn
 from lowmem_db.data.batches import BatchSource
@@ -61,11 +60,11 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
         for records, size in class_pictures
         for image in encode_images(config, model, device, records, [size] * len(records))
     ]
-    _free(device)
+    environment.release_memory(device)
     class_records = [image.record for image in class_images]
     prompts = {record.prompt for record in [*photos, *class_records]} | config.prompts_drawn
     table = encode_prompts(config, model, device, prompts)
-    _free(device)
+    environment.release_memory(device)
     return BatchSource(
         instance_images=instance_images,
         class_images=class_images,
@@ -83,7 +82,7 @@ def _class_images(
     """Return class images for every size of the photos, in proportion; pictures of the user's own serve each size."""
     counts = share_out(config.prior.num_class_images, sizes)
     prepared = prepare_class_images(config, model, device, counts)
-    _free(device)
+    environment.release_memory(device)
     return [(_class_records(config, images), images.size) for images in prepared]
 
 
@@ -111,10 +110,3 @@ def _say_sizes(config: Config, sizes: list[Size]) -> None:
     if config.data.aspect_ratio_buckets:
         counts = [f"{size[1]} x {size[0]}: {sizes.count(size)}" for size in sorted(set(sizes))]
         say(f"photos by size (width x height): {', '.join(counts)}")
-
-
-def _free(device: torch.device) -> None:
-    """Give memory of components that are no longer referenced back to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -36,13 +36,20 @@ class ImageSource:
         model: The folder that holds its components.
         checkpoint: Checkpoint whose weights replace those of the folder, for a run that is not done; or None.
         lora: Adapters that the components get; or None.
+        lora_files: Files that hold them.
         run_config: Configuration of the run it comes from; or None.
     """
 
     model: ModelFolder
     checkpoint: Path | None = None
     lora: LoraFile | None = None
+    lora_files: tuple[Path, ...] = ()
     run_config: Config | None = None
+
+    @property
+    def trained_files(self) -> tuple[Path, ...]:
+        """Files that decide what is drawn beside those of the model."""
+        return self.lora_files if self.checkpoint is None else tuple(sorted(self.checkpoint.glob("*.safetensors")))
 
 
 def find_source(source: str) -> ImageSource:
@@ -66,7 +73,10 @@ def find_source(source: str) -> ImageSource:
     say(f"the run is not done: drawing from its checkpoint of step {steps[-1]}")
     model, checkpoint = find_model(**config.model.model_dump()), run.checkpoint_dir(steps[-1])
     if config.lora.enabled:
-        return ImageSource(model=model, lora=lora_of_checkpoint(checkpoint, config), run_config=config)
+        files = tuple(sorted(checkpoint.glob("*.safetensors")))
+        return ImageSource(
+            model=model, lora=lora_of_checkpoint(checkpoint, config), lora_files=files, run_config=config
+        )
     return ImageSource(model=model, checkpoint=checkpoint, run_config=config)
 
 
@@ -78,7 +88,7 @@ def _lora_source(folder: Path, run_config: Config | None = None) -> ImageSource 
     base = run_config.model.model_dump() if run_config is not None else lora.base
     if not base:
         raise DataError(f"{folder / LORA_FILE}: does not say its base model; draw from the run folder instead")
-    return ImageSource(model=find_model(**base), lora=lora, run_config=run_config)
+    return ImageSource(model=find_model(**base), lora=lora, lora_files=(folder / LORA_FILE,), run_config=run_config)
 
 
 def default_resolution(source: ImageSource) -> int:

@@ -16,10 +16,11 @@ from torch import Tensor
 from lowmem_db.errors import StorageError
 from lowmem_db.storage.atomic import write_file
 
-_DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+_DTYPE_NAMES = {  # in the order in which safetensors writes them
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+_RANKS = {dtype: rank for rank, dtype in enumerate(_DTYPE_NAMES)}
 DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 _ALIGNMENT = 8
 
@@ -47,13 +48,14 @@ class StreamedTensor:
 def write_streamed(path: Path, tensors: Mapping[str, StreamedTensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, whole or not at all.
 
-    Wide types come first, so that every tensor starts at a multiple of its own width.
+    The bytes are those that safetensors itself would write: wide types first, so that every tensor starts at a multiple
+    of its own width.
 
     Raises:
         StorageError: The disk is full.
         ValueError: A tensor is not what was announced.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    ordered = sorted(tensors.items(), key=lambda item: (_RANKS[item[1].dtype], item[0]))
     header = _header(ordered, metadata)
 
     def write(temporary: Path) -> None:
@@ -64,7 +66,7 @@ def write_streamed(path: Path, tensors: Mapping[str, StreamedTensor], metadata: 
                 tensor = streamed.make()
                 if (tuple(tensor.shape), tensor.dtype) != (streamed.shape, streamed.dtype):
                     raise ValueError(f"{name}: {tensor.shape} {tensor.dtype} instead of {streamed}")
-                file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     write_file(path, write)
 

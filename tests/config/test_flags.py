@@ -109,6 +109,8 @@ FLAGS_OF_ITS_RELATIVES = """
   --multires_noise_iterations=6 --zero_terminal_snr --masked_loss --debiased_estimation_loss --not_cache_latents
   --concepts_list=c.json --read_prompts_from_txts --lora_alpha=8 --lora_dropout=0.1 --lora_layers=to_k
   --output_kohya_format --validation_epochs=5 --do_edm_style_training --image_interpolation_mode=lanczos
+  --bucket_reso_steps=64 --min_bucket_reso=256 --max_bucket_reso=1024
+  --learning_rate_te1=1e-6 --learning_rate_te2=1e-6 --v_parameterization
 """
 ALL_FLAGS = shlex.split(FLAGS_OF_THE_SCRIPT + FLAGS_OF_ITS_RELATIVES)
 

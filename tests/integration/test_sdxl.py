@@ -15,6 +15,8 @@ from lowmem_db.cli.train import train
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.strategy import plain_strategy
 from lowmem_db.errors import ConfigError
+from lowmem_db.evaluation.folders import Limits
+from lowmem_db.evaluation.protocol import Drawing, PromptChoice, Shard, draw_runs, find_runs
 from lowmem_db.models.conditioning import whole_picture_time_ids
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.loading import load_noise_schedule, load_tokenizer, load_unet
@@ -25,6 +27,7 @@ from lowmem_db.sampling.latents import SamplingSettings, sample_prompt
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_tensors
 from lowmem_db.training.setup import build_step, disk_bytes
+from tests.evaluation.test_protocol import write_run
 from tests.integration.test_resume import final_bytes, kill_in_step, kill_in_write, metric_rows, run_in_child
 
 CPU = torch.device("cpu")
@@ -222,3 +225,13 @@ def test_learning_rate_of_a_text_encoder_that_is_not_there(tiny_fields: dict[str
     config = load_config(None, list((tiny_fields | BOTH).items()))
     with pytest.raises(ConfigError, match=r"training\.learning_rate_text_encoder_2: 0\.0002 has no use with Stable"):
         build_step(config, plain_strategy(config), find_model(str(tiny_model)), CPU)
+
+
+def test_evaluation_draws_from_a_run(fields: dict[str, object], tiny_sdxl: Path, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "runs" / "rex", fields, tiny_sdxl)
+    runs = find_runs(folder, PromptChoice(), Limits())
+    drawing = Drawing(
+        num_inference_steps=1, num_prompts=2, num_images=1, num_class_images=1, device=CPU, dtype=torch.float32
+    )
+    assert draw_runs(runs, tmp_path / "drawn", drawing, Shard()) == 0
+    assert len(list((tmp_path / "drawn").rglob("*.png"))) == 3

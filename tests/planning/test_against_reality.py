@@ -56,6 +56,17 @@ def test_peak_is_that_of_real_tensors(name):
     assert (predicted.host_bytes > 0) == strategy.stream_optimizer_state
 
 
+@pytest.mark.parametrize("fields", [{}, {"lora__dora": True}, {"memory__checkpointing": "segments"}])
+def test_peak_of_adapters_is_that_of_real_tensors(fields):
+    config = make_config(
+        prior__enabled=False, training__train_text_encoder=True, training__train_batch_size=4, lora__enabled=True,
+        lora__targets=["attention", "feed_forward", "convolutions"], ema__enabled=True, **fields,
+    )  # fmt: skip
+    strategy = plain_strategy(config)
+    predicted = trace_train(make_subject(config, CPU), strategy).peak.total
+    assert predicted == pytest.approx(profiled_train_peak(config, strategy, find_model("demo")), rel=0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", ["none", "segments"])
 def test_peak_of_a_model_of_the_size_of_sd15(placement, monkeypatch):
