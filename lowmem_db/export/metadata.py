@@ -27,7 +27,7 @@ def metadata_of(source: ExportSource, layout: Layout) -> dict[str, str]:
     found = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": _architecture(layout, components["unet"]["sample_size"], prediction_type),
-        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": source.name,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.prediction_type": _SPEC_PREDICTION[prediction_type],
