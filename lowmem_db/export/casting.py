@@ -18,6 +18,6 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         ModelError: A finite weight has become infinite.
     """
     converted = tensor.to(dtype)
-    if tensor.is_floating_point() and bool((converted.isinf() & tensor.isfinite()).any()):
+    if dtype == torch.float16 != tensor.dtype and bool((converted.isinf() & tensor.isfinite()).any()):
         raise ModelError(f"--precision: {name} holds values that fp16 cannot; allowed: bf16, fp32")
     return converted

@@ -19,7 +19,7 @@ _SPEC_PREDICTION = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample
 def metadata_of(source: ExportSource, layout: Layout) -> dict[str, str]:
     """Return the metadata of a model's single file."""
     model = source.model
-    components = {name: model.config_of(name) for name in (*layout.prefixes, "scheduler")}
+    components = {name: _without_path(model.config_of(name)) for name in (*layout.prefixes, "scheduler")}
     resolution = components["unet"]["sample_size"] * downscaling(components["vae"])
     if source.config is not None:
         resolution = source.config.data.resolution
@@ -27,7 +27,7 @@ def metadata_of(source: ExportSource, layout: Layout) -> dict[str, str]:
     found = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": _architecture(layout, components["unet"]["sample_size"], prediction_type),
-        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": source.name,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.prediction_type": _SPEC_PREDICTION[prediction_type],
@@ -45,6 +45,10 @@ def _architecture(layout: Layout, sample_size: int, prediction_type: str) -> str
         return layout.architecture
     size = 768 if sample_size > 64 else 512
     return f"{layout.architecture}-{size}" + ("-v" if prediction_type == "v_prediction" else "")
+
+
+def _without_path(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
 def _without_folders(config: Config) -> dict[str, Any]:

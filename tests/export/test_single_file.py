@@ -95,6 +95,15 @@ def test_metadata_follow_model_spec(
     assert set(json.loads(found["lowmem_db.components"])) >= {"unet", "vae", "text_encoder", "scheduler"}
 
 
+def test_metadata_tell_nothing_of_this_machine(tmp_path: Path) -> None:
+    model = write_original_model(tmp_path / "model", "sd1")
+    for component in ("unet", "vae", "text_encoder"):
+        file = model / component / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"_name_or_path": "/home/somebody/models"}))
+    found = metadata(export(model, tmp_path / "one.safetensors"))
+    assert not any("somebody" in value or str(tmp_path) in value for value in found.values())
+
+
 def test_autoencoders_with_old_names_and_convolutions_are_understood(models: dict[str, Path], tmp_path: Path) -> None:
     expected = load_file(export(models["sd1"], tmp_path / "new.safetensors"))
     old = write_original_model(tmp_path / "old", "sd1")

@@ -42,7 +42,8 @@ def test_there_and_back_gives_the_same_bytes(family: str, dtype: torch.dtype, ca
     assert weights(back.path) == weights(source)
     assert back.family == find_model(str(source)).family
     for component in back.family.components:
-        assert back.config_of(component) == find_model(str(source)).config_of(component)
+        expected = find_model(str(source)).config_of(component)
+        assert back.config_of(component) == {key: value for key, value in expected.items() if key != "_name_or_path"}
 
 
 def test_zero_terminal_snr_comes_back(cache: Path, tmp_path: Path) -> None:
