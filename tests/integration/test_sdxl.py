@@ -21,6 +21,7 @@ from lowmem_db.models.conditioning import whole_picture_time_ids
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.loading import load_noise_schedule, load_tokenizer, load_unet
 from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.preparation import encode
 from lowmem_db.preparation.prepare import check_photos, prepare
 from lowmem_db.sampling.generate import embed_for, find_source, generate_images
 from lowmem_db.sampling.latents import SamplingSettings, sample_prompt
@@ -105,6 +106,20 @@ def test_sizes_and_crops_are_recorded_with_the_latents(fields: dict[str, object]
         torch.equal(one.time_ids, other.time_ids)
         for one, other in zip(batches.instance_images, again.instance_images, strict=True)
     )
+
+
+def test_embeddings_of_frozen_text_encoders_are_made_once(
+    fields: dict[str, object], model: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(None, list(fields.items()))
+    first = prepare(config, model, CPU, check_photos(config)).prompts
+    monkeypatch.setattr(encode, "load_text_encoders", lambda *_: pytest.fail("the text encoders were loaded again"))
+    second = prepare(config, model, CPU, check_photos(config)).prompts
+    for one, other in [(first.prompt_embeds, second.prompt_embeds), (first.pooled_embeds, second.pooled_embeds)]:
+        assert one is not None
+        assert other is not None
+        assert one.keys() == other.keys() == {"", "a zx dog", "a dog"}
+        assert all(torch.equal(one[prompt], other[prompt]) for prompt in one)
 
 
 @pytest.mark.parametrize("zeroes", [False, True])
