@@ -97,8 +97,9 @@ class ModelFolder:
     @property
     def zeroes_empty_prompt(self) -> bool:
         """Whether the embeddings of the empty prompt are zeros, as SDXL was trained."""
-        index = _read_json(self.path / "model_index.json")
-        return self.family.has_text_encoder_2 and index.get("force_zeros_for_empty_prompt", True)
+        if not self.family.has_text_encoder_2:
+            return False
+        return _read_json(self.path / "model_index.json").get("force_zeros_for_empty_prompt", True)
 
     def num_parameters(self, component: str) -> int:
         """Return the number of values in a component's weight files, read from their headers."""
@@ -182,7 +183,7 @@ def _num_values(file: Path) -> int:
 def _download(hub_id: str, revision: str | None, variant: str | None, allow_pickle: bool) -> Path:
     patterns = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.safetensors"]
     patterns += ["*/*.bin"] if allow_pickle else []
-    ignored = ["safety_checker/*", "*/flax*", "*/tf_*", "*/openvino*"]
+    ignored = ["safety_checker/*", "vae_1_0/*", "*/flax*", "*/tf_*", "*/openvino*"]
     ignored += ["*.fp16.*", "*.bf16.*", "*.non_ema.*"] if variant is None else []
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))

@@ -175,6 +175,7 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequen
     """Draw what is missing of some sets; the UNet and the autoencoder are in memory one after the other."""
     dtype = DTYPES.get(sets[0].wanted["precision"], torch.float16)
     conditioning = _embed(config, model, device, dtype)
+    environment.release_memory(device)
     for one in sets:
         write_json(one.folder / MANIFEST, one.wanted)
     jobs = [(one, indices) for one in sets for indices in _whole_batches(one.missing(), config.prior.sample_batch_size)]

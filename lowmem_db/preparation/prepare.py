@@ -30,7 +30,12 @@ def check_photos(config: Config) -> list[ImageRecord]:
         resolution=config.data.resolution,
         field="subject.instance_dir",
     )
-    for message in photo_warnings(photos, resolution=config.data.resolution, field="subject.instance_dir"):
+    for message in photo_warnings(
+        photos,
+        resolution=config.data.resolution,
+        field="subject.instance_dir",
+        aspect_ratio_buckets=config.data.aspect_ratio_buckets,
+    ):
         warn(message)
     return photos
 

@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from torch import nn
 
+from lowmem_db import environment
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say, track
@@ -144,6 +145,7 @@ def generate_images(
         for prompt in track(prompts, "drawing prompts", len(prompts))
     ]
     del denoiser
+    environment.release_memory(device)
     autoencoder = load_autoencoder(source.model, device=device)
     return [
         (prompt, to_images(decode_latents(autoencoder, drawn))) for prompt, drawn in zip(prompts, latents, strict=True)

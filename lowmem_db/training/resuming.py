@@ -80,7 +80,9 @@ def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
             "output_dir, or delete the folder"
         )
     before, now = (dict(_flat(tree)) for tree in (read_yaml(run.config_file), config.model_dump(mode="json")))
-    changed = {field: (before.get(field), value) for field, value in now.items() if before.get(field) != value}
+    changed = {  # a field that the run's version did not know is none that was changed
+        field: (before[field], value) for field, value in now.items() if field in before and before[field] != value
+    }
     fixed = [
         f"{field} was {changed[field][0]!r}, is {changed[field][1]!r}" for field in FIXED_FIELDS if field in changed
     ]

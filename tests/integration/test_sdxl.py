@@ -21,6 +21,7 @@ from lowmem_db.models.conditioning import whole_picture_time_ids
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.loading import load_noise_schedule, load_tokenizer, load_unet
 from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.preparation import encode
 from lowmem_db.preparation.prepare import check_photos, prepare
 from lowmem_db.sampling.generate import embed_for, find_source, generate_images
 from lowmem_db.sampling.latents import SamplingSettings, sample_prompt
@@ -107,6 +108,20 @@ def test_sizes_and_crops_are_recorded_with_the_latents(fields: dict[str, object]
     )
 
 
+def test_embeddings_of_frozen_text_encoders_are_made_once(
+    fields: dict[str, object], model: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(None, list(fields.items()))
+    first = prepare(config, model, CPU, check_photos(config)).prompts
+    monkeypatch.setattr(encode, "load_text_encoders", lambda *_: pytest.fail("the text encoders were loaded again"))
+    second = prepare(config, model, CPU, check_photos(config)).prompts
+    for one, other in [(first.prompt_embeds, second.prompt_embeds), (first.pooled_embeds, second.pooled_embeds)]:
+        assert one is not None
+        assert other is not None
+        assert one.keys() == other.keys() == {"", "a zx dog", "a dog"}
+        assert all(torch.equal(one[prompt], other[prompt]) for prompt in one)
+
+
 @pytest.mark.parametrize("zeroes", [False, True])
 def test_drawn_latents_are_those_of_the_pipeline(
     model: ModelFolder, pipeline: StableDiffusionXLPipeline, zeroes: bool
@@ -185,7 +200,11 @@ def test_final_model_is_a_pipeline_with_the_published_names(
         (file,) = (tiny_sdxl / component).glob("*.safetensors")
         before, after = read_tensors(file)[0], read_tensors(final / component / file.name)[0]
         assert before.keys() == after.keys()
-        assert any(not torch.equal(before[name], after[name]) for name in before)
+        unchanged = {name for name in before if torch.equal(before[name], after[name])}
+        of_last_layer = {
+            name for name in before if name.startswith(("text_model.encoder.layers.1.", "text_model.final_layer_norm."))
+        }  # the denoiser gets the hidden states before it
+        assert unchanged == (of_last_layer if component == "text_encoder" else set())
     names = read_tensors(final / "text_encoder_2" / "model.safetensors")[0].keys()
     assert "text_projection.weight" in names
     assert all(name.startswith(("text_model.", "text_projection.")) for name in names)

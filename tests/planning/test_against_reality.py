@@ -10,7 +10,7 @@ from lowmem_db.config.strategy import Strategy, plain_strategy
 from lowmem_db.models.loading import load_unet
 from lowmem_db.models.source import find_model
 from lowmem_db.planning.cards import CPU
-from lowmem_db.planning.phases import trace_train
+from lowmem_db.planning.phases import Subject, trace_train
 from lowmem_db.planning.verify import measure_train
 from lowmem_db.training import setup
 from tests.planning.conftest import make_config, make_subject
@@ -87,3 +87,14 @@ def _zeros(module: nn.Module) -> nn.Module:
     for tensor in [*module.parameters(), *module.buffers()]:
         tensor.zero_()
     return module
+
+
+@pytest.mark.parametrize("trains_text_encoders", [False, True])
+def test_peak_of_sdxl_is_that_of_real_tensors(tiny_sdxl, trains_text_encoders):
+    config = make_config(
+        model__base=str(tiny_sdxl), data__resolution=32, training__train_text_encoder=trains_text_encoders,
+        training__train_batch_size=4,
+    )  # fmt: skip
+    strategy, model = strategy_of(config, {}), find_model(str(tiny_sdxl))
+    predicted = trace_train(Subject(config=config, model=model, card=CPU), strategy)
+    assert predicted.peak.total == pytest.approx(profiled_train_peak(config, strategy, model), rel=0.02)
