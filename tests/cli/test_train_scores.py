@@ -95,7 +95,10 @@ def test_score_is_fidelity_less_preservation(run: Run, config_file: Path, tmp_pa
     [
         (["evaluation.patience=3"], ["evaluation.patience: 3", "evaluation.every"]),
         (['evaluation.prompts=["a zx dog"]'], ["evaluation.prompts", "evaluation.every"]),
-        (["evaluation.every=2", "evaluation.encoder=lpips=x"], ["evaluation.encoder: 'lpips=x'", "allowed: en0, dino, clip"]),
+        (
+            ["evaluation.every=2", "evaluation.encoder=lpips=x"],
+            ["evaluation.encoder: 'lpips=x'", "allowed: en0, dino, clip"],
+        ),
         (["evaluation.every=2", "evaluation.encoder=paper"], ["evaluation.encoder", "en0, dino, clip"]),
         (["evaluation.every=2", "evaluation.encoder=dyno"], ["evaluation.encoder: 'dyno'", "en0, dino, clip"]),
     ],

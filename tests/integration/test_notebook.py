@@ -8,6 +8,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.original_models import write_original_model
+
 REPOSITORY = Path(__file__).parents[2]
 NOTEBOOK = REPOSITORY / "notebooks" / "lowmem_db_colab.ipynb"
 QUICK_DEMO = [
@@ -18,7 +20,8 @@ QUICK_DEMO = [
 STOP_WHERE_A_COMMAND_FAILS = """
 def checked(command):
     import subprocess
-    subprocess.run(get_ipython().var_expand(command, depth=1), shell=True, check=True)
+    done = subprocess.run(get_ipython().var_expand(command, depth=1), shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 get_ipython().system = checked
 """
@@ -50,9 +53,7 @@ def test_notebook_is_kept_without_outputs_and_is_valid() -> None:
     assert [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
 
 
-def test_notebook_runs_to_the_end(
-    tiny_model: Path, photos_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_notebook_runs_to_the_end(photos_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder = tmp_path / "drive"
@@ -60,7 +61,9 @@ def test_notebook_runs_to_the_end(
     (folder / "photos").symlink_to(photos_dir)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     position = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
-    notebook.cells.insert(position + 1, nbformat.v4.new_code_cell(settings(folder, tiny_model)))
+    notebook.cells.insert(
+        position + 1, nbformat.v4.new_code_cell(settings(folder, write_original_model(tmp_path / "base", "sd1")))
+    )
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(REPOSITORY)}}).execute()
     assert (folder / "demo" / "final" / "model_index.json").is_file()
     assert (folder / "run" / "final" / "model_index.json").is_file()
