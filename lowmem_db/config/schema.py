@@ -64,7 +64,8 @@ class ModelConfig(Section):
     """Which model is fine-tuned."""
 
     base: Annotated[str, AfterValidator(lambda base: str(_expand_home(Path(base))) if base[:1] == "~" else base)]
-    """``demo`` (the small model in this package), a folder in diffusers' layout, or an id on the Hugging Face hub."""
+    """``demo`` (the small model in this package), a folder in diffusers' layout, a single ``.safetensors`` file in the
+    original layout (Stable Diffusion 1.x, 2.x, XL), or an id on the Hugging Face hub."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     variant: str | None = None

@@ -23,6 +23,7 @@ LIMITS = {
     "sd15_full_4gb": 2.9,
     "sd15_full_t4": 11.0,
     "sd21_full_12gb": 10.0,
+    "sdxl_full_24gb": 20.0,
     "sdxl_full_16gb": 15.3,
     "sdxl_full_12gb": 9.2,
     "sdxl_full_8gb": 6.6,
