@@ -26,7 +26,14 @@ Run = Callable[[Variant, Subject, int, Path], tuple[dict[str, Any], Drawn]]
 
 
 def run_ablation(
-    ablation: Ablation, out: Path, work: Path, *, base: str, until: float = float("inf"), run: Run = run
+    ablation: Ablation,
+    out: Path,
+    work: Path,
+    *,
+    base: str,
+    num_subjects: int | None = None,
+    until: float = float("inf"),
+    run: Run = run,
 ) -> int:
     """Do the runs of an ablation that have no row yet; return how many were done.
 
@@ -35,6 +42,7 @@ def run_ablation(
         out: Result folder.
         work: Folder for class images, latents and pictures.
         base: Key of the base.
+        num_subjects: How many of its subjects, in order. None: all.
         until: No run is begun after this time, in seconds since the epoch.
         run: Does one run.
 
@@ -43,6 +51,8 @@ def run_ablation(
     """
     done = 0
     for name, subject, seed in runs_of(ablation):
+        if subject not in ablation.subjects[:num_subjects]:
+            continue
         if time.time() > until:
             break
         recipe = recipe_of(VARIANTS[name])
@@ -75,6 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="class images, latents and pictures")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
+    parser.add_argument("--num-subjects", type=int, help="only the first subjects of each ablation")
     arguments = parser.parse_args()
     if arguments.list:
         for name, ablation in ABLATIONS.items():
@@ -84,7 +95,14 @@ def main() -> None:
     torch.set_num_threads(1)
     base = base_key(find_model("demo"))
     for name in arguments.ablations or list(ABLATIONS):
-        run_ablation(ABLATIONS[name], arguments.out, arguments.work, base=base, until=until)
+        run_ablation(
+            ABLATIONS[name],
+            arguments.out,
+            arguments.work,
+            base=base,
+            num_subjects=arguments.num_subjects,
+            until=until,
+        )
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +21,6 @@ from benchmarks.quality.variants import RECIPE, Variant
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import plain_strategy
-from lowmem_db.data.batches import BatchSource
 from lowmem_db.data.photos import read_photo, scan_photos
 from lowmem_db.evaluation.encoders import Encoder, find_encoders, load_encoder
 from lowmem_db.evaluation.metrics import (
@@ -38,16 +39,17 @@ from lowmem_db.optimizers.schedules import learning_rate_factor
 from lowmem_db.preparation.class_images import prepare_class_images
 from lowmem_db.preparation.prepare import prepare
 from lowmem_db.randomness import derive_seed, generator
+from lowmem_db.records import ImageRecord
 from lowmem_db.sampling.images import to_images
 from lowmem_db.sampling.latents import SamplingSettings, sample_latents
 from lowmem_db.training.setup import build_step
 from lowmem_db.training.step import train_step
 
 CPU = torch.device("cpu")
-SAMPLING = SamplingSettings(sampler="ddim", num_inference_steps=16, guidance_scale=1.0)
+SAMPLING = SamplingSettings(sampler="ddim", num_inference_steps=14, guidance_scale=1.0)
 NUM_IMAGES = 4
 CONTEXT = "in the snow"
-LAST_STEPS = 40
+LAST_STEPS = 25
 """Steps at the end whose mean is called the final loss."""
 
 
@@ -75,6 +77,7 @@ def recipe_of(variant: Variant) -> dict[str, Any]:
         "num_images": variant.num_images,
         "stored_weights": variant.stored_weights,
         "trained": variant.trained,
+        "last_steps": LAST_STEPS,
         "samples": {**asdict(SAMPLING), "num_images": NUM_IMAGES, "context": CONTEXT},
     }
 
@@ -111,17 +114,22 @@ def run(variant: Variant, subject: Subject, seed: int, work: Path) -> tuple[dict
         config = config_of(variant, subject, seed, pictures, work)
         denoiser, losses = _train(config, variant, model) if variant.trained else (_untrained(config, model), {})
     drawn = draw(denoiser, model, config, variant, subject, seed)
-    class_images = _class_images(subject, model, work)
-    scores = score(load_encoder(find_encoders(["en0"])[0], CPU), subject, drawn, class_images)
+    scores = score(_encoder(), drawn, _embed_photos(subject), _embed_class(subject, work))
     seconds = round(time.perf_counter() - started, 1)
     return {**{name: round(value, 5) for name, value in {**scores, **losses}.items()}, "seconds": seconds}, drawn
 
 
 def score(
-    encoder: Encoder, subject: Subject, drawn: Drawn, class_images: list[Image.Image]
+    encoder: Encoder, drawn: Drawn, photos: Float[Tensor, "m d"], class_images: Float[Tensor, "n d"]
 ) -> dict[str, float]:
-    """Return every metric of one run as a number."""
-    photos = encoder.embed_images([read_photo(path) for path in subject.pictures])
+    """Return every metric of one run as a number.
+
+    Args:
+        encoder: Embeds.
+        drawn: What was drawn after training.
+        photos: Embeddings of all pictures of the subject.
+        class_images: Embeddings of images of the class that the untrained base drew.
+    """
     plain, context, of_class = (encoder.embed_images(images) for images in (drawn.plain, drawn.context, drawn.of_class))
     of_plain, of_context = (_mean(fidelity_pairs([images], photos)) for images in (plain, context))
     return {
@@ -132,7 +140,7 @@ def score(
         "EN0-PRES": _mean(preservation_pairs(of_class, photos)),
         "EN0-DIV": _mean([cosine_distances(images) for images in (plain, context)]),
         "EN0-DIV class": _mean([cosine_distances(of_class)]),
-        "EN0-CLASS": float(cosine_similarities(of_class, encoder.embed_images(class_images)).mean()),
+        "EN0-CLASS": float(cosine_similarities(of_class, class_images).mean()),
     }
 
 
@@ -170,18 +178,14 @@ def _train(config: Config, variant: Variant, model: ModelFolder) -> tuple[Denois
     for step in range(config.training.max_train_steps):
         optimizer.set_learning_rates(_rates(config, step))
         torch.manual_seed(derive_seed(config.seed, "dropout", step))
-        outputs.append(train_step(denoiser, objective, optimizer, _batches(batches, step), step))
+        outputs.append(train_step(denoiser, objective, optimizer, batches.batches_at(step), step))
     last = outputs[-LAST_STEPS:]
     losses = {"loss_instance": sum(output.loss_instance for output in last) / len(last)}
     prior = [output.loss_prior for output in last if output.loss_prior is not None]
     return denoiser, losses | ({"loss_prior": sum(prior) / len(prior)} if prior else {})
 
 
-def _batches(batches: BatchSource, step: int) -> list[Any]:
-    return batches.batches_at(step)
-
-
-def _scan(config: Config) -> list[Any]:
+def _scan(config: Config) -> list[ImageRecord]:
     subject = config.subject
     return scan_photos(
         subject.instance_dir,
@@ -207,11 +211,22 @@ def _untrained(config: Config, model: ModelFolder) -> Denoiser:
     return build_step(config, plain_strategy(config), model, CPU)[0]
 
 
-def _class_images(subject: Subject, model: ModelFolder, work: Path) -> list[Image.Image]:
-    """Return the class images of the untrained base that those after training are compared with."""
+@cache
+def _encoder() -> Encoder:
+    return load_encoder(find_encoders(["en0"])[0], CPU)
+
+
+@cache
+def _embed_photos(subject: Subject) -> Float[Tensor, "m d"]:
+    return _encoder().embed_images([read_photo(path) for path in subject.pictures])
+
+
+@cache
+def _embed_class(subject: Subject, work: Path) -> Float[Tensor, "n d"]:
+    """Embed the images of the class that the untrained base draws."""
     config = config_of(Variant(), subject, 0, subject.folder, work)
-    folder = prepare_class_images(config, model, CPU)
-    return [read_photo(path) for path in sorted(folder.glob("*.png"))]
+    folder = prepare_class_images(config, find_model("demo"), CPU)
+    return _encoder().embed_images([read_photo(path) for path in sorted(folder.glob("*.png"))])
 
 
 @contextmanager
