@@ -32,6 +32,7 @@ def run_ablation(
     *,
     base: str,
     num_subjects: int | None = None,
+    num_seeds: int | None = None,
     until: float = float("inf"),
     run: Run = run,
 ) -> int:
@@ -43,6 +44,7 @@ def run_ablation(
         work: Folder for class images, latents and pictures.
         base: Key of the base.
         num_subjects: How many of its subjects, in order. None: all.
+        num_seeds: How many of its seeds, in order. None: all.
         until: No run is begun after this time, in seconds since the epoch.
         run: Does one run.
 
@@ -51,7 +53,7 @@ def run_ablation(
     """
     done = 0
     for name, subject, seed in runs_of(ablation):
-        if subject not in ablation.subjects[:num_subjects]:
+        if subject not in ablation.subjects[:num_subjects] or seed not in ablation.seeds[:num_seeds]:
             continue
         if time.time() > until:
             break
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="class images, latents and pictures")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
     parser.add_argument("--num-subjects", type=int, help="only the first subjects of each ablation")
+    parser.add_argument("--num-seeds", type=int, help="only the first seeds of each ablation")
     arguments = parser.parse_args()
     if arguments.list:
         for name, ablation in ABLATIONS.items():
@@ -101,6 +104,7 @@ def main() -> None:
             arguments.work,
             base=base,
             num_subjects=arguments.num_subjects,
+            num_seeds=arguments.num_seeds,
             until=until,
         )
 
