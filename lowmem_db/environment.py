@@ -4,6 +4,7 @@ Importing this module loads none of them. What is asked for by name and is missi
 it; what is chosen automatically says why.
 """
 
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -46,6 +47,7 @@ OPTIONAL_LIBRARIES = (
         "encoders of the paper alone",
         'pip install "lowmem-db[evaluation]"',
     ),
+    OptionalLibrary("peft", "LoRA and DoRA", "all weights train", 'pip install "lowmem-db[lora]"'),
     OptionalLibrary("tensorboard", "live curves", "metrics.jsonl alone", 'pip install "lowmem-db[tensorboard]"'),
 )
 _ACCELERATING = {"bitsandbytes", "xformers", "triton"}
@@ -229,6 +231,15 @@ def reset_peak_bytes(device: "torch.device") -> None:
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def release_memory(device: "torch.device") -> None:
+    """Give memory of what is no longer referenced back to the device."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def total_host_bytes() -> int | None:

@@ -4,8 +4,11 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,7 @@ class Conditioning:
         pooled_embeds: Pooled embedding of SDXL's second text encoder, where the text encoders are frozen.
         time_ids: SDXL's original height and width, top and left of the crop, target height and width, in pixels
             (arXiv:2307.01952, section 2.2).
+        has_prompt: Whether a row has a prompt; the embeddings of one that has none are zeros. None: all have one.
     """
 
     input_ids: Int[Tensor, "b tokens"]
@@ -45,6 +49,7 @@ class Conditioning:
     input_ids_2: Int[Tensor, "b tokens"] | None = None
     pooled_embeds: Float[Tensor, "b width"] | None = None
     time_ids: Float[Tensor, "b 6"] | None = None
+    has_prompt: Bool[Tensor, " b"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

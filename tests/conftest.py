@@ -10,7 +10,7 @@ from PIL import Image
 
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
-from tests.tiny_models import RESOLUTION, write_tiny_model
+from tests.tiny_models import RESOLUTION, write_tiny_model, write_tiny_sdxl
 
 torch.set_num_threads(1)
 settings.register_profile("lowmem_db", deadline=None)  # timing never decides a test
@@ -20,6 +20,11 @@ settings.load_profile("lowmem_db")
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_sdxl(tmp_path_factory.mktemp("models") / "tiny_xl")
 
 
 @pytest.fixture(scope="session")

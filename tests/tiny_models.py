@@ -1,10 +1,11 @@
 """Tiny models with random weights in the layout of Stable Diffusion, for tests."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -81,15 +82,44 @@ def tiny_autoencoder() -> AutoencoderKL:
         norm_num_groups=4,
         latent_channels=4,
         sample_size=RESOLUTION,
+        force_upcast=False,
     )
 
 
-def write_byte_tokenizer(folder: Path) -> None:
+def write_byte_tokenizer(folder: Path, *, pad_token: str = "<|endoftext|>") -> None:
     """Write CLIP's tokenizer without a single merge: every byte is a token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=NUM_TOKENS).save_pretrained(folder)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=NUM_TOKENS, pad_token=pad_token)
+    tokenizer.save_pretrained(folder)
+
+
+def write_tiny_sdxl(folder: Path, *, force_zeros: bool = True) -> Path:
+    """Write a model in the layout of Stable Diffusion XL; its pictures and latents are those of the tiny model."""
+    write_tiny_model(folder)
+    torch.manual_seed(1)
+    shutil.rmtree(folder / "unet")
+    save_component(folder / "unet", tiny_sdxl_unet(), dtype=torch.float32)
+    save_component(folder / "text_encoder_2", tiny_text_encoder_2(), dtype=torch.float32)
+    write_byte_tokenizer(folder / "tokenizer_2", pad_token="!")
+    vae = folder / "vae" / "config.json"
+    vae.write_text(json.dumps(json.loads(vae.read_text()) | {"force_upcast": True}))
+    scheduler = EulerDiscreteScheduler.from_config(DDPMScheduler.load_config(folder / "scheduler"))
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "force_zeros_for_empty_prompt": force_zeros,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 def tiny_sdxl_unet() -> UNet2DConditionModel:
@@ -115,4 +145,5 @@ def tiny_sdxl_unet() -> UNet2DConditionModel:
 def tiny_text_encoder_2() -> CLIPTextModelWithProjection:
     config = tiny_text_encoder().config
     config.projection_dim = 16
+    config.architectures = ["CLIPTextModelWithProjection"]
     return CLIPTextModelWithProjection(config)

@@ -8,7 +8,7 @@ from types import FrameType
 import typer
 
 from lowmem_db import environment
-from lowmem_db.cli import doctor, evaluate, generate, identifiers, plan, prepare, train
+from lowmem_db.cli import doctor, evaluate, export, generate, identifiers, plan, prepare, train
 from lowmem_db.console import console, warn
 from lowmem_db.errors import LowmemDbError, RunInterrupted
 
@@ -26,6 +26,7 @@ app.command("plan", context_settings=_FREE_ARGUMENTS)(plan.plan)
 app.command("prepare", context_settings=_FREE_ARGUMENTS)(prepare.prepare)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("identifiers")(identifiers.identifiers)
 app.command("doctor")(doctor.doctor)
 

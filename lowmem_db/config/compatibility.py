@@ -20,6 +20,8 @@ TECHNIQUES: tuple[Fields, ...] = (
     {"training.mixed_precision": "fp16"},
     {"training.mixed_precision": "fp16", "memory.optimizer_in_backward": True},
     {"memory.checkpointing": "segments", "memory.offload_checkpoints": True},
+    {"lora.enabled": True, "lora.base_weights": "bf16"},
+    {"lora.enabled": True, "lora.base_weights": "nf4"},
 )
 FEATURES: tuple[Fields, ...] = (
     {"optimizer.name": "adamw"},
@@ -32,6 +34,8 @@ FEATURES: tuple[Fields, ...] = (
     {"training.clipping": "per_tensor"},
     {"ema.enabled": True},
     {"training.train_text_encoder": True, "training.stop_text_encoder_training": 400},
+    {"training.layers": ["unet.mid_block.*"]},
+    {"lora.enabled": True, "lora.dora": True},
 )
 _NEEDED: Fields = {
     "model.base": "demo", "subject.instance_dir": "photos", "subject.instance_prompt": "a sks dog",
@@ -79,7 +83,13 @@ def _config(fields: Fields) -> Config:
 
 
 def _label(fields: Fields) -> str:
-    return "<br>".join(f"`{path.rpartition('.')[2]}: {str(value).lower()}`" for path, value in fields.items())
+    return "<br>".join(f"`{_name(path)}: {str(value).lower()}`" for path, value in fields.items())
+
+
+def _name(path: str) -> str:
+    """Return the name of a field, with its section where several sections have one of that name."""
+    name = path.rpartition(".")[2]
+    return path if name == "enabled" else name
 
 
 def _row(cells: list[str]) -> str:

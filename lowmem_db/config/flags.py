@@ -1,4 +1,4 @@
-"""The flags of diffusers' ``train_dreambooth.py``, as its users know them, mapped to fields of the configuration.
+"""The flags of diffusers' ``train_dreambooth.py`` and ``train_dreambooth_lora.py``, mapped to fields.
 
 Underscores and hyphens are the same. A flag that has no meaning here is an error that says what to use.
 """
@@ -25,11 +25,16 @@ VALUE_FLAGS = {
     "output_dir": "output_dir",
     "seed": "seed",
     "resolution": "data.resolution",
+    "bucket_reso_steps": "data.bucket_step",
+    "min_bucket_reso": "data.min_bucket_side",
+    "max_bucket_reso": "data.max_bucket_side",
     "train_batch_size": "training.train_batch_size",
     "max_train_steps": "training.max_train_steps",
     "gradient_accumulation_steps": "training.gradient_accumulation_steps",
     "learning_rate": "training.learning_rate",
     "text_encoder_lr": "training.learning_rate_text_encoder",
+    "learning_rate_te1": "training.learning_rate_text_encoder",
+    "learning_rate_te2": "training.learning_rate_text_encoder_2",
     "lr_warmup_steps": "training.lr_warmup_steps",
     "stop_text_encoder_training": "training.stop_text_encoder_training",
     "mixed_precision": "training.mixed_precision",
@@ -46,6 +51,9 @@ VALUE_FLAGS = {
     "num_validation_images": "sampling.num_images",
     "validation_steps": "sampling.every",
     "hub_model_id": "final.hub_model_id",
+    "rank": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
 }
 """Flags that take a value, and the field that takes it as it is."""
 
@@ -57,12 +65,16 @@ SWITCH_FLAGS = {
     "fused_backward_pass": ("memory.optimizer_in_backward", True),
     "enable_xformers_memory_efficient_attention": ("memory.attention", "xformers"),
     "center_crop": ("data.crop", "center"),
+    "enable_bucket": ("data.aspect_ratio_buckets", True),
     "offset_noise": ("objective.noise_offset", 0.1),
     "allow_tf32": ("training.allow_tf32", True),
     "scale_lr": ("training.scale_learning_rate", True),
     "debiased_estimation_loss": ("objective.debiased", True),
+    "v_parameterization": ("objective.prediction_type", "v_prediction"),
+    "zero_terminal_snr": ("objective.zero_terminal_snr", True),
     "use_ema": ("ema.enabled", True),
     "push_to_hub": ("final.push_to_hub", True),
+    "use_dora": ("lora.dora", True),
 }
 """Flags without a value, and what they set."""
 
@@ -111,18 +123,22 @@ REFUSED_FLAGS = {
     "repeats": "photos are drawn again until --max_train_steps are done; leave it out",
     "offload_ema": "the average stays on the device; leave it out",
     "optimizer": "AdamW in 8 bits is --use_8bit_adam, AdamW in fp32 needs no flag",
-    "rank": "all weights train, there is no LoRA; leave it out",
-    "use_dora": "all weights train, there is no LoRA; leave it out",
-    "enable_bucket": "photos are cut to squares: --resolution and --center_crop",
+    "lora_layers": "say what gets adapters: lora.targets=[attention, unet.mid_block.*]",
+    "output_kohya_format": "write it when the run is done: lowmem-db export RUN --format lora-kohya",
+    "validation_epochs": "count optimizer steps instead: --validation_steps",
+    "do_edm_style_training": "the noise schedule is the one in the model's folder; leave it out",
+    "image_interpolation_mode": "pictures are resized with Lanczos' filter; leave it out",
     "save_model_as": "final/ is always a folder of safetensors in diffusers' layout; leave it out",
     "full_bf16": "weights in bf16 lose small updates: memory.weights=bf16_extra_bits keeps eight more bits",
     "multires_noise_iterations": "only noise of one resolution is offered: --noise_offset",
-    "zero_terminal_snr": "the noise schedule is the one in the model's folder; leave it out",
     "masked_loss": "the whole picture counts; leave it out",
     "not_cache_latents": "latents are always cached, as moments that every step draws from; leave it out",
     "concepts_list": "a run has one subject: --instance_data_dir, --instance_prompt, --class_prompt",
 }
 """Flags without a meaning here, and what to use."""
+
+LORA_FLAGS = {"rank", "lora_alpha", "lora_dropout", "use_dora"}
+"""Flags of diffusers' ``train_dreambooth_lora.py`` and its relatives: each of them asks for adapters."""
 
 _KNOWN = {
     *VALUE_FLAGS, *SWITCH_FLAGS, *CHOICE_FLAGS, *ALWAYS_SO, *REFUSED_FLAGS,
@@ -173,6 +189,8 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         raise ConfigError("\n".join(problems))
     if not parsed.positional and "pretrained_model_name_or_path" in parsed.flags:
         parsed.overrides.insert(0, ("prior.enabled", False))
+    if parsed.flags & LORA_FLAGS:
+        parsed.overrides.insert(0, ("lora.enabled", True))
     return parsed
 
 

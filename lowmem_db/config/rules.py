@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lowmem_db.config.schema import Config
+from lowmem_db.config.schema import Config, LoraConfig
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,26 @@ RULES = (
         "data.resolution: {config.data.resolution} is not a multiple of 8, the size of a latent pixel; round it",
     ),
     Rule(
+        lambda c: c.data.bucket_step is not None and not c.data.aspect_ratio_buckets,
+        "data.bucket_step: {config.data.bucket_step} has no use without data.aspect_ratio_buckets=true; set it, or "
+        "leave bucket_step out",
+    ),
+    Rule(
+        lambda c: c.data.min_bucket_side is not None and not c.data.aspect_ratio_buckets,
+        "data.min_bucket_side: {config.data.min_bucket_side} has no use without data.aspect_ratio_buckets=true; set "
+        "it, or leave min_bucket_side out",
+    ),
+    Rule(
+        lambda c: c.data.max_bucket_side is not None and not c.data.aspect_ratio_buckets,
+        "data.max_bucket_side: {config.data.max_bucket_side} has no use without data.aspect_ratio_buckets=true; set "
+        "it, or leave max_bucket_side out",
+    ),
+    Rule(
+        lambda c: bool(c.objective.zero_terminal_snr) and c.objective.prediction_type == "epsilon",
+        "objective.zero_terminal_snr: true leaves nothing to predict from the last timestep's epsilon, which is all "
+        "noise; set objective.prediction_type=v_prediction, or zero_terminal_snr=false",
+    ),
+    Rule(
         lambda c: c.objective.snr_gamma is not None and c.objective.debiased,
         "objective.debiased: true and objective.snr_gamma: {config.objective.snr_gamma} are two weightings of the same "
         "loss; leave one of them out",
@@ -40,6 +60,11 @@ RULES = (
         "encoder is frozen; set training.train_text_encoder=true or leave it out",
     ),
     Rule(
+        lambda c: c.training.learning_rate_text_encoder_2 is not None and not c.training.train_text_encoder,
+        "training.learning_rate_text_encoder_2: {config.training.learning_rate_text_encoder_2} has no use while the "
+        "text encoders are frozen; set training.train_text_encoder=true or leave it out",
+    ),
+    Rule(
         lambda c: c.training.stop_text_encoder_training is not None and not c.training.train_text_encoder,
         "training.stop_text_encoder_training: {config.training.stop_text_encoder_training} has no use while the text "
         "encoder is frozen; set training.train_text_encoder=true or leave it out",
@@ -48,6 +73,15 @@ RULES = (
         lambda c: c.training.lr_warmup_steps >= c.training.max_train_steps,
         "training.lr_warmup_steps: {config.training.lr_warmup_steps} leaves no step at the full learning rate; "
         "allowed: less than training.max_train_steps, {config.training.max_train_steps}",
+    ),
+    Rule(
+        lambda c: bool(c.evaluation.prompts) and c.evaluation.every is None,
+        "evaluation.prompts: nothing is scored without evaluation.every; set evaluation.every=100 or leave prompts out",
+    ),
+    Rule(
+        lambda c: c.evaluation.patience is not None and c.evaluation.every is None,
+        "evaluation.patience: {config.evaluation.patience} waits for scores that never come; set evaluation.every=100 "
+        "or leave patience out",
     ),
     Rule(
         lambda c: c.sampling.every is not None and not c.sampling.prompts,
@@ -96,6 +130,31 @@ RULES = (
         "set memory.checkpointing=segments, or leave offload_checkpoints out",
     ),
     Rule(
+        lambda c: not c.lora.enabled and c.lora != LoraConfig(),
+        "lora.enabled: false leaves the other fields of lora without use; set lora.enabled=true, or leave them out",
+    ),
+    Rule(
+        lambda c: c.lora.enabled and _has_bf16_weights(c),
+        "memory.weights: {config.memory.weights!r} is for weights that train, and adapters train in fp32; leave it "
+        "out, or set it to fp32; the type of the frozen weights is lora.base_weights",
+    ),
+    Rule(
+        lambda c: c.lora.enabled and bool(c.training.layers),
+        "training.layers: {config.training.layers!r} chooses among the weights of a full fine-tuning; with "
+        "lora.enabled=true use lora.targets",
+    ),
+    Rule(
+        lambda c: c.lora.dora and c.lora.base_weights in {"int8", "nf4"},
+        "lora.dora: true needs whole weights for their norms, and lora.base_weights is {config.lora.base_weights!r}; "
+        "allowed: fp32, fp16, bf16",
+    ),
+    Rule(
+        lambda c: c.lora.base_weights not in {None, "fp32"} and c.training.mixed_precision not in _compute_types(c),
+        "training.mixed_precision: {config.training.mixed_precision!r} goes not with lora.base_weights="
+        "{config.lora.base_weights!r}; the frozen weights compute in their own type, int8 and nf4 in fp16 or bf16; "
+        "leave it out, or set lora.base_weights=fp32",
+    ),
+    Rule(
         lambda c: c.final.hub_model_id is not None and not c.final.push_to_hub,
         "final.hub_model_id: {config.final.hub_model_id!r} has no use without final.push_to_hub=true; set it, or leave "
         "hub_model_id out",
@@ -105,6 +164,12 @@ RULES = (
 
 def _has_bf16_weights(config: Config) -> bool:
     return config.memory.weights is not None and config.memory.weights != "fp32"
+
+
+def _compute_types(config: Config) -> set[str | None]:
+    """Return what goes with the type of the frozen weights of a LoRA run."""
+    is_quantized = config.lora.base_weights in {"int8", "nf4"}
+    return {None, "fp16", "bf16"} if is_quantized else {None, config.lora.base_weights}
 
 
 def _checkpoints_nothing(config: Config) -> bool:

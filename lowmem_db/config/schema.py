@@ -47,6 +47,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Sampler = Literal["ddpm", "ddim", "dpm_solver"]
 Weights = Literal["fp32", "bf16_extra_bits", "bf16_stochastic"]
 Placement = Literal["none", "layers", "segments", "nested"]
+BaseWeights = Literal["fp32", "fp16", "bf16", "int8", "nf4"]
 Clipping = Literal["global", "update_rms", "lagged", "per_tensor", "none"]
 
 
@@ -91,7 +92,16 @@ class DataConfig(Section):
     crop: Literal["random", "center"] = "random"
     """Where the square is cut from a picture that is not square."""
     num_crops: PositiveInt = 4
-    """How many random crops of each picture are encoded; ignored for square pictures, which have one."""
+    """How many random crops of each picture are encoded; ignored for pictures that need no cropping."""
+    aspect_ratio_buckets: bool = False
+    """Train each picture at the size of about ``resolution`` squared pixels that is nearest to its own shape, not in a
+    square. A batch has one size; class images are drawn at the sizes of the photos."""
+    bucket_step: PositiveInt | None = None
+    """Sides of buckets are multiples of it. None: 64 from 512 pixels on, else the least that the model takes."""
+    min_bucket_side: PositiveInt | None = None
+    """Least pixels of a bucket's side. None: half of ``resolution``."""
+    max_bucket_side: PositiveInt | None = None
+    """Most pixels of a bucket's side. None: twice ``resolution``."""
 
 
 class PriorConfig(Section):
@@ -130,6 +140,8 @@ class TrainingConfig(Section):
     """Learning rate of the UNet."""
     learning_rate_text_encoder: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the text encoder. None: the same as the UNet's."""
+    learning_rate_text_encoder_2: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of SDXL's second text encoder. None: the same as the first one's."""
     scale_learning_rate: bool = False
     """Multiply the learning rates by the batch size and the accumulation steps."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
@@ -137,7 +149,9 @@ class TrainingConfig(Section):
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rates rise from zero."""
     train_text_encoder: bool = False
-    """Train the text encoder too."""
+    """Train the text encoder too; both of SDXL's."""
+    layers: tuple[str, ...] = ()
+    """Layers of a full fine-tuning that train, as shell patterns of their names: ``[unet.*.attn2.*]``; none: all."""
     stop_text_encoder_training: PositiveInt | None = None
     """Step after which the text encoder stays as it is. None: never."""
     clipping: Clipping | None = None
@@ -158,6 +172,9 @@ class ObjectiveConfig(Section):
 
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the denoiser predicts. None: as the model's scheduler says."""
+    zero_terminal_snr: bool | None = None
+    """Rescale the noise schedule so that the last timestep is noise alone (arXiv:2305.08891, section 3.1); needs
+    ``v_prediction`` or ``sample``. None: as the model's scheduler says."""
     loss: Literal["mse", "huber", "l1"] = "mse"
     """Distance between prediction and target; ``huber`` is the pseudo-Huber loss."""
     huber_c: Annotated[float, Field(gt=0)] = 0.1
@@ -187,6 +204,29 @@ class OptimizerConfig(Section):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     """Decoupled weight decay."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv:2106.09685) that train in fp32 beside frozen weights."""
+
+    enabled: bool = False
+    """Train adapters in place of the weights; ``training.train_text_encoder`` gives the text encoder some too."""
+    rank: PositiveInt = 16
+    """Rank of an adapter."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """An adapter counts ``alpha / rank`` times. None: the rank, so that it counts once."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that are dropped in training."""
+    rank_stabilized: bool = False
+    """An adapter counts ``alpha / sqrt(rank)`` times (arXiv:2312.03732)."""
+    dora: bool = False
+    """Also train the norm of each row of the adapted weights (DoRA, arXiv:2402.09353)."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("attention",)
+    """What gets adapters: ``attention``, ``feed_forward``, ``convolutions``, or shell patterns of the names of layers:
+    ``unet.mid_block.*``."""
+    base_weights: BaseWeights | None = None
+    """Type of the frozen weights; ``int8`` and ``nf4`` (arXiv:2305.14314) need bitsandbytes and a CUDA device. None:
+    fp32 on the CPU, else bf16 or, on cards without it, fp16; ``nf4`` where that does not fit."""
 
 
 class EmaConfig(Section):
@@ -250,6 +290,24 @@ class SamplingConfig(Section):
     """Seed of the samples, the same at every step, so that progress can be seen."""
 
 
+class EvaluationConfig(Section):
+    """Scores during training: images of prompts, drawn as ``sampling`` says, compared with the photos.
+
+    A score is the similarity of the images to the photos, less that of images of the class prompt where there is one.
+    """
+
+    every: PositiveInt | None = None
+    """Steps between scores; each of these steps has a checkpoint. None: no scores."""
+    prompts: tuple[str, ...] = ()
+    """Prompts whose images shall show the subject. None given: the instance prompt."""
+    encoder: str = "en0"
+    """What compares: ``en0``, ``dino`` or ``clip``, each also as NAME=FOLDER_OR_HUB_ID."""
+    keep_best: bool = True
+    """Keep the checkpoint with the greatest score, the first of equal ones, and make the final model of it."""
+    patience: PositiveInt | None = None
+    """Stop after so many scores in a row without a new best. None: train to the last step."""
+
+
 class FinalConfig(Section):
     """The model that is left when the run is done."""
 
@@ -292,12 +350,25 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     ema: EmaConfig = EmaConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpointing: CheckpointingConfig = CheckpointingConfig()
     sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     final: FinalConfig = FinalConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def evaluation_prompts(self) -> tuple[str, ...]:
+        """Prompts whose images are scored during training."""
+        return self.evaluation.prompts or (self.subject.instance_prompt,)
+
+    @property
+    def prompts_drawn(self) -> frozenset[str]:
+        """Prompts that images are drawn of during training."""
+        scored = {*self.evaluation_prompts, self.subject.class_prompt or ""} if self.evaluation.every else set()
+        return frozenset({*self.sampling.prompts, *scored} - {""})
 
     @property
     def samples_per_step(self) -> int:

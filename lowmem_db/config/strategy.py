@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lowmem_db.config.schema import Clipping, Config, Placement, Weights
+from lowmem_db.config.schema import BaseWeights, Clipping, Config, Placement, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,7 @@ class Strategy:
         offload_checkpoints: Keep what checkpointed segments start from on the host.
         clipping: What is clipped.
         tiled_samples: Draw samples during training one at a time, and decode them in tiles in the type of the weights.
+        base_weights: Type of the frozen weights of a LoRA run; None where all weights train.
     """
 
     weights: Weights
@@ -30,6 +31,7 @@ class Strategy:
     offload_checkpoints: bool
     clipping: Clipping
     tiled_samples: bool = False
+    base_weights: BaseWeights | None = None
 
     @property
     def autocast(self) -> Literal["no", "fp16", "bf16"]:
@@ -42,16 +44,25 @@ def plain_strategy(config: Config) -> Strategy:
     memory, training = config.memory, config.training
     weights = memory.weights or "fp32"
     in_backward = bool(memory.optimizer_in_backward)
+    base_weights = (config.lora.base_weights or "fp32") if config.lora.enabled else None
     return Strategy(
         weights=weights,
-        mixed_precision="bf16" if weights != "fp32" else training.mixed_precision or "no",
+        mixed_precision="bf16" if weights != "fp32" else training.mixed_precision or compute_type(base_weights),
         optimizer_in_backward=in_backward,
         stream_optimizer_state=bool(memory.stream_optimizer_state),
         checkpointing=memory.checkpointing or "none",
         offload_checkpoints=bool(memory.offload_checkpoints),
         clipping=resolve_clipping(config, optimizer_in_backward=in_backward),
         tiled_samples=bool(memory.tiled_samples),
+        base_weights=base_weights,
     )
+
+
+def compute_type(base_weights: BaseWeights | None) -> Literal["no", "fp16", "bf16"]:
+    """Return the type that frozen weights compute in where nothing says otherwise."""
+    if base_weights in {None, "fp32"}:
+        return "no"
+    return "fp16" if base_weights == "fp16" else "bf16"
 
 
 def resolve_clipping(config: Config, *, optimizer_in_backward: bool) -> Clipping:
@@ -82,4 +93,5 @@ def with_strategy(config: Config, strategy: Strategy) -> Config:
     training = config.training.model_copy(
         update={"mixed_precision": strategy.mixed_precision, "clipping": strategy.clipping}
     )
-    return config.model_copy(update={"memory": memory, "training": training})
+    lora = config.lora.model_copy(update={"base_weights": strategy.base_weights})
+    return config.model_copy(update={"memory": memory, "training": training, "lora": lora})

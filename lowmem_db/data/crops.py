@@ -1,5 +1,6 @@
-"""Square crops of photos, as tensors. A crop depends on the picture and its number alone, so every run can share it."""
+"""Crops of photos, as tensors. A crop depends on the picture, its size and its number, so every run can share it."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -11,40 +12,53 @@ from torch import Tensor
 from lowmem_db.data.photos import read_photo
 from lowmem_db.errors import DataError
 from lowmem_db.randomness import generator
-from lowmem_db.records import ImageRecord
+from lowmem_db.records import ImageRecord, Size
 
 Crop = Literal["random", "center"]
 
 
-def num_distinct_crops(record: ImageRecord, *, resolution: int, crop: Crop, num_crops: int) -> int:
+@dataclass(frozen=True)
+class Box:
+    """What is cut out of a picture: left, top, width and height in its own pixels."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+def num_distinct_crops(record: ImageRecord, *, size: Size, crop: Crop, num_crops: int) -> int:
     """Return how many crops of a picture are worth encoding.
 
     Args:
         record: The picture.
-        resolution: Pixels of a side of the crop.
-        crop: Where the square is cut.
+        size: Height and width of the crop.
+        crop: Where it is cut.
         num_crops: How many random crops are wanted.
 
     Returns:
-        1 for centre crops and square pictures; never more than there are positions that differ by a whole pixel.
+        1 for centre crops and pictures of the crop's own shape; never more than there are positions that differ by a
+        whole pixel.
     """
     if crop == "center":
         return 1
-    shorter, longer = sorted((record.width, record.height))
-    return min(num_crops, 1 + (longer - shorter) * resolution // shorter)
+    height, width = size
+    too_wide = record.width * height - record.height * width  # the picture's shape against that of the crop
+    free_pixels = too_wide // record.height if too_wide > 0 else -too_wide // record.width
+    return min(num_crops, 1 + free_pixels)
 
 
-def load_pixels(record: ImageRecord, *, resolution: int, crop: Crop, index: int) -> Float[Tensor, "3 h w"]:
-    """Read one square crop of a picture, the shorter side resized to ``resolution``.
+def load_pixels(record: ImageRecord, *, size: Size, crop: Crop, index: int) -> Float[Tensor, "3 h w"]:
+    """Read one crop of a picture, which is resized so that it just covers the crop.
 
     The filter is Lanczos, its support scaled to the reduction. Photos are usually reduced several times: a filter
     without antialiasing gives moire there and a bilinear or box filter gives blur, and the model learns either.
 
     Args:
         record: The picture.
-        resolution: Pixels of a side of the crop.
-        crop: Where the square is cut.
-        index: Number of the random crop; without effect on centre crops and square pictures.
+        size: Height and width of the crop.
+        crop: Where it is cut.
+        index: Number of the random crop; without effect on centre crops and pictures of the crop's own shape.
 
     Returns:
         Values in [-1, 1], float32.
@@ -58,17 +72,33 @@ def load_pixels(record: ImageRecord, *, resolution: int, crop: Crop, index: int)
             f"{record.path}: is {image.width} x {image.height} pixels, it was {record.width} x {record.height} when "
             "its folder was read; leave the photos alone while a run prepares, and start it again"
         )
-    box = _square(record, crop, index)
-    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+    box = crop_box(record, size, crop, index)
+    corners = (box.left, box.top, min(box.left + box.width, image.width), min(box.top + box.height, image.height))
+    cut = image.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=corners)
+    return torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
 
 
-def _square(record: ImageRecord, crop: Crop, index: int) -> tuple[float, float, float, float]:
-    """Return left, top, right and bottom of the crop, in pixels of the picture."""
-    side = min(record.width, record.height)
+def crop_time_ids(record: ImageRecord, *, size: Size, crop: Crop, index: int) -> Float[Tensor, " 6"]:
+    """Return what SDXL is told of a crop (arXiv:2307.01952, section 2.2).
+
+    Returns:
+        Height and width of the picture as it is; top and left of the crop in the resized picture; height and width of
+        the crop. All in pixels.
+    """
+    box = crop_box(record, size, crop, index)
+    scale = size[0] / box.height
+    top, left = round(box.top * scale), round(box.left * scale)
+    return torch.tensor([record.height, record.width, top, left, *size], dtype=torch.float32)
+
+
+def crop_box(record: ImageRecord, size: Size, crop: Crop, index: int) -> Box:
+    """Return the largest box of the crop's shape, at its place."""
+    height, width = size
+    is_too_wide = record.width * height > record.height * width
+    box_width = record.height * width / height if is_too_wide else float(record.width)
+    box_height = float(record.height) if is_too_wide else record.width * height / width
     place = 0.5 if crop == "center" else _place(record.content_key, index)
-    left, top = place * (record.width - side), place * (record.height - side)
-    return left, top, left + side, top + side
+    return Box(place * (record.width - box_width), place * (record.height - box_height), box_width, box_height)
 
 
 def _place(content_key: str, index: int) -> float:

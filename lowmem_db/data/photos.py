@@ -93,14 +93,25 @@ def duplicates(records: Sequence[ImageRecord]) -> list[tuple[ImageRecord, ...]]:
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
-def photo_warnings(records: Sequence[ImageRecord], *, resolution: int, field: str) -> list[str]:
-    """Say what is allowed and yet makes the result worse: the same file twice, pictures that must be enlarged."""
+def photo_warnings(
+    records: Sequence[ImageRecord], *, resolution: int, field: str, aspect_ratio_buckets: bool = False
+) -> list[str]:
+    """Say what is allowed and yet makes the result worse: the same file twice, pictures that must be enlarged.
+
+    In aspect-ratio buckets a picture is enlarged where it has fewer pixels than the square has, else where its shorter
+    side has.
+    """
     repeated = [
         f"{field}: {', '.join(record.path.name for record in group)} are the same file, so that photo counts "
         f"{len(group)} times; remove all but one"
         for group in duplicates(records)
     ]
-    small = [record for record in records if min(record.width, record.height) < resolution]
+    small = [
+        record
+        for record in records
+        if (record.width * record.height if aspect_ratio_buckets else min(record.width, record.height) ** 2)
+        < resolution**2
+    ]
     names = ", ".join(f"{record.path.name} ({record.width} x {record.height})" for record in small)
     enlarged = f"{field}: enlarged to {resolution} pixels and therefore blurred: {names}; larger originals train better"
     return repeated + [enlarged] * bool(small)

@@ -17,13 +17,13 @@ from lowmem_db.config.schema import Config
 from lowmem_db.console import say, track
 from lowmem_db.errors import DataError
 from lowmem_db.evaluation.folders import PROMPTS_FILE, Limits, SubjectFiles, choose, scan_pictures
+from lowmem_db.models.conditioning import whole_picture_time_ids
 from lowmem_db.models.latents import decode_latents, downscaling
 from lowmem_db.models.loading import load_autoencoder
-from lowmem_db.models.source import COMPONENTS
 from lowmem_db.randomness import generator
 from lowmem_db.sampling.generate import ImageSource, embed_for, find_source, load_denoiser
 from lowmem_db.sampling.images import to_images
-from lowmem_db.sampling.latents import SamplingSettings, sample_latents
+from lowmem_db.sampling.latents import SamplingSettings, sample_prompt
 from lowmem_db.sampling.prompts import read_prompt_file, read_suite, subject_names
 from lowmem_db.storage.atomic import write_file, write_text
 from lowmem_db.storage.run_folder import RunFolder, read_json, write_json
@@ -258,18 +258,19 @@ def _batches(run: Run, prompt: str, caption: str | None, stream: tuple[str, int]
 
 def _draw(run: Run, jobs: Sequence[_Job], drawing: Drawing) -> None:
     prompts = sorted({job.prompt for job in jobs})
-    embeds = embed_for(run.source, [*prompts, ""], device=drawing.device, dtype=drawing.dtype)
-    unet, noise_schedule = load_denoiser(run.source, device=drawing.device, dtype=drawing.dtype)
+    table = embed_for(run.source, [*prompts, ""], device=drawing.device, dtype=drawing.dtype)
+    denoiser, noise_schedule = load_denoiser(run.source, device=drawing.device, dtype=drawing.dtype)
     autoencoder = load_autoencoder(run.source.model, device=drawing.device)
-    latent_size = _resolution(run, drawing) // downscaling(run.source.model.config_of("vae"))
+    resolution = _resolution(run, drawing)
+    time_ids = whole_picture_time_ids(resolution, resolution, 2)
+    latent_size = resolution // downscaling(run.source.model.config_of("vae"))
     for job in track(jobs, f"drawing {run.name}", len(jobs)):
         stream, number = job.stream
-        latents = sample_latents(
-            unet,
+        latents = sample_prompt(
+            denoiser,
             noise_schedule,
             _settings(run, drawing),
-            prompt_embeds=embeds[prompts.index(job.prompt)][None].expand(len(job.files), -1, -1),
-            empty_embeds=embeds[-1:],
+            table.conditioning([job.prompt, ""], time_ids),
             latent_size=latent_size,
             generators=[generator(drawing.seed, stream, number, job.first + index) for index in range(len(job.files))],
         )
@@ -293,7 +294,7 @@ def _resolution(run: Run, drawing: Drawing) -> int:
 
 
 def _manifest(run: Run, drawing: Drawing) -> dict[str, Any]:
-    checkpoint = run.source.checkpoint
+    trained = run.source.trained_files
     latent_pixel = downscaling(run.source.model.config_of("vae"))
     if _resolution(run, drawing) % latent_pixel:
         raise DataError(
@@ -301,8 +302,8 @@ def _manifest(run: Run, drawing: Drawing) -> dict[str, Any]:
         )
     return {
         "format_version": _FORMAT_VERSION,
-        "model": run.source.model.content_key(*COMPONENTS),
-        "checkpoint": None if checkpoint is None else fingerprint.of_files(checkpoint.glob("*.safetensors")),
+        "model": run.source.model.content_key(*run.source.model.family.components),
+        "checkpoint": fingerprint.of_files(trained) if trained else None,
         "prompts": list(run.prompts),
         "class_prompt": run.class_prompt,
         **asdict(_settings(run, drawing)),

@@ -1,7 +1,8 @@
 """Attention implementations of a UNet.
 
 SDPA of torch is what diffusers uses by itself; xformers' memory-efficient attention (arXiv:2112.05682) is for those who
-ask for it.
+ask for it. Both hold the scores in fp32 whatever type they are called in, which is what ``upcast_attention`` in the
+configuration of a UNet asks for (Stable Diffusion 2.1): diffusers' processors leave that field to them.
 """
 
 from collections.abc import Callable

@@ -1,11 +1,14 @@
 """From prompts to what the denoiser is told."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from lowmem_db.records import Conditioning
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Int[Tensor, "b tokens"]:
@@ -41,6 +44,30 @@ def encode_prompt_with_two(
     first = text_encoder(input_ids.to(text_encoder.device), output_hidden_states=True)
     second = text_encoder_2(input_ids_2.to(text_encoder_2.device), output_hidden_states=True)
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+def embed(
+    text_encoder: CLIPTextModel, text_encoder_2: CLIPTextModelWithProjection | None, conditioning: Conditioning
+) -> Conditioning:
+    """Return conditioning with the embeddings of its token ids.
+
+    Args:
+        text_encoder: The text encoder.
+        text_encoder_2: The second one, where the model has two.
+        conditioning: Has token ids for each of them.
+    """
+    if text_encoder_2 is None:
+        return replace(conditioning, prompt_embeds=encode_prompt(text_encoder, conditioning.input_ids))
+    assert conditioning.input_ids_2 is not None, "conditioning has no token ids for the second text encoder"
+    embeds, pooled = encode_prompt_with_two(
+        text_encoder, text_encoder_2, conditioning.input_ids, conditioning.input_ids_2
+    )
+    return replace(conditioning, prompt_embeds=embeds, pooled_embeds=pooled)
+
+
+def whole_picture_time_ids(height: int, width: int, count: int) -> Float[Tensor, "b 6"]:
+    """Return what SDXL is told of pictures that are neither resized nor cropped, as those that it draws."""
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).repeat(count, 1)
 
 
 @torch.no_grad()

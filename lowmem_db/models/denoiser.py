@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from lowmem_db.models.conditioning import encode_prompt, encode_prompt_with_two
+from lowmem_db.models.conditioning import embed
 from lowmem_db.records import Conditioning
 
 AUTOCAST_TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -72,25 +72,21 @@ class Denoiser:
 
         The text encoders make them where they are part of the denoiser.
         """
-        pooled = conditioning.pooled_embeds
-        if self.text_encoder is None:
-            assert conditioning.prompt_embeds is not None, (
-                "conditioning has no embeddings, and there is no text encoder"
-            )
-            embeds = conditioning.prompt_embeds
-        elif self.text_encoder_2 is None:
-            embeds = encode_prompt(self.text_encoder, conditioning.input_ids)
-        else:
-            assert conditioning.input_ids_2 is not None, "conditioning has no token ids for the second text encoder"
-            embeds, pooled = encode_prompt_with_two(
-                self.text_encoder, self.text_encoder_2, conditioning.input_ids, conditioning.input_ids_2
-            )
-        if pooled is None or conditioning.time_ids is None:
-            return self._as_input(embeds), None
-        return self._as_input(embeds), {
-            "text_embeds": self._as_input(pooled),
-            "time_ids": self._as_input(conditioning.time_ids),
+        if self.text_encoder is not None:
+            conditioning = embed(self.text_encoder, self.text_encoder_2, conditioning)
+        embeds, pooled, time_ids = conditioning.prompt_embeds, conditioning.pooled_embeds, conditioning.time_ids
+        assert embeds is not None, "conditioning has no embeddings, and there is no text encoder"
+        if pooled is None or time_ids is None:
+            return self._as_input(embeds, conditioning), None
+        return self._as_input(embeds, conditioning), {
+            "text_embeds": self._as_input(pooled, conditioning),
+            "time_ids": time_ids.to(self.device, torch.float32),  # bf16 would round sizes above 256
         }
 
-    def _as_input(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.unet.dtype)
+    def _as_input(self, embeds: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return embeddings on the UNet's device in its type, zeros where there is no prompt."""
+        embeds = embeds.to(self.device, self.unet.dtype)
+        if conditioning.has_prompt is None:
+            return embeds
+        has_prompt = conditioning.has_prompt.to(embeds.device, embeds.dtype)
+        return embeds * has_prompt.view(-1, *[1] * (embeds.dim() - 1))

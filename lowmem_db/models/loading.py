@@ -46,24 +46,28 @@ def load_text_encoder_2(
 
 
 def load_autoencoder(model: ModelFolder, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Autoencoder:
-    """Load the autoencoder in evaluation mode, frozen.
+    """Load the autoencoder in evaluation mode, frozen; in fp32 where its configuration says ``force_upcast``.
+
+    SDXL's says so: its activations are larger than fp16 can hold.
 
     Raises:
         ModelError: Its class is none of those known here.
     """
-    name = model.config_of("vae").get("_class_name", "AutoencoderKL")
+    config = model.config_of("vae")
+    dtype = torch.float32 if config.get("force_upcast") else dtype
+    name = config.get("_class_name", "AutoencoderKL")
     if name not in _AUTOENCODERS:
         raise ModelError(f"{model.path / 'vae'}: is a {name}; allowed: {', '.join(_AUTOENCODERS)}")
     return cast("Autoencoder", _load(_AUTOENCODERS[name], model, "vae", device, dtype))
 
 
-def load_tokenizer(model: ModelFolder) -> CLIPTokenizer:
-    """Load the tokenizer.
+def load_tokenizer(model: ModelFolder, component: str = "tokenizer") -> CLIPTokenizer:
+    """Load the tokenizer, or SDXL's second one, ``tokenizer_2``.
 
     Raises:
         ModelError: Its files are missing, where transformers would make an empty one.
     """
-    path = model.path / "tokenizer"
+    path = model.path / component
     if not any(all((path / name).is_file() for name in names) for names in _TOKENIZER_FILES):
         raise ModelError(f"{path}: holds neither tokenizer.json nor vocab.json and merges.txt; get the model anew")
     try:
@@ -72,7 +76,9 @@ def load_tokenizer(model: ModelFolder) -> CLIPTokenizer:
         raise _damaged(path, error) from error
 
 
-def load_noise_schedule(model: ModelFolder, prediction_type: str | None = None) -> DDPMScheduler:
+def load_noise_schedule(
+    model: ModelFolder, prediction_type: str | None = None, zero_terminal_snr: bool | None = None
+) -> DDPMScheduler:
     """Load the noise schedule the model was trained with; which sampler its folder names does not matter.
 
     Samples are never clipped to [-1, 1], as for pixels; some samplers' configurations leave that open.
@@ -80,10 +86,23 @@ def load_noise_schedule(model: ModelFolder, prediction_type: str | None = None) 
     Args:
         model: The model.
         prediction_type: What a fine-tuned denoiser predicts instead; None: as the model's folder says.
+        zero_terminal_snr: Whether the last timestep is noise alone; None: as the model's folder says.
     """
-    changed: dict[str, Any] = {} if prediction_type is None else {"prediction_type": prediction_type}
+    changed = schedule_changes(prediction_type, zero_terminal_snr)
     schedule = DDPMScheduler.from_config(model.config_of("scheduler"), clip_sample=False, **changed)
     return cast("DDPMScheduler", schedule)
+
+
+def schedule_changes(prediction_type: str | None, zero_terminal_snr: bool | None) -> dict[str, Any]:
+    """Return what a fine-tuning changes in the configuration of a scheduler.
+
+    With zero terminal SNR the betas are rescaled (arXiv:2305.08891, Algorithm 1), and samplers have to start at the
+    last timestep (section 3.3).
+    """
+    changed: dict[str, Any] = {} if prediction_type is None else {"prediction_type": prediction_type}
+    if zero_terminal_snr is not None:
+        changed["rescale_betas_zero_snr"] = zero_terminal_snr
+    return changed | {"timestep_spacing": "trailing"} if zero_terminal_snr else changed
 
 
 def _load(kind: Any, model: ModelFolder, component: str, device: torch.device, dtype: torch.dtype) -> Any:

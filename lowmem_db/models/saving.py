@@ -1,11 +1,13 @@
 """Writing a trained model as a folder that every diffusers pipeline loads, safetensors alone."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import ModelMixin
 from lowmem_db_kernels import unpack_extra_bits_eager
@@ -13,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from lowmem_db.models.loading import load_autoencoder, load_text_encoder
-from lowmem_db.models.source import COMPONENTS, ModelFolder
+from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_text_encoder_2, schedule_changes
+from lowmem_db.models.source import ModelFolder
 
-_LOADERS = {"vae": load_autoencoder, "text_encoder": load_text_encoder}
+_LOADERS = {"vae": load_autoencoder, "text_encoder": load_text_encoder, "text_encoder_2": load_text_encoder_2}
 _OTHER_WEIGHTS = shutil.ignore_patterns("*.bin*", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx")
+_DDIM = "DDIMScheduler"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -28,6 +31,7 @@ def save_model(
     *,
     dtype: torch.dtype,
     prediction_type: str | None = None,
+    zero_terminal_snr: bool | None = None,
     extra_bits: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a whole model: trained components in ``dtype``, the others as they are in the source.
@@ -40,9 +44,10 @@ def save_model(
         trained: Trained components by name.
         dtype: Type of their weights on disk; the modules themselves are not changed.
         prediction_type: What the trained UNet predicts where that has changed; samplers read it from the scheduler.
+        zero_terminal_snr: Whether the noise schedule has zero terminal SNR, where that has changed.
         extra_bits: Eight more bits of bf16 weights by ``component.name``, which a type wider than bf16 takes in.
     """
-    for component in COMPONENTS:
+    for component in source.family.components:
         if component in trained:
             own = {name.removeprefix(f"{component}."): bits for name, bits in (extra_bits or {}).items()}
             save_component(folder / component, trained[component], dtype=dtype, extra_bits=own)
@@ -52,12 +57,28 @@ def save_model(
             shutil.copytree(
                 source.path / component, folder / component, copy_function=shutil.copyfile, ignore=_OTHER_WEIGHTS
             )
-    if prediction_type is not None:
-        file = folder / "scheduler" / "scheduler_config.json"
-        scheduler = json.loads(file.read_text(encoding="utf-8")) | {"prediction_type": prediction_type}
-        file.write_text(json.dumps(scheduler, indent=2) + "\n", encoding="utf-8")
-    index = json.loads((source.path / "model_index.json").read_text(encoding="utf-8"))
-    (folder / "model_index.json").write_text(json.dumps(_without_extras(index), indent=2) + "\n", encoding="utf-8")
+    index = _without_extras(_read_json(source.path / "model_index.json"))
+    if changed := schedule_changes(prediction_type, zero_terminal_snr):
+        index["scheduler"] = ["diffusers", _change_scheduler(folder / "scheduler" / "scheduler_config.json", changed)]
+    _write_json(folder / "model_index.json", index)
+
+
+def _change_scheduler(file: Path, changed: Mapping[str, Any]) -> str:
+    """Write changes into a scheduler's configuration; return its class, DDIM where the old one knows them not."""
+    config = _read_json(file)
+    name = config.get("_class_name", _DDIM)
+    if not set(changed) <= inspect.signature(getattr(diffusers, name)).parameters.keys():
+        name = _DDIM
+    _write_json(file, {**config, "_class_name": name, **changed})
+    return name
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _has_usual_weights(source: ModelFolder, component: str) -> bool:
@@ -99,4 +120,5 @@ def published_state(
 def _without_extras(index: dict[str, Any]) -> dict[str, Any]:
     """Leave out what is not part of the folder, so that the pipeline loads without it."""
     extras = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
-    return index | extras | {"requires_safety_checker": False}
+    is_xl = index.get("_class_name") == "StableDiffusionXLPipeline"  # which knows no safety checker
+    return index | extras | ({} if is_xl else {"requires_safety_checker": False})

@@ -47,7 +47,7 @@ class OptimizerHandle:
         self.num_steps = 0
         self._rates = dict.fromkeys(self.group_names(), 0.0)
         self._scalars: dict[str, StepScalars] = {}
-        self._extra_bits_of_removed: dict[str, Tensor] = {}
+        self._extra_bits_of_frozen: dict[str, Tensor] = {}
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what is stepped, all groups together."""
@@ -95,12 +95,16 @@ class OptimizerHandle:
     def remove_group(self, name: str) -> None:
         """Take a group out for good, with its states: its parameters stay as they are, and so do their extra bits."""
         own = {parameter: bits for parameter, bits in self.extra_bits().items() if parameter.startswith(f"{name}.")}
-        self._extra_bits_of_removed |= {parameter: bits.clone() for parameter, bits in own.items()}
+        self._extra_bits_of_frozen |= {parameter: bits.clone() for parameter, bits in own.items()}
         for unit in self.units:
             if unit.group == name:
                 unit.states.remove([unit.name])
         self.units = [unit for unit in self.units if unit.group != name]
         self._rates.pop(name, None)
+
+    def keep_extra_bits(self, extra_bits: Mapping[str, Tensor]) -> None:
+        """Keep the extra bits of 24-bit weights that are not stepped, where they are."""
+        self._extra_bits_of_frozen |= extra_bits
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the next step depends on, but for weights and learning rates."""
@@ -136,8 +140,8 @@ class OptimizerHandle:
         return used / sum(parameter.numel() for parameter in self.parameters())
 
     def _states_by_parameter(self) -> dict[str, Mapping[str, Tensor]]:
-        removed = {name: {EXTRA_BITS: bits} for name, bits in self._extra_bits_of_removed.items()}
-        return removed | {name: tensors for unit in self.units for name, tensors in unit.states_by_parameter().items()}
+        frozen = {name: {EXTRA_BITS: bits} for name, bits in self._extra_bits_of_frozen.items()}
+        return frozen | {name: tensors for unit in self.units for name, tensors in unit.states_by_parameter().items()}
 
     def _begin_step(self) -> None:
         """Count the step, and put what it depends on onto the device."""

@@ -5,8 +5,9 @@ from dataclasses import replace
 from itertools import product
 from typing import Literal
 
+from lowmem_db import environment
 from lowmem_db.config.rules import refusals
-from lowmem_db.config.schema import Config, Placement, Weights
+from lowmem_db.config.schema import BaseWeights, Config, Placement, Weights
 from lowmem_db.config.strategy import Strategy, resolve_clipping, with_strategy
 from lowmem_db.errors import ConfigError
 from lowmem_db.planning.cards import Card
@@ -28,23 +29,30 @@ def candidates(config: Config, card: Card, block_names: Sequence[str]) -> tuple[
     memory = config.memory
     kept: list[Strategy] = []
     refused: dict[str, Refusal] = {}
-    for weights, in_backward, streams, (placement, offloads) in product(
+    base_weights = list(_base_weights(config, card))
+    if config.lora.enabled and not environment.is_installed("bitsandbytes") and len(base_weights) > 1:
+        quantized = base_weights.pop()
+        reason = "bitsandbytes is missing"
+        refused[reason] = Refusal(strategy=f"LoRA beside {quantized} weights", reason=reason)
+    for weights, base, in_backward, streams, (placement, offloads) in product(
         _weights(config, card),
-        _choices(memory.optimizer_in_backward),
-        _choices_of_card(memory.stream_optimizer_state, card),
+        base_weights,
+        _choices_of_full(memory.optimizer_in_backward, config),
+        _choices_of_full(memory.stream_optimizer_state, config, card),
         _placements(config, card, block_names),
     ):
         strategy = Strategy(
             weights=weights,
-            mixed_precision=_precision(config, card, weights),
+            mixed_precision=_precision(config, card, weights, base),
             optimizer_in_backward=in_backward,
             stream_optimizer_state=streams,
             checkpointing=placement,
             offload_checkpoints=offloads,
             clipping=resolve_clipping(config, optimizer_in_backward=in_backward),
             tiled_samples=bool(memory.tiled_samples),
+            base_weights=base,
         )
-        problems = [*refusals(with_strategy(config, strategy)), *_beyond(card, strategy)]
+        problems = [*_beyond(card, strategy), *refusals(with_strategy(config, strategy))]
         if not problems:
             kept.append(strategy)
         elif problems[0] not in refused:
@@ -54,9 +62,13 @@ def candidates(config: Config, card: Card, block_names: Sequence[str]) -> tuple[
 
 def _beyond(card: Card, strategy: Strategy) -> Iterator[str]:
     """Say what a card cannot compute."""
+    if card.is_cpu and strategy.base_weights in {"int8", "nf4"}:
+        yield f"lora.base_weights: {strategy.base_weights!r} needs a CUDA device; allowed on the CPU: fp32, fp16, bf16"
     if strategy.mixed_precision != "bf16" or card.has_bf16 or card.is_cpu:
         return
-    if strategy.weights == "fp32":
+    if strategy.base_weights == "bf16":
+        yield f"lora.base_weights: 'bf16' is not native on {card.name}; allowed there: fp16, fp32, nf4, int8"
+    elif strategy.weights == "fp32":
         yield f"training.mixed_precision: 'bf16' is not native on {card.name}; allowed there: fp16, no"
     else:
         yield (
@@ -85,7 +97,8 @@ def differ_in_when_alone(strategy: Strategy, other: Strategy) -> bool:
 
 def describe(strategy: Strategy) -> str:
     """Return what a strategy is called on the screen."""
-    words = [strategy.weights + (f" with {strategy.autocast} autocast" if strategy.autocast != "no" else "")]
+    weights = strategy.weights if strategy.base_weights is None else f"LoRA beside {strategy.base_weights} weights"
+    words = [weights + (f" with {strategy.autocast} autocast" if strategy.autocast != "no" else "")]
     words.append(_describe_placement(strategy.checkpointing))
     if strategy.optimizer_in_backward:
         words.append("optimizer in backward")
@@ -105,6 +118,7 @@ def num_measures(strategy: Strategy) -> tuple[int, ...]:
     depths = [depth[placement]] if isinstance(placement, str) else [depth[kind] for kind in placement.values()]
     return (
         ("fp32", "bf16_extra_bits", "bf16_stochastic").index(strategy.weights),
+        (None, "fp32", "fp16", "bf16", "int8", "nf4").index(strategy.base_weights),
         strategy.optimizer_in_backward + strategy.stream_optimizer_state + strategy.offload_checkpoints,
         max(depths) if isinstance(placement, str) else 1,
         len(depths),
@@ -129,18 +143,35 @@ def _describe_placement(placement: Placement | Mapping[str, Placement]) -> str:
 def _weights(config: Config, card: Card) -> Iterator[Weights]:
     if config.memory.weights is not None:
         yield config.memory.weights
-    elif config.training.mixed_precision in {"no", "fp16"} or not card.has_bf16:
+    elif config.lora.enabled or config.training.mixed_precision in {"no", "fp16"} or not card.has_bf16:
         yield "fp32"
     else:
         yield "bf16_extra_bits"
         yield "bf16_stochastic"
 
 
-def _precision(config: Config, card: Card, weights: Weights) -> _Precision:
+def _base_weights(config: Config, card: Card) -> Iterator[BaseWeights | None]:
+    """Yield types of the frozen weights of a LoRA run, the exact one first; None where all weights train."""
+    lora, precision = config.lora, config.training.mixed_precision
+    if not lora.enabled:
+        yield None
+    elif lora.base_weights is not None:
+        yield lora.base_weights
+    elif card.is_cpu or precision == "no":
+        yield "fp32"
+    else:
+        yield precision or ("bf16" if card.has_bf16 else "fp16")
+        if not lora.dora:
+            yield "nf4"
+
+
+def _precision(config: Config, card: Card, weights: Weights, base: BaseWeights | None) -> _Precision:
     if weights != "fp32":
         return "bf16"
     if config.training.mixed_precision is not None:
         return config.training.mixed_precision
+    if base == "fp16" or base == "bf16":
+        return base
     if card.is_cpu:
         return "no"
     return "bf16" if card.has_bf16 else "fp16"
@@ -148,6 +179,13 @@ def _precision(config: Config, card: Card, weights: Weights) -> _Precision:
 
 def _choices(given: bool | None) -> tuple[bool, ...]:
     return (False, True) if given is None else (given,)
+
+
+def _choices_of_full(given: bool | None, config: Config, card: Card | None = None) -> tuple[bool, ...]:
+    """Return the choices of what saves gradients or optimizer states, which are small where adapters train."""
+    if given is None and config.lora.enabled:
+        return (False,)
+    return _choices(given) if card is None else _choices_of_card(given, card)
 
 
 def _choices_of_card(given: bool | None, card: Card) -> tuple[bool, ...]:

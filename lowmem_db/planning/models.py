@@ -5,12 +5,12 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from lowmem_db import models
 from lowmem_db.config.schema import ModelConfig
+from lowmem_db.console import say
 from lowmem_db.errors import ModelError
-from lowmem_db.models.source import DEMO_DIR, FAMILIES, ModelFolder
+from lowmem_db.models.single_file import recognise
+from lowmem_db.models.source import CONFIGS_DIR, DEMO_DIR, ModelFolder, find_family
 
-_CONFIGS_DIR = Path(models.__file__).parent / "configs"
 _KNOWN = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "runwayml/stable-diffusion-v1-5": "sd15",
@@ -22,11 +22,15 @@ _KNOWN = {
 
 
 def find_configuration(config: ModelConfig) -> ModelFolder:
-    """Find the configuration files of ``model.base``: the demo's, a folder's, those downloaded, or those known here.
+    """Find the configuration of ``model.base``: the demo's, a folder's, a file's, one downloaded, or one known here.
 
     Raises:
         ModelError: They are nowhere, or no denoiser is among them.
     """
+    if Path(config.base).is_file():
+        model = recognise(Path(config.base))
+        say(model.remark)
+        return model
     path = _find(config)
     for component in ("unet", "text_encoder", "vae", "scheduler"):
         if not (path / component).is_dir():
@@ -34,10 +38,7 @@ def find_configuration(config: ModelConfig) -> ModelFolder:
                 f"model.base: {config.base} lacks {component}; a plan needs the configuration files of a folder in "
                 "diffusers' layout, not its weights"
             )
-    folder = ModelFolder(name=config.base, path=path, family=FAMILIES[-1])
-    width = folder.config_of("unet").get("cross_attention_dim")
-    family = next(family for family in FAMILIES if family.cross_attention_dim in {width, None})
-    return ModelFolder(name=config.base, path=path, family=family)
+    return ModelFolder(name=config.base, path=path, family=find_family(path))
 
 
 def _find(config: ModelConfig) -> Path:
@@ -49,8 +50,9 @@ def _find(config: ModelConfig) -> Path:
         return Path(snapshot_download(config.base, revision=config.revision, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
         if config.base in _KNOWN:
-            return _CONFIGS_DIR / _KNOWN[config.base]
+            return CONFIGS_DIR / _KNOWN[config.base]
     raise ModelError(
-        f"model.base: {config.base!r} is no folder, is not downloaded and is none whose configuration is known here; "
-        f"download it (hf download {config.base}), name a folder, or plan for one of: demo, {', '.join(_KNOWN)}"
+        f"model.base: {config.base!r} is no folder, is no file, is not downloaded and is none whose configuration is "
+        f"known here; download it (hf download {config.base}), name a folder, or plan for one of: demo, "
+        + ", ".join(_KNOWN)
     )

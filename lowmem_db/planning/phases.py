@@ -12,7 +12,7 @@ from lowmem_db.config.strategy import Strategy, with_strategy
 from lowmem_db.models.conditioning import encode_prompt, encode_prompt_with_two
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.latents import decode_latents, downscaling, encode_moments
-from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_text_encoder_2, load_unet
+from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_text_encoder_2
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.optimizers.build import build_optimizer
@@ -21,7 +21,7 @@ from lowmem_db.planning.costs import CostRecorder, Costs
 from lowmem_db.planning.timeline import BlockFigures, Timeline
 from lowmem_db.planning.tracing import real_paths
 from lowmem_db.planning.tracker import CUDA_ROUNDING, AllocationTracker
-from lowmem_db.preparation.class_images import draw_batch
+from lowmem_db.preparation.class_images import draw_latents, load_frozen_unet
 from lowmem_db.records import Batch, Conditioning, MemoryParts
 from lowmem_db.training.samples import load_decoder, sample_prompt
 from lowmem_db.training.setup import build_ema, build_step
@@ -40,6 +40,7 @@ class Traced:
         host_bytes: Most bytes of the host in use at once.
         costs: What its operators do.
         blocks: Figures of the blocks of a training step, in the order of the forward pass.
+        trained_bytes: Bytes of the parameters that train.
     """
 
     peak: MemoryParts
@@ -47,6 +48,7 @@ class Traced:
     host_bytes: int
     costs: Costs
     blocks: Mapping[str, BlockFigures] = field(default_factory=dict)
+    trained_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,27 +70,25 @@ class Subject:
 
 
 def trace_class_images(subject: Subject) -> Traced:
-    """Trace the generation of one batch of class images: UNet and autoencoder, as they are drawn with."""
+    """Trace the generation of one batch of class images: the UNet, and after it the autoencoder on one of them."""
     config, model = _short(subject.config), subject.model
     dtype = DTYPES[config.prior.precision or ("fp32" if subject.card.is_cpu else "fp16")]
     count = min(config.prior.sample_batch_size, config.prior.num_class_images)
+    size = (config.data.resolution, config.data.resolution)
     with subject.tracing() as (tracker, costs), torch.no_grad():
         embeds, pooled = _embeds(model, 2, dtype)
+        ids = torch.zeros(2, _num_tokens(model), dtype=torch.int64)
+        conditioning = Conditioning(input_ids=ids, prompt_embeds=embeds, pooled_embeds=pooled)
         with tracker.new_tensors_are("weights"):
-            unet = load_unet(model, device=META, dtype=dtype)
-            autoencoder = load_autoencoder(model, device=META, dtype=dtype)
+            unet = load_frozen_unet(config, model, META, dtype)
         tracker.reset_peak()
         with tracker.new_tensors_are("activations"):
-            pixels = draw_batch(
-                config,
-                model,
-                unet,
-                autoencoder,
-                range(count),
-                prompt_embeds=embeds[:1],
-                empty_embeds=embeds[1:],
-                added_cond_kwargs=None if pooled is None else {"text_embeds": pooled, "time_ids": torch.zeros(2, 6)},
-            )
+            latents = draw_latents(config, model, unet, range(count), conditioning, size)
+        del unet
+        with tracker.new_tensors_are("weights"):
+            autoencoder = load_autoencoder(model, device=META, dtype=dtype)
+        with tracker.new_tensors_are("activations"):
+            pixels = decode_latents(autoencoder, latents)
         del pixels
         return _found(tracker, costs)
 
@@ -157,7 +157,8 @@ def trace_residents(subject: Subject, strategies: Sequence[Strategy]) -> list[Tr
                 optimizer = build_optimizer(subject.config, strategy, denoiser.modules(), META)
             with tracker.new_tensors_are("other"):
                 ema = build_ema(subject.config, denoiser, optimizer)
-            found.append(_found(tracker, costs))
+            trained_bytes = sum(parameter.nbytes for parameter in optimizer.parameters())
+            found.append(replace(_found(tracker, costs), trained_bytes=trained_bytes))
             del ema
     return found
 

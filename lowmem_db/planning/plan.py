@@ -27,9 +27,9 @@ from lowmem_db.records import MemoryPlan, PhaseMemory, Refusal
 
 Plan = MemoryPlan[Strategy]
 _ADVICE = {
-    "class_images": "; a smaller prior.sample_batch_size, or pictures of your own in prior.class_dir, lower it",
+    "class_images": "; a smaller prior.sample_batch_size, for a LoRA lora.base_weights=nf4, lower it",
     "encode_images": "; a smaller data.resolution lowers it",
-    "sample": "; fewer sampling.num_images, or no sampling.prompts, lower it",
+    "sample": "; fewer sampling.num_images, or no sampling.prompts and no evaluation.every, lower it",
     "train": "; a frozen text encoder, optimizer.name=adamw8bit or a smaller data.resolution may lower it",
 }
 
@@ -125,7 +125,7 @@ class _Search:
 
     def _preference(self, strategy: Strategy) -> tuple[object, ...]:
         """Return what strategies are ordered by: exact weights come before speed, and fewer measures break a tie."""
-        is_rounded = strategy.weights == "bf16_stochastic"
+        is_rounded = strategy.weights == "bf16_stochastic" or strategy.base_weights in {"int8", "nf4"}
         return is_rounded, round(self._predictor.seconds(strategy), 4), num_measures(strategy)
 
     def _predict(self, strategy: Strategy) -> tuple[Refusal | None, Strategy]:
@@ -133,8 +133,8 @@ class _Search:
 
         Samples are tiled where they would not fit otherwise and the configuration leaves that open.
         """
-        resident = self._predictor.resident(strategy).resident
-        gradients = 0 if strategy.optimizer_in_backward else resident.weights
+        kept = self._predictor.resident(strategy)
+        resident, gradients = kept.resident, 0 if strategy.optimizer_in_backward else kept.trained_bytes
         if (least := self._with_allowance(resident.total + gradients)) > self._budget_bytes:
             held = "weights, optimizer state and gradients" if gradients else "weights and optimizer state"
             reason = f"{self._refusal(strategy, least).reason}, for {held} alone"
@@ -148,13 +148,13 @@ class _Search:
         return (self._refusal(strategy, needed) if needed > self._budget_bytes else None), strategy
 
     def _sample_bytes(self, strategy: Strategy) -> int:
-        if not self._subject.config.sampling.prompts:
+        if not self._subject.config.prompts_drawn:
             return 0
         return self._with_allowance(self._predictor.sample(strategy).total)
 
     def _phases_of_training(self, strategy: Strategy) -> list[PhaseMemory]:
         phases = [_phase("train", self._predictor.traced(strategy))]
-        if self._subject.config.sampling.prompts:
+        if self._subject.config.prompts_drawn:
             host_bytes = self._predictor.resident(strategy).host_bytes
             phases.append(PhaseMemory(name="sample", parts=self._predictor.sample(strategy), host_bytes=host_bytes))
         return phases
@@ -188,7 +188,7 @@ class _Search:
     def _too_small(self, kept: Sequence[Strategy], before: list[PhaseMemory]) -> BudgetError:
         """Return the error that names the smallest budget, that of the strategy with the most measures."""
         smallest = max(kept, key=num_measures)
-        if self._subject.config.memory.tiled_samples is None and self._subject.config.sampling.prompts:
+        if self._subject.config.memory.tiled_samples is None and self._subject.config.prompts_drawn:
             smallest = replace(smallest, tiled_samples=True)
         phases = [*before, *self._phases_of_training(smallest)]
         peak = max(phases, key=lambda phase: phase.parts.total)

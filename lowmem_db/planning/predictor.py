@@ -53,11 +53,7 @@ class Predictor:
     def resident(self, strategy: Strategy) -> Traced:
         """Return what stays in memory between steps."""
         if _kind(strategy) not in self._residents:
-            kinds = {
-                kind: each
-                for kind, each in self._kinds.items()
-                if (each.weights == "fp32") == (strategy.weights == "fp32")
-            }
+            kinds = {kind: each for kind, each in self._kinds.items() if _has_weights_of(each, strategy)}
             self._residents.update(zip(kinds, trace_residents(self.subject, list(kinds.values())), strict=True))
         return self._residents[_kind(strategy)]
 
@@ -71,7 +67,7 @@ class Predictor:
 
     def sample(self, strategy: Strategy) -> MemoryParts:
         """Predict the peak of the samples during training: the model and its optimizer stay in memory."""
-        key = (strategy.weights == "fp32", strategy.autocast, strategy.tiled_samples)
+        key = (strategy.weights == "fp32", strategy.base_weights, strategy.autocast, strategy.tiled_samples)
         if key not in self._samples:
             self._samples[key] = trace_sample(self.subject, strategy)
         drawn, resident = self._samples[key], self.resident(strategy).resident
@@ -93,7 +89,8 @@ class Predictor:
         return max(step, pcie_seconds(crossing, self.subject.card)) * (1.0 + overhead)
 
     def _computing_seconds(self, strategy: Strategy) -> float:
-        first = self.traced(self._first)
+        frozen = {"base_weights": strategy.base_weights, "mixed_precision": strategy.mixed_precision}
+        first = self.traced(self._first if strategy.base_weights is None else replace(self._first, **frozen))
         seconds = operator_seconds(first.costs, self.subject.card)
         total = float(seconds.sum())
         for index, name in enumerate(first.costs.block_names):
@@ -114,9 +111,15 @@ class Predictor:
         return self.traced(uniform).blocks[block]
 
 
-def _kind(strategy: Strategy) -> tuple[str, bool]:
+def _kind(strategy: Strategy) -> tuple[str, str | None, bool]:
     """Return what the bytes between steps depend on."""
-    return strategy.weights, strategy.stream_optimizer_state
+    return strategy.weights, strategy.base_weights, strategy.stream_optimizer_state
+
+
+def _has_weights_of(strategy: Strategy, other: Strategy) -> bool:
+    """Say whether the weights in memory are of one type under two strategies."""
+    is_fp32 = [each.weights == "fp32" for each in (strategy, other)]
+    return is_fp32[0] == is_fp32[1] and strategy.base_weights == other.base_weights
 
 
 def _key(strategy: Strategy) -> tuple[Any, ...]:
@@ -124,6 +127,7 @@ def _key(strategy: Strategy) -> tuple[Any, ...]:
     placement = strategy.checkpointing
     return (
         strategy.weights,
+        strategy.base_weights,
         strategy.mixed_precision,
         strategy.optimizer_in_backward,
         strategy.stream_optimizer_state,

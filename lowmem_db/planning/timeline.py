@@ -82,7 +82,8 @@ class Timeline:
         self._left[name] = self._tracker.live_bytes - self._start_bytes
         self._running_backward = END
         output = made if isinstance(made, Tensor) else made[0]
-        output.register_hook(lambda _: self._before_backward(name))
+        if output.requires_grad:  # nothing in it or before it trains otherwise: it has no backward pass
+            output.register_hook(lambda _: self._before_backward(name))
 
     def _before_backward(self, name: str) -> None:
         self._end_interval(self._running_backward)

@@ -117,6 +117,19 @@ def write_measured(run: RunFolder, measured_bytes: int) -> None:
     Raises:
         StorageError: The disk is full.
     """
+    _add_to_plan(run, {"measured_train_bytes": measured_bytes})
+
+
+def write_trained(run: RunFolder, counts: Mapping[str, int]) -> None:
+    """Put the number of parameters that train into ``plan.json``, of each component and of all.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    _add_to_plan(run, {"trained_parameters": {**counts, "total": sum(counts.values())}})
+
+
+def _add_to_plan(run: RunFolder, values: Mapping[str, Any]) -> None:
     found: Any = read_json(run.root / PLAN_FILE)
     if isinstance(found, Mapping):
-        write_json(run.root / PLAN_FILE, {**found, "measured_train_bytes": measured_bytes})
+        write_json(run.root / PLAN_FILE, {**found, **values})

@@ -1,20 +1,21 @@
 """The phases before training, one after the other, and what they leave for it."""
 
-import gc
-
 import torch
 
+from lowmem_db import environment
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say, warn
 from lowmem_db.data.batches import BatchSource
+from lowmem_db.data.buckets import share_out, sizes_of
 from lowmem_db.data.identifiers import identifier_warnings
 from lowmem_db.data.photos import photo_warnings, scan_photos
 from lowmem_db.models.conditioning import num_cut_tokens
+from lowmem_db.models.latents import downscaling
 from lowmem_db.models.loading import load_tokenizer
 from lowmem_db.models.source import ModelFolder
-from lowmem_db.preparation.class_images import class_image_files, prepare_class_images
+from lowmem_db.preparation.class_images import ClassImages, prepare_class_images
 from lowmem_db.preparation.encode import encode_images, encode_prompts
-from lowmem_db.records import ImageRecord
+from lowmem_db.records import ImageRecord, Size
 
 
 def check_photos(config: Config) -> list[ImageRecord]:
@@ -29,7 +30,12 @@ def check_photos(config: Config) -> list[ImageRecord]:
         resolution=config.data.resolution,
         field="subject.instance_dir",
     )
-    for message in photo_warnings(photos, resolution=config.data.resolution, field="subject.instance_dir"):
+    for message in photo_warnings(
+        photos,
+        resolution=config.data.resolution,
+        field="subject.instance_dir",
+        aspect_ratio_buckets=config.data.aspect_ratio_buckets,
+    ):
         warn(message)
     return photos
 
@@ -50,13 +56,20 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
     Raises:
         DataError: The class images cannot be used.
     """
-    class_records = _class_images(config, model, device) if config.prior.enabled else []
-    instance_images = encode_images(config, model, device, photos)
-    class_images = encode_images(config, model, device, class_records) if class_records else []
-    _free(device)
-    prompts = {record.prompt for record in [*photos, *class_records]} | set(config.sampling.prompts)
+    sizes = sizes_of(config.data, photos, least_step=_least_bucket_step(model))
+    _say_sizes(config, sizes)
+    class_pictures = _class_images(config, model, device, sizes) if config.prior.enabled else []
+    instance_images = encode_images(config, model, device, photos, sizes)
+    class_images = [
+        image
+        for records, size in class_pictures
+        for image in encode_images(config, model, device, records, [size] * len(records))
+    ]
+    environment.release_memory(device)
+    class_records = [image.record for image in class_images]
+    prompts = {record.prompt for record in [*photos, *class_records]} | config.prompts_drawn
     table = encode_prompts(config, model, device, prompts)
-    _free(device)
+    environment.release_memory(device)
     return BatchSource(
         instance_images=instance_images,
         class_images=class_images,
@@ -68,25 +81,37 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
     )
 
 
-def _class_images(config: Config, model: ModelFolder, device: torch.device) -> list[ImageRecord]:
-    folder = prepare_class_images(config, model, device)
-    _free(device)
+def _class_images(
+    config: Config, model: ModelFolder, device: torch.device, sizes: list[Size]
+) -> list[tuple[list[ImageRecord], Size]]:
+    """Return class images for every size of the photos, in proportion; pictures of the user's own serve each size."""
+    counts = share_out(config.prior.num_class_images, sizes)
+    prepared = prepare_class_images(config, model, device, counts)
+    environment.release_memory(device)
+    return [(_class_records(config, images), images.size) for images in prepared]
+
+
+def _class_records(config: Config, images: ClassImages) -> list[ImageRecord]:
     records = scan_photos(
-        folder,
+        images.folder,
         prompt=str(config.subject.class_prompt),
-        resolution=config.data.resolution,
+        resolution=min(images.size),
         field="prior.class_dir",
     )
-    drawn = class_image_files(config, folder)
-    if drawn is None:
+    if images.files is None:
         if len(records) < config.prior.num_class_images:
-            say(f"class images: {folder} holds {len(records)} of {config.prior.num_class_images} asked for")
+            say(f"class images: {images.folder} holds {len(records)} of {config.prior.num_class_images} asked for")
         return records[: config.prior.num_class_images]
-    return [record for record in records if record.path in set(drawn)]
+    return [record for record in records if record.path in set(images.files)]
 
 
-def _free(device: torch.device) -> None:
-    """Give memory of components that are no longer referenced back to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def _least_bucket_step(model: ModelFolder) -> int:
+    """Return the pixels that the lowest level of the UNet stands for, along one side."""
+    num_levels = len(model.config_of("unet")["block_out_channels"])
+    return downscaling(model.config_of("vae")) * 2 ** (num_levels - 1)
+
+
+def _say_sizes(config: Config, sizes: list[Size]) -> None:
+    if config.data.aspect_ratio_buckets:
+        counts = [f"{size[1]} x {size[0]}: {sizes.count(size)}" for size in sorted(set(sizes))]
+        say(f"photos by size (width x height): {', '.join(counts)}")

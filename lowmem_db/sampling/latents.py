@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowmem_db.config.schema import Sampler
+from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.records import Conditioning
 
 _SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm_solver": DPMSolverMultistepScheduler}
 
@@ -37,7 +39,7 @@ def sample_latents(
     *,
     prompt_embeds: Float[Tensor, "b tokens dim"],
     empty_embeds: Float[Tensor, "1 tokens dim"],
-    latent_size: int,
+    latent_size: int | tuple[int, int],
     generators: Sequence[torch.Generator],
     added_cond_kwargs: Mapping[str, Tensor] | None = None,
 ) -> Float[Tensor, "b c x y"]:
@@ -49,7 +51,7 @@ def sample_latents(
         settings: Sampler, steps and guidance.
         prompt_embeds: What each image shall show.
         empty_embeds: Embedding of the empty prompt.
-        latent_size: Latent pixels of a side.
+        latent_size: Latent pixels of a side, or height and width.
         generators: One CPU generator for each image: an image does not depend on those drawn beside it.
         added_cond_kwargs: What SDXL is told beside the embeddings, each with a row for the prompt and one for the empty
             prompt.
@@ -59,12 +61,13 @@ def sample_latents(
     scheduler.set_timesteps(settings.num_inference_steps, device="cpu" if on_meta else unet.device)
     count = len(prompt_embeds)
     embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds]).to(unet.device, unet.dtype)
-    shape = (count, unet.config["in_channels"], latent_size, latent_size)
+    sides = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
+    shape = (count, unet.config["in_channels"], *sides)
     added = (
         None
         if added_cond_kwargs is None
         else {
-            name: torch.cat([rows[1:].expand(count, -1), rows[:1].expand(count, -1)]).to(unet.device, unet.dtype)
+            name: torch.cat([rows[1:].expand(count, -1), rows[:1].expand(count, -1)]).to(unet.device)
             for name, rows in added_cond_kwargs.items()
         }
     )
@@ -76,3 +79,36 @@ def sample_latents(
         prediction = empty + settings.guidance_scale * (prompted - empty)
         latents = scheduler.step(prediction, timestep, latents, generator=list(generators), return_dict=False)[0]
     return latents
+
+
+def sample_prompt(
+    denoiser: Denoiser,
+    noise_schedule: DDPMScheduler,
+    settings: SamplingSettings,
+    conditioning: Conditioning,
+    *,
+    latent_size: int | tuple[int, int],
+    generators: Sequence[torch.Generator],
+) -> Float[Tensor, "b c x y"]:
+    """Draw latents of one prompt, an image for each generator.
+
+    Args:
+        denoiser: Predicts in its own type; its mode is not changed.
+        noise_schedule: The schedule the model was trained with.
+        settings: Sampler, steps and guidance.
+        conditioning: A row for the prompt and one for the empty prompt.
+        latent_size: Latent pixels of a side, or height and width.
+        generators: As for :func:`sample_latents`.
+    """
+    with torch.no_grad():
+        embeds, added = denoiser.embeds_and_added(conditioning)
+    return sample_latents(
+        denoiser.unet,
+        noise_schedule,
+        settings,
+        prompt_embeds=embeds[:1].expand(len(generators), -1, -1),
+        empty_embeds=embeds[1:],
+        latent_size=latent_size,
+        generators=generators,
+        added_cond_kwargs=added,
+    )

@@ -33,6 +33,7 @@ class RunFolder:
         self.config_file = root / "config.yaml"
         self.environment_file = root / "environment.json"
         self.metrics_file = root / "metrics.jsonl"
+        self.scores_file = root / "scores.jsonl"
         self.checkpoints_dir = root / "checkpoints"
         self.tensorboard_dir = root / "tensorboard"
         self.final_dir = root / "final"
@@ -95,28 +96,46 @@ class RunFolder:
         write_text(path / MARKER, f"{step}\n")
         return path
 
-    def prune_checkpoints(self, keep: int | None) -> None:
+    def prune_checkpoints(self, keep: int | None, also: int | None = None) -> None:
         """Delete all but the newest ``keep`` complete checkpoints, and what killed runs left behind.
 
-        What is not of this program's making, such as ``.DS_Store`` or a checkpoint under another name, stays.
+        The checkpoint of the step ``also`` stays too, and what is not of this program's making, such as ``.DS_Store``
+        or a checkpoint under another name.
         """
         complete = self.complete_steps()
-        kept = {self.checkpoint_dir(step) for step in (complete if keep is None else complete[-keep:])}
+        steps = {*(complete if keep is None else complete[-keep:]), *(() if also is None else (also,))}
+        kept = {self.checkpoint_dir(step) for step in steps}
         for folder in list(self.checkpoints_dir.iterdir()):
             if folder not in kept and _LEFT_BEHIND.fullmatch(folder.name):
                 (folder / MARKER).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop the rows after a step, and a last row that was not written whole."""
-        if not self.metrics_file.is_file():
-            return
-        rows = [
-            row
-            for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
-            if (row := _parse_row(line)) is not None
-        ]
-        write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    def truncate_rows(self, step: int) -> None:
+        """Drop the rows of metrics and scores after a step, and last rows that were not written whole."""
+        for file in (self.metrics_file, self.scores_file):
+            if file.is_file():
+                write_text(file, "".join(json.dumps(row) + "\n" for row in read_rows(file) if row["step"] <= step))
+
+
+def append_row(file: Path, row: Mapping[str, Any]) -> None:
+    """Append the row of a step.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    try:
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise as_storage_error(error, file) from error
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of steps that were written whole; none where there is no file."""
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [row for line in lines if (row := _parse_row(line)) is not None]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -47,9 +47,26 @@ class TensorStore:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, whole or not at all; the same tensors and metadata make the same bytes."""
     own = _without_shared_memory(tensors)
-    write_file(path, lambda temporary: save_file(own, temporary, dict(metadata or {})))
+
+    def write(temporary: Path) -> None:
+        save_file(own, temporary, dict(metadata or {}))
+        _sort_metadata(temporary)
+
+    write_file(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, in place: the library leaves their order to chance."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:

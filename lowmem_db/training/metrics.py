@@ -1,13 +1,13 @@
 """What a run writes about its steps: a row in ``metrics.jsonl``, and TensorBoard curves where asked for."""
 
-import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lowmem_db import environment
 from lowmem_db.storage.atomic import as_storage_error
-from lowmem_db.storage.run_folder import RunFolder
+from lowmem_db.storage.run_folder import RunFolder, append_row
 
 
 class MetricsWriter:
@@ -23,7 +23,7 @@ class MetricsWriter:
     """
 
     def __init__(self, run: RunFolder, *, tensorboard: bool | None, start_step: int) -> None:
-        self._file = run.metrics_file
+        self._file, self._folder = run.metrics_file, run.tensorboard_dir
         wanted = environment.is_installed("tensorboard") if tensorboard is None else tensorboard
         self._curves = _open_curves(run.tensorboard_dir, start_step) if wanted else None
 
@@ -33,15 +33,23 @@ class MetricsWriter:
         Raises:
             StorageError: The disk is full.
         """
+        append_row(self._file, row)
+        self.write_curves(row)
+
+    def write_curves(self, row: Mapping[str, Any]) -> None:
+        """Add the values of a step to the curves.
+
+        Raises:
+            StorageError: The disk is full.
+        """
+        if self._curves is None:
+            return
         try:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            if self._curves is not None:
-                for name, value in row.items():
-                    if name != "step" and value is not None:
-                        self._curves.add_scalar(name, value, row["step"])
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._curves.add_scalar(name, value, row["step"])
         except OSError as error:
-            raise as_storage_error(error, self._file) from error
+            raise as_storage_error(error, self._folder) from error
 
     def close(self) -> None:
         """Flush and close the curves; a full disk was reported by what was written before."""

@@ -15,10 +15,21 @@ FIXED_FIELDS = (
     "model.revision",
     "training.train_text_encoder",
     "training.stop_text_encoder_training",
+    "training.layers",
+    "lora.enabled",
+    "lora.rank",
+    "lora.alpha",
+    "lora.rank_stabilized",
+    "lora.dora",
+    "lora.targets",
+    "lora.base_weights",
     "optimizer.name",
     "memory.weights",
     "ema.enabled",
     "data.resolution",
+    "data.aspect_ratio_buckets",
+    "evaluation.encoder",
+    "evaluation.prompts",
 )
 """Fields that a run keeps from its first step to its last."""
 
@@ -29,6 +40,7 @@ PLANNED_FIELDS = {
         "tiled_samples",
     ),
     "training": ("clipping", "mixed_precision"),
+    "lora": ("base_weights",),
 }  # fmt: skip
 """Fields that the planner fills where they are left open."""
 
@@ -68,7 +80,9 @@ def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
             "output_dir, or delete the folder"
         )
     before, now = (dict(_flat(tree)) for tree in (read_yaml(run.config_file), config.model_dump(mode="json")))
-    changed = {field: (before.get(field), value) for field, value in now.items() if before.get(field) != value}
+    changed = {  # a field that the run's version did not know is none that was changed
+        field: (before[field], value) for field, value in now.items() if field in before and before[field] != value
+    }
     fixed = [
         f"{field} was {changed[field][0]!r}, is {changed[field][1]!r}" for field in FIXED_FIELDS if field in changed
     ]

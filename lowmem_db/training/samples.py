@@ -1,15 +1,18 @@
 """Samples during training, from the model in memory; the autoencoder is loaded for them and freed again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
+from lowmem_db.models.conditioning import whole_picture_time_ids
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.latents import decode_in_tiles, decode_latents, downscaling
 from lowmem_db.models.loading import Autoencoder, load_autoencoder, load_noise_schedule
@@ -26,17 +29,20 @@ def draw_samples(
     config: Config, model: ModelFolder, denoiser: Denoiser, prompts: PromptTable, run: RunFolder, step: int
 ) -> None:
     """Draw ``sampling.num_images`` of each of ``sampling.prompts`` into ``samples/step-N/``, with a grid of all."""
-    latents = [
-        sample_prompt(config, model, denoiser, prompts.conditioning([prompt, ""])) for prompt in config.sampling.prompts
-    ]
-    autoencoder = load_decoder(config, model, denoiser)
-    rows = [
-        (prompt, to_images(decode_latents(autoencoder, drawn)))
-        for prompt, drawn in zip(config.sampling.prompts, latents, strict=True)
-    ]
+    rows = draw_images(config, model, denoiser, prompts, config.sampling.prompts)
     folder = run.samples_dir(step)
     write_folder(folder, lambda temporary: save_rows(temporary, rows))
     say(f"samples of step {step}: {folder / GRID_FILE}")
+
+
+def draw_images(
+    config: Config, model: ModelFolder, denoiser: Denoiser, table: PromptTable, prompts: Sequence[str]
+) -> list[tuple[str, list[Image]]]:
+    """Draw ``sampling.num_images`` of each of some prompts; return each prompt with its images."""
+    latents = [sample_prompt(config, model, denoiser, table.conditioning([prompt, ""])) for prompt in prompts]
+    autoencoder = load_decoder(config, model, denoiser)
+    images = [to_images(decode_latents(autoencoder, drawn)) for drawn in latents]
+    return list(zip(prompts, images, strict=True))
 
 
 def sample_prompt(
@@ -57,12 +63,16 @@ def sample_prompt(
         num_inference_steps=config.sampling.num_inference_steps,
         guidance_scale=config.sampling.guidance_scale,
     )
+    resolution = config.data.resolution
+    conditioning = replace(conditioning, time_ids=whole_picture_time_ids(resolution, resolution, 2))
+    objective = config.objective
+    noise_schedule = load_noise_schedule(model, objective.prediction_type, objective.zero_terminal_snr)
     with torch.no_grad(), _evaluating(denoiser):
         embeds, added = denoiser.embeds_and_added(conditioning)
         drawn = [
             sample_latents(
                 denoiser.unet,
-                load_noise_schedule(model, config.objective.prediction_type),
+                noise_schedule,
                 settings,
                 prompt_embeds=embeds[:1].expand(at_once, -1, -1),
                 empty_embeds=embeds[1:],
@@ -76,7 +86,10 @@ def sample_prompt(
 
 
 def load_decoder(config: Config, model: ModelFolder, denoiser: Denoiser) -> Autoencoder:
-    """Load what decodes samples: in fp32 or, for tiled samples, in tiles and the type of the weights."""
+    """Load what decodes samples: in fp32 or, for tiled samples, in tiles and the type of the weights.
+
+    An autoencoder that has to compute in fp32 does so in tiles too.
+    """
     if not config.memory.tiled_samples:
         return load_autoencoder(model, device=denoiser.device)
     autoencoder = load_autoencoder(model, device=denoiser.device, dtype=denoiser.unet.dtype)

@@ -1,11 +1,12 @@
 """From a configuration and prepared data to a trainer, and from a trained model to ``final/``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 
 from lowmem_db import environment
 from lowmem_db.config.schema import Config, Weights
@@ -14,8 +15,10 @@ from lowmem_db.console import say
 from lowmem_db.data.batches import BatchSource
 from lowmem_db.errors import ConfigError, StorageError
 from lowmem_db.memory import attention, checkpointing
+from lowmem_db.models import layers, lora, quantized
 from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
 from lowmem_db.models.loading import CPU, load_noise_schedule, load_text_encoder, load_text_encoder_2, load_unet
+from lowmem_db.models.lora_file import LORA_FILE, lora_file, write_lora
 from lowmem_db.models.saving import DTYPES, save_model
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.objective.objective import Objective
@@ -27,7 +30,7 @@ from lowmem_db.optimizers.weights import named_parameters
 from lowmem_db.storage import hub
 from lowmem_db.storage.atomic import write_folder
 from lowmem_db.storage.run_folder import RunFolder
-from lowmem_db.training.samples import draw_samples
+from lowmem_db.training.samples import draw_images, draw_samples
 from lowmem_db.training.trainer import Trainer
 
 _WEIGHT_BYTES: dict[Weights, int] = {"fp32": 4, "bf16_extra_bits": 3, "bf16_stochastic": 2}  # per parameter
@@ -45,6 +48,9 @@ def check_machine(config: Config, device: torch.device) -> None:
     environment.check_precision(config.training.mixed_precision or "no", device)
     attention.check(config.memory.attention, device)
     environment.check_kernels()
+    if config.lora.enabled:
+        environment.require("peft")
+        quantized.check_device(config.lora.base_weights, device)
     if config.logging.tensorboard:
         environment.require("tensorboard")
     if config.final.push_to_hub:
@@ -75,28 +81,52 @@ def _bytes_to_be_replaced(output_dir: Path) -> int:
 
 def disk_bytes(config: Config, model: ModelFolder) -> int:
     """Return the most bytes that checkpoints and the final model of a run take on the disk at once."""
-    names = ["unet", "text_encoder"] if config.training.train_text_encoder else ["unet"]
-    parameters = sum(model.num_parameters(name) for name in names)
+    if config.lora.enabled:
+        parameters = sum(layers.count_trained(_on_meta(config, model).modules()).values())
+        whole_model = parameters * 4
+    else:
+        names = ["unet", *(model.family.text_encoders if config.training.train_text_encoder else ())]
+        parameters = sum(model.num_parameters(name) for name in names)
+        whole_model = sum(model.num_parameters(name) for name in model.family.with_weights) * 4
     per_parameter = (
         _WEIGHT_BYTES[config.memory.weights or "fp32"]
         + _STATE_BYTES[config.optimizer.name]
         + (4 if config.ema.enabled else 0)
     )
     at_once = min(config.checkpointing.keep or config.training.max_train_steps, _num_checkpoints(config)) + 1
-    whole_model = sum(model.num_parameters(name) for name in ("unet", "text_encoder", "vae")) * 4
+    at_once += config.evaluation.every is not None and config.evaluation.keep_best
     return int(parameters * per_parameter * at_once + whole_model)
 
 
 def build_trainer(
-    config: Config, model: ModelFolder, device: torch.device, batches: BatchSource, run: RunFolder
+    config: Config,
+    model: ModelFolder,
+    device: torch.device,
+    batches: BatchSource,
+    run: RunFolder,
+    score_images: Callable[[Mapping[str, list[Image]]], Mapping[str, float]] | None = None,
 ) -> Trainer:
-    """Load what trains onto the device and put the trainer together."""
+    """Load what trains onto the device and put the trainer together.
+
+    Args:
+        config: The configuration.
+        model: The model.
+        device: Where it trains.
+        batches: All batches of the run.
+        run: The run folder.
+        score_images: Called with images of each prompt when ``evaluation.every`` says so; returns what
+            :meth:`lowmem_db.training.scores.Scores.add` takes.
+    """
     _set_arithmetic(config, device)
     denoiser, objective, optimizer = build_step(config, plain_strategy(config), model, device)
     ema = build_ema(config, denoiser, optimizer)
     _say_what_trains(model, denoiser, device)
     sampler: Callable[[int], None] = lambda step: draw_samples(config, model, denoiser, batches.prompts, run, step)  # noqa: E731
-    return Trainer(config, run, denoiser, objective, optimizer, batches, ema, sampler)
+    score = None
+    if score_images is not None:
+        scored = sorted({*config.evaluation_prompts, config.subject.class_prompt or ""} - {""})
+        score = lambda: score_images(dict(draw_images(config, model, denoiser, batches.prompts, scored)))  # noqa: E731
+    return Trainer(config, run, denoiser, objective, optimizer, batches, ema, sampler, score)
 
 
 def build_step(
@@ -111,33 +141,87 @@ def build_step(
         device: Where the step runs.
 
     Raises:
-        ConfigError: ``memory.checkpointing`` names a block that the model has not.
+        ConfigError: ``memory.checkpointing`` names a block that the model has not, or another field goes not with it.
     """
-    start = device if device.type == "meta" else CPU  # fp32 weights meet the device in the kind that trains
-    unet = load_unet(model, device=start)
-    trains_text = config.training.train_text_encoder
-    denoiser = Denoiser(
-        unet,
-        load_text_encoder(model, device=start) if trains_text else None,
-        AUTOCAST_TYPES[strategy.autocast],
-        load_text_encoder_2(model, device=start) if trains_text and model.family.has_text_encoder_2 else None,
-    )
+    _check_fields(config, model)
+    # fp32 weights meet the device in the kind that trains
+    denoiser = _load_denoiser(config, strategy, model, device if device.type == "meta" else CPU)
     extra_bits = weights.apply(denoiser.modules(), strategy.weights)
+    _choose_what_trains(config, strategy, denoiser)
     for module in denoiser.modules().values():
-        module.to(device).train().requires_grad_(True)
-    attention.apply(unet, config.memory.attention, device)
+        module.to(device).train()
+    attention.apply(denoiser.unet, config.memory.attention, device)
     try:
         checkpointing.apply(denoiser.modules(), strategy.checkpointing, offload=strategy.offload_checkpoints)
     except ValueError as error:
         raise ConfigError(f"memory.checkpointing: {error}") from error
     optimizer = build_optimizer(config, strategy, denoiser.modules(), device)
     for name, bits in optimizer.extra_bits().items():
-        bits.copy_(extra_bits[name])
+        bits.copy_(extra_bits.pop(name))
+    if device.type != "meta":
+        optimizer.keep_extra_bits(extra_bits)  # of layers that do not train: the final model has them again
     return denoiser, _build_objective(config, model, device), optimizer
 
 
+def _load_denoiser(config: Config, strategy: Strategy, model: ModelFolder, device: torch.device) -> Denoiser:
+    dtype, trains_text = _loaded_dtype(strategy), config.training.train_text_encoder
+    return Denoiser(
+        load_unet(model, device, dtype),
+        load_text_encoder(model, device, dtype) if trains_text else None,
+        AUTOCAST_TYPES[strategy.autocast],
+        load_text_encoder_2(model, device, dtype) if trains_text and model.family.has_text_encoder_2 else None,
+    )
+
+
+def _on_meta(config: Config, model: ModelFolder) -> Denoiser:
+    """Return the denoiser without weights, with what trains in it."""
+    strategy = plain_strategy(config)
+    denoiser = _load_denoiser(config, strategy, model, torch.device("meta"))
+    _choose_what_trains(config, strategy, denoiser)
+    return denoiser
+
+
+def _loaded_dtype(strategy: Strategy) -> torch.dtype:
+    """Return the type that weights are loaded in: fp32 for those that train, else the type they are frozen in."""
+    if strategy.base_weights is None:
+        return torch.float32
+    return DTYPES.get(strategy.base_weights) or AUTOCAST_TYPES[strategy.autocast] or torch.float32
+
+
+def _choose_what_trains(config: Config, strategy: Strategy, denoiser: Denoiser) -> None:
+    """Let weights train, or freeze them and let adapters train.
+
+    Raises:
+        ConfigError: ``training.layers`` or ``lora.targets`` selects nothing.
+    """
+    modules = denoiser.modules()
+    if not config.lora.enabled:
+        layers.train_layers(modules, config.training.layers)
+        return
+    if strategy.base_weights == "int8" or strategy.base_weights == "nf4":
+        quantized.quantize(modules.values(), strategy.base_weights, _loaded_dtype(strategy))
+    lora.attach(modules, config.lora, seed=config.seed)
+
+
+def _check_fields(config: Config, model: ModelFolder) -> None:
+    """Refuse what the rules of the configuration cannot see: fields that this model has no use for."""
+    rate = config.training.learning_rate_text_encoder_2
+    if rate is not None and not model.family.has_text_encoder_2:
+        raise ConfigError(
+            f"training.learning_rate_text_encoder_2: {rate} has no use with {model.family.name}, which has one text "
+            "encoder; leave it out"
+        )
+
+
 def _build_objective(config: Config, model: ModelFolder, device: torch.device) -> Objective:
-    noise_schedule = load_noise_schedule(model, config.objective.prediction_type)
+    chosen = config.objective
+    noise_schedule = load_noise_schedule(model, chosen.prediction_type, chosen.zero_terminal_snr)
+    if noise_schedule.config["rescale_betas_zero_snr"] and noise_schedule.config["prediction_type"] == "epsilon":
+        raise ConfigError(
+            "objective.prediction_type: this model's scheduler says epsilon, and there is none to predict at a last "
+            "timestep that is all noise (zero terminal SNR); set objective.prediction_type=v_prediction, or "
+            "objective.zero_terminal_snr=false"
+        )
     return Objective(
         config.objective,
         alphas_cumprod=noise_schedule.alphas_cumprod,
@@ -152,12 +236,13 @@ def build_ema(config: Config, denoiser: Denoiser, optimizer: OptimizerHandle) ->
     """Build the moving average of the weights, where the configuration asks for it."""
     if not config.ema.enabled:
         return None
-    parameters = named_parameters(denoiser.modules())
+    named = named_parameters(denoiser.modules())
+    parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     return ExponentialMovingAverage(parameters, optimizer.extra_bits, decay=config.ema.decay)
 
 
 def write_final(trainer: Trainer, model: ModelFolder) -> None:
-    """Write ``final/``, which ``StableDiffusionPipeline.from_pretrained`` loads; upload it where that is asked for.
+    """Write ``final/``, for ``from_pretrained`` or, a LoRA, ``load_lora_weights``; upload it where that is asked for.
 
     Raises:
         StorageError: The disk is full, or the upload failed.
@@ -169,16 +254,25 @@ def write_final(trainer: Trainer, model: ModelFolder) -> None:
 
 
 def _save_final(trainer: Trainer, model: ModelFolder, folder: Path) -> None:
-    extra_bits = {} if trainer.ema is not None else trainer.optimizer.extra_bits()
+    config, modules = trainer.config, trainer.denoiser.modules()
+    dtype = DTYPES[config.final.precision]
+    extra_bits = trainer.optimizer.extra_bits()
+    if trainer.ema is not None:  # the average has all bits of what it averages
+        extra_bits = {name: bits for name, bits in extra_bits.items() if name not in trainer.ema.parameters}
     with nullcontext() if trainer.ema is None else trainer.ema.applied(torch.float32):
-        save_model(
-            folder,
-            model,
-            trainer.denoiser.modules(),
-            dtype=DTYPES[trainer.config.final.precision],
-            prediction_type=trainer.config.objective.prediction_type,
-            extra_bits=extra_bits,
-        )
+        if config.lora.enabled:
+            base = config.model.model_dump()
+            write_lora(folder / LORA_FILE, lora_file(modules, lora.peft_settings(config.lora), dtype=dtype, base=base))
+        else:
+            save_model(
+                folder,
+                model,
+                modules,
+                dtype=dtype,
+                prediction_type=config.objective.prediction_type,
+                zero_terminal_snr=config.objective.zero_terminal_snr,
+                extra_bits=extra_bits,
+            )
 
 
 def _set_arithmetic(config: Config, device: torch.device) -> None:
@@ -196,10 +290,7 @@ def _num_checkpoints(config: Config) -> int:
 
 
 def _say_what_trains(model: ModelFolder, denoiser: Denoiser, device: torch.device) -> None:
-    counts = {
-        name: sum(parameter.numel() for parameter in module.parameters()) for name, module in denoiser.modules().items()
-    }
-    trained = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items())
+    trained = ", ".join(f"{name} {count:,}" for name, count in layers.count_trained(denoiser.modules()).items())
     if (note := environment.reference_paths()) is not None:
         say(note)
-    say(f"training {model.name} ({model.family.name}) on {device}: {trained} parameters")
+    say(f"training {model.name} ({model.family.name}) on {device}: {trained} parameters train")

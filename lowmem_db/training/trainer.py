@@ -1,7 +1,7 @@
 """The loop: when to step, to save, to sample and to stop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +15,7 @@ from lowmem_db.console import progress, say
 from lowmem_db.data.batches import BatchSource
 from lowmem_db.errors import NonFiniteError, RunInterrupted, StorageError
 from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.models.lora import AdapterState, has_adapters
 from lowmem_db.objective.objective import Objective
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
 from lowmem_db.optimizers.handle import OptimizerHandle
@@ -24,6 +25,7 @@ from lowmem_db.records import StepOutput
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.checkpoint import Stateful, restore_checkpoint, save_checkpoint
 from lowmem_db.training.metrics import MetricsWriter
+from lowmem_db.training.scores import Scores
 from lowmem_db.training.signals import StopRequest, stop_on_signals
 from lowmem_db.training.step import train_step
 
@@ -42,6 +44,8 @@ class Trainer:
         batches: All batches of the run.
         ema: Moving average of the weights, or None.
         draw_samples: Called with the step when samples are due, always after a checkpoint of that step.
+        score: Called when a score is due, always after a checkpoint; returns what :meth:`Scores.add` takes. None: no
+            step is scored.
 
     Attributes:
         step: Optimizer steps done.
@@ -58,6 +62,7 @@ class Trainer:
         batches: BatchSource,
         ema: ExponentialMovingAverage | None,
         draw_samples: Callable[[int], None],
+        score: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         self.config = config
         self.run = run
@@ -67,16 +72,22 @@ class Trainer:
         self.batches = batches
         self.ema = ema
         self.draw_samples = draw_samples
+        self.score = score
+        self.scores = Scores(run, config.evaluation.patience)
         self.step = 0
         self.peak_step_bytes = 0
 
     def stateful_objects(self) -> dict[str, Stateful]:
         """Return the one list of what a checkpoint holds."""
-        objects: dict[str, Stateful] = {**self.denoiser.modules(), "optimizer": self.optimizer}
+        components = {
+            name: AdapterState(name, module) if has_adapters(module) else module
+            for name, module in self.denoiser.modules().items()
+        }
+        objects: dict[str, Stateful] = {**components, "optimizer": self.optimizer}
         return objects if self.ema is None else objects | {"ema": self.ema}
 
-    def resume(self) -> None:
-        """Continue from the newest complete checkpoint, or start where there is none.
+    def resume(self, step: int | None = None) -> None:
+        """Continue from the checkpoint of a step, by default the newest complete one, or start where there is none.
 
         Raises:
             CheckpointError: The checkpoint is damaged, or belongs to other settings.
@@ -85,7 +96,7 @@ class Trainer:
         if not complete:
             say(f"resume: {self.run.root} has no complete checkpoint, starting at step 1")
             return
-        self.step = complete[-1]
+        self.step = complete[-1] if step is None else step
         self._stop_text_encoder_where_due()
         data_key = restore_checkpoint(self.run, self.step, self.stateful_objects())
         if data_key != self._data_key():
@@ -95,27 +106,30 @@ class Trainer:
         say(f"resume: going on after step {self.step}")
 
     def train(self) -> None:
-        """Train to the last step.
+        """Train to the last step, or until the scores are out of patience.
 
         Raises:
             RunInterrupted: The run was asked to stop; a checkpoint was saved.
             NonFiniteError: The loss or the gradient is not finite.
             StorageError: The disk is full.
         """
-        self.run.truncate_metrics(self.step)
+        self.run.truncate_rows(self.step)
         environment.reset_peak_bytes(self.denoiser.device)
         metrics = MetricsWriter(self.run, tensorboard=self.config.logging.tensorboard, start_step=self.step)
         try:
             with stop_on_signals() as stop, _progress() as bar:
                 self._sample_where_due()  # a run killed between checkpoint and samples still owes them
+                self._score_where_due(metrics)
                 task = bar.add_task(
                     "training", total=self.config.training.max_train_steps, completed=self.step, loss=""
                 )
-                while self.step < self.config.training.max_train_steps:
+                while self.step < self.config.training.max_train_steps and not self.scores.out_of_patience():
                     row = self._step()
                     metrics.write(row)
                     self._show(bar, task, row)
-                    self._after_step(stop)
+                    self._after_step(stop, metrics)
+            if self.step < self.config.training.max_train_steps:
+                say(f"no better score since step {self.scores.best_step()}: stopped after step {self.step}")
         finally:
             metrics.close()
 
@@ -143,14 +157,16 @@ class Trainer:
             self.ema.update(self.step)
         return self._row(output, rates, time.perf_counter() - started)
 
-    def _after_step(self, stop: StopRequest) -> None:
+    def _after_step(self, stop: StopRequest, metrics: MetricsWriter) -> None:
         done = self.step == self.config.training.max_train_steps
-        if self._is_due(self.config.checkpointing.every) or self._samples_are_due() or done or stop:
+        is_due = self._is_due(self.config.checkpointing.every) or self._samples_are_due() or self._score_is_due()
+        if is_due or done or stop:
             self._save_checkpoint()
-            self.run.prune_checkpoints(self.config.checkpointing.keep)
+            self._prune_checkpoints()
         if stop and not done:
             raise RunInterrupted(f"{stop.signal_name}: stopped after step {self.step}; continue with --resume")
         self._sample_where_due()
+        self._score_where_due(metrics)
 
     def _save_checkpoint(self) -> None:
         try:
@@ -163,6 +179,25 @@ class Trainer:
             with self.weights():
                 self.draw_samples(self.step)
             environment.reset_peak_bytes(self.denoiser.device)
+
+    def _score_where_due(self, metrics: MetricsWriter) -> None:
+        if self.score is None or not self._score_is_due() or self.scores.has(self.step):
+            return
+        with self.weights():
+            found = self.score()
+        self.scores.add(self.step, found)
+        metrics.write_curves({"step": self.step, **found})
+        self._prune_checkpoints()
+        environment.reset_peak_bytes(self.denoiser.device)
+
+    def _prune_checkpoints(self) -> None:
+        best = self.scores.best_step() if self.config.evaluation.keep_best else None
+        self.run.prune_checkpoints(self.config.checkpointing.keep, also=best)
+
+    def _score_is_due(self) -> bool:
+        every = self.config.evaluation.every
+        done = self.step == self.config.training.max_train_steps
+        return every is not None and self.step > 0 and (self._is_due(every) or done)
 
     def _samples_are_due(self) -> bool:
         every = self.config.sampling.every or self.config.checkpointing.every
@@ -182,11 +217,11 @@ class Trainer:
         )
         if training.scale_learning_rate:
             factor *= self.config.samples_per_step
-        of_text_encoders = (training.learning_rate_text_encoder or training.learning_rate) * factor
+        of_text_encoder = training.learning_rate_text_encoder or training.learning_rate
         return {
             "unet": training.learning_rate * factor,
-            "text_encoder": of_text_encoders,
-            "text_encoder_2": of_text_encoders,
+            "text_encoder": of_text_encoder * factor,
+            "text_encoder_2": (training.learning_rate_text_encoder_2 or of_text_encoder) * factor,
         }
 
     def _stop_text_encoder_where_due(self) -> None:
@@ -200,7 +235,11 @@ class Trainer:
         say(f"the text encoder stays as it is after step {stop}")
 
     def _row(self, output: StepOutput, rates: dict[str, float], seconds: float) -> dict[str, Any]:
-        trains_text_encoder = "text_encoder" in self.optimizer.group_names()
+        rates_of_text_encoders = {
+            f"lr_{name}": rates[name] if name in self.optimizer.group_names() else None
+            for name in ["text_encoder", *self.denoiser.modules()]
+            if name != "unet"
+        }
         values = asdict(output)
         peak_bytes = environment.peak_bytes(self.denoiser.device)
         self.peak_step_bytes = max(self.peak_step_bytes, peak_bytes)
@@ -210,7 +249,7 @@ class Trainer:
             "loss_instance": values["loss_instance"],
             "loss_prior": values["loss_prior"],
             "lr": rates["unet"],
-            "lr_text_encoder": rates["text_encoder"] if trains_text_encoder else None,
+            **rates_of_text_encoders,
             "grad_norm": values["grad_norm"],
             "seconds": round(seconds, 4),
             "peak_bytes": peak_bytes,

@@ -39,6 +39,33 @@ def test_run_and_its_checkpoint_draw_the_same(run: Run, config_file: Path, tmp_p
     assert "has no final model and no complete checkpoint yet" in nothing.err
 
 
+@pytest.mark.parametrize("fields", [(), ("lora.dora=true", "ema.enabled=true")])
+def test_lora_run_draws_the_same_from_its_run_its_folder_and_its_checkpoint(
+    run: Run, config_file: Path, tiny_model: Path, tmp_path: Path, fields: tuple[str, ...]
+) -> None:
+    lora = ("lora.enabled=true", "training.train_text_encoder=true", "training.learning_rate=3e-2", *fields)
+    assert run("train", config_file, *lora).code == 0
+    folder = RunFolder(tmp_path / "run")
+    for name, source in (("a", folder.root), ("b", folder.final_dir), ("base", tiny_model)):
+        assert run("generate", source, *QUICK, "-o", tmp_path / name).code == 0
+    shutil.rmtree(folder.final_dir)
+    assert run("generate", folder.root, *QUICK, "-o", tmp_path / "c").code == 0
+    assert pictures(tmp_path / "a") == pictures(tmp_path / "b") == pictures(tmp_path / "c")
+    assert pictures(tmp_path / "a") != pictures(tmp_path / "base")
+
+
+def test_lora_run_is_exported_whole_and_as_a_lora(run: Run, config_file: Path, tmp_path: Path) -> None:
+    assert run("train", config_file, "lora.enabled=true", "training.learning_rate=3e-2").code == 0
+    folder = tmp_path / "run"
+    made = run("export", folder, "--format", "lora-kohya", "--out", tmp_path / "dog.safetensors")
+    assert (made.code, made.out.strip()) == (0, str(tmp_path / "dog.safetensors"))
+    assert run("export", folder, "--merge", "--format", "diffusers", "--out", tmp_path / "merged").code == 0
+    assert run("generate", tmp_path / "merged", *QUICK, "-o", tmp_path / "drawn").code == 0
+    refused = run("export", folder, "--format", "diffusers", "--out", tmp_path / "other")
+    assert refused.code == 2
+    assert "add --merge" in refused.err
+
+
 def test_model_folder_draws_what_its_seed_says(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     drawn = {}
     for name, seed in [("a", 0), ("b", 0), ("c", 1)]:

@@ -107,7 +107,10 @@ FLAGS_OF_ITS_RELATIVES = """
   --use_ema --offload_ema --optimizer=prodigy --use_dora --rank=4 --min_snr_gamma=5 --fused_backward_pass
   --stop_text_encoder_training=100 --cache_latents_to_disk --enable_bucket --save_model_as=ckpt --full_bf16
   --multires_noise_iterations=6 --zero_terminal_snr --masked_loss --debiased_estimation_loss --not_cache_latents
-  --concepts_list=c.json --read_prompts_from_txts
+  --concepts_list=c.json --read_prompts_from_txts --lora_alpha=8 --lora_dropout=0.1 --lora_layers=to_k
+  --output_kohya_format --validation_epochs=5 --do_edm_style_training --image_interpolation_mode=lanczos
+  --bucket_reso_steps=64 --min_bucket_reso=256 --max_bucket_reso=1024
+  --learning_rate_te1=1e-6 --learning_rate_te2=1e-6 --v_parameterization
 """
 ALL_FLAGS = shlex.split(FLAGS_OF_THE_SCRIPT + FLAGS_OF_ITS_RELATIVES)
 
@@ -156,6 +159,8 @@ def test_no_known_flag_falls_through(argument: str) -> None:
         way_out = str(refused).removeprefix(f"--{name}: has no meaning here; ")
         assert way_out == flags.REFUSED_FLAGS[name]
     else:
+        if name in flags.LORA_FLAGS:
+            assert parsed.overrides.pop(0) == ("lora.enabled", True)
         assert bool(parsed.overrides) + bool(parsed.notes) + parsed.resume == 1
         for path, _ in parsed.overrides:
             assert path in set(field_paths())
@@ -231,6 +236,12 @@ def test_values_may_hold_equal_signs_quotes_and_dashes() -> None:
         "subject.class_prompt": "a 'dog' - old",
         "seed": "-1",
     }
+
+
+def test_flag_of_the_lora_script_asks_for_adapters() -> None:
+    lora = config_of(COMMANDS["basic"] + " --rank=4 --lora_alpha=8 --lora_dropout=0.1 --use_dora").lora
+    assert (lora.enabled, lora.rank, lora.alpha, lora.dropout, lora.dora) == (True, 4, 8.0, 0.1, True)
+    assert not config_of(COMMANDS["basic"]).lora.enabled
 
 
 def test_a_configuration_file_keeps_its_own_prior_preservation() -> None:

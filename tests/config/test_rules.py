@@ -18,6 +18,14 @@ CASES = [
     ({"subject.class_prompt": None}, "prior.enabled", {"prior.enabled": False}),
     ({"subject.class_prompt": ""}, "prior.enabled", {"subject.class_prompt": "a dog"}),
     ({"data.resolution": 500}, "data.resolution", {"data.resolution": 504}),
+    ({"data.bucket_step": 32}, "data.bucket_step", {"data.aspect_ratio_buckets": True}),
+    ({"data.min_bucket_side": 256}, "data.min_bucket_side", {"data.aspect_ratio_buckets": True}),
+    ({"data.max_bucket_side": 768}, "data.max_bucket_side", {"data.aspect_ratio_buckets": True}),
+    (
+        {"objective.zero_terminal_snr": True, "objective.prediction_type": "epsilon"},
+        "objective.zero_terminal_snr",
+        {"objective.prediction_type": "v_prediction"},
+    ),
     (
         {"objective.snr_gamma": 5, "objective.debiased": True},
         "objective.debiased",
@@ -26,6 +34,11 @@ CASES = [
     (
         {"training.learning_rate_text_encoder": 1e-6},
         "training.learning_rate_text_encoder",
+        {"training.train_text_encoder": True},
+    ),
+    (
+        {"training.learning_rate_text_encoder_2": 1e-6},
+        "training.learning_rate_text_encoder_2",
         {"training.train_text_encoder": True},
     ),
     (
@@ -74,6 +87,24 @@ CASES = [
         {"training.max_train_steps": 11},
     ),
     ({"sampling.every": 5}, "sampling.every", {"sampling.prompts": ["a sks dog"]}),
+    ({"lora.rank": 8}, "lora.enabled", {"lora.enabled": True}),
+    ({"lora.enabled": True, "memory.weights": "bf16_extra_bits"}, "memory.weights", {"memory.weights": "fp32"}),
+    ({"lora.enabled": True, "training.layers": ["unet.*"]}, "training.layers", {"training.layers": []}),
+    (
+        {"lora.enabled": True, "lora.dora": True, "lora.base_weights": "nf4"},
+        "lora.dora",
+        {"lora.base_weights": "bf16"},
+    ),
+    (
+        {"lora.enabled": True, "lora.base_weights": "int8", "training.mixed_precision": "no"},
+        "training.mixed_precision",
+        {"training.mixed_precision": "bf16"},
+    ),
+    (
+        {"lora.enabled": True, "lora.base_weights": "fp16", "training.mixed_precision": "bf16"},
+        "training.mixed_precision",
+        {"lora.base_weights": "bf16"},
+    ),
     ({"final.hub_model_id": "me/dog"}, "final.hub_model_id", {"final.push_to_hub": True}),
 ]
 

@@ -56,6 +56,14 @@ def test_a_strategy_written_into_a_configuration_comes_out_of_it_again():
     assert written.training.clipping == "update_rms"
 
 
+def test_frozen_weights_of_a_lora_run_are_part_of_the_strategy():
+    strategy = plain_strategy(config_of({"lora.enabled": True, "lora.base_weights": "nf4"}))
+    assert (strategy.weights, strategy.base_weights, strategy.autocast) == ("fp32", "nf4", "bf16")
+    assert plain_strategy(with_strategy(config_of({"lora.enabled": True}), strategy)) == strategy
+    assert plain_strategy(config_of({"lora.enabled": True})).base_weights == "fp32"
+    assert plain_strategy(config_of({})).base_weights is None
+
+
 def test_plainly_rounded_weights_are_refused_with_the_way_out():
     with pytest.raises(ConfigError, match=r"memory\.weights: 'bf16'.*lose small updates.*bf16_extra_bits"):
         config_of({"memory.weights": "bf16"})

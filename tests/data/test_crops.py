@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lowmem_db.data.crops import _place, _square, load_pixels, num_distinct_crops
+from lowmem_db.data.crops import _place, crop_box, load_pixels, num_distinct_crops
 from lowmem_db.data.photos import scan_photos
 from lowmem_db.errors import DataError
 from lowmem_db.records import ImageRecord
@@ -37,13 +37,13 @@ class TestNumDistinctCrops:
         (1024, 1025, "random", 1), (512, 514, "random", 3), (2048, 2052, "random", 2),
     ])  # fmt: skip
     def test_counts_positions_that_differ(self, width, height, crop, expected):
-        assert num_distinct_crops(sized(width, height), resolution=512, crop=crop, num_crops=4) == expected
+        assert num_distinct_crops(sized(width, height), size=(512, 512), crop=crop, num_crops=4) == expected
 
 
 class TestLoadPixels:
     @pytest.mark.parametrize("resolution", [32, 64, 96])
     def test_gives_a_square_in_minus_one_to_one(self, ramp, resolution):
-        pixels = load_pixels(ramp, resolution=resolution, crop="random", index=0)
+        pixels = load_pixels(ramp, size=(resolution, resolution), crop="random", index=0)
         assert pixels.shape == (3, resolution, resolution)
         assert pixels.dtype == torch.float32
         assert pixels.is_contiguous()
@@ -52,11 +52,11 @@ class TestLoadPixels:
 
     def test_black_and_white_are_exact_and_channels_keep_their_order(self, tmp_path):
         Image.new("RGB", (64, 64), (255, 0, 102)).save(tmp_path / "a.png")
-        pixels = load_pixels(record_of(tmp_path / "a.png"), resolution=64, crop="center", index=0)
+        pixels = load_pixels(record_of(tmp_path / "a.png"), size=(64, 64), crop="center", index=0)
         torch.testing.assert_close(pixels[:, 5, 9], torch.tensor([1.0, -1.0, -0.2]), rtol=0, atol=1e-6)
 
     def test_without_resizing_the_pixels_are_the_file_s(self, ramp):
-        pixels = load_pixels(ramp, resolution=64, crop="center", index=0)
+        pixels = load_pixels(ramp, size=(64, 64), crop="center", index=0)
         expected = torch.arange(96, 160).float() / 127.5 - 1
         torch.testing.assert_close(pixels[0, 0], expected, rtol=0, atol=0)
 
@@ -65,14 +65,14 @@ class TestLoadPixels:
         image = Image.new("RGB", size, "black")
         image.paste((255, 255, 255), (size[0] // 2 - 8, size[1] // 2 - 8, size[0] // 2 + 8, size[1] // 2 + 8))
         image.save(tmp_path / "a.png")
-        pixels = load_pixels(record_of(tmp_path / "a.png"), resolution=32, crop="center", index=0)
+        pixels = load_pixels(record_of(tmp_path / "a.png"), size=(32, 32), crop="center", index=0)
         torch.testing.assert_close(pixels, pixels.flip(1, 2), rtol=0, atol=0.01)
         assert pixels[0, 16, 16] == 1
 
     def test_a_fine_pattern_becomes_grey_and_no_moire(self, tmp_path):
         stripes = np.tile(np.array([0, 255], np.uint8), 331)[None, :, None].repeat(662, 0).repeat(3, 2)
         Image.fromarray(stripes).save(tmp_path / "a.png")
-        pixels = load_pixels(record_of(tmp_path / "a.png"), resolution=64, crop="center", index=0)
+        pixels = load_pixels(record_of(tmp_path / "a.png"), size=(64, 64), crop="center", index=0)
         assert pixels[:, 4:-4, 4:-4].abs().max() < 0.02
 
     def test_random_crops_lie_in_the_picture_and_cover_it(self, ramp):
@@ -94,18 +94,18 @@ class TestLoadPixels:
 
     @given(width=st.integers(64, 5000), height=st.integers(64, 5000), index=st.integers(0, 10))
     def test_the_square_never_leaves_the_picture(self, width, height, index):
-        left, top, right, bottom = _square(sized(width, height), "random", index)
-        assert 0 <= left < right <= width
-        assert 0 <= top < bottom <= height
-        assert right - left == pytest.approx(min(width, height))
+        box = crop_box(sized(width, height), (64, 64), "random", index)
+        assert 0 <= box.left <= box.left + box.width <= width
+        assert 0 <= box.top <= box.top + box.height <= height
+        assert box.width == box.height == min(width, height)
 
     def test_a_file_of_another_size_than_its_record(self, ramp):
         Image.new("RGB", (80, 80)).save(ramp.path)
         with pytest.raises(DataError, match=r"ramp.png: is 80 x 80 pixels, it was 256 x 64"):
-            load_pixels(ramp, resolution=64, crop="center", index=0)
+            load_pixels(ramp, size=(64, 64), crop="center", index=0)
 
 
 def _left(record, index):
     """Return the left edge of a crop in pixels of the ramp."""
-    pixels = load_pixels(record, resolution=64, crop="random", index=index)
+    pixels = load_pixels(record, size=(64, 64), crop="random", index=index)
     return round((pixels[0, 0, 0].item() + 1) * 127.5)

@@ -129,6 +129,14 @@ class TestScan:
         assert "a.png (200 x 100)" in told
         assert "b.png" not in told
 
+    def test_in_buckets_the_pixels_count_and_not_the_shorter_side(self, tmp_path):
+        save(tmp_path / "a.png", size=(200, 100))
+        save(tmp_path / "b.png", size=(120, 128))
+        records = scan(tmp_path)
+        (told,) = photo_warnings(records, resolution=128, field="subject.instance_dir", aspect_ratio_buckets=True)
+        assert "b.png (120 x 128)" in told
+        assert "a.png" not in told
+
 
 class TestEnormousPictures:
     def png_header(self, width, height):

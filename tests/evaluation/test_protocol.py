@@ -25,6 +25,10 @@ from lowmem_db.evaluation.protocol import (
     without_identifier,
 )
 from lowmem_db.evaluation.report import evaluate
+from lowmem_db.models import lora
+from lowmem_db.models.loading import load_unet
+from lowmem_db.models.lora_file import LORA_FILE, lora_file, write_lora
+from lowmem_db.models.source import find_model
 from tests.evaluation.conftest import CPU
 
 ALL = Shard()
@@ -182,6 +186,25 @@ def test_changed_weights_are_noticed(run: Run, run_folder: Path, tiny_model: Pat
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(DataError, match=r"drawn otherwise \(model\)"):
+        draw_runs([run], tmp_path / "out", QUICK, ALL)
+
+
+def test_changed_adapters_of_a_lora_run_are_noticed(
+    tiny_fields: dict[str, object], tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs" / "rex"
+    (folder / "final").mkdir(parents=True)
+    config = load_config(None, list((tiny_fields | {"lora.enabled": True}).items()))
+    write_yaml(config, folder / "config.yaml")
+    for seed in (0, 1):
+        unet = load_unet(find_model(str(tiny_model)))
+        lora.attach({"unet": unet}, config.lora, seed=seed)
+        made = lora_file({"unet": unet}, lora.peft_settings(config.lora), dtype=torch.float32, base={})
+        write_lora(folder / "final" / LORA_FILE, made)
+        (run,) = find_runs(folder, PromptChoice(), Limits())
+        if seed == 0:
+            draw_runs([run], tmp_path / "out", QUICK, ALL)
+    with pytest.raises(DataError, match=r"drawn otherwise \(checkpoint\)"):
         draw_runs([run], tmp_path / "out", QUICK, ALL)
 
 

@@ -79,6 +79,26 @@ VARIANTS |= {
     },
     "adamw in backward": {"memory.optimizer_in_backward": True, "training.gradient_accumulation_steps": 1},
 }
+_LORA = {"lora.enabled": True, "lora.rank": 2, "lora.dropout": 0.2, "lora.targets": ["attention", "convolutions"]}
+VARIANTS |= {
+    "LoRA, frozen text encoder, average, samples": _LORA
+    | {
+        "training.train_text_encoder": False,
+        "training.learning_rate_text_encoder": None,
+        "ema.enabled": True,
+        "memory.checkpointing": "segments",
+        "sampling.prompts": ["a zx dog"],
+        "sampling.num_images": 1,
+        "sampling.num_inference_steps": 2,
+    },
+    "DoRA, text encoder stopped": _LORA
+    | {"lora.dora": True, "lora.targets": ["attention"], "training.stop_text_encoder_training": 4},
+    "LoRA beside fp16, 8-bit in backward": _IN_BACKWARD
+    | _LORA
+    | {"lora.base_weights": "fp16", "lora.targets": ["attention"]},
+    "chosen layers, 24-bit weights": _IN_BACKWARD
+    | {"memory.weights": "bf16_extra_bits", "training.layers": ["unet.*.attn*", "text_encoder.*.mlp.*"]},
+}
 KILLS_PER_VARIANT = 3
 
 

@@ -12,16 +12,18 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lowmem_db import models
 from lowmem_db.errors import ModelError
 from lowmem_db.models.loading import (
     load_autoencoder,
     load_noise_schedule,
     load_text_encoder,
+    load_text_encoder_2,
     load_tokenizer,
     load_unet,
 )
 from lowmem_db.models.saving import DTYPES, published_state, save_model
-from lowmem_db.models.source import find_model
+from lowmem_db.models.source import ModelFolder, find_family, find_model
 from tests.tiny_models import write_tiny_model
 
 CONFIGS = Path(__file__).parents[1] / "assets" / "model_configs"
@@ -239,3 +241,27 @@ def test_published_models_have_their_published_sizes_and_names(
         "text_model.final_layer_norm.weight", "text_model.final_layer_norm.bias",
     }  # fmt: skip
     assert names == layers | others
+
+
+def test_sdxl_has_its_published_sizes_and_names() -> None:
+    folder = Path(models.__file__).parent / "configs" / "sdxl_base"
+    model = ModelFolder(name="sdxl", path=folder, family=find_family(folder))
+    assert model.family.name == "Stable Diffusion XL"
+    meta = torch.device("meta")
+    built = {
+        "unet": load_unet(model, device=meta),
+        "text_encoder": load_text_encoder(model, device=meta),
+        "text_encoder_2": load_text_encoder_2(model, device=meta),
+    }
+    counts = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in built.items()}
+    assert counts == {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840}
+    names = {name: module.state_dict().keys() for name, module in built.items()}  # the tiny model shows they are saved
+    assert {name: len(found) for name, found in names.items()} == {
+        "unet": 1680, "text_encoder": 196, "text_encoder_2": 517,
+    }  # fmt: skip
+    assert "mid_block.attentions.0.transformer_blocks.9.attn2.to_v.weight" in names["unet"]
+    assert {"add_embedding.linear_1.weight", "add_embedding.linear_2.bias"} <= names["unet"]
+    assert "text_model.encoder.layers.31.mlp.fc2.bias" in names["text_encoder_2"]
+    assert names["text_encoder_2"] - {"text_projection.weight"} == {
+        name for name in names["text_encoder_2"] if name.startswith("text_model.")
+    }

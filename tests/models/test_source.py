@@ -47,14 +47,52 @@ def test_family_follows_the_width_of_the_text_embeddings(model_copy: Path, width
     assert find_model(str(model_copy)).family.name == family
 
 
+def test_family_of_two_text_encoders_is_sdxl_s(tiny_sdxl: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_sdxl, tmp_path / "copy")
+    assert find_model(str(copy)).family.name == "Stable Diffusion XL architecture"
+    config = copy / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 2048}))
+    assert find_model(str(copy)).family.name == "Stable Diffusion XL"
+
+
+def test_sdxl_without_its_second_text_encoder_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_sdxl, tmp_path / "copy")
+    (copy / "text_encoder_2" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="text_encoder_2 holds no weights"):
+        find_model(str(copy))
+    shutil.rmtree(copy / "text_encoder_2")
+    with pytest.raises(ModelError, match="lacks text_encoder_2"):
+        find_model(str(copy))
+
+
 def test_missing_folder_names_its_neighbour(tiny_model: Path) -> None:
-    with pytest.raises(ModelError, match=rf"is neither a folder nor a hub id; .*; did you mean {tiny_model.name}\?"):
+    with pytest.raises(
+        ModelError, match=rf"is neither a folder, a file nor a hub id; .*; did you mean {tiny_model.name}\?"
+    ):
         find_model(str(tiny_model.with_name(tiny_model.name + "x")))
 
 
 def test_file_is_no_model(tiny_model: Path) -> None:
-    with pytest.raises(ModelError, match="is a file; allowed: demo, a folder in diffusers' layout, or a hub id"):
+    with pytest.raises(ModelError, match=r"model_index\.json: is no whole safetensors file"):
         find_model(str(tiny_model / "model_index.json"))
+
+
+def test_single_file_has_no_variant(tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.variant: fp16, but .* is a single file, which has none"):
+        find_model(str(tiny_model / "model_index.json"), variant="fp16")
+
+
+def test_missing_single_file_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "dreams.safetensors").touch()
+    with pytest.raises(ModelError, match=r"neither a folder, a file nor a hub id; .*; did you mean dreams.safetensors"):
+        find_model("models/dream.safetensors")
+
+
+def test_single_file_on_the_hub_cannot_be_reached(hub_cache: Path) -> None:
+    with pytest.raises(ModelError, match=r"'owner/name/folder/model\.safetensors' is not here and cannot be had"):
+        find_model("owner/name/folder/model.safetensors")
 
 
 def test_folder_without_an_index_is_refused(tmp_path: Path) -> None:
@@ -62,7 +100,7 @@ def test_folder_without_an_index_is_refused(tmp_path: Path) -> None:
         find_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline", None])
+@pytest.mark.parametrize("name", ["StableDiffusionXLImg2ImgPipeline", "FluxPipeline", None])
 def test_other_pipelines_are_refused(model_copy: Path, name: str | None) -> None:
     set_index(model_copy, json.dumps({"_class_name": name}))
     with pytest.raises(ModelError, match=rf"is a {name}; allowed: StableDiffusionPipeline"):

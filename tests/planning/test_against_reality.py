@@ -10,7 +10,7 @@ from lowmem_db.config.strategy import Strategy, plain_strategy
 from lowmem_db.models.loading import load_unet
 from lowmem_db.models.source import find_model
 from lowmem_db.planning.cards import CPU
-from lowmem_db.planning.phases import trace_train
+from lowmem_db.planning.phases import Subject, trace_train
 from lowmem_db.planning.verify import measure_train
 from lowmem_db.training import setup
 from tests.planning.conftest import make_config, make_subject
@@ -56,6 +56,17 @@ def test_peak_is_that_of_real_tensors(name):
     assert (predicted.host_bytes > 0) == strategy.stream_optimizer_state
 
 
+@pytest.mark.parametrize("fields", [{}, {"lora__dora": True}, {"memory__checkpointing": "segments"}])
+def test_peak_of_adapters_is_that_of_real_tensors(fields):
+    config = make_config(
+        prior__enabled=False, training__train_text_encoder=True, training__train_batch_size=4, lora__enabled=True,
+        lora__targets=["attention", "feed_forward", "convolutions"], ema__enabled=True, **fields,
+    )  # fmt: skip
+    strategy = plain_strategy(config)
+    predicted = trace_train(make_subject(config, CPU), strategy).peak.total
+    assert predicted == pytest.approx(profiled_train_peak(config, strategy, find_model("demo")), rel=0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", ["none", "segments"])
 def test_peak_of_a_model_of_the_size_of_sd15(placement, monkeypatch):
@@ -76,3 +87,14 @@ def _zeros(module: nn.Module) -> nn.Module:
     for tensor in [*module.parameters(), *module.buffers()]:
         tensor.zero_()
     return module
+
+
+@pytest.mark.parametrize("trains_text_encoders", [False, True])
+def test_peak_of_sdxl_is_that_of_real_tensors(tiny_sdxl, trains_text_encoders):
+    config = make_config(
+        model__base=str(tiny_sdxl), data__resolution=32, training__train_text_encoder=trains_text_encoders,
+        training__train_batch_size=4,
+    )  # fmt: skip
+    strategy, model = strategy_of(config, {}), find_model(str(tiny_sdxl))
+    predicted = trace_train(Subject(config=config, model=model, card=CPU), strategy)
+    assert predicted.peak.total == pytest.approx(profiled_train_peak(config, strategy, model), rel=0.02)

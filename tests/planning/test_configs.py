@@ -26,6 +26,9 @@ LIMITS = {
     "sdxl_full_16gb": 15.3,
     "sdxl_full_12gb": 9.2,
     "sdxl_full_8gb": 6.6,
+    "sdxl_lora_8gb": 6.4,
+    "sdxl_lora_6gb": 4.0,
+    "sd15_lora_4gb": 2.6,
 }
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from lowmem_db import environment
 from lowmem_db.config.strategy import with_strategy
 from lowmem_db.errors import BudgetError, ConfigError, ModelError
 from lowmem_db.planning.candidates import candidates, open_choices
@@ -165,6 +166,53 @@ def test_samples_are_tiled_where_they_would_be_the_peak(plan_for):
     assert tight.peak_bytes < roomy.peak_bytes
     with pytest.raises(BudgetError, match="phase sample"):
         plan_for(tight.budget_bytes, memory__tiled_samples=False, **fields)
+
+
+LORA = {"lora__enabled": True, "optimizer__name": "adamw"}
+
+
+def test_lora_weights_follow_the_card_and_nf4_comes_last(monkeypatch):
+    monkeypatch.setattr(environment, "is_installed", lambda name: True)
+    for card, types, precision in (
+        (CPU, ["fp32"], "no"), (find_card("T4"), ["fp16", "nf4"], "fp16"), (ASSUMED, ["bf16", "nf4"], "bf16"),
+    ):  # fmt: skip
+        kept, _ = candidates(make_config(**LORA), card, [])
+        assert list(dict.fromkeys(each.base_weights for each in kept)) == types
+        assert {(each.weights, each.mixed_precision) for each in kept} == {("fp32", precision)}
+    kept, _ = candidates(make_config(**LORA, lora__dora=True), ASSUMED, [])
+    assert {each.base_weights for each in kept} == {"bf16"}
+
+
+def test_nf4_is_not_chosen_where_bitsandbytes_is_missing(monkeypatch):
+    monkeypatch.setattr(environment, "is_installed", lambda name: False)
+    kept, refused = candidates(make_config(**LORA), ASSUMED, [])
+    assert {each.base_weights for each in kept} == {"bf16"}
+    assert refused[0].reason.startswith("bitsandbytes is missing")
+    asked, _ = candidates(make_config(**LORA, lora__base_weights="nf4"), ASSUMED, [])
+    assert {each.base_weights for each in asked} == {"nf4"}
+
+
+def test_lora_is_planned_with_the_bytes_of_its_adapters_and_frozen_weights(plan_for):
+    full = plan_for(GIB, memory__weights="fp32", memory__checkpointing="none", memory__optimizer_in_backward=False)
+    by_type = {
+        kind: plan_for(GIB, lora__enabled=True, lora__rank=4, lora__base_weights=kind, memory__checkpointing="none")
+        for kind in ("fp32", "bf16", "nf4")
+    }
+    parts = {
+        kind: next(phase.parts for phase in found.phases if phase.name == "train") for kind, found in by_type.items()
+    }
+    whole = next(phase.parts for phase in full.phases if phase.name == "train")
+    assert parts["fp32"].weights > parts["bf16"].weights
+    assert parts["bf16"].gradients < whole.gradients
+    assert parts["bf16"].optimizer_state < whole.optimizer_state
+    assert all(found.strategy.base_weights == kind for kind, found in by_type.items())
+
+
+def test_quantized_weights_and_low_precision_are_refused_where_the_card_has_none():
+    with pytest.raises(ConfigError, match=r"lora\.base_weights: 'nf4' needs a CUDA device"):
+        open_choices(make_config(**LORA, lora__base_weights="nf4"), CPU)
+    with pytest.raises(ConfigError, match=r"lora\.base_weights: 'bf16' is not native on T4"):
+        open_choices(make_config(**LORA, lora__base_weights="bf16"), find_card("t4"))
 
 
 def test_unknown_hub_id_says_what_to_do():

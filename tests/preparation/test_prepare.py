@@ -56,13 +56,13 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the batches of class images that were drawn."""
     sizes: list[int] = []
-    original = class_images.sample_latents
+    original = class_images.sample_prompt
 
     def recording(*arguments, **options):
         sizes.append(len(options["generators"]))
         return original(*arguments, **options)
 
-    monkeypatch.setattr(class_images, "sample_latents", recording)
+    monkeypatch.setattr(class_images, "sample_prompt", recording)
     return sizes
 
 
@@ -207,7 +207,7 @@ def test_embeddings_are_cached_while_the_text_encoder_is_frozen(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(tiny_config).prompts.prompt_embeds
-    monkeypatch.setattr(encode, "load_text_encoder", lambda *_: pytest.fail("the text encoder was loaded again"))
+    monkeypatch.setattr(encode, "load_text_encoders", lambda *_: pytest.fail("the text encoder was loaded again"))
     second = run(tiny_config).prompts.prompt_embeds
     assert first is not None
     assert second is not None

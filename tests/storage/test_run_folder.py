@@ -87,14 +87,14 @@ def test_metrics_after_a_step_and_half_rows_are_dropped(run: RunFolder) -> None:
     rows = [json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2, 3)]
     run.root.mkdir()
     run.metrics_file.write_bytes("".join(rows).encode() + b"\x00\x00\xff\n[]\n7\n" + b'{"step": 2, "lo')
-    run.truncate_metrics(2)
+    run.truncate_rows(2)
     assert run.metrics_file.read_text() == "".join(rows[:2])
-    run.truncate_metrics(0)
+    run.truncate_rows(0)
     assert run.metrics_file.read_text() == ""
 
 
 def test_metrics_need_not_be_there(run: RunFolder) -> None:
-    run.truncate_metrics(2)
+    run.truncate_rows(2)
     assert not run.metrics_file.exists()
 
 

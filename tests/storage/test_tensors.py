@@ -164,3 +164,14 @@ def test_neighbours_in_one_buffer_are_written_without_a_copy(tmp_path: Path) -> 
     assert [own[name].data_ptr() == state[name].data_ptr() for name in ("a", "b", "c")] == [True, True, False]
     write_state(tmp_path / "state.safetensors", state)
     assert_same(read_state(tmp_path / "state.safetensors"), state)
+
+
+def test_same_tensors_and_metadata_make_the_same_bytes(tmp_path: Path) -> None:
+    """The library itself puts metadata in an order of chance."""
+    metadata = {f"key {index}": f"vælue\n{index}" for index in range(12)}
+    for name in ("a", "b"):
+        write_tensors(tmp_path / name, {"x": torch.arange(3.0)}, metadata)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    tensors, found = read_tensors(tmp_path / "a")
+    assert found == metadata
+    assert torch.equal(tensors["x"], torch.arange(3.0))

@@ -68,3 +68,12 @@ def test_what_goes_not_with_the_choices_of_the_run_is_refused(run: RunFolder, fi
 def test_a_run_without_a_checkpoint_leaves_open_what_is_open(tmp_path: Path) -> None:
     config = config_of({})
     assert with_choices_of_run(RunFolder(tmp_path), config) == config
+
+
+def test_fields_that_came_after_the_run_was_begun_are_no_change(run: RunFolder) -> None:
+    before = run.config_file.read_text()
+    assert "  aspect_ratio_buckets: false\n" in before
+    run.config_file.write_text(before.replace("  aspect_ratio_buckets: false\n", ""))
+    check_run_folder(run, with_choices_of_run(run, config_of({})), resume=True)
+    with pytest.raises(CheckpointError, match=r"data\.resolution was 512, is 64"):
+        check_run_folder(run, with_choices_of_run(run, config_of({"data.resolution": 64})), resume=True)

@@ -8,11 +8,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from lowmem_db_kernels import unpack_extra_bits_eager
+from torch import nn
 
 from lowmem_db.cli.train import train
 from lowmem_db.config.loading import load_config
 from lowmem_db.errors import ConfigError, NonFiniteError, StorageError
-from lowmem_db.models.loading import load_unet
+from lowmem_db.models import layers, lora
+from lowmem_db.models.loading import load_text_encoder, load_unet
 from lowmem_db.models.source import find_model
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_state, read_tensors
@@ -209,3 +211,86 @@ def test_block_that_the_model_has_not_is_refused(tiny_fields: dict[str, object])
         ConfigError, match=r"memory\.checkpointing: .*unet\.down_blocks\.7.* is no block; the blocks are"
     ):
         train(arguments(tiny_fields | changed))
+
+
+LORA = {
+    "lora.enabled": True,
+    "lora.rank": 4,
+    "lora.targets": ["attention", "feed_forward"],
+    "training.train_text_encoder": True,
+    "training.learning_rate": 1e-2,
+}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_final_lora_in_a_fresh_pipeline_is_the_trained_model(
+    tiny_fields: dict[str, object], tiny_model: Path, tmp_path: Path, dora: bool
+) -> None:
+    train(arguments(tiny_fields | LORA | {"lora.dora": dora}))
+    run = RunFolder(tmp_path / "run")
+    assert [file.name for file in run.final_dir.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    counts = json.loads((run.root / "plan.json").read_text())["trained_parameters"]
+    trained = read_state(run.checkpoint_dir(4) / "unet.safetensors")
+    assert counts["unet"] == sum(tensor.numel() for tensor in trained.values())
+    assert counts["total"] == counts["unet"] + counts["text_encoder"]
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, local_files_only=True)
+    pipeline.load_lora_weights(run.final_dir)
+    for component, module in (("unet", pipeline.unet), ("text_encoder", pipeline.text_encoder)):
+        found = {
+            name.replace(".default_0", "").removesuffix(".weight"): parameter
+            for name, parameter in module.named_parameters()
+            if ".lora_" in name
+        }
+        state = read_state(run.checkpoint_dir(4) / f"{component}.safetensors")
+        expected = {name.removeprefix("text_model.").removesuffix(".weight"): value for name, value in state.items()}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert any((tensor != 0).any() for name, tensor in expected.items() if "lora_B" in name), "nothing has trained"
+
+
+def test_final_lora_of_an_average_is_the_average(tiny_fields: dict[str, object], tmp_path: Path) -> None:
+    train(arguments(tiny_fields | LORA | {"ema.enabled": True}))
+    run = RunFolder(tmp_path / "run")
+    final, metadata = read_tensors(run.final_dir / "pytorch_lora_weights.safetensors")
+    average = read_state(run.checkpoint_dir(4) / "ema.safetensors")
+    weights = read_state(run.checkpoint_dir(4) / "unet.safetensors")
+    assert len(average) == len(final), "only what trains is averaged"
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A"
+    assert torch.equal(final[f"unet.{name}.weight"], average[f"unet.{name}.default.weight"])
+    assert not torch.equal(final[f"unet.{name}.weight"], weights[f"{name}.weight"])
+    assert json.loads(metadata["lowmem_db_base"])["base"] == tiny_fields["model.base"]
+
+
+def test_target_that_selects_nothing_stops_the_run(tiny_fields: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.targets: 'unet\.middle\.\*' selects no layer"):
+        train(arguments(tiny_fields | LORA | {"lora.targets": ["attention", "unet.middle.*"]}))
+
+
+def test_quantized_weights_are_refused_on_the_cpu(tiny_fields: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.base_weights: 'nf4' needs a CUDA device.*fp32, fp16, bf16"):
+        train(arguments(tiny_fields | LORA | {"lora.base_weights": "nf4"}))
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16_extra_bits"])
+def test_layers_that_do_not_train_come_out_as_they_went_in(
+    tiny_fields: dict[str, object], tiny_model: Path, tmp_path: Path, weights: str
+) -> None:
+    fields = {"training.layers": ["unet.*.attn2.*"], "memory.weights": weights}
+    train(arguments(tiny_fields | fields))
+    file = "unet/diffusion_pytorch_model.safetensors"
+    before, after = read_tensors(tiny_model / file)[0], read_tensors(tmp_path / "run" / "final" / file)[0]
+    for name, weight in before.items():
+        # 24 bits of an fp32 weight: what is split and joined again differs in its last bits alone.
+        torch.testing.assert_close(after[name], weight, atol=0, rtol=2**-15) if ".attn2." not in name else None
+    assert all((before[name] != after[name]).any() for name in before if ".attn2.to_k." in name)
+    counts = json.loads((tmp_path / "run" / "plan.json").read_text())["trained_parameters"]
+    assert counts["total"] == sum(weight.numel() for name, weight in before.items() if ".attn2." in name)
+
+
+def test_disk_of_a_lora_run_is_that_of_its_adapters(tiny_fields: dict[str, object], tiny_model: Path) -> None:
+    model = find_model(str(tiny_model))
+    config = load_config(None, list((tiny_fields | LORA).items()))
+    modules: dict[str, nn.Module] = {"unet": load_unet(model), "text_encoder": load_text_encoder(model)}
+    lora.attach(modules, config.lora, seed=0)
+    count = sum(layers.count_trained(modules).values())
+    assert setup.disk_bytes(config, model) == 2 * 12 * count + 4 * count

@@ -1,0 +1,53 @@
+"""A LoRA baked into its base model."""
+
+from pathlib import Path
+
+import torch
+
+from lowmem_db.errors import ModelError
+from lowmem_db.export.lora import LoraSource
+from lowmem_db.export.source import refuse_existing
+from lowmem_db.models.loading import load_text_encoder, load_text_encoder_2, load_unet
+from lowmem_db.models.lora import merge
+from lowmem_db.models.lora_file import put_into
+from lowmem_db.models.saving import save_model
+from lowmem_db.models.source import find_model
+from lowmem_db.storage.atomic import write_folder
+
+_LOADERS = {"unet": load_unet, "text_encoder": load_text_encoder, "text_encoder_2": load_text_encoder_2}
+
+
+def merge_into_folder(source: LoraSource, out: Path, precision: torch.dtype = torch.float32) -> None:
+    """Write the base model of a LoRA as a folder in diffusers' layout, with the LoRA added to its weights in fp32.
+
+    Args:
+        source: The LoRA.
+        out: The folder to be made.
+        precision: Type of the components that have changed.
+
+    Raises:
+        ModelError: The LoRA does not say its base model, that is not there, or ``out`` exists.
+        StorageError: The disk is full.
+    """
+    refuse_existing(out)
+    base = source.lora.base if source.config is None else source.config.model.model_dump()
+    if not base:
+        raise ModelError(f"{source.name}: the LoRA does not say its base model; export --merge from its run folder")
+    model = find_model(**base)
+    merged = {}
+    for component in source.lora.settings:
+        merged[component] = _LOADERS[component](model)
+        put_into(component, merged[component], source.lora)
+        merge(merged[component])
+    objective = None if source.config is None else source.config.objective
+    write_folder(
+        out,
+        lambda folder: save_model(
+            folder,
+            model,
+            merged,
+            dtype=precision,
+            prediction_type=objective.prediction_type if objective is not None else None,
+            zero_terminal_snr=objective.zero_terminal_snr if objective is not None else False,
+        ),
+    )

@@ -1,0 +1,191 @@
+"""Low-rank adapters through peft: LoRA (arXiv:2106.09685) and DoRA (arXiv:2402.09353).
+
+Adapters are put into a model in place. Its own weights are frozen then, and of the type they were loaded in; adapters
+are fp32. What adapters are called in files is what diffusers and peft call them.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_db import environment
+from lowmem_db.config.schema import LoraConfig
+from lowmem_db.models.layers import check_components, published_name, select
+from lowmem_db.randomness import generator
+
+_KINDS = {
+    "attention": (".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj"),
+    "feed_forward": (".ff.net.0.proj", ".ff.net.2", ".mlp.fc1", ".mlp.fc2"),
+}
+_CONVOLUTIONS = "convolutions"
+_IN_MEMORY = ".default"  # peft's name of an adapter, inside the names of its parameters
+
+
+def attach(modules: Mapping[str, nn.Module], config: LoraConfig, *, seed: int) -> None:
+    """Freeze models and give them adapters, which change nothing before they are trained.
+
+    Args:
+        modules: Components by name; changed in place.
+        config: What gets adapters, and of what kind.
+        seed: Seed of the run; the adapters' first factors are drawn from it.
+
+    Raises:
+        ConfigError: ``lora.targets`` selects nothing, or nothing of a component.
+        DependencyError: peft is missing.
+    """
+    targets = find_targets(modules, config.targets)
+    for component, module in modules.items():
+        inject(module, targets[component], peft_settings(config))
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+                if ".lora_A." in name and not parameter.is_meta:
+                    _draw(parameter, generator(seed, f"lora {component}.{published_name(component, name)}"))
+
+
+def find_targets(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> dict[str, list[str]]:
+    """Return the paths of the layers that get adapters, by component.
+
+    Raises:
+        ConfigError: One of the targets selects nothing, or all of them nothing of a component.
+    """
+    layers = {
+        f"{component}.{published_name(component, path)}": (component, path, layer)
+        for component, module in modules.items()
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+    chosen: set[str] = set()
+    for target in targets:
+        if target in {*_KINDS, _CONVOLUTIONS}:
+            chosen |= {name for name, (_, _, layer) in layers.items() if _is_of_kind(target, name, layer)}
+        else:
+            kinds = f"{', '.join([*_KINDS, _CONVOLUTIONS])}, and "
+            chosen |= select([target], list(layers), field="lora.targets", allowed=kinds)
+    check_components(modules, chosen, field="lora.targets")
+    found: dict[str, list[str]] = {component: [] for component in modules}
+    for name, (component, path, _) in layers.items():
+        if name in chosen:
+            found[component].append(path)
+    return found
+
+
+def peft_settings(config: LoraConfig) -> dict[str, Any]:
+    """Return what peft calls the fields that say what an adapter computes; files hold it too."""
+    return {
+        "r": config.rank,
+        "lora_alpha": config.rank if config.alpha is None else config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rank_stabilized,
+        "use_dora": config.dora,
+    }
+
+
+def inject(module: nn.Module, paths: Iterable[str], settings: Mapping[str, Any]) -> None:
+    """Freeze a module and put adapters beside some of its layers; they are of the type of the layers.
+
+    Args:
+        module: Changed in place.
+        paths: Paths of the layers.
+        settings: As :func:`peft_settings` returns them.
+
+    Raises:
+        DependencyError: peft is missing.
+    """
+    peft = environment.require("peft")
+    module.requires_grad_(False)
+    peft.inject_adapter_in_model(peft.LoraConfig(**settings, target_modules=list(paths)), module)
+    for _, layer in _adapted_layers(module):
+        layer.cast_input_dtype_enabled = False  # autocast does it, without a copy in fp32 between
+
+
+def merge(module: nn.Module) -> None:
+    """Add a module's adapters to its weights and take them out, in place.
+
+    Raises:
+        ValueError: A weight would not be finite.
+    """
+    for path, layer in _adapted_layers(module):
+        layer.merge(safe_merge=True)
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, layer.get_base_layer())
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Say whether a module has adapters."""
+    return any(_IN_MEMORY in name for name, _ in _adapters(module))
+
+
+def adapters_of(component: str, module: nn.Module) -> dict[str, Tensor]:
+    """Return a component's adapters under their names in files, without that of the component."""
+    return {name_in_files(component, name): parameter.detach() for name, parameter in _adapters(module)}
+
+
+@torch.no_grad()
+def load_adapters(component: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Take over adapters that :func:`adapters_of` returned.
+
+    Raises:
+        KeyError: An adapter is missing.
+        ValueError: There are others.
+    """
+    own = {name_in_files(component, name): parameter for name, parameter in _adapters(module)}
+    if unknown := state.keys() - own.keys():
+        raise ValueError(f"{component} has no adapter {sorted(unknown)[0]}")
+    for name, parameter in own.items():
+        parameter.copy_(state[name])
+
+
+def name_in_files(component: str, name: str) -> str:
+    """Return what an adapter's parameter is called in files: without peft's name of the adapter.
+
+    peft leaves ``.weight`` of DoRA's norms out there; transformers 5 finds those of a text encoder with it alone.
+    """
+    name = published_name(component, name.replace(_IN_MEMORY, "", 1))
+    is_of_unet = component == "unet" and ".lora_magnitude_vector." in name
+    return name.removesuffix(".weight") if is_of_unet else name
+
+
+class AdapterState:
+    """The adapters of a component as what a checkpoint holds: the frozen weights are those of the base model.
+
+    Args:
+        component: Name of the component.
+        module: The component.
+    """
+
+    def __init__(self, component: str, module: nn.Module) -> None:
+        self._component = component
+        self._module = module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the adapters by name."""
+        return adapters_of(self._component, self._module)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the adapters of :meth:`state_dict`."""
+        load_adapters(self._component, self._module, state)
+
+
+def _adapted_layers(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return the layers that peft has put in the place of the adapted ones, by path."""
+    kind: Any = environment.require("peft").tuners.lora.LoraLayer
+    return [(path, layer) for path, layer in module.named_modules() if isinstance(layer, kind)]
+
+
+def _is_of_kind(kind: str, name: str, layer: nn.Module) -> bool:
+    if kind == _CONVOLUTIONS:
+        return isinstance(layer, nn.Conv2d)
+    return name.endswith(_KINDS[kind])
+
+
+def _adapters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in module.named_parameters() if ".lora_" in name)
+
+
+def _draw(parameter: nn.Parameter, random: torch.Generator) -> None:
+    """Draw the first factor of an adapter as peft does (the second one is zero), from a generator of its own."""
+    nn.init.kaiming_uniform_(parameter.data, a=math.sqrt(5), generator=random)

@@ -1,0 +1,225 @@
+"""Models that come as one file in the layout of the published checkpoints: what a file holds, told by its header."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowmem_db.errors import ModelError
+from lowmem_db.models.original_layout import SD1, SD2, SDXL, UNET_PREFIX, Entry, Layout, layout_for
+from lowmem_db.models.source import CONFIGS_DIR, FAMILIES, ModelFolder, family_of
+from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, read_header
+
+CONFIGS_KEY = "lowmem_db.components"
+"""Metadata of files that this program wrote: the configuration of every component, as JSON."""
+_CONV_IN = "input_blocks.0.0.weight"
+_TO_K = re.compile(r"^model(_ema)?\.diffusion_model.*attn2\.?to_k\.?weight$")
+_PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
+_PREDICTION_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
+_FAMILY_LAYOUTS = {768: SD1, 1024: SD2, 2048: SDXL}
+_CONFIG_FOLDERS = {SD1.architecture: "sd15", SD2.architecture: "sd21", SDXL.architecture: "sdxl_base"}
+_SD2_EPSILON = "sd21_base"
+_ZERO_TERMINAL_SNR = {
+    "_class_name": "DDIMScheduler",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+_OTHER_CHANNELS = {5: "a depth model", 7: "an upscaler", 8: "a model that edits pictures", 9: "an inpainting model"}
+_OTHER_FILES = (
+    (r"^lora_(unet|te)|\.lora_(down|up|[AB])\b|\.lora\.(down|up)\.", "a LoRA, which belongs to a whole model"),
+    (r"^control_model\.|^controlnet_", "a ControlNet"),
+    (r"double_blocks\.0\.", "a Flux model"),
+    (r"joint_blocks\.0\.", "a Stable Diffusion 3 model"),
+    (r"^down_blocks\.0\.", "a UNet in diffusers' layout alone"),
+    (r"^((first_stage_model|vae)\.)?(encoder|decoder)\.(down|up|mid|conv)", "an autoencoder alone"),
+    (r"^(cond_stage_model\.|text_encoders?\.)?(transformer\.)?text_model\.", "a text encoder alone"),
+    (r"^emb_params$|^clip_[lg]$|^string_to_param", "an embedding of textual inversion"),
+)
+_NAMES = {"unet": "UNet", "vae": "autoencoder", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleFile(ModelFolder):
+    """A model known by the header of its single file: its configurations are there, its weights are not read.
+
+    Attributes:
+        file: The single file.
+        configs: Configurations that the folder ``path``, one of those in this package, does not have.
+        layout: Where its tensors stand.
+        tensors: Those of its tensors that are read, by their names in the published files.
+        remark: What it is, and how that was found out.
+    """
+
+    file: Path
+    configs: Mapping[str, dict[str, Any]]
+    layout: Layout
+    tensors: Mapping[str, StoredTensor]
+    remark: str
+
+    def config_of(self, component: str) -> dict[str, Any]:
+        """Return the configuration of a component."""
+        return self.configs[component] if component in self.configs else super().config_of(component)
+
+    def entries(self, component: str, names: Iterable[str]) -> list[Entry]:
+        """Return those tensors of a component that are read, from its names in diffusers' layout."""
+        return [e for e in self.layout.entries(component, self.config_of(component), names) if not e.spare]
+
+
+def recognise(file: Path) -> SingleFile:
+    """Tell from its header what a single file holds, and that nothing is missing.
+
+    Raises:
+        ModelError: It is no Stable Diffusion model, or not a whole one; the message says what was found.
+    """
+    if file.suffix in _PICKLED:
+        raise ModelError(
+            f"model.base: {file} is pickled, which can run code when it is read; allowed: the same model as "
+            ".safetensors; the checkpoint merger of AUTOMATIC1111 writes one"
+        )
+    found, metadata = read_header(file)
+    conv_in = _find(found, UNET_PREFIX + _CONV_IN)
+    if conv_in is None:
+        raise _refusal(file, f"is {_describe(found)}")
+    if conv_in.shape[1] != 4:
+        kind = _OTHER_CHANNELS.get(conv_in.shape[1], "a model of another kind")
+        raise _refusal(file, f"is {kind}: its UNet takes {conv_in.shape[1]} channels instead of 4")
+    model = _with_own_configs(file, metadata) if CONFIGS_KEY in metadata else _of_family(file, found, metadata)
+    tensors = {}
+    for component in model.layout.prefixes:
+        tensors |= _tensors_of(model, component, found)
+    return replace(model, tensors=tensors)
+
+
+def _of_family(file: Path, found: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> SingleFile:
+    """Return the model by the width of its text embeddings, with the published configurations of its family."""
+    width = next((tensor.shape[1] for name, tensor in found.items() if _TO_K.match(name)), None)
+    if width not in _FAMILY_LAYOUTS:
+        raise _refusal(file, f"has a UNet for text embeddings of width {width}" + " (SDXL's refiner)" * (width == 1280))
+    layout = _FAMILY_LAYOUTS[width]
+    prediction_type, reason = _prediction_type(file, layout, found, metadata)
+    path = _config_folder(layout, prediction_type)
+    scheduler = ModelFolder(name="", path=path, family=FAMILIES[-1]).config_of("scheduler")
+    scheduler |= {"prediction_type": prediction_type} | (_ZERO_TERMINAL_SNR if "ztsnr" in found else {})
+    return _model(file, path, layout, {"scheduler": scheduler}, reason)
+
+
+def _with_own_configs(file: Path, metadata: Mapping[str, str]) -> SingleFile:
+    """Return the model that a file written by this program describes itself."""
+    try:
+        configs = json.loads(metadata[CONFIGS_KEY])
+        layout = layout_for(configs)
+        path = _config_folder(layout, configs["scheduler"].get("prediction_type", "epsilon"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file}: its metadata {CONFIGS_KEY} are damaged ({error!r}); export it anew") from error
+    return _model(file, path, layout, configs, "as its metadata say")
+
+
+def _model(file: Path, path: Path, layout: Layout, configs: Mapping[str, dict[str, Any]], reason: str) -> SingleFile:
+    model = SingleFile(
+        name=str(file), path=path, family=FAMILIES[-1], file=file, configs=configs, layout=layout, tensors={}, remark=""
+    )
+    family = family_of(model.config_of("unet"), has_text_encoder_2="text_encoder_2" in layout.prefixes)
+    predicts = model.config_of("scheduler").get("prediction_type", "epsilon")
+    return replace(model, family=family, remark=f"{file.name} is {family.name} and predicts {predicts}, {reason}")
+
+
+def _config_folder(layout: Layout, prediction_type: str) -> Path:
+    is_base = layout is SD2 and prediction_type == "epsilon"
+    return CONFIGS_DIR / (_SD2_EPSILON if is_base else _CONFIG_FOLDERS[layout.architecture])
+
+
+def _prediction_type(file: Path, layout: Layout, found: Iterable[str], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """Return what the UNet predicts, which no weight tells, and how that was decided."""
+    spec = metadata.get("modelspec.prediction_type", "")
+    if spec in _PREDICTION_TYPES:
+        return _PREDICTION_TYPES[spec], f"as its metadata say (modelspec.prediction_type: {spec})"
+    beside = file.with_suffix(".yaml")
+    if beside.is_file():
+        said = _parameterization(beside)
+        return said, f"as {beside.name} beside it says"
+    if "v_pred" in found:
+        return "v_prediction", "as its tensor v_pred says"
+    usual = "v_prediction" if layout is SD2 else "epsilon"
+    return usual, (
+        f"as most models of that family, for the file does not say; where that is wrong, write {beside.name} beside it "
+        "with the line parameterization: v (or eps)"
+    )
+
+
+def _parameterization(file: Path) -> str:
+    """Return what a configuration of the original repositories says of the prediction."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ModelError(f"{file}: is damaged ({error}); delete it, or write parameterization: v (or eps)") from error
+    said = next(_values(content, "parameterization"), "eps")  # the original code's default
+    if said not in _PREDICTION_TYPES:
+        raise ModelError(f"{file}: parameterization is {said!r}; allowed: eps, v")
+    return _PREDICTION_TYPES[said]
+
+
+def _values(content: Any, key: str) -> Iterator[Any]:
+    """Yield the values of a key anywhere in nested mappings."""
+    if isinstance(content, dict):
+        if key in content:
+            yield content[key]
+        for value in content.values():
+            yield from _values(value, key)
+
+
+def _tensors_of(model: SingleFile, component: str, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors of a component.
+
+    Raises:
+        ModelError: Some are missing, or of another shape.
+    """
+    shapes = expected_shapes(model, component)
+    tensors, missing = {}, []
+    for entry in model.entries(component, shapes):
+        tensor = _find(found, entry.name)
+        if tensor is None:
+            missing.append(entry.name)
+        elif not _same_shape(tensor.shape, entry.shape([shapes[name] for name in entry.sources])):
+            wanted = list(entry.shape([shapes[name] for name in entry.sources]))
+            raise _refusal(model.file, f"is no {model.family.name}: {entry.name} is {list(tensor.shape)}, not {wanted}")
+        else:
+            tensors[entry.name] = tensor
+    if not tensors:
+        raise _refusal(model.file, f"has a UNet, but no {_NAMES[component]}")
+    if missing:
+        raise _refusal(model.file, f"lacks {len(missing)} tensors of its {_NAMES[component]}, such as {missing[0]}")
+    return tensors
+
+
+def _same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Compare shapes; a matrix may be written as a 1x1 convolution."""
+    return one == other or tuple(n for n in one if n != 1) == tuple(n for n in other if n != 1)
+
+
+def _find(found: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
+    """Return a tensor by its published name, or by a name that other files have for it.
+
+    A moving average stands for the UNet where there is nothing else: its names have no dots. Older versions of
+    transformers made CLIP's names without ``text_model.``.
+    """
+    averaged = "model_ema." + name.removeprefix("model.").replace(".", "")
+    return found.get(name) or found.get(averaged) or found.get(name.replace("transformer.text_model.", "transformer."))
+
+
+def _describe(found: Mapping[str, StoredTensor]) -> str:
+    """Say what the tensors of a file look like."""
+    for pattern, what in _OTHER_FILES:
+        if any(re.search(pattern, name) for name in found):
+            return what
+    return f"no model known here: {len(found)} tensors, such as {', '.join(list(found)[:3]) or 'none'}"
+
+
+def _refusal(file: Path, what: str) -> ModelError:
+    return ModelError(
+        f"model.base: {file} {what}; allowed: a whole model of Stable Diffusion 1.x, 2.x or XL, with UNet, autoencoder "
+        "and text encoders, in one .safetensors file"
+    )

@@ -1,0 +1,79 @@
+"""From a single file to a folder in diffusers' layout, written once into the cache, one tensor at a time.
+
+From there on the model is like any other: every component is loaded alone, and has a content key.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from lowmem_db import fingerprint
+from lowmem_db.config.schema import default_cache_dir
+from lowmem_db.console import say
+from lowmem_db.models.original_layout import Entry
+from lowmem_db.models.single_file import SingleFile, recognise
+from lowmem_db.models.source import CONFIGS_DIR
+from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, weights_name
+from lowmem_db.storage.atomic import write_folder
+from lowmem_db.storage.tensor_stream import StreamedTensor, write_streamed
+
+_FORMAT_VERSION = 1
+_VOCABULARY_DIR = CONFIGS_DIR / "clip_tokenizer"
+
+
+def folder_of_file(file: Path) -> Path:
+    """Return the folder of a single file's model; it is written where the cache does not have it.
+
+    Raises:
+        ModelError: It is no whole Stable Diffusion model.
+        StorageError: The disk is full.
+    """
+    model = recognise(file)
+    say(model.remark)
+    key = fingerprint.of_values(_FORMAT_VERSION, fingerprint.of_file(file), model.configs, model.path.name)
+    folder = default_cache_dir() / "models" / f"{file.stem}-{key[:16]}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():
+                say(f"written once as a folder in diffusers' layout: {folder}")
+                write_folder(folder, lambda temporary: write_model(model, temporary))
+    return folder
+
+
+def write_model(model: SingleFile, folder: Path) -> None:
+    """Fill a folder with the components of a single file, in the types they have there."""
+    for component in model.family.components:
+        target = folder / component
+        target.mkdir()
+        if component.startswith("tokenizer"):
+            shutil.copytree(model.path / component, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
+            shutil.copytree(_VOCABULARY_DIR, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
+            continue
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        _write_json(target / name, model.config_of(component))
+        if component != "scheduler":
+            write_streamed(target / weights_name(component), _streamed(model, component), {"format": "pt"})
+    index = json.loads((model.path / "model_index.json").read_text(encoding="utf-8"))
+    index["scheduler"] = ["diffusers", model.config_of("scheduler")["_class_name"]]
+    _write_json(folder / "model_index.json", index)
+
+
+def _streamed(model: SingleFile, component: str) -> dict[str, StreamedTensor]:
+    shapes = expected_shapes(model, component)
+    return {
+        name: _source(entry, model.tensors[entry.name], name, shapes[name])
+        for entry in model.entries(component, shapes)
+        for name in entry.sources
+    }
+
+
+def _source(entry: Entry, stored: StoredTensor, name: str, shape: tuple[int, ...]) -> StreamedTensor:
+    return StreamedTensor(shape, stored.dtype, lambda: entry.unpack(stored.read(), name, shape))
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,116 @@
+"""The weights of a component as they lie on disk in diffusers' layout: names and shapes at once, tensors one by one."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lowmem_db.errors import ModelError
+from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_text_encoder_2, load_unet
+from lowmem_db.models.source import ModelFolder
+from lowmem_db.storage.tensor_stream import dtype_of_name
+
+_META = torch.device("meta")
+_LOADERS = {
+    "unet": load_unet,
+    "vae": load_autoencoder,
+    "text_encoder": load_text_encoder,
+    "text_encoder_2": load_text_encoder_2,
+}
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_NAME = re.compile(r"(mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, known by the header.
+
+    Attributes:
+        file: The file.
+        name: Its name there.
+        shape: Its shape.
+        dtype: Its type.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self) -> Tensor:
+        """Return it, mapped into memory, not copied."""
+        with safe_open(self.file, framework="pt") as weights:
+            return weights.get_tensor(self.name)
+
+
+def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return the tensors and the metadata that a safetensors file announces, without a byte of weights.
+
+    Raises:
+        ModelError: It is no whole safetensors file.
+    """
+    try:
+        with safe_open(file, framework="pt") as weights:
+            metadata = weights.metadata() or {}
+            tensors = {}
+            for name in weights.keys():  # noqa: SIM118
+                part = weights.get_slice(name)
+                dtype = dtype_of_name(part.get_dtype(), file)
+                tensors[name] = StoredTensor(file, name, tuple(part.get_shape()), dtype)
+            return tensors, metadata
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: is no whole safetensors file ({error}); get it anew") from error
+
+
+def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor]:
+    """Return the tensors of a component under their published names; every tensor of the model is there, and no other.
+
+    Raises:
+        ModelError: There are no safetensors, or they are not those of the component's configuration.
+    """
+    folder = model.path / component
+    found: dict[str, StoredTensor] = {}
+    for file in _files(model, folder, weights_name(component).removesuffix(".safetensors")):
+        found |= {_published(name, component): tensor for name, tensor in read_header(file)[0].items()}
+    expected = expected_shapes(model, component)
+    for name, shape in expected.items():
+        if name not in found or _matrix(found[name].shape) != _matrix(shape):
+            there = list(found[name].shape) if name in found else "missing"
+            raise ModelError(f"{folder}: {name} is {there}, its config.json asks for {list(shape)}; get the model anew")
+    return {name: found[name] for name in expected}
+
+
+def weights_name(component: str) -> str:
+    """Return the name of a component's weight file."""
+    return "model.safetensors" if component.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
+
+
+def expected_shapes(model: ModelFolder, component: str) -> dict[str, tuple[int, ...]]:
+    """Return the published names and the shapes of a component's tensors, from its configuration alone."""
+    module = _LOADERS[component](model, _META)
+    return {_published(name, component): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Take a 1x1 convolution for the matrix that it is: old autoencoders have one where new ones have the other."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def _published(name: str, component: str) -> str:
+    if component.startswith("text_encoder"):
+        return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
+    if component == "vae":
+        return _OLD_NAME.sub(lambda match: f"{match[1]}.{_OLD_ATTENTION[match[2]]}.", name)
+    return name
+
+
+def _files(model: ModelFolder, folder: Path, stem: str) -> list[Path]:
+    variant = "" if model.variant is None else f".{model.variant}"
+    whole = folder / f"{stem}{variant}.safetensors"
+    files = [whole] if whole.is_file() else sorted(folder.glob(f"{stem}{variant}-*-of-*.safetensors"))
+    if not files:
+        raise ModelError(f"{whole}: is missing; allowed: weights as safetensors, in one file or in numbered parts")
+    return files

@@ -1,0 +1,48 @@
+"""Scores of the steps of a run: which was the best, and whether it is time to stop.
+
+Both follow from the rows of ``scores.jsonl`` alone, so a run that is resumed decides as one that was not.
+"""
+
+from collections.abc import Mapping
+
+from lowmem_db.console import say
+from lowmem_db.storage.run_folder import RunFolder, append_row, read_rows
+
+
+class Scores:
+    """The scores so far.
+
+    Args:
+        run: The run folder.
+        patience: Scores in a row without a new best after which the run stops. None: it never does.
+    """
+
+    def __init__(self, run: RunFolder, patience: int | None) -> None:
+        self._file = run.scores_file
+        self._patience = patience
+
+    def has(self, step: int) -> bool:
+        """Return whether a step has its score."""
+        return any(row["step"] == step for row in read_rows(self._file))
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write down what a step scored: ``score``, the greater the better, and the metrics behind it.
+
+        Raises:
+            StorageError: The disk is full.
+        """
+        append_row(self._file, {"step": step, **metrics})
+        best = "" if self.best_step() == step else f", the best is {self.best_step()}"
+        say(f"scores of step {step}: {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())}{best}")
+
+    def best_step(self) -> int | None:
+        """Return the step of the greatest score, of equal ones the first; None before the first."""
+        rows = read_rows(self._file)
+        return max(rows, key=lambda row: row["score"])["step"] if rows else None
+
+    def out_of_patience(self) -> bool:
+        """Return whether the last ``patience`` scores had no new best."""
+        steps = [row["step"] for row in read_rows(self._file)]
+        if self._patience is None or not steps:
+            return False
+        return len(steps) - 1 - steps.index(self.best_step()) >= self._patience

@@ -1,0 +1,228 @@
+"""What a single file holds is told by its header: full-size files without weights, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowmem_db.errors import ModelError
+from lowmem_db.models.single_file import CONFIGS_KEY, recognise
+from tests.original_models import LAYOUTS, shapes_in_file, write_sparse
+
+Shapes = dict[str, tuple[int, ...]]
+FAMILIES = {
+    "sd15": "Stable Diffusion 1.x",
+    "sd21": "Stable Diffusion 2.x",
+    "sdxl_base": "Stable Diffusion XL",
+}
+UNET = "model.diffusion_model."
+CONV_IN = f"{UNET}input_blocks.0.0.weight"
+
+
+def whole(name: str) -> Shapes:
+    return {key: shape for part in LAYOUTS[name].prefixes for key, shape in shapes_in_file(name, part).items()}
+
+
+@pytest.fixture(scope="module")
+def sd15() -> Shapes:
+    return whole("sd15")
+
+
+@pytest.fixture(scope="module")
+def sd21() -> Shapes:
+    return whole("sd21")
+
+
+def refusal(file: Path) -> str:
+    with pytest.raises(ModelError) as error:
+        recognise(file)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_published_models_are_recognised_by_their_shapes(name: str, tmp_path: Path) -> None:
+    model = recognise(write_sparse(tmp_path / "model.safetensors", whole(name)))
+    assert (model.family.name, model.path.name) == (FAMILIES[name], name)
+    assert f"model.safetensors is {FAMILIES[name]} and predicts" in model.remark
+
+
+def test_what_other_programs_leave_in_a_file_does_no_harm(sd15: Shapes, tmp_path: Path) -> None:
+    more = {"alphas_cumprod": (1000,), "betas": (1000,), "model_ema.decay": (), "model_ema.num_updates": ()}
+    assert recognise(write_sparse(tmp_path / "m.safetensors", sd15 | more)).path.name == "sd15"
+
+
+@pytest.mark.parametrize("spare", ["position_ids", "logit_scale", "resblocks.23.", "text_projection"])
+def test_what_nobody_reads_may_be_missing(spare: str, sd15: Shapes, sd21: Shapes, tmp_path: Path) -> None:
+    for shapes in (sd15, sd21):
+        few = {name: shape for name, shape in shapes.items() if spare not in name}
+        recognise(write_sparse(tmp_path / "m.safetensors", few))
+
+
+def test_moving_average_alone_is_the_unet(sd15: Shapes, tmp_path: Path) -> None:
+    averaged = {}
+    for name, shape in sd15.items():
+        flat = "model_ema." + name.removeprefix("model.").replace(".", "")
+        averaged[flat if name.startswith(UNET) else name] = shape
+    model = recognise(write_sparse(tmp_path / "ema.safetensors", averaged))
+    assert model.tensors[CONV_IN].name == "model_ema.diffusion_modelinput_blocks00weight"
+    both = recognise(write_sparse(tmp_path / "both.safetensors", averaged | sd15))
+    assert both.tensors[CONV_IN].name == CONV_IN
+
+
+def test_clip_may_be_named_as_old_versions_of_transformers_did(sd15: Shapes, tmp_path: Path) -> None:
+    old = {name.replace("transformer.text_model.", "transformer."): shape for name, shape in sd15.items()}
+    assert recognise(write_sparse(tmp_path / "old.safetensors", old)).path.name == "sd15"
+
+
+# What the UNet predicts.
+
+
+@pytest.mark.parametrize(
+    ("said", "prediction_type", "folder"), [("v", "v_prediction", "sd21"), ("epsilon", "epsilon", "sd21_base")]
+)
+def test_metadata_tell_what_is_predicted(
+    said: str, prediction_type: str, folder: str, sd21: Shapes, tmp_path: Path
+) -> None:
+    file = write_sparse(tmp_path / "m.safetensors", sd21, {"modelspec.prediction_type": said})
+    model = recognise(file)
+    assert (model.config_of("scheduler")["prediction_type"], model.path.name) == (prediction_type, folder)
+    assert f"predicts {prediction_type}, as its metadata say" in model.remark
+
+
+@pytest.mark.parametrize(
+    ("text", "prediction_type"),
+    [
+        ('model:\n  target: ldm\n  params:\n    parameterization: "v"\n', "v_prediction"),
+        ("model:\n  params:\n    linear_start: 0.00085\n", "epsilon"),
+        ("parameterization: eps\n", "epsilon"),
+    ],
+)
+def test_configuration_beside_the_file_tells_what_is_predicted(
+    text: str, prediction_type: str, sd21: Shapes, tmp_path: Path
+) -> None:
+    file = write_sparse(tmp_path / "m.safetensors", sd21)
+    (tmp_path / "m.yaml").write_text(text)
+    model = recognise(file)
+    assert model.config_of("scheduler")["prediction_type"] == prediction_type
+    assert f"predicts {prediction_type}, as m.yaml beside it says" in model.remark
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("parameterization: x0\n", "'x0'; allowed: eps, v"), ("a: [", "is damaged")]
+)
+def test_configuration_beside_the_file_that_cannot_be_used_is_refused(
+    text: str, said: str, sd21: Shapes, tmp_path: Path
+) -> None:
+    file = write_sparse(tmp_path / "m.safetensors", sd21)
+    (tmp_path / "m.yaml").write_text(text)
+    with pytest.raises(ModelError, match=re.escape(said)):
+        recognise(file)
+
+
+@pytest.mark.parametrize(("name", "prediction_type"), [("sd15", "epsilon"), ("sd21", "v_prediction")])
+def test_a_guess_is_said_with_the_way_to_correct_it(name: str, prediction_type: str, tmp_path: Path) -> None:
+    remark = recognise(write_sparse(tmp_path / "m.safetensors", whole(name))).remark
+    assert f"predicts {prediction_type}, as most models of that family, for the file does not say" in remark
+    assert "write m.yaml beside it with the line parameterization: v (or eps)" in remark
+
+
+def test_tensors_of_derivatives_tell_v_prediction_and_zero_terminal_snr(sd15: Shapes, tmp_path: Path) -> None:
+    model = recognise(write_sparse(tmp_path / "m.safetensors", sd15 | {"v_pred": (), "ztsnr": ()}))
+    scheduler = model.config_of("scheduler")
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert (scheduler["rescale_betas_zero_snr"], scheduler["timestep_spacing"]) == (True, "trailing")
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("tensors", "found"),
+    [
+        (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "is a LoRA"),
+        (["unet.down_blocks.0.attentions.0.to_q.lora_A.weight"], "is a LoRA"),
+        (["first_stage_model.encoder.conv_in.weight"], "is an autoencoder alone"),
+        (["decoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"], "is an autoencoder alone"),
+        (["control_model.input_blocks.0.0.weight"], "is a ControlNet"),
+        (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], "is a UNet in diffusers' layout alone"),
+        (["cond_stage_model.transformer.text_model.final_layer_norm.weight"], "is a text encoder alone"),
+        (["model.diffusion_model.double_blocks.0.img_attn.proj.weight"], "is a Flux model"),
+        (["model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"], "is a Stable Diffusion 3 model"),
+        (["emb_params"], "is an embedding of textual inversion"),
+        (["a", "b", "c", "d"], "is no model known here: 4 tensors, such as a, b, c"),
+        ([], "is no model known here: 0 tensors, such as none"),
+    ],
+)
+def test_other_files_are_refused_with_what_they_are(tensors: list[str], found: str, tmp_path: Path) -> None:
+    file = tmp_path / "other.safetensors"
+    save_file({name: torch.zeros(2) for name in tensors}, file)
+    message = refusal(file)
+    assert message.startswith(f"model.base: {file} {found}")
+    assert "allowed: a whole model of Stable Diffusion 1.x, 2.x or XL" in message
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(9, "an inpainting model"), (8, "a model that edits pictures")])
+def test_unet_for_other_channels_is_refused(channels: int, kind: str, sd15: Shapes, tmp_path: Path) -> None:
+    file = write_sparse(tmp_path / "m.safetensors", sd15 | {CONV_IN: (320, channels, 3, 3)})
+    assert f"is {kind}: its UNet takes {channels} channels instead of 4" in refusal(file)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "name"), [("first_stage_model.", "autoencoder"), ("cond_stage_model.", "text encoder")]
+)
+def test_missing_component_is_named(prefix: str, name: str, sd15: Shapes, tmp_path: Path) -> None:
+    few = {key: shape for key, shape in sd15.items() if not key.startswith(prefix)}
+    assert f"has a UNet, but no {name}" in refusal(write_sparse(tmp_path / "m.safetensors", few))
+
+
+def test_missing_tensors_are_counted(sd15: Shapes, tmp_path: Path) -> None:
+    few = {key: shape for key, shape in sd15.items() if "middle_block.1" not in key}
+    message = refusal(write_sparse(tmp_path / "m.safetensors", few))
+    assert re.search(r"lacks 26 tensors of its UNet, such as model\.diffusion_model\.middle_block\.1\.", message)
+
+
+def test_other_shapes_are_refused(sd15: Shapes, tmp_path: Path) -> None:
+    name = f"{UNET}middle_block.0.in_layers.2.weight"
+    message = refusal(write_sparse(tmp_path / "m.safetensors", sd15 | {name: (640, 1280, 3, 3)}))
+    assert f"is no Stable Diffusion 1.x: {name} is [640, 1280, 3, 3], not [1280, 1280, 3, 3]" in message
+
+
+def test_refiner_is_refused(sd15: Shapes, tmp_path: Path) -> None:
+    wide = {name: (*shape[:1], 1280) if "attn2.to_k" in name else shape for name, shape in sd15.items()}
+    message = refusal(write_sparse(tmp_path / "m.safetensors", wide))
+    assert "has a UNet for text embeddings of width 1280 (SDXL's refiner)" in message
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt"])
+def test_pickled_file_is_refused_unread(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"m{suffix}"
+    file.write_bytes(b"\x80\x04cos\nsystem\n")
+    assert "is pickled, which can run code when it is read; allowed: the same model as .safetensors" in refusal(file)
+
+
+def test_truncated_file_is_refused(sd15: Shapes, tmp_path: Path) -> None:
+    file = write_sparse(tmp_path / "m.safetensors", sd15)
+    with file.open("r+b") as stream:
+        stream.truncate(1 << 20)
+    assert "m.safetensors: is no whole safetensors file" in refusal(file)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"text_encoder": {}}', '{"text_encoder": [], "scheduler": 3}']
+)
+def test_damaged_configurations_in_the_metadata_are_refused(content: str, sd15: Shapes, tmp_path: Path) -> None:
+    file = write_sparse(tmp_path / "m.safetensors", sd15, {CONFIGS_KEY: content})
+    assert f"its metadata {CONFIGS_KEY} are damaged" in refusal(file)
+
+
+def test_configurations_in_the_metadata_come_first(sd15: Shapes, tmp_path: Path) -> None:
+    folder = recognise(write_sparse(tmp_path / "m.safetensors", sd15))
+    configs = {name: folder.config_of(name) for name in ("unet", "vae", "text_encoder", "scheduler")}
+    configs["unet"] = configs["unet"] | {"sample_size": 72}
+    model = recognise(write_sparse(tmp_path / "m.safetensors", sd15, {CONFIGS_KEY: json.dumps(configs)}))
+    assert model.config_of("unet")["sample_size"] == 72
+    assert model.remark.endswith("predicts epsilon, as its metadata say")

@@ -1,0 +1,80 @@
+"""An autoencoder whose activations fp16 cannot hold, as SDXL's: it computes in fp32 wherever it is used."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowmem_db.config.loading import load_config
+from lowmem_db.models.latents import decode_latents, encode_moments
+from lowmem_db.models.loading import load_autoencoder
+from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.planning.cards import find_card
+from lowmem_db.planning.phases import Subject, trace_class_images
+from lowmem_db.preparation.prepare import check_photos, prepare
+
+LARGE = 3e5
+"""More than the largest fp16, 65504."""
+
+
+@pytest.fixture(scope="module")
+def overflowing(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    """The tiny model, with large activations behind the first layers; the norms scale them down again."""
+    folder = shutil.copytree(tiny_sdxl, tmp_path_factory.mktemp("overflowing") / "model")
+    (file,) = (folder / "vae").glob("*.safetensors")
+    weights = load_file(file)
+    for name in ("encoder.conv_in.weight", "decoder.conv_in.weight"):
+        weights[name] *= LARGE
+    save_file(weights, file, {"format": "pt"})
+    return find_model(str(folder))
+
+
+def set_upcast(model: ModelFolder, value: bool) -> None:
+    file = model.path / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"force_upcast": value}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_force_upcast_is_obeyed(overflowing: ModelFolder, dtype: torch.dtype) -> None:
+    set_upcast(overflowing, True)
+    autoencoder = load_autoencoder(overflowing, dtype=dtype)
+    assert autoencoder.dtype == torch.float32
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = encode_moments(autoencoder, pixels)
+    assert torch.isfinite(mean).all()
+    assert torch.isfinite(std).all()
+    assert torch.isfinite(decode_latents(autoencoder, mean.half())).all()
+
+
+def test_it_would_overflow_otherwise(overflowing: ModelFolder) -> None:
+    """Else the test above shows nothing."""
+    set_upcast(overflowing, False)
+    autoencoder = load_autoencoder(overflowing, dtype=torch.float16)
+    assert autoencoder.dtype == torch.float16
+    assert not torch.isfinite(decode_latents(autoencoder, torch.randn(1, 4, 16, 16))).all()
+
+
+def test_class_images_drawn_in_fp16_are_pictures(overflowing: ModelFolder, tiny_fields: dict[str, object]) -> None:
+    set_upcast(overflowing, True)
+    changed = {"model.base": str(overflowing.path), "prior.precision": "fp16", "prior.num_class_images": 2}
+    config = load_config(None, list((tiny_fields | changed | {"prior.sample_batch_size": 2}).items()))
+    batches = prepare(config, overflowing, torch.device("cpu"), check_photos(config))
+    for image in batches.class_images:
+        assert torch.isfinite(image.mean).all()
+        assert image.mean.std() > 0
+
+
+def test_the_plan_prices_the_autoencoder_in_the_type_it_computes_in(
+    overflowing: ModelFolder, tiny_fields: dict[str, object]
+) -> None:
+    config = load_config(None, list((tiny_fields | {"model.base": str(overflowing.path)}).items()))
+    subject = Subject(config=config, model=overflowing, card=find_card("rtx 4090"))
+    weights = {}
+    for value in (False, True):
+        set_upcast(overflowing, value)
+        weights[value] = trace_class_images(subject).resident.weights  # the UNet is gone by then
+    two_bytes_more = 2 * overflowing.num_parameters("vae")
+    assert weights[True] - weights[False] == pytest.approx(two_bytes_more, rel=0.2)  # rounded to 512 bytes each
