@@ -225,8 +225,9 @@ def _embed_photos(subject: Subject) -> Float[Tensor, "m d"]:
 def _embed_class(subject: Subject, work: Path) -> Float[Tensor, "n d"]:
     """Embed the images of the class that the untrained base draws."""
     config = config_of(Variant(), subject, 0, subject.folder, work)
-    folder = prepare_class_images(config, find_model("demo"), CPU)
-    return _encoder().embed_images([read_photo(path) for path in sorted(folder.glob("*.png"))])
+    size = (config.data.resolution, config.data.resolution)
+    drawn = prepare_class_images(config, find_model("demo"), CPU, {size: config.prior.num_class_images})[0]
+    return _encoder().embed_images([read_photo(path) for path in drawn.files or ()])
 
 
 @contextmanager
