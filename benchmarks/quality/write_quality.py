@@ -6,36 +6,69 @@ With ``--pictures`` the contact sheets are made anew from the pictures of the ru
 """
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.quality.contact_sheet import save_sheet, thumbnails
 from benchmarks.quality.results import Row, read_rows, values_of
 from benchmarks.quality.statistics import direction, mean_of, paired_difference, sentence
 from benchmarks.quality.subjects import BY_NAME
-from benchmarks.quality.variants import ABLATIONS, Ablation, runs_of
+from benchmarks.quality.variants import ABLATIONS, VARIANTS, Ablation, runs_of
 from lowmem_db.evaluation.metrics import Score
 
 RESULTS = Path("benchmarks/results/quality")
+CEILING = "metric_ceiling.json"
 NOTES = Path(__file__).parent / "notes.md"
 PAGE = Path("docs/quality.md")
 SHEET_SUBJECTS = ("drawn_dog", "dog3")
 INTRODUCTION = Path(__file__).parent / "introduction.md"
 
 
-def page(rows: Sequence[Row], notes: str, *, sheets: Path | None = None) -> str:
+def page(
+    rows: Sequence[Row],
+    notes: str,
+    *,
+    ceiling: Mapping[str, Mapping[str, float]] | None = None,
+    sheets: Path | None = None,
+) -> str:
     """Return the page.
 
     Args:
         rows: The rows.
         notes: What was found out by hand, in Markdown.
+        ceiling: What `metric_ceiling` found, by subject.
         sheets: Folder of the contact sheets, or None for a page without pictures.
     """
     if not rows:
         return "# Does DreamBooth do here what the paper says?\n\nNothing has been measured yet.\n"
     parts = [_introduction(rows), _summary(rows)]
     parts += [_section(name, ablation, rows, sheets) for name, ablation in ABLATIONS.items()]
-    return "\n".join([*parts, notes.strip()]) + "\n"
+    return "\n".join([*parts, _ceiling(rows, ceiling or {}), notes.strip()]) + "\n"
+
+
+def _ceiling(rows: Sequence[Row], ceiling: Mapping[str, Mapping[str, float]]) -> str:
+    if not ceiling:
+        return ""
+    lines = [
+        "## What EN0-I can reach",
+        "",
+        "Each picture of a subject against its other pictures (`python -m benchmarks.quality.metric_ceiling`), beside "
+        "what runs reach.",
+        "",
+        "| subject | pictures | through the autoencoder | blurred by 2 pixels | untrained base | reference | off |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for subject, found in ceiling.items():
+        reached = [
+            mean_of(values_of(rows, variant, "EN0-I", [subject])).value
+            for variant in ("untrained", "reference", "without_prior")
+        ]
+        cells = [f"{value:.3f}" for value in found.values()] + [
+            "-" if value is None else f"{value:.3f}" for value in reached
+        ]
+        lines.append(f"| {subject} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def _introduction(rows: Sequence[Row]) -> str:
@@ -127,8 +160,28 @@ def missing_runs(ablation: Ablation, rows: Sequence[Row]) -> str:
 
 
 def _values(rows: Sequence[Row], ablation: Ablation, variant: str, metric: str) -> dict[tuple[str, int], float]:
+    """Return a metric by subject and seed, of the runs that all measured variants have."""
     found = values_of(rows, variant, metric, ablation.subjects)
-    return {run: value for run, value in found.items() if run[1] in ablation.seeds}
+    common = common_runs(ablation, rows)
+    if not VARIANTS[variant].trained:
+        subjects = {subject for subject, _ in common}
+        return {run: value for run, value in found.items() if run[0] in subjects}
+    return {run: value for run, value in found.items() if run in common}
+
+
+def common_runs(ablation: Ablation, rows: Sequence[Row]) -> set[tuple[str, int]]:
+    """Return subjects and seeds that every trained variant of an ablation has, variants without any row left out."""
+    runs: dict[str, set[tuple[str, int]]] = {}
+    for row in rows:
+        name, run = row["variant"], (row["subject"], row["seed"])
+        if (
+            name in ablation.labels
+            and VARIANTS[name].trained
+            and run[0] in ablation.subjects
+            and run[1] in ablation.seeds
+        ):
+            runs.setdefault(name, set()).add(run)
+    return set.intersection(*runs.values()) if runs else set()
 
 
 def _difference(rows: Sequence[Row], ablation: Ablation, variant: str, metric: str) -> Score:
@@ -175,7 +228,10 @@ def main() -> None:
     if arguments.pictures is not None:
         write_sheets(arguments.pictures, sheets)
     notes = NOTES.read_text(encoding="utf-8") if NOTES.is_file() else ""
-    arguments.page.write_text(page(read_rows(arguments.results), notes, sheets=sheets), encoding="utf-8")
+    measured = arguments.results / CEILING
+    ceiling = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
+    text = page(read_rows(arguments.results), notes, ceiling=ceiling, sheets=sheets)
+    arguments.page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,11 @@ def test_tables_hold_the_means_computed_by_hand(rows: list[dict[str, Any]]) -> N
     assert "6 runs, 0.1 hours" in text
 
 
+def test_variants_are_compared_on_the_same_runs(rows: list[dict[str, Any]]) -> None:
+    text = page([*rows, row("reference", "drawn_car", 0, 0.9, 0.9)], "")
+    assert "| on (λ = 1) | 0.600 [0.500, 0.700] | 0.400 [0.400, 0.400] |" in text
+
+
 def test_what_is_missing_is_said(rows: list[dict[str, Any]]) -> None:
     text = page(rows, "")
     assert "EN0-I with “wrong”: not measured." in text
@@ -84,6 +89,11 @@ def test_what_is_missing_is_said(rows: list[dict[str, Any]]) -> None:
     prior = text.split("## Prior preservation")[1].split("\n## ")[0]
     assert "“off” of drawn_clock" in prior
     assert "“on (λ = 1)” of drawn_dog," not in prior
+
+
+def test_the_ceiling_stands_beside_what_runs_reach(rows: list[dict[str, Any]]) -> None:
+    text = page(rows, "", ceiling={"dog3": {"pictures": 0.529, "through the autoencoder": 0.4, "blurred": 0.3}})
+    assert "| dog3 | 0.529 | 0.400 | 0.300 | - | 0.700 | 0.600 |" in text
 
 
 def test_a_page_without_rows_says_so() -> None:
