@@ -15,7 +15,6 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.quality.stored_weights import keep_weights_as
 from benchmarks.quality.subjects import Subject
 from benchmarks.quality.variants import RECIPE, Variant
 from lowmem_db.config.loading import load_config
@@ -35,6 +34,7 @@ from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.latents import decode_latents, downscaling
 from lowmem_db.models.loading import load_autoencoder, load_noise_schedule, load_text_encoder, load_tokenizer
 from lowmem_db.models.source import COMPONENTS, ModelFolder, find_model
+from lowmem_db.optimizers import weights
 from lowmem_db.optimizers.schedules import learning_rate_factor
 from lowmem_db.preparation.class_images import prepare_class_images
 from lowmem_db.preparation.prepare import prepare
@@ -75,7 +75,6 @@ def recipe_of(variant: Variant) -> dict[str, Any]:
         "identifier": variant.identifier,
         "noun": variant.noun,
         "num_images": variant.num_images,
-        "stored_weights": variant.stored_weights,
         "trained": variant.trained,
         "last_steps": LAST_STEPS,
         "samples": {**asdict(SAMPLING), "num_images": NUM_IMAGES, "context": CONTEXT},
@@ -112,7 +111,7 @@ def run(variant: Variant, subject: Subject, seed: int, work: Path) -> tuple[dict
     model = find_model("demo")
     with _pictures(subject, variant.num_images) as pictures:
         config = config_of(variant, subject, seed, pictures, work)
-        denoiser, losses = _train(config, variant, model) if variant.trained else (_untrained(config, model), {})
+        denoiser, losses = _train(config, model) if variant.trained else (_untrained(config, model), {})
     drawn = draw(denoiser, model, config, variant, subject, seed)
     scores = score(_encoder(), drawn, _embed_photos(subject), _embed_class(subject, work))
     seconds = round(time.perf_counter() - started, 1)
@@ -169,16 +168,16 @@ def draw(
     return Drawn(plain=plain, context=context, of_class=of_class)
 
 
-def _train(config: Config, variant: Variant, model: ModelFolder) -> tuple[Denoiser, dict[str, float]]:
-    """Train to the last step; return the model and its final losses."""
+def _train(config: Config, model: ModelFolder) -> tuple[Denoiser, dict[str, float]]:
+    """Train to the last step; return the model in fp32, as ``final/`` has it, and its final losses."""
     batches = prepare(config, model, CPU, _scan(config))
     denoiser, objective, optimizer = build_step(config, plain_strategy(config), model, CPU)
-    keep_weights_as(variant.stored_weights, optimizer, seed=config.seed)
     outputs = []
     for step in range(config.training.max_train_steps):
         optimizer.set_learning_rates(_rates(config, step))
         torch.manual_seed(derive_seed(config.seed, "dropout", step))
         outputs.append(train_step(denoiser, objective, optimizer, batches.batches_at(step), step))
+    weights.undo(denoiser.modules(), optimizer.extra_bits())
     last = outputs[-LAST_STEPS:]
     losses = {"loss_instance": sum(output.loss_instance for output in last) / len(last)}
     prior = [output.loss_prior for output in last if output.loss_prior is not None]

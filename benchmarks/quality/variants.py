@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from benchmarks.quality.subjects import SUBJECTS, Subject
-from lowmem_db.config.schema import Weights
 
 RECIPE: Mapping[str, Any] = {
     "model.base": "demo",
@@ -40,7 +39,6 @@ class Variant:
         identifier: What names the subject in the prompt.
         noun: The class noun in the prompt of the photos.
         num_images: How many pictures of the subject are trained on.
-        stored_weights: How weights and gradients are kept between steps; computed with in fp32.
         trained: Whether anything is trained; the base as it is otherwise.
     """
 
@@ -48,7 +46,6 @@ class Variant:
     identifier: str = RARE_TOKEN
     noun: Noun = "right"
     num_images: int = 5
-    stored_weights: Weights = "fp32"
     trained: bool = True
 
     def noun_of(self, subject: Subject) -> str:
@@ -78,8 +75,8 @@ VARIANTS: Mapping[str, Variant] = {
     "lambda_3": Variant(fields={"prior.loss_weight": 3.0}),
     "4_class_images": Variant(fields={"prior.num_class_images": 4}),
     "adamw8bit": Variant(fields=EIGHT_BIT),
-    "adamw8bit_24bit_weights": Variant(fields=EIGHT_BIT, stored_weights="bf16_extra_bits"),
-    "adamw8bit_stochastic_rounding": Variant(fields=EIGHT_BIT, stored_weights="bf16_stochastic"),
+    "adamw8bit_24bit_weights": Variant(fields={**EIGHT_BIT, "memory.weights": "bf16_extra_bits"}),
+    "adamw8bit_stochastic_rounding": Variant(fields={**EIGHT_BIT, "memory.weights": "bf16_stochastic"}),
     "three_times_the_steps": Variant(fields={"training.max_train_steps": 3 * RECIPE["training.max_train_steps"]}),
     "common_word": Variant(identifier="pink"),
     "random_letters": Variant(identifier="xxy5syt00"),
@@ -157,15 +154,13 @@ ABLATIONS: Mapping[str, Ablation] = {
     ),
     "memory": Ablation(
         title="Does saving memory cost quality?",
-        question="Same seeds, so the same batches, noise and timesteps. Weights of 24 bits and of 16 bits with "
-        "stochastic rounding are kept as the engine keeps them, and gradients are rounded to bf16; the model computes "
-        "in fp32 with the bf16 values, because bf16 arithmetic is about a hundred times slower on a CPU. Rounding of "
-        "activations is not part of this.",
+        question="Same seeds, so the same batches, noise and timesteps. With 24-bit weights and with stochastic "
+        "rounding the model computes in bf16, as on a card; samples are drawn in fp32, as from `final/`.",
         labels={
             "reference": "AdamW, fp32 weights",
             "adamw8bit": "8-bit AdamW, fp32 weights",
-            "adamw8bit_24bit_weights": "8-bit AdamW, 24-bit weights",
-            "adamw8bit_stochastic_rounding": "8-bit AdamW, bf16 weights, stochastic rounding",
+            "adamw8bit_24bit_weights": "8-bit AdamW, 24-bit weights, bf16",
+            "adamw8bit_stochastic_rounding": "8-bit AdamW, stochastic rounding, bf16",
         },
         reference="reference",
         metrics=("loss_instance", "loss_prior", FIDELITY, PRESERVATION, CLASS_KEPT),
