@@ -1,0 +1,1 @@
+"""How well what is trained here is learned: ablations, and the ground under the figures."""

@@ -1,0 +1,230 @@
+"""What is compared: variants of one recipe, and the ablations that put them side by side."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from benchmarks.quality.subjects import SUBJECTS, Subject
+
+RECIPE: Mapping[str, Any] = {
+    "model.base": "demo",
+    "device": "cpu",
+    "data.resolution": 128,
+    "prior.num_class_images": 24,
+    "prior.sampler": "ddim",
+    "prior.num_inference_steps": 16,
+    "prior.guidance_scale": 2.0,
+    "prior.sample_batch_size": 8,
+    "training.max_train_steps": 100,
+    "training.train_batch_size": 2,
+    "training.learning_rate": 1e-3,
+    "training.learning_rate_text_encoder": 2e-4,
+    "training.lr_scheduler": "cosine",
+    "training.lr_warmup_steps": 10,
+    "training.train_text_encoder": True,
+    "logging.tensorboard": False,
+}
+"""Fields of the configuration that all runs share, where a variant does not say otherwise."""
+
+RARE_TOKEN = "sks"
+Noun = Literal["right", "wrong", "missing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to train.
+
+    Attributes:
+        fields: Fields of the configuration that differ from ``RECIPE``.
+        identifier: What names the subject in the prompt.
+        noun: The class noun in the prompt of the photos.
+        num_images: How many pictures of the subject are trained on.
+        trained: Whether anything is trained; the base as it is otherwise.
+    """
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    identifier: str = RARE_TOKEN
+    noun: Noun = "right"
+    num_images: int = 5
+    trained: bool = True
+
+    def noun_of(self, subject: Subject) -> str:
+        """Return the noun that stands in the prompts; empty where it is missing."""
+        return {"right": subject.noun, "wrong": subject.wrong_noun, "missing": ""}[self.noun]
+
+    def instance_prompt(self, subject: Subject) -> str:
+        """Return the prompt of the photos."""
+        return f"a {self.identifier} {self.noun_of(subject)}".strip()
+
+
+WITHOUT_PRIOR = {"prior.enabled": False}
+EIGHT_BIT = {"optimizer.name": "adamw8bit"}
+VARIANTS: Mapping[str, Variant] = {
+    "untrained": Variant(trained=False),
+    "reference": Variant(),
+    "without_prior": Variant(fields=WITHOUT_PRIOR),
+    "wrong_noun": Variant(fields=WITHOUT_PRIOR, noun="wrong"),
+    "no_noun": Variant(fields=WITHOUT_PRIOR, noun="missing"),
+    "1_image": Variant(num_images=1),
+    "2_images": Variant(num_images=2),
+    "3_images": Variant(num_images=3),
+    "frozen_text_encoder": Variant(
+        fields={"training.train_text_encoder": False, "training.learning_rate_text_encoder": None}
+    ),
+    "lambda_0.3": Variant(fields={"prior.loss_weight": 0.3}),
+    "lambda_3": Variant(fields={"prior.loss_weight": 3.0}),
+    "4_class_images": Variant(fields={"prior.num_class_images": 4}),
+    "adamw8bit": Variant(fields=EIGHT_BIT),
+    "adamw8bit_24bit_weights": Variant(fields={**EIGHT_BIT, "memory.weights": "bf16_extra_bits"}),
+    "adamw8bit_stochastic_rounding": Variant(fields={**EIGHT_BIT, "memory.weights": "bf16_stochastic"}),
+    "three_times_the_steps": Variant(fields={"training.max_train_steps": 3 * RECIPE["training.max_train_steps"]}),
+    "common_word": Variant(identifier="pink"),
+    "random_letters": Variant(identifier="xxy5syt00"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """Variants side by side.
+
+    Attributes:
+        title: Heading.
+        question: What is asked, and what is held fixed.
+        labels: The variants and what they are called.
+        reference: The variant that the others are compared with.
+        metrics: The metrics that answer it.
+        paper: What the paper says: metric, variant, and +1, 0 or -1 against the reference.
+        paper_text: The same in words, with its figures.
+        subjects: Names of the subjects.
+        seeds: Seeds of each variant but the untrained one.
+    """
+
+    title: str
+    question: str
+    labels: Mapping[str, str]
+    reference: str
+    metrics: tuple[str, ...]
+    paper: Mapping[tuple[str, str], int]
+    paper_text: str
+    subjects: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+
+
+RICH = tuple(subject.name for subject in SUBJECTS if subject.rich)
+MIXED = (
+    "drawn_dog", "dog3", "drawn_clock", "robot_toy", "drawn_car", "bear_plushie", "drawn_cat", "drawn_flower",
+)  # fmt: skip
+FIDELITY, PRESERVATION, DIVERSITY, CLASS_KEPT = "EN0-I", "EN0-PRES", "EN0-DIV", "EN0-CLASS"
+
+ABLATIONS: Mapping[str, Ablation] = {
+    "prior": Ablation(
+        title="Prior preservation on and off",
+        question="Subjects whose class the base learned from several designs. Off: the same steps on the subject's "
+        "pictures alone. λ = 0 has the gradients of off.",
+        labels={"without_prior": "off", "reference": "on (λ = 1)", "untrained": "untrained base"},
+        reference="without_prior",
+        metrics=(FIDELITY, PRESERVATION, DIVERSITY, CLASS_KEPT),
+        paper={
+            (FIDELITY, "reference"): -1,
+            (PRESERVATION, "reference"): -1,
+            (DIVERSITY, "reference"): 1,
+        },
+        paper_text="Table 3, on against off: PRES 0.493 against 0.664, DIV 0.391 against 0.371, DINO 0.684 against "
+        "0.712.",
+        subjects=RICH,
+        seeds=(0, 1),
+    ),
+    "training": Ablation(
+        title="Text encoder, λ and number of class images",
+        question="One thing changed at a time. λ = 0 is prior preservation off, from the first ablation.",
+        labels={
+            "reference": "text encoder trained, λ = 1, 24 class images",
+            "frozen_text_encoder": "text encoder frozen",
+            "without_prior": "λ = 0",
+            "lambda_0.3": "λ = 0.3",
+            "lambda_3": "λ = 3",
+            "4_class_images": "4 class images",
+        },
+        reference="reference",
+        metrics=(FIDELITY, PRESERVATION, DIVERSITY, CLASS_KEPT),
+        paper={(FIDELITY, "frozen_text_encoder"): -1, (PRESERVATION, "without_prior"): 1},
+        paper_text="No table. Section 3.2 trains the text encoder because fidelity is best then; "
+        "λ = 1 and about 1000 class images are said to work well.",
+        subjects=MIXED,
+    ),
+    "memory": Ablation(
+        title="Does saving memory cost quality?",
+        question="Same seeds, so the same batches, noise and timesteps. With 24-bit weights and with stochastic "
+        "rounding the model computes in bf16, as on a card; samples are drawn in fp32, as from `final/`.",
+        labels={
+            "reference": "AdamW, fp32 weights",
+            "adamw8bit": "8-bit AdamW, fp32 weights",
+            "adamw8bit_24bit_weights": "8-bit AdamW, 24-bit weights, bf16",
+            "adamw8bit_stochastic_rounding": "8-bit AdamW, stochastic rounding, bf16",
+        },
+        reference="reference",
+        metrics=("loss_instance", "loss_prior", FIDELITY, PRESERVATION, CLASS_KEPT),
+        paper={},
+        paper_text="Not in the paper. The hope is that nothing differs.",
+        subjects=MIXED,
+    ),
+    "noun": Ablation(
+        title="Class noun right, wrong, missing",
+        question="Prior preservation off in all of them, because without a noun there are no class images.",
+        labels={"without_prior": "right", "wrong_noun": "wrong", "no_noun": "missing", "untrained": "untrained base"},
+        reference="without_prior",
+        metrics=(FIDELITY, "EN0-I plain", "EN0-I context", PRESERVATION),
+        paper={(FIDELITY, "wrong_noun"): -1, (FIDELITY, "no_noun"): -1},
+        paper_text="Table 4: DINO 0.744 with the right noun, 0.454 with a wrong one, 0.303 without.",
+        subjects=MIXED,
+    ),
+    "identifier": Ablation(
+        title="Identifier: rare token, common word, random letters",
+        question="`a sks dog`, `a pink dog`, `a xxy5syt00 dog`.",
+        labels={"reference": "rare token", "common_word": "common word", "random_letters": "random letters"},
+        reference="reference",
+        metrics=(FIDELITY, PRESERVATION, CLASS_KEPT),
+        paper={(FIDELITY, "common_word"): -1, (FIDELITY, "random_letters"): -1},
+        paper_text="No table. Section 3.2 finds both worse: a word must be parted from its meaning first, and letters "
+        "bring meanings of their own.",
+        subjects=MIXED,
+    ),
+    "images": Ablation(
+        title="One to five pictures of the subject",
+        question="The first pictures of each subject; the same number of steps. Fidelity is measured against all five.",
+        labels={
+            "1_image": "1", "2_images": "2", "3_images": "3", "reference": "5",
+        },
+        reference="reference",
+        metrics=(FIDELITY, DIVERSITY, PRESERVATION),
+        paper={(FIDELITY, "1_image"): -1},
+        paper_text="Tables 5 and 6: more pictures give more fidelity, with less gain from the third on.",
+        subjects=MIXED,
+    ),
+    "steps": Ablation(
+        title="Does it learn at all? Three times the steps",
+        question="Not an ablation of the paper: how far the short runs above are from what this recipe reaches.",
+        labels={
+            "reference": "the reference",
+            "three_times_the_steps": "three times the steps",
+            "untrained": "untrained base",
+        },
+        reference="reference",
+        metrics=(FIDELITY, PRESERVATION, DIVERSITY, CLASS_KEPT),
+        paper={},
+        paper_text="1,000 steps for Imagen and Stable Diffusion (section 4).",
+        subjects=("dog3", "drawn_clock", "rc_car", "drawn_cat", "robot_toy"),
+    ),
+}  # fmt: skip
+
+
+def runs_of(ablation: Ablation) -> list[tuple[str, str, int]]:
+    """Return variant, subject and seed of every run of an ablation; the first seed of all subjects comes first."""
+    variants = list(dict.fromkeys([ablation.reference, *ablation.labels]))
+    return [
+        (variant, subject, seed)
+        for seed in ablation.seeds
+        for subject in ablation.subjects
+        for variant in variants
+        if VARIANTS[variant].trained or seed == ablation.seeds[0]
+    ]

@@ -1,0 +1,111 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from benchmarks.quality.contact_sheet import save_strip
+from benchmarks.quality.results import append_row, read_rows
+from benchmarks.quality.runs import Drawn, recipe_of
+from benchmarks.quality.statistics import direction, mean_of, paired_difference, sentence
+from benchmarks.quality.variants import VARIANTS
+from benchmarks.quality.write_quality import page, write_sheets
+
+FIDELITY = {("drawn_dog", 0): 0.6, ("drawn_dog", 1): 0.8, ("dog3", 0): 0.3}
+
+
+def row(variant: str, subject: str, seed: int, fidelity: float, preservation: float) -> dict[str, Any]:
+    return {
+        "variant": variant,
+        "subject": subject,
+        "seed": seed,
+        "base": "abc",
+        "EN0-I": fidelity,
+        "EN0-I real": 0.9,
+        "EN0-PRES": preservation,
+        "EN0-DIV": 0.25,
+        "EN0-CLASS": 0.7,
+        "seconds": 36.0,
+        "recipe": recipe_of(VARIANTS[variant]),
+    }
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[dict[str, Any]]:
+    for number, subject in enumerate(("drawn_dog", "drawn_cat", "dog3")):
+        append_row(tmp_path, row("without_prior", subject, 0, 0.6, 0.5 + number / 100))
+        append_row(tmp_path, row("reference", subject, 0, 0.5 + number / 10, 0.4))
+    return read_rows(tmp_path)
+
+
+def test_subjects_count_the_same_whatever_their_seeds() -> None:
+    assert mean_of(FIDELITY).value == pytest.approx((0.7 + 0.3) / 2)
+    assert mean_of(FIDELITY).num_subjects == 2
+
+
+def test_differences_are_paired() -> None:
+    difference = paired_difference({("dog3", 0): 0.5, ("dog3", 7): 9.0}, FIDELITY)
+    assert difference.value == pytest.approx(0.2)
+    assert direction(difference) is None
+    assert (
+        sentence("EN0-I", "x", difference) == "EN0-I with x: +0.200 for one subject, which shows nothing about others."
+    )
+    assert sentence("EN0-I", "x", paired_difference({}, FIDELITY)) == "EN0-I with x: not measured."
+
+
+@pytest.mark.parametrize(
+    ("shift", "found", "words"),
+    [((0.1, 0.2), 1, "is higher with x: +0.150"), ((-0.1, -0.2), -1, "is lower with x: -0.150"),
+     ((-0.1, 0.1), 0, "shows no difference with x: +0.000")],
+)  # fmt: skip
+def test_the_sentence_follows_the_interval(shift: tuple[float, float], found: int, words: str) -> None:
+    reference = {("dog3", 0): 0.5, ("drawn_dog", 0): 0.4}
+    moved = {("dog3", 0): 0.5 + shift[0], ("drawn_dog", 0): 0.4 + shift[1]}
+    difference = paired_difference(moved, reference)
+    assert direction(difference) == found
+    assert words in sentence("M", "x", difference)
+
+
+def test_tables_hold_the_means_computed_by_hand(rows: list[dict[str, Any]]) -> None:
+    text = page(rows, "## Notes\n\nBy hand.")
+    assert "| on (λ = 1) | 0.600 [0.500, 0.700] | 0.400 [0.400, 0.400] |" in text
+    assert "| off | 0.600 [0.600, 0.600] | 0.510 [0.500, 0.520] |" in text
+    assert "| the pictures among themselves | 0.900 [0.900, 0.900] |" in text
+    assert "EN0-PRES is lower with “on (λ = 1)”: -0.110 [-0.120, -0.100]." in text
+    assert "EN0-I shows no difference with “on (λ = 1)”: +0.000 [-0.100, +0.100]." in text
+    assert text.rstrip().endswith("By hand.")
+    assert "6 runs, 0.1 hours" in text
+
+
+def test_variants_are_compared_on_the_same_runs(rows: list[dict[str, Any]]) -> None:
+    text = page([*rows, row("reference", "drawn_car", 0, 0.9, 0.9)], "")
+    assert "| on (λ = 1) | 0.600 [0.500, 0.700] | 0.400 [0.400, 0.400] |" in text
+
+
+def test_what_is_missing_is_said(rows: list[dict[str, Any]]) -> None:
+    text = page(rows, "")
+    assert "EN0-I with “wrong”: not measured." in text
+    assert "| wrong | - | - | - | - | none: not measured |" in text
+    prior = text.split("## Prior preservation")[1].split("\n## ")[0]
+    assert "“off” of drawn_clock" in prior
+    assert "“on (λ = 1)” of drawn_dog," not in prior
+
+
+def test_the_ceiling_stands_beside_what_runs_reach(rows: list[dict[str, Any]]) -> None:
+    text = page(rows, "", ceiling={"dog3": {"pictures": 0.529, "through the autoencoder": 0.4, "blurred": 0.3}})
+    assert "| dog3 | 0.529 | 0.400 | 0.300 | - | 0.700 | 0.600 |" in text
+
+
+def test_a_page_without_rows_says_so() -> None:
+    assert "Nothing has been measured" in page([], "")
+
+
+def test_sheets_are_small_pictures_of_few_colours(tmp_path: Path) -> None:
+    images = [Image.effect_noise((128, 128), 60).convert("RGB") for _ in range(4)]
+    for variant in ("without_prior", "reference"):
+        drawn = Drawn(plain=images, context=images, of_class=images)
+        save_strip(drawn, tmp_path / "pictures" / f"{variant}-drawn_dog-0.png")
+    write_sheets(tmp_path / "pictures", tmp_path / "sheets")
+    with Image.open(tmp_path / "sheets" / "prior.png") as sheet:
+        assert sheet.mode == "P"
+        assert sheet.width < 600
