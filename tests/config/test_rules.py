@@ -18,6 +18,8 @@ CASES = [
     ({"subject.class_prompt": None}, "prior.enabled", {"prior.enabled": False}),
     ({"subject.class_prompt": ""}, "prior.enabled", {"subject.class_prompt": "a dog"}),
     ({"data.resolution": 500}, "data.resolution", {"data.resolution": 504}),
+    ({"evaluation.prompts": ["a sks dog"]}, "evaluation.prompts", {"evaluation.every": 100}),
+    ({"evaluation.patience": 3}, "evaluation.patience", {"evaluation.every": 100}),
     ({"data.bucket_step": 32}, "data.bucket_step", {"data.aspect_ratio_buckets": True}),
     ({"data.min_bucket_side": 256}, "data.min_bucket_side", {"data.aspect_ratio_buckets": True}),
     ({"data.max_bucket_side": 768}, "data.max_bucket_side", {"data.aspect_ratio_buckets": True}),
