@@ -3,13 +3,16 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 from lowmem_db.errors import ModelError
+from lowmem_db.models.loading import load_noise_schedule
 from lowmem_db.models.original_layout import SD1, SD2, SDXL, UNET_PREFIX, Entry, Layout, layout_for
 from lowmem_db.models.source import CONFIGS_DIR, FAMILIES, ModelFolder, family_of
 from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, read_header
@@ -28,6 +31,10 @@ _ZERO_TERMINAL_SNR = {
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
 }
+_NONSENSE = (
+    ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+    StrictDataclassError,
+)  # fmt: skip
 _OTHER_CHANNELS = {5: "a depth model", 7: "an upscaler", 8: "a model that edits pictures", 9: "an inpainting model"}
 _OTHER_FILES = (
     (r"^lora_(unet|te)|\.lora_(down|up|[AB])\b|\.lora\.(down|up)\.", "a LoRA, which belongs to a whole model"),
@@ -87,7 +94,13 @@ def recognise(file: Path) -> SingleFile:
     if conv_in.shape[1] != 4:
         kind = _OTHER_CHANNELS.get(conv_in.shape[1], "a model of another kind")
         raise _refusal(file, f"is {kind}: its UNet takes {conv_in.shape[1]} channels instead of 4")
-    model = _with_own_configs(file, metadata) if CONFIGS_KEY in metadata else _of_family(file, found, metadata)
+    if CONFIGS_KEY not in metadata:
+        return _with_tensors(_of_family(file, found, metadata), found)
+    with _refusing_nonsense(file):
+        return _with_tensors(_with_own_configs(file, metadata), found)
+
+
+def _with_tensors(model: SingleFile, found: Mapping[str, StoredTensor]) -> SingleFile:
     tensors = {}
     for component in model.layout.prefixes:
         tensors |= _tensors_of(model, component, found)
@@ -109,13 +122,24 @@ def _of_family(file: Path, found: Mapping[str, StoredTensor], metadata: Mapping[
 
 def _with_own_configs(file: Path, metadata: Mapping[str, str]) -> SingleFile:
     """Return the model that a file written by this program describes itself."""
+    configs = json.loads(metadata[CONFIGS_KEY])
+    layout = layout_for(configs)
+    prediction_type = configs["scheduler"].get("prediction_type", "epsilon")
+    if prediction_type not in {"epsilon", "v_prediction", "sample"}:
+        raise ValueError(f"prediction_type {prediction_type!r}; allowed: epsilon, v_prediction, sample")
+    model = _model(file, _config_folder(layout, prediction_type), layout, configs, "as its metadata say")
+    load_noise_schedule(model)
+    return model
+
+
+@contextmanager
+def _refusing_nonsense(file: Path) -> Iterator[None]:
+    """Refuse metadata from which no model can be built: the libraries raise all sorts of errors then."""
     try:
-        configs = json.loads(metadata[CONFIGS_KEY])
-        layout = layout_for(configs)
-        path = _config_folder(layout, configs["scheduler"].get("prediction_type", "epsilon"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file}: its metadata {CONFIGS_KEY} are damaged ({error!r}); export it anew") from error
-    return _model(file, path, layout, configs, "as its metadata say")
+        yield
+    except _NONSENSE as error:
+        reason = " ".join(repr(error).split())[:200]
+        raise ModelError(f"{file}: its metadata {CONFIGS_KEY} are damaged ({reason}); export it anew") from error
 
 
 def _model(file: Path, path: Path, layout: Layout, configs: Mapping[str, dict[str, Any]], reason: str) -> SingleFile:

@@ -69,7 +69,7 @@ def as_storage_error(error: OSError | SafetensorError, path: Path) -> StorageErr
     """Say in one line what went wrong while ``path`` was written."""
     number = error.errno if isinstance(error, OSError) else _number_in(str(error))
     if number in {errno.ENOSPC, errno.EDQUOT}:
-        return StorageError(f"{path}: the disk is full; free some space, then continue with --resume")
+        return StorageError(f"{path}: the disk is full; free some space, then run the same command again")
     reason = os.strerror(number) if number else str(error)
     return StorageError(f"{path}: cannot be written ({reason}); check the folder and its permissions")
 

@@ -172,7 +172,7 @@ class Trainer:
         try:
             save_checkpoint(self.run, self.step, self.stateful_objects(), data_key=self._data_key())
         except StorageError as error:
-            raise StorageError(f"{error}; {self._last_good_checkpoint()}") from error
+            raise StorageError(f"{error}, with --resume; {self._last_good_checkpoint()}") from error
 
     def _sample_where_due(self) -> None:
         if self._samples_are_due() and not self.run.samples_dir(self.step).is_dir():

@@ -131,7 +131,7 @@ def test_disk_that_fills_up_in_a_checkpoint_leaves_the_one_before(
     assert_refused(
         run("train", config_file, "checkpointing.every=1"),
         f"{folder.checkpoint_dir(2)}",
-        "the disk is full; free some space, then continue with --resume; the last good checkpoint is",
+        "the disk is full; free some space, then run the same command again, with --resume; the last good",
         f"{folder.checkpoint_dir(1)}",
     )
     assert [entry.name for entry in folder.checkpoints_dir.iterdir()] == ["step-000001"]

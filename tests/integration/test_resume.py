@@ -99,6 +99,20 @@ VARIANTS |= {
     "chosen layers, 24-bit weights": _IN_BACKWARD
     | {"memory.weights": "bf16_extra_bits", "training.layers": ["unet.*.attn*", "text_encoder.*.mlp.*"]},
 }
+_SCORED = {
+    "evaluation.every": 2,
+    "evaluation.keep_best": True,
+    "checkpointing.keep": 1,
+    "ema.enabled": True,
+    "sampling.num_images": 1,
+    "sampling.num_inference_steps": 2,
+}
+VARIANTS |= {
+    "evaluation, best checkpoint, average": _SCORED,
+    "evaluation, DoRA, best checkpoint, text encoder stopped": _SCORED
+    | _LORA
+    | {"lora.dora": True, "lora.targets": ["attention"], "training.stop_text_encoder_training": 4},
+}
 KILLS_PER_VARIANT = 3
 
 
@@ -186,6 +200,10 @@ def test_killed_runs_end_bit_for_bit_as_uninterrupted_ones(
     for name, content in expected_final.items():
         assert found[name] == content, f"{name} differs; seed {seed}, {points}"
     assert metric_rows(killed) == expected_rows, f"seed {seed}, {points}"
+    if fields.get("evaluation.every"):
+        scores = RunFolder(whole).scores_file.read_bytes()
+        assert len(scores.splitlines()) == STEPS // 2
+        assert RunFolder(killed).scores_file.read_bytes() == scores, f"seed {seed}, {points}"
     if fields.get("sampling.prompts"):
         grid = "samples/step-000008/grid.png"
         assert (killed / grid).read_bytes() == (whole / grid).read_bytes()

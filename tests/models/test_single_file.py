@@ -219,6 +219,31 @@ def test_damaged_configurations_in_the_metadata_are_refused(content: str, sd15: 
     assert f"its metadata {CONFIGS_KEY} are damaged" in refusal(file)
 
 
+@pytest.mark.parametrize(
+    ("component", "changed"),
+    [
+        ("unet", []),
+        ("unet", {}),
+        ("unet", {"block_out_channels": [-1]}),
+        ("unet", {"cross_attention_dim": "x"}),
+        ("unet", {"attention_head_dim": 0}),
+        ("text_encoder", {"hidden_size": "big"}),
+        ("text_encoder", {"num_attention_heads": 7}),
+        ("text_encoder", {"hidden_act": "nope"}),
+        ("vae", {"block_out_channels": None}),
+        ("scheduler", {"prediction_type": "nope"}),
+        ("scheduler", {"prediction_type": ["epsilon"]}),
+        ("scheduler", {"beta_schedule": "nope"}),
+    ],
+)
+def test_nonsense_in_the_metadata_is_refused(component: str, changed: object, sd15: Shapes, tmp_path: Path) -> None:
+    plain = recognise(write_sparse(tmp_path / "m.safetensors", sd15))
+    configs: dict[str, object] = {name: plain.config_of(name) for name in ("unet", "vae", "text_encoder", "scheduler")}
+    configs[component] = plain.config_of(component) | changed if isinstance(changed, dict) and changed else changed
+    file = write_sparse(tmp_path / "m.safetensors", sd15, {CONFIGS_KEY: json.dumps(configs)})
+    assert f"its metadata {CONFIGS_KEY} are damaged" in refusal(file)
+
+
 def test_configurations_in_the_metadata_come_first(sd15: Shapes, tmp_path: Path) -> None:
     folder = recognise(write_sparse(tmp_path / "m.safetensors", sd15))
     configs = {name: folder.config_of(name) for name in ("unet", "vae", "text_encoder", "scheduler")}

@@ -123,7 +123,7 @@ def test_parents_are_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [DISK_FULL, DISK_FULL_AS_SAFETENSORS_SAYS_IT])
 def test_full_disk_is_said_with_the_way_out(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(StorageError, match=r"target: the disk is full; free some space, then continue with --resume"):
+    with pytest.raises(StorageError, match=r"target: the disk is full; free some space, then run the same command"):
         write_file(tmp_path / "target", fail(error))
 
 
