@@ -57,9 +57,10 @@ def export_model(request: Request) -> Path:
         return _export_extracted(request, find_export_source(request.source), request.extract_rank)
     if lora is None:
         if request.merge or _is_of_lora(request):
+            asked = "--merge" if request.merge else f"--format {request.layout}"
             raise ModelError(
-                f"{request.source}: is no LoRA, which --merge and --format {request.layout} are for; make one from a "
-                "full fine-tuning with --extract-lora RANK, or leave them out"
+                f"{request.source}: is no LoRA, which {asked} is for; make one from a full fine-tuning with "
+                f"--extract-lora RANK, or leave {asked} out"
             )
         return _export_whole(request, find_export_source(request.source))
     if request.merge:

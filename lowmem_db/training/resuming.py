@@ -30,6 +30,7 @@ FIXED_FIELDS = (
     "data.aspect_ratio_buckets",
     "evaluation.encoder",
     "evaluation.prompts",
+    "evaluation.keep_best",
 )
 """Fields that a run keeps from its first step to its last."""
 

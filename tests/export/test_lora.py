@@ -181,7 +181,10 @@ def test_request_that_is_not_for_a_lora_says_the_way_out(
 
 def test_requests_for_a_lora_do_not_serve_a_whole_model(tiny_model: Path, tmp_path: Path) -> None:
     for fields in ({"layout": "lora-kohya"}, {"merge": True}):
-        with pytest.raises(ModelError, match=r"is no LoRA.*--extract-lora RANK"):
+        with pytest.raises(
+            ModelError,
+            match=r"is no LoRA, which --(merge|format lora-kohya) is for.*--extract-lora RANK",
+        ):
             export_model(Request(source=str(tiny_model), out=tmp_path / "out", **fields))
 
 
