@@ -156,8 +156,8 @@ ABLATIONS: Mapping[str, Ablation] = {
     "memory": Ablation(
         title="Does saving memory cost quality?",
         question="Same seeds, so the same batches, noise and timesteps. With 24-bit weights and with stochastic "
-        "rounding the model computes in bf16, as on a card; samples are drawn in fp32, as from `final/`. A learning rate "
-        "that is 0.1 % higher shows how far apart runs come by chance alone.",
+        "rounding the model computes in bf16, as on a card; samples are drawn in fp32, as from `final/`. A learning "
+        "rate that is 0.1 % higher shows how far apart runs come by chance alone.",
         labels={
             "reference": "AdamW, fp32 weights",
             "nearly_the_reference": "the same, learning rate 0.1 % higher",
