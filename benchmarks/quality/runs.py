@@ -15,6 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.demo_base.captions import article
 from benchmarks.quality.subjects import Subject
 from benchmarks.quality.variants import RECIPE, Variant
 from lowmem_db.config.loading import load_config
@@ -91,7 +92,6 @@ def config_of(variant: Variant, subject: Subject, seed: int, pictures: Path, wor
         pictures: Folder of the pictures that are trained on.
         work: Folder for caches.
     """
-    noun = variant.noun_of(subject)
     fields: dict[str, Any] = {
         **RECIPE,
         **variant.fields,
@@ -100,7 +100,7 @@ def config_of(variant: Variant, subject: Subject, seed: int, pictures: Path, wor
         "cache_dir": str(work / "cache"),
         "subject.instance_dir": str(pictures),
         "subject.instance_prompt": variant.instance_prompt(subject),
-        "subject.class_prompt": subject.class_prompt if noun else None,
+        "subject.class_prompt": article(variant.noun_of(subject) or subject.noun),
     }
     return load_config(None, list(fields.items()))
 

@@ -64,10 +64,16 @@ def test_ablations_name_variants_and_subjects_that_exist(ablation: Ablation) -> 
 def test_every_variant_is_a_configuration(variant: str, tmp_path: Path) -> None:
     config = config_of(VARIANTS[variant], BY_NAME["robot_toy"], 3, BY_NAME["robot_toy"].folder, tmp_path)
     assert config.seed == 3
-    prompts = {"wrong_noun": "a sks cat", "no_noun": "a sks", "common_word": "a pink robot"}
-    assert config.subject.instance_prompt == prompts.get(
-        variant, "a xxy5syt00 robot" if variant == "random_letters" else "a sks robot"
-    )
+    prompts = {
+        "wrong_noun": ("a sks cat", "a cat"),
+        "wrong_noun_with_prior": ("a sks cat", "a cat"),
+        "no_noun": ("a sks", "a robot"),
+        "no_noun_with_prior": ("a sks", "a robot"),
+        "common_word": ("a pink robot", "a robot"),
+        "random_letters": ("a xxy5syt00 robot", "a robot"),
+    }
+    wanted = prompts.get(variant, ("a sks robot", "a robot"))
+    assert (config.subject.instance_prompt, config.subject.class_prompt) == wanted
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=[subject.name for subject in SUBJECTS])

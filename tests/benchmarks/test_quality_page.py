@@ -82,6 +82,14 @@ def test_variants_are_compared_on_the_same_runs(rows: list[dict[str, Any]]) -> N
     assert "| on (λ = 1) | 0.600 [0.500, 0.700] | 0.400 [0.400, 0.400] |" in text
 
 
+def test_a_second_run_of_the_reference_shows_chance(rows: list[dict[str, Any]]) -> None:
+    controls = [row("nearly_the_reference", subject, 0, 0.55, 0.4) for subject in ("drawn_dog", "dog3")]
+    variants = [row("lambda_3", subject, 0, 0.45, 0.4) for subject in ("drawn_dog", "dog3")]
+    text = page([*rows, *controls, *variants], "")
+    assert "EN0-I is lower with “λ = 3”: -0.150 [-0.250, -0.050]." in text
+    assert "* “λ = 3”: EN0-I **lower**: -0.100 [-0.100, -0.100]; EN0-PRES no difference shown: +0.000" in text
+
+
 def test_what_is_missing_is_said(rows: list[dict[str, Any]]) -> None:
     text = page(rows, "")
     assert "EN0-I with “wrong”: not measured." in text
