@@ -248,7 +248,7 @@ def write_sheets(pictures: Path, sheets: Path) -> None:
             for variant, label in ablation.labels.items():
                 strip = pictures / f"{variant}-{subject}-0.png"
                 if strip.is_file():
-                    rows.append((f"{subject}: {label}", thumbnails(strip)))
+                    rows.append((f"{subject}: {label.replace('λ', 'lambda')}", thumbnails(strip)))  # not in the font
         if rows:
             save_sheet(rows, sheets / f"{name}.png")
 
