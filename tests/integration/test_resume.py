@@ -113,7 +113,7 @@ VARIANTS |= {
     | _LORA
     | {"lora.dora": True, "lora.targets": ["attention"], "training.stop_text_encoder_training": 4},
 }
-KILLS_PER_VARIANT = 3
+KILLS_PER_VARIANT = 2
 
 
 def kill_in_step(step: int) -> Callable[[], None]:
