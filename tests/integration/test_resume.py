@@ -114,6 +114,18 @@ VARIANTS |= {
     | {"lora.dora": True, "lora.targets": ["attention"], "training.stop_text_encoder_training": 4},
 }
 KILLS_PER_VARIANT = 2
+# Most of these is in another variant too; `make slow` runs them.
+SLOW = {
+    "adamw",
+    "gradient checkpointing, fp16 autocast",
+    "in backward, clipped by past norms",
+    "24-bit weights and their average, text encoder stopped",
+    "adamw in backward",
+    "adafactor, nested checkpoints on the host",
+    "LoRA beside fp16, 8-bit in backward",
+    "DoRA, text encoder stopped",
+    "evaluation, best checkpoint, average",
+}
 
 
 def kill_in_step(step: int) -> Callable[[], None]:
@@ -173,7 +185,9 @@ def metric_rows(output_dir: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in row.items() if name not in {"seconds", "peak_bytes"}} for row in rows]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
+)
 def test_killed_runs_end_bit_for_bit_as_uninterrupted_ones(
     variant: str, tiny_fields: dict[str, object], tmp_path: Path
 ) -> None:
