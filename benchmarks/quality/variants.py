@@ -68,7 +68,9 @@ VARIANTS: Mapping[str, Variant] = {
     "wrong_noun_with_prior": Variant(noun="wrong"),
     "no_noun_with_prior": Variant(noun="missing"),
     "1_image": Variant(num_images=1),
+    "2_images": Variant(num_images=2),
     "3_images": Variant(num_images=3),
+    "4_images": Variant(num_images=4),
     "frozen_text_encoder": Variant(
         fields={"training.train_text_encoder": False, "training.learning_rate_text_encoder": None}
     ),
@@ -203,12 +205,9 @@ ABLATIONS: Mapping[str, Ablation] = {
         subjects=MIXED,
     ),
     "images": Ablation(
-        title="One, three and five pictures of the subject",
-        question="The first pictures of each subject; the same number of steps. Fidelity is measured against all five. "
-        "Two and four pictures were left out for want of time.",
-        labels={
-            "1_image": "1", "3_images": "3", "reference": "5",
-        },
+        title="One to five pictures of the subject",
+        question="The first pictures of each subject; the same number of steps. Fidelity is measured against all five.",
+        labels={"1_image": "1", "2_images": "2", "3_images": "3", "4_images": "4", "reference": "5"},
         reference="reference",
         metrics=(FIDELITY, DIVERSITY, PRESERVATION),
         paper={(FIDELITY, "1_image"): -1},
