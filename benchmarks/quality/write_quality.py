@@ -101,12 +101,12 @@ def _introduction(rows: Sequence[Row]) -> str:
 
 def _summary(rows: Sequence[Row]) -> str:
     lines = [
-        "## What the paper says, and what is seen here",
+        "## What is expected, and what is seen here",
         "",
         "Last column: against a second run of the reference, with a learning rate 0.1 % higher, where the first run is "
         "the reference. Where the two columns differ, chance decides.",
         "",
-        "| ablation | metric | variant | paper | here | against the control |",
+        "| ablation | metric | variant | expected | here | against the control |",
         "|---|---|---|---|---|---|",
     ]
     for ablation in ABLATIONS.values():
@@ -136,7 +136,7 @@ def _section(name: str, ablation: Ablation, rows: Sequence[Row], sheets: Path | 
                 for metric in ablation.metrics
             ]
     parts += _against_control(ablation, rows)
-    parts += ["", f"Paper: {ablation.paper_text}", ""]
+    parts += ["", f"In the paper: {ablation.paper_text}", ""]
     if missing := missing_runs(ablation, rows):
         parts += [f"Missing, not measured for want of time: {missing}.", ""]
     if sheets is not None and (sheets / f"{name}.png").is_file():
