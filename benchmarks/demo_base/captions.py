@@ -3,17 +3,10 @@
 import random
 from dataclasses import dataclass
 
+from lowmem_db.evaluation.captions import SCENES
+
 PLURAL = ("glasses",)
 POSITIONS = ("left", "right", "top", "bottom")
-SCENE_PHRASES = {
-    "beach": ("on the beach", "on a beach"),
-    "grass": ("on the grass", "on a meadow", "in a meadow"),
-    "snow": ("in the snow", "on the snow"),
-    "forest": ("in the forest", "in a forest"),
-    "city": ("in the city", "in a city", "on a street"),
-    "night": ("at night", "under a night sky"),
-    "room": ("on a wooden floor", "in a room"),
-}
 
 
 @dataclass(frozen=True)
@@ -46,8 +39,8 @@ def article(phrase: str) -> str:
 
 def background_phrase(background: str, rng: random.Random) -> str:
     """Returns how the background is named in a caption."""
-    if background in SCENE_PHRASES:
-        return rng.choice(SCENE_PHRASES[background])
+    if background in SCENES:
+        return rng.choice(SCENES[background])
     return f"on {article(background)} background"
 
 

@@ -98,6 +98,7 @@ def _train(
 ) -> None:
     """Prepare the data, train, and leave the final model."""
     from lowmem_db.console import say
+    from lowmem_db.environment import release_memory
     from lowmem_db.evaluation.during_training import Scorer
     from lowmem_db.models.layers import count_trained
     from lowmem_db.planning.verify import write_measured, write_trained
@@ -113,10 +114,11 @@ def _train(
     trainer.train()
     if device.type == "cuda":
         write_measured(run, trainer.peak_step_bytes)
-    best = trainer.scores.best_step() if config.evaluation.keep_best else None
+    best = trainer.best_step()
     if best is not None and best != trainer.step:
         say(f"the final model is that of step {best}, which scored best")
         del trainer
+        release_memory(device)
         trainer = build_trainer(config, model, device, batches, run)
         trainer.resume(best)
     write_final(trainer, model)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 from lowmem_db.config.schema import Config, LoraConfig
 
@@ -19,6 +20,15 @@ class Rule:
     message: str
 
 
+def _no_use(field: str, when: Callable[[Config], bool], why: str) -> Rule:
+    """Return the rule that a field is left out where nothing uses it."""
+    value = attrgetter(field)
+    return Rule(
+        lambda c: value(c) not in (None, ()) and when(c),
+        f"{field}: {{config.{field}}} has no use {why}, or leave it out",
+    )
+
+
 RULES = (
     Rule(
         lambda c: c.prior.enabled and not c.subject.class_prompt,
@@ -29,20 +39,9 @@ RULES = (
         lambda c: c.data.resolution % 8 != 0,
         "data.resolution: {config.data.resolution} is not a multiple of 8, the size of a latent pixel; round it",
     ),
-    Rule(
-        lambda c: c.data.bucket_step is not None and not c.data.aspect_ratio_buckets,
-        "data.bucket_step: {config.data.bucket_step} has no use without data.aspect_ratio_buckets=true; set it, or "
-        "leave bucket_step out",
-    ),
-    Rule(
-        lambda c: c.data.min_bucket_side is not None and not c.data.aspect_ratio_buckets,
-        "data.min_bucket_side: {config.data.min_bucket_side} has no use without data.aspect_ratio_buckets=true; set "
-        "it, or leave min_bucket_side out",
-    ),
-    Rule(
-        lambda c: c.data.max_bucket_side is not None and not c.data.aspect_ratio_buckets,
-        "data.max_bucket_side: {config.data.max_bucket_side} has no use without data.aspect_ratio_buckets=true; set "
-        "it, or leave max_bucket_side out",
+    *(
+        _no_use(field, lambda c: not c.data.aspect_ratio_buckets, "without data.aspect_ratio_buckets=true; set that")
+        for field in ("data.bucket_step", "data.min_bucket_side", "data.max_bucket_side")
     ),
     Rule(
         lambda c: bool(c.objective.zero_terminal_snr) and c.objective.prediction_type == "epsilon",
@@ -54,34 +53,26 @@ RULES = (
         "objective.debiased: true and objective.snr_gamma: {config.objective.snr_gamma} are two weightings of the same "
         "loss; leave one of them out",
     ),
-    Rule(
-        lambda c: c.training.learning_rate_text_encoder is not None and not c.training.train_text_encoder,
-        "training.learning_rate_text_encoder: {config.training.learning_rate_text_encoder} has no use while the text "
-        "encoder is frozen; set training.train_text_encoder=true or leave it out",
-    ),
-    Rule(
-        lambda c: c.training.learning_rate_text_encoder_2 is not None and not c.training.train_text_encoder,
-        "training.learning_rate_text_encoder_2: {config.training.learning_rate_text_encoder_2} has no use while the "
-        "text encoders are frozen; set training.train_text_encoder=true or leave it out",
-    ),
-    Rule(
-        lambda c: c.training.stop_text_encoder_training is not None and not c.training.train_text_encoder,
-        "training.stop_text_encoder_training: {config.training.stop_text_encoder_training} has no use while the text "
-        "encoder is frozen; set training.train_text_encoder=true or leave it out",
+    *(
+        _no_use(
+            field,
+            lambda c: not c.training.train_text_encoder,
+            "while the text encoders are frozen; set training.train_text_encoder=true",
+        )
+        for field in (
+            "training.learning_rate_text_encoder",
+            "training.learning_rate_text_encoder_2",
+            "training.stop_text_encoder_training",
+        )
     ),
     Rule(
         lambda c: c.training.lr_warmup_steps >= c.training.max_train_steps,
         "training.lr_warmup_steps: {config.training.lr_warmup_steps} leaves no step at the full learning rate; "
         "allowed: less than training.max_train_steps, {config.training.max_train_steps}",
     ),
-    Rule(
-        lambda c: bool(c.evaluation.prompts) and c.evaluation.every is None,
-        "evaluation.prompts: nothing is scored without evaluation.every; set evaluation.every=100 or leave prompts out",
-    ),
-    Rule(
-        lambda c: c.evaluation.patience is not None and c.evaluation.every is None,
-        "evaluation.patience: {config.evaluation.patience} waits for scores that never come; set evaluation.every=100 "
-        "or leave patience out",
+    *(
+        _no_use(field, lambda c: c.evaluation.every is None, "without scores; set evaluation.every=100")
+        for field in ("evaluation.prompts", "evaluation.patience")
     ),
     Rule(
         lambda c: c.sampling.every is not None and not c.sampling.prompts,

@@ -362,14 +362,20 @@ class Config(Section):
 
     @property
     def evaluation_prompts(self) -> tuple[str, ...]:
-        """Prompts whose images are scored during training."""
+        """Prompts whose scored images shall show the subject."""
         return self.evaluation.prompts or (self.subject.instance_prompt,)
+
+    @property
+    def prompts_scored(self) -> frozenset[str]:
+        """Prompts whose images are scored during training, that of the class too; none where there are no scores."""
+        if self.evaluation.every is None:
+            return frozenset()
+        return frozenset({*self.evaluation_prompts, self.subject.class_prompt or ""} - {""})
 
     @property
     def prompts_drawn(self) -> frozenset[str]:
         """Prompts that images are drawn of during training."""
-        scored = {*self.evaluation_prompts, self.subject.class_prompt or ""} if self.evaluation.every else set()
-        return frozenset({*self.sampling.prompts, *scored} - {""})
+        return self.prompts_scored | set(self.sampling.prompts)
 
     @property
     def samples_per_step(self) -> int:

@@ -1,15 +1,14 @@
 """Scores of what a model draws while it trains, to tell its best step."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from lowmem_db.config.schema import Config
 from lowmem_db.data.photos import read_photo
-from lowmem_db.errors import ConfigError
-from lowmem_db.evaluation.encoders import Encoder, EncoderFiles, Images, find_encoders, load_encoder
+from lowmem_db.errors import ConfigError, LowmemDbError
+from lowmem_db.evaluation.encoders import Encoder, Images, find_encoders, load_encoder
 from lowmem_db.evaluation.metrics import summarise
 from lowmem_db.evaluation.scoring import METRICS, Pictures, score_pictures
 
@@ -26,13 +25,13 @@ class Scorer:
     Raises:
         ConfigError: ``evaluation.encoder`` is unknown, or does not compare images with photos.
         DependencyError: The package of the encoder is not installed.
-        ModelError: The encoder's files are missing, or cannot be had from the hub.
+        ModelError: The encoder's files are missing or damaged, or cannot be had from the hub.
     """
 
     def __init__(self, config: Config, photos: Sequence[Path]) -> None:
         self._prompts, self._class_prompt = config.evaluation_prompts, config.subject.class_prompt
         self._photos = photos
-        self._files = _find_encoder(config.evaluation.encoder)
+        self._encoder = _load(config.evaluation.encoder)
 
     def __call__(self, drawn: Mapping[str, Images]) -> dict[str, float]:
         """Return ``score``, the greater the better, and the metrics behind it.
@@ -47,23 +46,23 @@ class Scorer:
         )
         pairs = score_pictures(self._encoder, pictures).metrics
         metrics = {name: summarise({"run": of_metric}).value for name, of_metric in pairs.items()}
-        names = METRICS[self._files.kind]
+        names = METRICS[self._encoder.files.kind]
         fidelity = metrics[names["fidelity"]]
         preservation = metrics.get(names.get("preservation", ""))
         assert fidelity is not None, "images and photos were given"
         found = {name: value for name, value in metrics.items() if value is not None}
         return {"score": fidelity - (preservation or 0.0)} | found
 
-    @cached_property
-    def _encoder(self) -> Encoder:
-        return load_encoder(self._files, torch.device("cpu"))
 
-
-def _find_encoder(request: str) -> EncoderFiles:
+def _load(request: str) -> Encoder:
     kind = request.partition("=")[0].strip()
     if kind not in _KINDS:
         raise ConfigError(
             f"evaluation.encoder: {request!r} does not compare images with photos; allowed: {', '.join(_KINDS)}, each "
             "also as NAME=FOLDER_OR_HUB_ID"
         )
-    return find_encoders([request])[0]
+    try:
+        return load_encoder(find_encoders([request])[0], torch.device("cpu"))
+    except LowmemDbError as error:  # which names the option of evaluate
+        message = str(error).replace("--encoder: ", "evaluation.encoder: ").replace("--encoder ", "evaluation.encoder=")
+        raise type(error)(message) from error

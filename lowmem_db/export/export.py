@@ -54,7 +54,14 @@ def export_model(request: Request) -> Path:
             raise ModelError(
                 f"--extract-lora: makes a LoRA from a full fine-tuning; {request.source} is none, or leave out --merge"
             )
+        if request.layout is not None and not _is_of_lora(request):
+            raise ModelError(
+                f"--extract-lora: makes a LoRA, and --format {request.layout} is for whole models; allowed: lora-kohya, "
+                "lora-diffusers"
+            )
         return _export_extracted(request, find_export_source(request.source), request.extract_rank)
+    if request.base is not None:
+        raise ModelError(f"--base: {request.base} has no use without --extract-lora RANK; set that, or leave it out")
     if lora is None:
         if request.merge or _is_of_lora(request):
             asked = "--merge" if request.merge else f"--format {request.layout}"

@@ -14,12 +14,11 @@ from lowmem_db.errors import ModelError
 from lowmem_db.export.lora import LoraSource
 from lowmem_db.export.source import ExportSource
 from lowmem_db.models.layers import published_name
-from lowmem_db.models.loading import load_text_encoder, load_text_encoder_2, load_unet
+from lowmem_db.models.loading import DENOISER_LOADERS
 from lowmem_db.models.lora_file import LoraFile
 from lowmem_db.models.source import ModelFolder, find_model
 from lowmem_db.models.stored_weights import stored_weights
 
-_LOADERS = {"unet": load_unet, "text_encoder": load_text_encoder, "text_encoder_2": load_text_encoder_2}
 _META = torch.device("meta")
 
 
@@ -109,7 +108,7 @@ def _of_component(component: str, tuned: ModelFolder, base: ModelFolder, rank: i
 
 def _layers(component: str, model: ModelFolder) -> Iterator[tuple[str, str]]:
     """Yield the weights that can have adapters, with the paths of their layers; the final projection cannot."""
-    for path, layer in _LOADERS[component](model, _META).named_modules():
+    for path, layer in DENOISER_LOADERS[component](model, _META).named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and path != "text_projection":
             published = published_name(component, path)
             yield f"{published}.weight", published

@@ -41,7 +41,7 @@ class LoraSource:
 
 
 def find_lora_source(source: str) -> LoraSource | None:
-    """Find the LoRA of a finished run, in a folder, or in a file of diffusers' layout; None where there is none.
+    """Find the LoRA of a finished run or in a folder, in diffusers' layout; None where there is none.
 
     Raises:
         ModelError: The file is no LoRA of this layout.

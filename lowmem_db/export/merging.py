@@ -7,14 +7,12 @@ import torch
 from lowmem_db.errors import ModelError
 from lowmem_db.export.lora import LoraSource
 from lowmem_db.export.source import refuse_existing
-from lowmem_db.models.loading import load_text_encoder, load_text_encoder_2, load_unet
+from lowmem_db.models.loading import DENOISER_LOADERS
 from lowmem_db.models.lora import merge
 from lowmem_db.models.lora_file import put_into
 from lowmem_db.models.saving import save_model
 from lowmem_db.models.source import find_model
 from lowmem_db.storage.atomic import write_folder
-
-_LOADERS = {"unet": load_unet, "text_encoder": load_text_encoder, "text_encoder_2": load_text_encoder_2}
 
 
 def merge_into_folder(source: LoraSource, out: Path, precision: torch.dtype = torch.float32) -> None:
@@ -36,7 +34,7 @@ def merge_into_folder(source: LoraSource, out: Path, precision: torch.dtype = to
     model = find_model(**base)
     merged = {}
     for component in source.lora.settings:
-        merged[component] = _LOADERS[component](model)
+        merged[component] = DENOISER_LOADERS[component](model)
         put_into(component, merged[component], source.lora)
         merge(merged[component])
     objective = None if source.config is None else source.config.objective

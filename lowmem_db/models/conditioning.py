@@ -68,11 +68,3 @@ def embed(
 def whole_picture_time_ids(height: int, width: int, count: int) -> Float[Tensor, "b 6"]:
     """Return what SDXL is told of pictures that are neither resized nor cropped, as those that it draws."""
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).repeat(count, 1)
-
-
-@torch.no_grad()
-def embed_prompts(
-    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]
-) -> Float[Tensor, "b tokens dim"]:
-    """Tokenize and encode prompts without gradients."""
-    return encode_prompt(text_encoder, tokenize(tokenizer, prompts))

@@ -45,6 +45,10 @@ def load_text_encoder_2(
     return _load(CLIPTextModelWithProjection, model, "text_encoder_2", device, dtype)
 
 
+DENOISER_LOADERS = {"unet": load_unet, "text_encoder": load_text_encoder, "text_encoder_2": load_text_encoder_2}
+"""What loads each component that can be trained."""
+
+
 def load_autoencoder(model: ModelFolder, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """Load the autoencoder in evaluation mode, frozen; in fp32 where its configuration says ``force_upcast``.
 

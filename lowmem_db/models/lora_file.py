@@ -4,7 +4,7 @@ Its metadata holds what the tensors do not say: scale and kind of the adapters a
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,17 +104,15 @@ def lora_of_checkpoint(folder: Path, config: Config) -> LoraFile:
         config: Configuration of its run.
     """
     files = {file.stem: file for file in sorted(folder.glob("*.safetensors")) if file.stem not in {"optimizer", "ema"}}
-    state = {f"{component}.{name}": value for component, file in files.items() for name, value in _flat(file)}
+    state = {
+        f"{component}.{name}": value for component, file in files.items() for name, value in read_state(file).items()
+    }
     if config.ema.enabled:
-        for name, value in _flat(folder / "ema.safetensors"):
+        for name, value in read_state(folder / "ema.safetensors").items():
             component, _, path = name.partition(".")
             state[f"{component}.{name_in_files(component, path)}"] = value
     settings = peft_settings(config.lora)
     return LoraFile(state=state, settings=dict.fromkeys(files, settings), base=config.model.model_dump(), metadata={})
-
-
-def _flat(file: Path) -> Iterator[tuple[str, Tensor]]:
-    yield from read_state(file).items()
 
 
 def put_into(component: str, module: nn.Module, lora: LoraFile) -> None:

@@ -42,7 +42,6 @@ class Scores:
 
     def out_of_patience(self) -> bool:
         """Return whether the last ``patience`` scores had no new best."""
-        steps = [row["step"] for row in read_rows(self._file)]
-        if self._patience is None or not steps:
+        if self._patience is None or (best := self.best_step()) is None:
             return False
-        return len(steps) - 1 - steps.index(self.best_step()) >= self._patience
+        return sum(row["step"] > best for row in read_rows(self._file)) >= self._patience

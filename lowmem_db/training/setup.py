@@ -121,12 +121,15 @@ def build_trainer(
     denoiser, objective, optimizer = build_step(config, plain_strategy(config), model, device)
     ema = build_ema(config, denoiser, optimizer)
     _say_what_trains(model, denoiser, device)
-    sampler: Callable[[int], None] = lambda step: draw_samples(config, model, denoiser, batches.prompts, run, step)  # noqa: E731
-    score = None
-    if score_images is not None:
-        scored = sorted({*config.evaluation_prompts, config.subject.class_prompt or ""} - {""})
-        score = lambda: score_images(dict(draw_images(config, model, denoiser, batches.prompts, scored)))  # noqa: E731
-    return Trainer(config, run, denoiser, objective, optimizer, batches, ema, sampler, score)
+    sampler = partial(draw_samples, config, model, denoiser, batches.prompts, run)
+
+    def score() -> Mapping[str, float]:
+        assert score_images is not None
+        return score_images(dict(draw_images(config, model, denoiser, batches.prompts, sorted(config.prompts_scored))))
+
+    return Trainer(
+        config, run, denoiser, objective, optimizer, batches, ema, sampler, None if score_images is None else score
+    )
 
 
 def build_step(
@@ -286,7 +289,10 @@ def _set_arithmetic(config: Config, device: torch.device) -> None:
 
 
 def _num_checkpoints(config: Config) -> int:
-    return -(-config.training.max_train_steps // config.checkpointing.every)
+    last = config.training.max_train_steps
+    intervals = [config.checkpointing.every, config.evaluation.every]
+    intervals += [config.sampling.every] if config.sampling.prompts else []
+    return len({last} | {step for every in intervals if every for step in range(every, last + 1, every)})
 
 
 def _say_what_trains(model: ModelFolder, denoiser: Denoiser, device: torch.device) -> None:

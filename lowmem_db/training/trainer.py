@@ -133,6 +133,11 @@ class Trainer:
         finally:
             metrics.close()
 
+    def best_step(self) -> int | None:
+        """Return the step whose checkpoint is kept for its score, or None where none is."""
+        evaluation = self.config.evaluation
+        return self.scores.best_step() if evaluation.every is not None and evaluation.keep_best else None
+
     def weights(self) -> AbstractContextManager[None]:
         """Return a context in which the denoiser has the weights that samples use."""
         return nullcontext() if self.ema is None else self.ema.applied()
@@ -191,8 +196,7 @@ class Trainer:
         environment.reset_peak_bytes(self.denoiser.device)
 
     def _prune_checkpoints(self) -> None:
-        best = self.scores.best_step() if self.config.evaluation.keep_best else None
-        self.run.prune_checkpoints(self.config.checkpointing.keep, also=best)
+        self.run.prune_checkpoints(self.config.checkpointing.keep, also=self.best_step())
 
     def _score_is_due(self) -> bool:
         every = self.config.evaluation.every

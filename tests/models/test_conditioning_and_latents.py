@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
-from lowmem_db.models.conditioning import embed_prompts, encode_prompt, num_cut_tokens, tokenize
+from lowmem_db.models.conditioning import encode_prompt, num_cut_tokens, tokenize
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.latents import decode_latents, downscaling, encode_moments, scaling_factor
 from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_tokenizer, load_unet
@@ -46,7 +46,7 @@ def test_cut_tokens_are_counted(model: ModelFolder, length: int) -> None:
 def test_embeddings_are_those_of_the_pipeline(
     model: ModelFolder, pipeline: StableDiffusionPipeline, prompt: str
 ) -> None:
-    ours = embed_prompts(load_tokenizer(model), load_text_encoder(model), [prompt])
+    ours = encode_prompt(load_text_encoder(model), tokenize(load_tokenizer(model), [prompt]))
     theirs, _ = pipeline.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
     assert torch.equal(ours, theirs)
 

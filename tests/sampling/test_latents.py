@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from lowmem_db.models.conditioning import embed_prompts
+from lowmem_db.models.conditioning import encode_prompt, tokenize
 from lowmem_db.models.loading import load_noise_schedule, load_text_encoder, load_tokenizer, load_unet
 from lowmem_db.models.source import ModelFolder, find_model
 from lowmem_db.randomness import generator
@@ -40,7 +40,7 @@ def draw(
     schedule: DDPMScheduler | None = None,
     size: int = 16,
 ) -> Tensor:
-    embeds = embed_prompts(load_tokenizer(model), load_text_encoder(model), ["a dog", ""])
+    embeds = encode_prompt(load_text_encoder(model), tokenize(load_tokenizer(model), ["a dog", ""]))
     return sample_latents(
         load_unet(model),
         schedule or load_noise_schedule(model),
