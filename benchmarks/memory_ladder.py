@@ -24,9 +24,9 @@ from lowmem_db.config.loading import load_config  # noqa: E402
 from lowmem_db.config.schema import Config  # noqa: E402
 from lowmem_db.config.strategy import plain_strategy  # noqa: E402
 from lowmem_db.planning.cards import CPU, find_card  # noqa: E402
+from lowmem_db.planning.measured import measure_train  # noqa: E402
 from lowmem_db.planning.models import find_configuration  # noqa: E402
 from lowmem_db.planning.phases import Subject, trace_train  # noqa: E402
-from lowmem_db.planning.verify import measure_train  # noqa: E402
 
 GIB, MIB = 1 << 30, 1 << 20
 RUNGS: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -24,8 +24,8 @@ from lowmem_db.config.loading import load_config  # noqa: E402
 from lowmem_db.config.strategy import plain_strategy  # noqa: E402
 from lowmem_db.models.source import ModelFolder, find_model  # noqa: E402
 from lowmem_db.planning.cards import CPU  # noqa: E402
+from lowmem_db.planning.measured import measure_train  # noqa: E402
 from lowmem_db.planning.phases import Subject, trace_train  # noqa: E402
-from lowmem_db.planning.verify import measure_train  # noqa: E402
 from tests.planning.reality import profiled_train_peak  # noqa: E402
 
 STRATEGIES: dict[str, dict[str, Any]] = {

@@ -20,16 +20,16 @@ import torch
 from torch import nn
 
 from lowmem_db import environment
+from lowmem_db.adaptation.layers import count_trained
 from lowmem_db.config.flags import parse_arguments
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.strategy import plain_strategy
-from lowmem_db.models.layers import count_trained
+from lowmem_db.engine import build
+from lowmem_db.engine.step import train_step
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.planning.cards import CPU
 from lowmem_db.planning.models import find_configuration
 from lowmem_db.planning.phases import Subject, trace_train, training_batches
-from lowmem_db.training import setup
-from lowmem_db.training.step import train_step
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -52,13 +52,13 @@ def _step_here(overrides: list[str]) -> dict[str, Any]:
     strategy, device = plain_strategy(config), torch.device("cpu")
     model = find_configuration(config.model)
     predicted = trace_train(Subject(config=config, model=model, card=CPU), strategy).peak.total
-    load_unet = setup.load_unet
+    load_unet = build.load_unet
 
     def random_unet(model: ModelFolder, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return _with_random_weights(load_unet(model, torch.device("meta"), dtype))
 
-    setup.load_unet = random_unet  # type: ignore[assignment]
-    denoiser, objective, optimizer = setup.build_step(config, strategy, model, device)
+    build.load_unet = random_unet  # type: ignore[assignment]
+    denoiser, objective, optimizer = build.build_step(config, strategy, model, device)
     optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-4))
     started = time.perf_counter()
     output = train_step(denoiser, objective, optimizer, training_batches(config, model, denoiser), 0)

@@ -22,6 +22,8 @@ from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import plain_strategy
 from lowmem_db.data.photos import read_photo, scan_photos
+from lowmem_db.engine.build import build_step
+from lowmem_db.engine.step import train_step
 from lowmem_db.evaluation.encoders import Encoder, find_encoders, load_encoder
 from lowmem_db.evaluation.metrics import (
     cosine_distances,
@@ -43,8 +45,6 @@ from lowmem_db.randomness import derive_seed, generator
 from lowmem_db.records import ImageRecord
 from lowmem_db.sampling.images import to_images
 from lowmem_db.sampling.latents import SamplingSettings, sample_latents
-from lowmem_db.training.setup import build_step
-from lowmem_db.training.step import train_step
 
 CPU = torch.device("cpu")
 SAMPLING = SamplingSettings(sampler="ddim", num_inference_steps=14, guidance_scale=1.0)

@@ -32,12 +32,12 @@ from benchmarks.memory.sd15_step import write_random_model  # noqa: E402
 from lowmem_db import environment  # noqa: E402
 from lowmem_db.config.loading import load_config  # noqa: E402
 from lowmem_db.config.strategy import plain_strategy  # noqa: E402
+from lowmem_db.engine.build import build_step  # noqa: E402
+from lowmem_db.engine.step import train_step  # noqa: E402
 from lowmem_db.models.denoiser import Denoiser  # noqa: E402
 from lowmem_db.models.source import find_model  # noqa: E402
 from lowmem_db.optimizers.rules import StepScalars  # noqa: E402
 from lowmem_db.records import Batch, Conditioning  # noqa: E402
-from lowmem_db.training.setup import build_step  # noqa: E402
-from lowmem_db.training.step import train_step  # noqa: E402
 
 RESOLUTION = 256
 CPU = torch.device("cpu")

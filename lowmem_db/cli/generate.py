@@ -44,8 +44,8 @@ def generate(
         return
 
     from lowmem_db import environment
+    from lowmem_db.engine.generate import default_resolution, find_source, generate_images
     from lowmem_db.models.saving import DTYPES
-    from lowmem_db.sampling.generate import default_resolution, find_source, generate_images
     from lowmem_db.sampling.images import GRID_FILE, make_folder, save_rows
     from lowmem_db.sampling.latents import SamplingSettings
 

@@ -41,11 +41,11 @@ def plan(
 
     from rich.console import Console
 
+    from lowmem_db.planning.measured import verify as verify_plan
     from lowmem_db.planning.output import as_json as to_json
     from lowmem_db.planning.output import show
     from lowmem_db.planning.plan import plan as plan_run
     from lowmem_db.planning.target import find_target
-    from lowmem_db.planning.verify import verify as verify_plan
 
     target = find_target(config, gpu=gpu, budget_bytes=budget_bytes, here=verify)
     found = plan_run(config, target)

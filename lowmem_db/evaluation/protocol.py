@@ -15,13 +15,13 @@ import torch
 from lowmem_db import fingerprint
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say, track
+from lowmem_db.engine.generate import ImageSource, embed_for, find_source, load_denoiser
 from lowmem_db.errors import DataError
 from lowmem_db.evaluation.folders import PROMPTS_FILE, Limits, SubjectFiles, choose, scan_pictures
 from lowmem_db.models.conditioning import whole_picture_time_ids
 from lowmem_db.models.latents import decode_latents, downscaling
 from lowmem_db.models.loading import load_autoencoder
 from lowmem_db.randomness import generator
-from lowmem_db.sampling.generate import ImageSource, embed_for, find_source, load_denoiser
 from lowmem_db.sampling.images import to_images
 from lowmem_db.sampling.latents import SamplingSettings, sample_prompt
 from lowmem_db.sampling.prompts import read_prompt_file, read_suite, subject_names

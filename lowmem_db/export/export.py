@@ -56,8 +56,8 @@ def export_model(request: Request) -> Path:
             )
         if request.layout is not None and not _is_of_lora(request):
             raise ModelError(
-                f"--extract-lora: makes a LoRA, and --format {request.layout} is for whole models; allowed: lora-kohya, "
-                "lora-diffusers"
+                f"--extract-lora: makes a LoRA, and --format {request.layout} is for whole models; allowed: "
+                "lora-kohya, lora-diffusers"
             )
         return _export_extracted(request, find_export_source(request.source), request.extract_rank)
     if request.base is not None:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
+from lowmem_db.adaptation.lora_file import put_into
+from lowmem_db.adaptation.low_rank import merge
 from lowmem_db.errors import ModelError
 from lowmem_db.export.lora import LoraSource
 from lowmem_db.export.source import refuse_existing
 from lowmem_db.models.loading import DENOISER_LOADERS
-from lowmem_db.models.lora import merge
-from lowmem_db.models.lora_file import put_into
 from lowmem_db.models.saving import save_model
 from lowmem_db.models.source import find_model
 from lowmem_db.storage.atomic import write_folder

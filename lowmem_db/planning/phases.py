@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import Strategy, with_strategy
+from lowmem_db.engine.build import build_ema, build_step
+from lowmem_db.engine.samples import load_decoder, sample_prompt
+from lowmem_db.engine.step import train_step
 from lowmem_db.models.conditioning import encode_prompt, encode_prompt_with_two
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.latents import decode_latents, downscaling, encode_moments
@@ -23,9 +26,6 @@ from lowmem_db.planning.tracing import real_paths
 from lowmem_db.planning.tracker import CUDA_ROUNDING, AllocationTracker
 from lowmem_db.preparation.class_images import draw_latents, load_frozen_unet
 from lowmem_db.records import Batch, Conditioning, MemoryParts
-from lowmem_db.training.samples import load_decoder, sample_prompt
-from lowmem_db.training.setup import build_ema, build_step
-from lowmem_db.training.step import train_step
 
 META = torch.device("meta")
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowmem_db import environment, fingerprint
+from lowmem_db.adaptation.quantized import quantize
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say, track
 from lowmem_db.data.batches import PromptTable
@@ -29,7 +30,6 @@ from lowmem_db.models.loading import (
     load_noise_schedule,
     load_unet,
 )
-from lowmem_db.models.quantized import quantize
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.models.text_encoders import load_text_encoders, tokenize_prompts

@@ -10,12 +10,13 @@ import torch
 from rich.progress import Progress, TaskID
 
 from lowmem_db import environment, fingerprint
+from lowmem_db.adaptation.low_rank import AdapterState, has_adapters
 from lowmem_db.config.schema import Config
 from lowmem_db.console import progress, say
 from lowmem_db.data.batches import BatchSource
+from lowmem_db.engine.step import train_step
 from lowmem_db.errors import NonFiniteError, RunInterrupted, StorageError
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.lora import AdapterState, has_adapters
 from lowmem_db.objective.objective import Objective
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
 from lowmem_db.optimizers.handle import OptimizerHandle
@@ -27,7 +28,6 @@ from lowmem_db.training.checkpoint import Stateful, restore_checkpoint, save_che
 from lowmem_db.training.metrics import MetricsWriter
 from lowmem_db.training.scores import Scores
 from lowmem_db.training.signals import StopRequest, stop_on_signals
-from lowmem_db.training.step import train_step
 
 _LINES_WITHOUT_TERMINAL = 20
 

@@ -107,7 +107,7 @@ def test_disk_that_held_a_run_is_large_enough_to_go_on(
     run: Run, config_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked = []
-    monkeypatch.setattr("lowmem_db.training.setup.disk_bytes", lambda *_: asked.append(1) or 3_000_000)
+    monkeypatch.setattr("lowmem_db.run.checks.disk_bytes", lambda *_: asked.append(1) or 3_000_000)
     monkeypatch.setattr(environment, "free_disk_bytes", lambda path: 3_000_000)
     assert run("train", config_file).code == 0
     written = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*.safetensors"))

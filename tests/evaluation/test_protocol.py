@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowmem_db.adaptation import low_rank as lora
+from lowmem_db.adaptation.lora_file import LORA_FILE, lora_file, write_lora
 from lowmem_db.config.loading import load_config, write_yaml
 from lowmem_db.errors import DataError
 from lowmem_db.evaluation import protocol
@@ -25,9 +27,7 @@ from lowmem_db.evaluation.protocol import (
     without_identifier,
 )
 from lowmem_db.evaluation.report import evaluate
-from lowmem_db.models import lora
 from lowmem_db.models.loading import load_unet
-from lowmem_db.models.lora_file import LORA_FILE, lora_file, write_lora
 from lowmem_db.models.source import find_model
 from tests.evaluation.conftest import CPU
 

@@ -10,6 +10,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, lora_file, put_into, write_lora
+from lowmem_db.adaptation.low_rank import merge, peft_settings
 from lowmem_db.errors import ModelError
 from lowmem_db.export.export import Request, export_model
 from lowmem_db.export.extraction import extract_lora
@@ -17,8 +19,6 @@ from lowmem_db.export.lora import LoraSource, export_lora, kohya_state
 from lowmem_db.export.merging import merge_into_folder
 from lowmem_db.export.source import find_export_source
 from lowmem_db.models.loading import load_text_encoder, load_unet
-from lowmem_db.models.lora import merge, peft_settings
-from lowmem_db.models.lora_file import LORA_FILE, LoraFile, lora_file, put_into, write_lora
 from lowmem_db.models.saving import save_model
 from lowmem_db.models.source import find_model
 from lowmem_db.storage.tensors import read_tensors

@@ -8,10 +8,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from lowmem_db.adaptation.lora_file import LORA_FILE, put_into, read_lora
 from lowmem_db.cli.train import train
+from lowmem_db.engine.generate import find_source
 from lowmem_db.export.export import Request, export_model
-from lowmem_db.models.lora_file import LORA_FILE, put_into, read_lora
-from lowmem_db.sampling.generate import find_source
 
 
 def load(folder: Path) -> StableDiffusionXLPipeline:

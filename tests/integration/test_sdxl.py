@@ -14,6 +14,8 @@ from torch.nn.functional import mse_loss
 from lowmem_db.cli.train import train
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.engine.build import build_step
+from lowmem_db.engine.generate import embed_for, find_source, generate_images
 from lowmem_db.errors import ConfigError
 from lowmem_db.evaluation.folders import Limits
 from lowmem_db.evaluation.protocol import Drawing, PromptChoice, Shard, draw_runs, find_runs
@@ -23,11 +25,10 @@ from lowmem_db.models.loading import load_noise_schedule, load_tokenizer, load_u
 from lowmem_db.models.source import ModelFolder, find_model
 from lowmem_db.preparation import encode
 from lowmem_db.preparation.prepare import check_photos, prepare
-from lowmem_db.sampling.generate import embed_for, find_source, generate_images
+from lowmem_db.run.checks import disk_bytes
 from lowmem_db.sampling.latents import SamplingSettings, sample_prompt
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_tensors
-from lowmem_db.training.setup import build_step, disk_bytes
 from tests.evaluation.test_protocol import write_run
 from tests.integration.test_resume import final_bytes, kill_in_step, kill_in_write, metric_rows, run_in_child
 

@@ -13,13 +13,13 @@ from lowmem_db.cli.train import train
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config, ObjectiveConfig
 from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.engine.build import build_step
+from lowmem_db.engine.generate import find_source, generate_images
 from lowmem_db.errors import ConfigError
 from lowmem_db.models.loading import load_noise_schedule
 from lowmem_db.models.source import ModelFolder, find_model
 from lowmem_db.objective.objective import Objective
-from lowmem_db.sampling.generate import find_source, generate_images
 from lowmem_db.sampling.latents import _SAMPLERS, SamplingSettings
-from lowmem_db.training.setup import build_step
 from tests.objective.test_objective import make_batch
 from tests.tiny_models import write_tiny_model
 

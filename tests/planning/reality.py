@@ -7,10 +7,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import Strategy
+from lowmem_db.engine.build import build_ema, build_step
+from lowmem_db.engine.step import train_step
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.planning.phases import training_batches
-from lowmem_db.training.setup import build_ema, build_step
-from lowmem_db.training.step import train_step
 
 CPU = torch.device("cpu")
 

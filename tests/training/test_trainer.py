@@ -10,16 +10,19 @@ from diffusers import StableDiffusionPipeline
 from lowmem_db_kernels import unpack_extra_bits_eager
 from torch import nn
 
+from lowmem_db.adaptation import layers
+from lowmem_db.adaptation import low_rank as lora
 from lowmem_db.cli.train import train
 from lowmem_db.config.loading import load_config
+from lowmem_db.engine import samples
+from lowmem_db.engine.step import train_step
 from lowmem_db.errors import ConfigError, NonFiniteError, StorageError
-from lowmem_db.models import layers, lora
 from lowmem_db.models.loading import load_text_encoder, load_unet
 from lowmem_db.models.source import find_model
+from lowmem_db.run import checks, run
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_state, read_tensors
-from lowmem_db.training import samples, setup, trainer
-from lowmem_db.training.step import train_step
+from lowmem_db.training import trainer
 
 
 def arguments(fields: dict[str, object]) -> list[str]:
@@ -98,7 +101,7 @@ def test_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(
 
 
 def test_full_disk_is_reported_before_the_run(tiny_fields: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup.environment, "free_disk_bytes", lambda path: 1000)
+    monkeypatch.setattr(checks.environment, "free_disk_bytes", lambda path: 1000)
     with pytest.raises(StorageError, match=r"output_dir: .* GiB are free; lower checkpointing\.keep"):
         train(arguments(tiny_fields))
 
@@ -111,7 +114,7 @@ def test_samples_come_from_the_moving_average(
     def recording(config, model, denoiser, prompts, run, step):
         seen.append(denoiser.unet.conv_in.weight.detach().clone())
 
-    monkeypatch.setattr(setup, "draw_samples", recording)
+    monkeypatch.setattr(run, "draw_samples", recording)
     fields = tiny_fields | {"sampling.prompts": ["a dog"], "training.max_train_steps": 1}
     train(arguments(fields))
     train(arguments(fields | {"ema.enabled": True, "output_dir": str(tmp_path / "ema")}))
@@ -191,7 +194,7 @@ def test_disk_is_asked_for_what_a_checkpoint_takes(
     model = find_model(str(tiny_model))
     config = load_config(None, list((tiny_fields | fields | {"training.max_train_steps": 1}).items()))
     whole = 4 * sum(model.num_parameters(name) for name in ("unet", "text_encoder", "vae"))
-    of_checkpoints = setup.disk_bytes(config, model) - whole
+    of_checkpoints = checks.disk_bytes(config, model) - whole
     assert of_checkpoints == pytest.approx(2 * expected * model.num_parameters("unet"), abs=1)
 
 
@@ -293,4 +296,4 @@ def test_disk_of_a_lora_run_is_that_of_its_adapters(tiny_fields: dict[str, objec
     modules: dict[str, nn.Module] = {"unet": load_unet(model), "text_encoder": load_text_encoder(model)}
     lora.attach(modules, config.lora, seed=0)
     count = sum(layers.count_trained(modules).values())
-    assert setup.disk_bytes(config, model) == 2 * 12 * count + 4 * count
+    assert checks.disk_bytes(config, model) == 2 * 12 * count + 4 * count

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from lowmem_db import environment
+from lowmem_db.adaptation.low_rank import attach
+from lowmem_db.adaptation.quantized import check_device, quantize
 from lowmem_db.config.schema import LoraConfig
 from lowmem_db.errors import ConfigError
-from lowmem_db.models.lora import attach
-from lowmem_db.models.quantized import check_device, quantize
 from tests.tiny_models import tiny_unet
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_db import environment
+from lowmem_db.adaptation.layers import check_components, published_name, select
 from lowmem_db.config.schema import LoraConfig
-from lowmem_db.models.layers import check_components, published_name, select
 from lowmem_db.randomness import generator
 
 _KINDS = {

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from lowmem_db import environment
+from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, lora_of_checkpoint, put_into, read_lora
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say, track
@@ -19,7 +20,6 @@ from lowmem_db.models.conditioning import whole_picture_time_ids
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.latents import decode_latents, downscaling
 from lowmem_db.models.loading import load_autoencoder, load_noise_schedule, load_unet
-from lowmem_db.models.lora_file import LORA_FILE, LoraFile, lora_of_checkpoint, put_into, read_lora
 from lowmem_db.models.source import ModelFolder, find_model
 from lowmem_db.models.text_encoders import load_text_encoders, tokenize_prompts
 from lowmem_db.randomness import generator

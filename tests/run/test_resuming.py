@@ -7,8 +7,8 @@ import pytest
 from lowmem_db.config.loading import load_config, write_yaml
 from lowmem_db.config.schema import Config
 from lowmem_db.errors import CheckpointError, ConfigError
+from lowmem_db.run.resuming import check_run_folder, with_choices_of_run
 from lowmem_db.storage.run_folder import RunFolder
-from lowmem_db.training.resuming import check_run_folder, with_choices_of_run
 from tests.config.test_rules import NEEDED
 
 PLANNED = {

@@ -9,6 +9,8 @@ import torch
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import Strategy, with_strategy
+from lowmem_db.engine.build import build_ema, build_step
+from lowmem_db.engine.step import train_step
 from lowmem_db.environment import GIB
 from lowmem_db.models.source import ModelFolder, find_model
 from lowmem_db.planning.output import as_json
@@ -16,8 +18,6 @@ from lowmem_db.planning.phases import training_batches, weights_of
 from lowmem_db.planning.plan import Plan
 from lowmem_db.planning.tracker import AllocationTracker
 from lowmem_db.storage.run_folder import RunFolder, read_json, write_json
-from lowmem_db.training.setup import build_ema, build_step
-from lowmem_db.training.step import train_step
 
 PLAN_FILE = "plan.json"
 _NUM_STEPS = 3

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_db.adaptation.low_rank import adapters_of, inject, load_adapters, name_in_files, peft_settings
 from lowmem_db.config.schema import Config
 from lowmem_db.errors import ModelError
-from lowmem_db.models.lora import adapters_of, inject, load_adapters, name_in_files, peft_settings
 from lowmem_db.storage.tensors import read_state, read_tensors, write_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

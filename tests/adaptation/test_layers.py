@@ -1,7 +1,7 @@
 import pytest
 
+from lowmem_db.adaptation.layers import count_trained, named_layers, train_layers
 from lowmem_db.errors import ConfigError
-from lowmem_db.models.layers import count_trained, named_layers, train_layers
 from tests.tiny_models import tiny_text_encoder, tiny_text_encoder_2, tiny_unet
 
 

@@ -6,13 +6,13 @@ import torch
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import ObjectiveConfig
 from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.engine.step import train_step
 from lowmem_db.errors import NonFiniteError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.objective.objective import Objective
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.records import Batch
-from lowmem_db.training.step import train_step
 from tests.config.test_rules import NEEDED
 from tests.objective.test_objective import ALPHAS_CUMPROD, make_batch
 from tests.tiny_models import tiny_text_encoder, tiny_unet

@@ -1,0 +1,1 @@
+"""What trains: all weights, or low-rank adapters beside frozen ones."""

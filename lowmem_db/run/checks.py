@@ -1,0 +1,86 @@
+"""What is refused before anything expensive happens: what this machine cannot do, and what its disk cannot hold."""
+
+from pathlib import Path
+
+import torch
+
+from lowmem_db import environment
+from lowmem_db.adaptation import layers, quantized
+from lowmem_db.config.schema import Config, Weights
+from lowmem_db.engine.build import on_meta
+from lowmem_db.errors import StorageError
+from lowmem_db.memory import attention
+from lowmem_db.models.source import ModelFolder
+from lowmem_db.storage import hub
+from lowmem_db.storage.run_folder import RunFolder
+
+_WEIGHT_BYTES: dict[Weights, int] = {"fp32": 4, "bf16_extra_bits": 3, "bf16_stochastic": 2}  # per parameter
+_STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1}
+
+
+def check_machine(config: Config, device: torch.device) -> None:
+    """Refuse what this machine cannot do, before a model is looked for.
+
+    Raises:
+        ConfigError: The device cannot compute in ``training.mixed_precision``.
+        DependencyError: A library that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for what cannot serve.
+        StorageError: The final model shall be uploaded and nobody is logged in.
+    """
+    environment.check_precision(config.training.mixed_precision or "no", device)
+    attention.check(config.memory.attention, device)
+    environment.check_kernels()
+    if config.lora.enabled:
+        environment.require("peft")
+        quantized.check_device(config.lora.base_weights, device)
+    if config.logging.tensorboard:
+        environment.require("tensorboard")
+    if config.final.push_to_hub:
+        hub.check_login()
+
+
+def check_disk(config: Config, model: ModelFolder) -> None:
+    """Refuse a run whose checkpoints and final model do not fit the disk.
+
+    Raises:
+        StorageError: The disk is too small.
+    """
+    needed = disk_bytes(config, model)
+    free = environment.free_disk_bytes(config.output_dir) + _bytes_to_be_replaced(config.output_dir)
+    if needed > free:
+        raise StorageError(
+            f"output_dir: {config.output_dir} needs {needed / environment.GIB:.1f} GiB for checkpoints and the final "
+            f"model, and {free / environment.GIB:.1f} GiB are free; lower checkpointing.keep, or choose another disk"
+        )
+
+
+def _bytes_to_be_replaced(output_dir: Path) -> int:
+    """Return the bytes of checkpoints and final model that stand there already, as when a run goes on."""
+    run = RunFolder(output_dir)
+    files = [file for folder in (run.checkpoints_dir, run.final_dir) for file in folder.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def disk_bytes(config: Config, model: ModelFolder) -> int:
+    """Return the most bytes that checkpoints and the final model of a run take on the disk at once."""
+    if config.lora.enabled:
+        parameters = sum(layers.count_trained(on_meta(config, model).modules()).values())
+        whole_model = parameters * 4
+    else:
+        names = ["unet", *(model.family.text_encoders if config.training.train_text_encoder else ())]
+        parameters = sum(model.num_parameters(name) for name in names)
+        whole_model = sum(model.num_parameters(name) for name in model.family.with_weights) * 4
+    per_parameter = (
+        _WEIGHT_BYTES[config.memory.weights or "fp32"]
+        + _STATE_BYTES[config.optimizer.name]
+        + (4 if config.ema.enabled else 0)
+    )
+    at_once = min(config.checkpointing.keep or config.training.max_train_steps, _num_checkpoints(config)) + 1
+    at_once += config.evaluation.every is not None and config.evaluation.keep_best
+    return int(parameters * per_parameter * at_once + whole_model)
+
+
+def _num_checkpoints(config: Config) -> int:
+    last = config.training.max_train_steps
+    intervals = [config.checkpointing.every, config.evaluation.every]
+    intervals += [config.sampling.every] if config.sampling.prompts else []
+    return len({last} | {step for every in intervals if every for step in range(every, last + 1, every)})
