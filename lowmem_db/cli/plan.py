@@ -49,7 +49,7 @@ def plan(
 
     target = find_target(config, gpu=gpu, budget_bytes=budget_bytes, here=verify)
     found = plan_run(config, target)
-    verified = verify_plan(config, found) if verify else None
+    verified = verify_plan(found) if verify else None
     if as_json:
         typer.echo(json.dumps(to_json(found) | ({} if verified is None else verified.as_json()), indent=2))
         return

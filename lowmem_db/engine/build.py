@@ -4,9 +4,9 @@ import torch
 
 from lowmem_db.adaptation import layers, low_rank, quantized
 from lowmem_db.config.schema import Config
-from lowmem_db.config.strategy import Strategy, plain_strategy
+from lowmem_db.config.strategy import autocast, check_resolved, resolve
 from lowmem_db.errors import ConfigError
-from lowmem_db.memory import attention, checkpointing
+from lowmem_db.memory import techniques
 from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
 from lowmem_db.models.loading import CPU, load_noise_schedule, load_text_encoder, load_text_encoder_2, load_unet
 from lowmem_db.models.saving import DTYPES
@@ -19,34 +19,29 @@ from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.optimizers.weights import named_parameters
 
 
-def build_step(
-    config: Config, strategy: Strategy, model: ModelFolder, device: torch.device
-) -> tuple[Denoiser, Objective, OptimizerHandle]:
+def build_step(config: Config, model: ModelFolder, device: torch.device) -> tuple[Denoiser, Objective, OptimizerHandle]:
     """Build what one training step needs.
 
     Args:
-        config: The configuration.
-        strategy: How memory is saved.
+        config: The configuration, resolved: see :mod:`lowmem_db.config.strategy`.
         model: The model; on the meta device its configuration files are enough.
         device: Where the step runs.
 
     Raises:
         ConfigError: ``memory.checkpointing`` names a block that the model does not have, or another field
             cannot be combined with it.
+        ValueError: The configuration leaves a field open.
     """
+    check_resolved(config)
     _check_fields(config, model)
     # fp32 weights meet the device in the kind that trains
-    denoiser = _load_denoiser(config, strategy, model, device if device.type == "meta" else CPU)
-    extra_bits = weights.apply(denoiser.modules(), strategy.weights)
-    _choose_what_trains(config, strategy, denoiser)
+    denoiser = _load_denoiser(config, model, device if device.type == "meta" else CPU)
+    extra_bits = weights.apply(denoiser.modules(), config.memory.weights or "fp32")
+    _choose_what_trains(config, denoiser)
     for module in denoiser.modules().values():
         module.to(device).train()
-    attention.apply(denoiser.unet, config.memory.attention, device)
-    try:
-        checkpointing.apply(denoiser.modules(), strategy.checkpointing, offload=strategy.offload_checkpoints)
-    except ValueError as error:
-        raise ConfigError(f"memory.checkpointing: {error}") from error
-    optimizer = build_optimizer(config, strategy, denoiser.modules(), device)
+    techniques.apply(denoiser.modules(), config, device)
+    optimizer = build_optimizer(config, denoiser.modules(), device)
     for name, bits in optimizer.extra_bits().items():
         bits.copy_(extra_bits.pop(name))
     if device.type != "meta":
@@ -54,43 +49,44 @@ def build_step(
     return denoiser, _build_objective(config, model, device), optimizer
 
 
-def _load_denoiser(config: Config, strategy: Strategy, model: ModelFolder, device: torch.device) -> Denoiser:
-    dtype, trains_text = _loaded_dtype(strategy), config.training.train_text_encoder
+def _load_denoiser(config: Config, model: ModelFolder, device: torch.device) -> Denoiser:
+    dtype, trains_text = _loaded_dtype(config), config.training.train_text_encoder
     return Denoiser(
         load_unet(model, device, dtype),
         load_text_encoder(model, device, dtype) if trains_text else None,
-        AUTOCAST_TYPES[strategy.autocast],
+        AUTOCAST_TYPES[autocast(config)],
         load_text_encoder_2(model, device, dtype) if trains_text and model.family.has_text_encoder_2 else None,
     )
 
 
 def on_meta(config: Config, model: ModelFolder) -> Denoiser:
     """Return the denoiser without weights, with what trains in it."""
-    strategy = plain_strategy(config)
-    denoiser = _load_denoiser(config, strategy, model, torch.device("meta"))
-    _choose_what_trains(config, strategy, denoiser)
+    resolved = resolve(config)
+    denoiser = _load_denoiser(resolved, model, torch.device("meta"))
+    _choose_what_trains(resolved, denoiser)
     return denoiser
 
 
-def _loaded_dtype(strategy: Strategy) -> torch.dtype:
+def _loaded_dtype(config: Config) -> torch.dtype:
     """Return the type that weights are loaded in: fp32 for those that train, else the type they are frozen in."""
-    if strategy.base_weights is None:
+    base = config.lora.base_weights
+    if base is None:
         return torch.float32
-    return DTYPES.get(strategy.base_weights) or AUTOCAST_TYPES[strategy.autocast] or torch.float32
+    return DTYPES.get(base) or AUTOCAST_TYPES[autocast(config)] or torch.float32
 
 
-def _choose_what_trains(config: Config, strategy: Strategy, denoiser: Denoiser) -> None:
+def _choose_what_trains(config: Config, denoiser: Denoiser) -> None:
     """Let weights train, or freeze them and let adapters train.
 
     Raises:
         ConfigError: ``training.layers`` or ``lora.targets`` selects nothing.
     """
-    modules = denoiser.modules()
+    modules, base = denoiser.modules(), config.lora.base_weights
     if not config.lora.enabled:
         layers.train_layers(modules, config.training.layers)
         return
-    if strategy.base_weights == "int8" or strategy.base_weights == "nf4":
-        quantized.quantize(modules.values(), strategy.base_weights, _loaded_dtype(strategy))
+    if base == "int8" or base == "nf4":
+        quantized.quantize(modules.values(), base, _loaded_dtype(config))
     low_rank.attach(modules, config.lora, seed=config.seed)
 
 

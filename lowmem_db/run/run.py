@@ -10,7 +10,6 @@ from lowmem_db import environment
 from lowmem_db.adaptation.layers import count_trained
 from lowmem_db.config.loading import to_yaml
 from lowmem_db.config.schema import Config
-from lowmem_db.config.strategy import plain_strategy, with_strategy
 from lowmem_db.console import say
 from lowmem_db.data.batches import BatchSource
 from lowmem_db.engine.build import build_ema, build_step, set_arithmetic
@@ -61,7 +60,7 @@ def _check_and_plan(
     photos = check_photos(config)
     model = find_model(**config.model.model_dump())
     plan = plan_run(config, target_of_device(config, device), model=model)
-    config = with_strategy(config, plan.strategy)
+    config = plan.config
     say(summary(plan))
     check_disk(config, model)
     check_prompts(config, model, photos)
@@ -116,7 +115,7 @@ def build_trainer(
             :meth:`lowmem_db.training.scores.Scores.add` takes.
     """
     set_arithmetic(config, device)
-    denoiser, objective, optimizer = build_step(config, plain_strategy(config), model, device)
+    denoiser, objective, optimizer = build_step(config, model, device)
     ema = build_ema(config, denoiser, optimizer)
     _say_what_trains(model, denoiser, device)
     sampler = partial(draw_samples, config, model, denoiser, batches.prompts, run)
