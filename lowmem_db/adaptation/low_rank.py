@@ -114,9 +114,12 @@ def merge(module: nn.Module) -> None:
         setattr(module.get_submodule(parent), name, layer.get_base_layer())
 
 
-def has_adapters(module: nn.Module) -> bool:
-    """Say whether a module has adapters."""
-    return any(_IN_MEMORY in name for name, _ in _adapters(module))
+def detach(modules: Mapping[str, nn.Module]) -> None:
+    """Take the adapters out again, in place, without adding them to the weights, which stay frozen."""
+    for module in modules.values():
+        for path, layer in _adapted_layers(module):
+            parent, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent), name, layer.get_base_layer())
 
 
 def adapters_of(component: str, module: nn.Module) -> dict[str, Tensor]:

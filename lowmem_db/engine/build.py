@@ -2,17 +2,16 @@
 
 import torch
 
-from lowmem_db.adaptation import layers, low_rank, quantized
+from lowmem_db.adaptation.finding import find_adaptation
+from lowmem_db.adaptation.layers import count_trained, that_train
 from lowmem_db.config.schema import Config
-from lowmem_db.config.strategy import Strategy, plain_strategy
+from lowmem_db.config.strategy import Strategy, plain_strategy, with_strategy
 from lowmem_db.errors import ConfigError
 from lowmem_db.memory import attention, checkpointing
 from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
 from lowmem_db.models.loading import CPU, load_noise_schedule, load_text_encoder, load_text_encoder_2, load_unet
-from lowmem_db.models.saving import DTYPES
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.objective.objective import Objective
-from lowmem_db.optimizers import weights
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
 from lowmem_db.optimizers.handle import OptimizerHandle
@@ -35,10 +34,10 @@ def build_step(
             cannot be combined with it.
     """
     _check_fields(config, model)
-    # fp32 weights meet the device in the kind that trains
+    adaptation = find_adaptation(with_strategy(config, strategy))
+    # What trains is made on the host, so that the device never holds weights of a type that does not train.
     denoiser = _load_denoiser(config, strategy, model, device if device.type == "meta" else CPU)
-    extra_bits = weights.apply(denoiser.modules(), strategy.weights)
-    _choose_what_trains(config, strategy, denoiser)
+    attached = adaptation.attach(denoiser.modules())
     for module in denoiser.modules().values():
         module.to(device).train()
     attention.apply(denoiser.unet, config.memory.attention, device)
@@ -46,7 +45,9 @@ def build_step(
         checkpointing.apply(denoiser.modules(), strategy.checkpointing, offload=strategy.offload_checkpoints)
     except ValueError as error:
         raise ConfigError(f"memory.checkpointing: {error}") from error
-    optimizer = build_optimizer(config, strategy, denoiser.modules(), device)
+    trained = that_train(denoiser.modules())
+    optimizer = build_optimizer(config, strategy, trained, device)
+    extra_bits = {name: bits for name, bits in attached.extra_bits.items() if name.partition(".")[0] in trained}
     for name, bits in optimizer.extra_bits().items():
         bits.copy_(extra_bits.pop(name))
     if device.type != "meta":
@@ -54,44 +55,23 @@ def build_step(
     return denoiser, _build_objective(config, model, device), optimizer
 
 
+def count_on_meta(config: Config, model: ModelFolder) -> dict[str, int]:
+    """Return how many parameters of each component will train, without reading a weight."""
+    strategy = plain_strategy(config)
+    denoiser = _load_denoiser(config, strategy, model, torch.device("meta"))
+    find_adaptation(with_strategy(config, strategy)).attach(denoiser.modules())
+    return count_trained(denoiser.modules())
+
+
 def _load_denoiser(config: Config, strategy: Strategy, model: ModelFolder, device: torch.device) -> Denoiser:
-    dtype, trains_text = _loaded_dtype(strategy), config.training.train_text_encoder
+    dtype = find_adaptation(with_strategy(config, strategy)).load_dtype()
+    trains_text = config.training.train_text_encoder
     return Denoiser(
         load_unet(model, device, dtype),
         load_text_encoder(model, device, dtype) if trains_text else None,
         AUTOCAST_TYPES[strategy.autocast],
         load_text_encoder_2(model, device, dtype) if trains_text and model.family.has_text_encoder_2 else None,
     )
-
-
-def on_meta(config: Config, model: ModelFolder) -> Denoiser:
-    """Return the denoiser without weights, with what trains in it."""
-    strategy = plain_strategy(config)
-    denoiser = _load_denoiser(config, strategy, model, torch.device("meta"))
-    _choose_what_trains(config, strategy, denoiser)
-    return denoiser
-
-
-def _loaded_dtype(strategy: Strategy) -> torch.dtype:
-    """Return the type that weights are loaded in: fp32 for those that train, else the type they are frozen in."""
-    if strategy.base_weights is None:
-        return torch.float32
-    return DTYPES.get(strategy.base_weights) or AUTOCAST_TYPES[strategy.autocast] or torch.float32
-
-
-def _choose_what_trains(config: Config, strategy: Strategy, denoiser: Denoiser) -> None:
-    """Let weights train, or freeze them and let adapters train.
-
-    Raises:
-        ConfigError: ``training.layers`` or ``lora.targets`` selects nothing.
-    """
-    modules = denoiser.modules()
-    if not config.lora.enabled:
-        layers.train_layers(modules, config.training.layers)
-        return
-    if strategy.base_weights == "int8" or strategy.base_weights == "nf4":
-        quantized.quantize(modules.values(), strategy.base_weights, _loaded_dtype(strategy))
-    low_rank.attach(modules, config.lora, seed=config.seed)
 
 
 def _check_fields(config: Config, model: ModelFolder) -> None:

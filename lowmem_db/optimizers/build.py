@@ -28,7 +28,7 @@ _LARGEST_SMALL = 4095  # elements; bitsandbytes keeps fp32 states up to this siz
 def build_optimizer(
     config: Config, strategy: Strategy, modules: Mapping[str, nn.Module], device: torch.device
 ) -> OptimizerHandle:
-    """Build the optimizer of a configuration, a group for each module.
+    """Build the optimizer of a configuration, a group for each module in which something trains.
 
     Args:
         config: The configuration.
@@ -37,7 +37,7 @@ def build_optimizer(
         device: Where the modules are.
 
     Raises:
-        ConfigError: A module has nothing to train.
+        ConfigError: Nothing trains.
     """
     rule = _rule(config.optimizer, strategy, device)
     kind = InBackwardHandle if strategy.optimizer_in_backward else OptimizerHandle
@@ -76,9 +76,8 @@ def _units(
 
 def _trained_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     trained = {name: parameter for name, parameter in named_parameters(modules).items() if parameter.requires_grad}
-    for component in modules:
-        if not any(name.startswith(f"{component}.") for name in trained):
-            raise ConfigError(f"{component}: has no parameter that trains")
+    if not trained:
+        raise ConfigError(f"{', '.join(modules)}: nothing in them trains")
     return trained
 
 

@@ -6,10 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lowmem_db.adaptation import low_rank
-from lowmem_db.adaptation.lora_file import LORA_FILE, lora_file, write_lora
 from lowmem_db.console import say
-from lowmem_db.models.saving import DTYPES, save_model
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.storage import hub
 from lowmem_db.storage.atomic import write_folder
@@ -29,24 +26,8 @@ def write_final(trainer: Trainer, model: ModelFolder) -> None:
 
 
 def _save_final(trainer: Trainer, model: ModelFolder, folder: Path) -> None:
-    config, modules = trainer.config, trainer.denoiser.modules()
-    dtype = DTYPES[config.final.precision]
     extra_bits = trainer.optimizer.extra_bits()
     if trainer.ema is not None:  # the average has all bits of what it averages
         extra_bits = {name: bits for name, bits in extra_bits.items() if name not in trainer.ema.parameters}
     with nullcontext() if trainer.ema is None else trainer.ema.applied(torch.float32):
-        if config.lora.enabled:
-            base = config.model.model_dump()
-            write_lora(
-                folder / LORA_FILE, lora_file(modules, low_rank.peft_settings(config.lora), dtype=dtype, base=base)
-            )
-        else:
-            save_model(
-                folder,
-                model,
-                modules,
-                dtype=dtype,
-                prediction_type=config.objective.prediction_type,
-                zero_terminal_snr=config.objective.zero_terminal_snr,
-                extra_bits=extra_bits,
-            )
+        trainer.adaptation.write(folder, model, trainer.trained_modules, extra_bits)

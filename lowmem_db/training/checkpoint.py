@@ -5,26 +5,13 @@ Random numbers, the order of the data and the learning rates need no state: they
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
+from lowmem_db.adaptation.base import Stateful
 from lowmem_db.errors import CheckpointError, StorageError
 from lowmem_db.storage.run_folder import RunFolder, read_json, write_json
 from lowmem_db.storage.tensors import read_state, write_state
 
 _STATE_FILE = "state.json"
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Anything with a state that a run depends on."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Return the state."""
-        ...
-
-    def load_state_dict(self, state: Any, /) -> Any:
-        """Take over a state."""
-        ...
 
 
 def save_checkpoint(run: RunFolder, step: int, objects: Mapping[str, Stateful], *, data_key: str) -> Path:
