@@ -262,7 +262,7 @@ def export(
         ModelError: The source cannot be found, or is not what is asked for.
         StorageError: The disk is full.
     """
-    from lowmem_db.export.export import Request, export_model
+    from lowmem_db.exporting.request import Request, export_model
     from lowmem_db.models.saving import DTYPES
 
     return export_model(

@@ -13,7 +13,8 @@ from lowmem_db.errors import BudgetError, ConfigError
 def test_importing_is_light_and_offers_what_all_says() -> None:
     code = (
         "import sys, lowmem_db; lowmem_db.Config, lowmem_db.train, lowmem_db.export;"
-        "print(*sorted({'torch', 'diffusers', 'transformers', 'typer'} & sys.modules.keys())); print(*lowmem_db.__all__)"
+        "print(*sorted({'torch', 'diffusers', 'transformers', 'typer'} & sys.modules.keys()));"
+        "print(*lowmem_db.__all__)"
     )
     heavy, offered = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

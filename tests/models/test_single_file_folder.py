@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowmem_db.errors import StorageError
-from lowmem_db.export.single_file import export_single_file
-from lowmem_db.export.source import find_export_source
+from lowmem_db.exporting.single_file import export_single_file
+from lowmem_db.exporting.source import find_export_source
 from lowmem_db.models import single_file_folder
 from lowmem_db.models.loading import load_tokenizer
 from lowmem_db.models.single_file_folder import folder_of_file

@@ -13,8 +13,8 @@ from torch import Tensor
 from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, read_lora, write_lora
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
-from lowmem_db.export.casting import cast
-from lowmem_db.export.source import refuse_existing
+from lowmem_db.exporting.casting import cast
+from lowmem_db.exporting.source import refuse_existing
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import write_tensors
 

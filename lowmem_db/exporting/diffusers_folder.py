@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from lowmem_db.export.casting import cast, stored_dtype
-from lowmem_db.export.source import ExportSource, refuse_existing
+from lowmem_db.exporting.casting import cast, stored_dtype
+from lowmem_db.exporting.source import ExportSource, refuse_existing
 from lowmem_db.models.stored_weights import read_header
 from lowmem_db.storage.atomic import write_folder
 from lowmem_db.storage.tensor_stream import StreamedTensor, write_streamed

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lowmem_db.errors import ModelError
-from lowmem_db.export.casting import cast, stored_dtype
-from lowmem_db.export.metadata import metadata_of
-from lowmem_db.export.source import ExportSource, refuse_existing
+from lowmem_db.exporting.casting import cast, stored_dtype
+from lowmem_db.exporting.metadata import metadata_of
+from lowmem_db.exporting.source import ExportSource, refuse_existing
 from lowmem_db.models.original_layout import Entry, Layout, layout_for
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.models.stored_weights import StoredTensor, stored_weights

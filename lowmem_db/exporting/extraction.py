@@ -13,8 +13,8 @@ from lowmem_db.adaptation.layers import published_name
 from lowmem_db.adaptation.lora_file import LoraFile
 from lowmem_db.console import track
 from lowmem_db.errors import ModelError
-from lowmem_db.export.lora import LoraSource
-from lowmem_db.export.source import ExportSource
+from lowmem_db.exporting.lora import LoraSource
+from lowmem_db.exporting.source import ExportSource
 from lowmem_db.models.loading import DENOISER_LOADERS
 from lowmem_db.models.source import ModelFolder, find_model
 from lowmem_db.models.stored_weights import stored_weights

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, lora_file, put_into, write_lora
 from lowmem_db.adaptation.low_rank import merge, peft_settings
 from lowmem_db.errors import ModelError
-from lowmem_db.export.export import Request, export_model
-from lowmem_db.export.extraction import extract_lora
-from lowmem_db.export.lora import LoraSource, export_lora, kohya_state
-from lowmem_db.export.merging import merge_into_folder
-from lowmem_db.export.source import find_export_source
+from lowmem_db.exporting.extraction import extract_lora
+from lowmem_db.exporting.lora import LoraSource, export_lora, kohya_state
+from lowmem_db.exporting.merging import merge_into_folder
+from lowmem_db.exporting.request import Request, export_model
+from lowmem_db.exporting.source import find_export_source
 from lowmem_db.models.loading import load_text_encoder, load_unet
 from lowmem_db.models.saving import save_model
 from lowmem_db.models.source import find_model

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lowmem_db.errors import ModelError
-from lowmem_db.export.single_file import export_single_file
-from lowmem_db.export.source import find_export_source
+from lowmem_db.exporting.single_file import export_single_file
+from lowmem_db.exporting.source import find_export_source
 from tests.original_models import write_original_model
 
 PIPELINES = {

@@ -9,8 +9,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from lowmem_db.errors import ModelError
-from lowmem_db.export.diffusers_folder import export_diffusers
-from lowmem_db.export.source import find_export_source
+from lowmem_db.exporting.diffusers_folder import export_diffusers
+from lowmem_db.exporting.source import find_export_source
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -9,12 +9,12 @@ import torch
 
 from lowmem_db.console import say
 from lowmem_db.errors import ModelError
-from lowmem_db.export.diffusers_folder import export_diffusers
-from lowmem_db.export.extraction import base_of, extract_lora, total_of
-from lowmem_db.export.lora import LoraSource, export_lora, find_lora_source
-from lowmem_db.export.merging import merge_into_folder
-from lowmem_db.export.single_file import export_single_file
-from lowmem_db.export.source import ExportSource, find_export_source, refuse_existing
+from lowmem_db.exporting.diffusers_folder import export_diffusers
+from lowmem_db.exporting.extraction import base_of, extract_lora, total_of
+from lowmem_db.exporting.lora import LoraSource, export_lora, find_lora_source
+from lowmem_db.exporting.merging import merge_into_folder
+from lowmem_db.exporting.single_file import export_single_file
+from lowmem_db.exporting.source import ExportSource, find_export_source, refuse_existing
 from lowmem_db.models.source import find_model
 
 

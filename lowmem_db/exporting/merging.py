@@ -7,8 +7,8 @@ import torch
 from lowmem_db.adaptation.lora_file import put_into
 from lowmem_db.adaptation.low_rank import merge
 from lowmem_db.errors import ModelError
-from lowmem_db.export.lora import LoraSource
-from lowmem_db.export.source import refuse_existing
+from lowmem_db.exporting.lora import LoraSource
+from lowmem_db.exporting.source import refuse_existing
 from lowmem_db.models.loading import DENOISER_LOADERS
 from lowmem_db.models.saving import save_model
 from lowmem_db.models.source import find_model

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_db.config.schema import Config
-from lowmem_db.export.source import ExportSource
+from lowmem_db.exporting.source import ExportSource
 from lowmem_db.models.latents import downscaling
 from lowmem_db.models.original_layout import SD2, Layout
 from lowmem_db.models.single_file import CONFIGS_KEY
