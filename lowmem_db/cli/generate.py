@@ -44,7 +44,8 @@ def generate(
         return
 
     from lowmem_db import environment
-    from lowmem_db.engine.generate import default_resolution, find_source, generate_images
+    from lowmem_db.engine.generate import generate_images
+    from lowmem_db.engine.source import find_source
     from lowmem_db.models.saving import DTYPES
     from lowmem_db.sampling.images import GRID_FILE, make_folder, save_rows
     from lowmem_db.sampling.latents import SamplingSettings
@@ -65,7 +66,7 @@ def generate(
         prompts,
         SamplingSettings(sampler=sampler, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale),
         num_images=num_images,
-        resolution=resolution or default_resolution(found),
+        resolution=resolution or found.resolution,
         seed=seed,
         device=where,
         dtype=DTYPES[precision or ("fp16" if where.type == "cuda" else "fp32")],

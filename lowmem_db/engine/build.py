@@ -8,9 +8,9 @@ from lowmem_db.config.strategy import Strategy, plain_strategy
 from lowmem_db.errors import ConfigError
 from lowmem_db.memory import attention, checkpointing
 from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
-from lowmem_db.models.loading import CPU, load_noise_schedule, load_text_encoder, load_text_encoder_2, load_unet
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import CPU
 from lowmem_db.models.saving import DTYPES
-from lowmem_db.models.source import ModelFolder
 from lowmem_db.objective.objective import Objective
 from lowmem_db.optimizers import weights
 from lowmem_db.optimizers.build import build_optimizer
@@ -41,9 +41,9 @@ def build_step(
     _choose_what_trains(config, strategy, denoiser)
     for module in denoiser.modules().values():
         module.to(device).train()
-    attention.apply(denoiser.unet, config.memory.attention, device)
+    attention.apply(denoiser.module, config.memory.attention, device)
     try:
-        checkpointing.apply(denoiser.modules(), strategy.checkpointing, offload=strategy.offload_checkpoints)
+        checkpointing.apply(denoiser.blocks(), strategy.checkpointing, offload=strategy.offload_checkpoints)
     except ValueError as error:
         raise ConfigError(f"memory.checkpointing: {error}") from error
     optimizer = build_optimizer(config, strategy, denoiser.modules(), device)
@@ -55,13 +55,10 @@ def build_step(
 
 
 def _load_denoiser(config: Config, strategy: Strategy, model: ModelFolder, device: torch.device) -> Denoiser:
-    dtype, trains_text = _loaded_dtype(strategy), config.training.train_text_encoder
-    return Denoiser(
-        load_unet(model, device, dtype),
-        load_text_encoder(model, device, dtype) if trains_text else None,
-        AUTOCAST_TYPES[strategy.autocast],
-        load_text_encoder_2(model, device, dtype) if trains_text and model.family.has_text_encoder_2 else None,
-    )
+    family, dtype = model.family, _loaded_dtype(strategy)
+    names = [family.denoiser, *(family.text_encoders if config.training.train_text_encoder else ())]
+    modules = {name: model.load(name, device, dtype) for name in names}
+    return Denoiser(family, modules, AUTOCAST_TYPES[strategy.autocast])
 
 
 def on_meta(config: Config, model: ModelFolder) -> Denoiser:
@@ -97,16 +94,16 @@ def _choose_what_trains(config: Config, strategy: Strategy, denoiser: Denoiser) 
 def _check_fields(config: Config, model: ModelFolder) -> None:
     """Refuse what the rules of the configuration cannot see: fields that this model has no use for."""
     rate = config.training.learning_rate_text_encoder_2
-    if rate is not None and not model.family.has_text_encoder_2:
+    if rate is not None and len(model.family.text_encoders) < 2:
         raise ConfigError(
-            f"training.learning_rate_text_encoder_2: {rate} has no use with {model.family.name}, which has one text "
-            "encoder; leave it out"
+            f"training.learning_rate_text_encoder_2: {rate} has no use with {model.family.name}, which has no second "
+            "text encoder; leave it out"
         )
 
 
 def _build_objective(config: Config, model: ModelFolder, device: torch.device) -> Objective:
     chosen = config.objective
-    noise_schedule = load_noise_schedule(model, chosen.prediction_type, chosen.zero_terminal_snr)
+    noise_schedule = model.family.noise_schedule(model, chosen.prediction_type, chosen.zero_terminal_snr)
     if noise_schedule.config["rescale_betas_zero_snr"] and noise_schedule.config["prediction_type"] == "epsilon":
         raise ConfigError(
             "objective.prediction_type: this model's scheduler says epsilon, and there is none to predict at a last "

@@ -10,7 +10,7 @@ from lowmem_db.config.schema import Config, Weights
 from lowmem_db.engine.build import on_meta
 from lowmem_db.errors import StorageError
 from lowmem_db.memory import attention
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.storage import hub
 from lowmem_db.storage.run_folder import RunFolder
 
@@ -66,7 +66,7 @@ def disk_bytes(config: Config, model: ModelFolder) -> int:
         parameters = sum(layers.count_trained(on_meta(config, model).modules()).values())
         whole_model = parameters * 4
     else:
-        names = ["unet", *(model.family.text_encoders if config.training.train_text_encoder else ())]
+        names = [model.family.denoiser, *(model.family.text_encoders if config.training.train_text_encoder else ())]
         parameters = sum(model.num_parameters(name) for name in names)
         whole_model = sum(model.num_parameters(name) for name in model.family.with_weights) * 4
     per_parameter = (

@@ -9,8 +9,8 @@ import torch
 from lowmem_db.adaptation import low_rank
 from lowmem_db.adaptation.lora_file import LORA_FILE, lora_file, write_lora
 from lowmem_db.console import say
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.saving import DTYPES, save_model
-from lowmem_db.models.source import ModelFolder
 from lowmem_db.storage import hub
 from lowmem_db.storage.atomic import write_folder
 from lowmem_db.training.trainer import Trainer

@@ -222,15 +222,15 @@ class Trainer:
         if training.scale_learning_rate:
             factor *= self.config.samples_per_step
         of_text_encoder = training.learning_rate_text_encoder or training.learning_rate
-        return {
-            "unet": training.learning_rate * factor,
-            "text_encoder": of_text_encoder * factor,
-            "text_encoder_2": (training.learning_rate_text_encoder_2 or of_text_encoder) * factor,
-        }
+        of_others = training.learning_rate_text_encoder_2 or of_text_encoder
+        rates = {self.denoiser.name: training.learning_rate * factor}
+        for index, name in enumerate(self.denoiser.text_encoders()):
+            rates[name] = (of_others if index else of_text_encoder) * factor
+        return rates
 
     def _stop_text_encoder_where_due(self) -> None:
         stop = self.config.training.stop_text_encoder_training
-        training = [name for name in self.optimizer.group_names() if name != "unet"]
+        training = [name for name in self.optimizer.group_names() if name != self.denoiser.name]
         if stop is None or self.step < stop or not training:
             return
         for name in training:
@@ -241,8 +241,7 @@ class Trainer:
     def _row(self, output: StepOutput, rates: dict[str, float], seconds: float) -> dict[str, Any]:
         rates_of_text_encoders = {
             f"lr_{name}": rates[name] if name in self.optimizer.group_names() else None
-            for name in ["text_encoder", *self.denoiser.modules()]
-            if name != "unet"
+            for name in ["text_encoder", *self.denoiser.text_encoders()]
         }
         values = asdict(output)
         peak_bytes = environment.peak_bytes(self.denoiser.device)
@@ -252,7 +251,7 @@ class Trainer:
             "loss": values["loss"],
             "loss_instance": values["loss_instance"],
             "loss_prior": values["loss_prior"],
-            "lr": rates["unet"],
+            "lr": rates[self.denoiser.name],
             **rates_of_text_encoders,
             "grad_norm": values["grad_norm"],
             "seconds": round(seconds, 4),
