@@ -112,7 +112,8 @@ def generate(
         ModelError: There is no such model.
     """
     from lowmem_db import environment
-    from lowmem_db.engine.generate import default_resolution, find_source, generate_images
+    from lowmem_db.engine.generate import generate_images
+    from lowmem_db.engine.source import find_source
     from lowmem_db.models.saving import DTYPES
     from lowmem_db.sampling.latents import SamplingSettings
 
@@ -122,7 +123,7 @@ def generate(
         prompts,
         SamplingSettings(sampler=sampler, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale),
         num_images=num_images,
-        resolution=resolution or default_resolution(found),
+        resolution=resolution or found.resolution,
         seed=seed,
         device=where,
         dtype=DTYPES[precision or environment.drawing_precision(where)],

@@ -12,8 +12,8 @@ from lowmem_db.adaptation.base import Adaptation, Attached, Modules
 from lowmem_db.adaptation.lora_file import LORA_FILE, lora_file, write_lora
 from lowmem_db.config.strategy import plain_strategy
 from lowmem_db.models.denoiser import AUTOCAST_TYPES
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.saving import DTYPES
-from lowmem_db.models.source import ModelFolder
 
 
 class LowRankAdapters(Adaptation):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_db.config.schema import Config
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.folder import ModelFolder
 
 Modules = Mapping[str, nn.Module]
 """Components by name, the denoiser first."""

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lowmem_db.adaptation.base import Adaptation, Attached, Modules
 from lowmem_db.adaptation.layers import freeze, train_layers
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.saving import DTYPES, save_model
-from lowmem_db.models.source import ModelFolder
 from lowmem_db.optimizers import weights
 
 

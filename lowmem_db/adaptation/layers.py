@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lowmem_db.errors import ConfigError
+from lowmem_db.models.names import published_name
 
 _NUM_EXAMPLES = 3
 
@@ -27,13 +28,6 @@ def named_layers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         for path, layer in module.named_modules()
         if next(layer.parameters(recurse=False), None) is not None
     }
-
-
-def published_name(component: str, path: str) -> str:
-    """Return what a layer or a parameter of a component is called in published files."""
-    if not component.startswith("text_encoder") or path.partition(".")[0] in {"text_model", "text_projection"}:
-        return path
-    return f"text_model.{path}"
 
 
 def select(patterns: Iterable[str], names: Sequence[str], *, field: str, allowed: str) -> set[str]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_db import environment
-from lowmem_db.adaptation.layers import check_components, published_name, select
+from lowmem_db.adaptation.layers import check_components, select
 from lowmem_db.config.schema import LoraConfig
+from lowmem_db.models.names import published_name
 from lowmem_db.randomness import generator
 
 _KINDS = {
@@ -148,8 +149,8 @@ def name_in_files(component: str, name: str) -> str:
     peft leaves ``.weight`` of DoRA's norms out there; transformers 5 finds those of a text encoder with it alone.
     """
     name = published_name(component, name.replace(_IN_MEMORY, "", 1))
-    is_of_unet = component == "unet" and ".lora_magnitude_vector." in name
-    return name.removesuffix(".weight") if is_of_unet else name
+    loses_suffix = not component.startswith("text_encoder") and ".lora_magnitude_vector." in name
+    return name.removesuffix(".weight") if loses_suffix else name
 
 
 class AdapterState:

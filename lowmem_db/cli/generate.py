@@ -44,7 +44,7 @@ def generate(
         return
 
     from lowmem_db import api
-    from lowmem_db.engine.generate import find_source
+    from lowmem_db.engine.source import find_source
     from lowmem_db.sampling.images import GRID_FILE, make_folder, save_rows
 
     prompts = collect_prompts(

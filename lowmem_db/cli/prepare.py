@@ -20,13 +20,13 @@ def prepare(
 
     from lowmem_db import environment
     from lowmem_db.console import say
-    from lowmem_db.models.source import find_model
+    from lowmem_db.models.finding import model_of
     from lowmem_db.preparation.prepare import check_photos, check_prompts
     from lowmem_db.preparation.prepare import prepare as prepare_data
 
     device = environment.resolve_device(config.device)
     photos = check_photos(config)
-    model = find_model(**config.model.model_dump())
+    model = model_of(config)
     check_prompts(config, model, photos)
     batches = prepare_data(config, model, device, photos)
     say(

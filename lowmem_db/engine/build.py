@@ -9,8 +9,8 @@ from lowmem_db.config.strategy import Strategy, plain_strategy, with_strategy
 from lowmem_db.errors import ConfigError
 from lowmem_db.memory import attention, checkpointing
 from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
-from lowmem_db.models.loading import CPU, load_noise_schedule, load_text_encoder, load_text_encoder_2, load_unet
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import CPU
 from lowmem_db.objective.objective import Objective
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
@@ -40,9 +40,9 @@ def build_step(
     attached = adaptation.attach(denoiser.modules())
     for module in denoiser.modules().values():
         module.to(device).train()
-    attention.apply(denoiser.unet, config.memory.attention, device)
+    attention.apply(denoiser.module, config.memory.attention, device)
     try:
-        checkpointing.apply(denoiser.modules(), strategy.checkpointing, offload=strategy.offload_checkpoints)
+        checkpointing.apply(denoiser.blocks(), strategy.checkpointing, offload=strategy.offload_checkpoints)
     except ValueError as error:
         raise ConfigError(f"memory.checkpointing: {error}") from error
     trained = that_train(denoiser.modules())
@@ -64,29 +64,25 @@ def count_on_meta(config: Config, model: ModelFolder) -> dict[str, int]:
 
 
 def _load_denoiser(config: Config, strategy: Strategy, model: ModelFolder, device: torch.device) -> Denoiser:
-    dtype = find_adaptation(with_strategy(config, strategy)).load_dtype()
-    trains_text = config.training.train_text_encoder
-    return Denoiser(
-        load_unet(model, device, dtype),
-        load_text_encoder(model, device, dtype) if trains_text else None,
-        AUTOCAST_TYPES[strategy.autocast],
-        load_text_encoder_2(model, device, dtype) if trains_text and model.family.has_text_encoder_2 else None,
-    )
+    family, dtype = model.family, find_adaptation(with_strategy(config, strategy)).load_dtype()
+    names = [family.denoiser, *(family.text_encoders if config.training.train_text_encoder else ())]
+    modules = {name: model.load(name, device, dtype) for name in names}
+    return Denoiser(family, modules, AUTOCAST_TYPES[strategy.autocast])
 
 
 def _check_fields(config: Config, model: ModelFolder) -> None:
     """Refuse what the rules of the configuration cannot see: fields that this model has no use for."""
     rate = config.training.learning_rate_text_encoder_2
-    if rate is not None and not model.family.has_text_encoder_2:
+    if rate is not None and len(model.family.text_encoders) < 2:
         raise ConfigError(
-            f"training.learning_rate_text_encoder_2: {rate} has no use with {model.family.name}, which has one text "
-            "encoder; leave it out"
+            f"training.learning_rate_text_encoder_2: {rate} has no use with {model.family.name}, which has no second "
+            "text encoder; leave it out"
         )
 
 
 def _build_objective(config: Config, model: ModelFolder, device: torch.device) -> Objective:
     chosen = config.objective
-    noise_schedule = load_noise_schedule(model, chosen.prediction_type, chosen.zero_terminal_snr)
+    noise_schedule = model.family.noise_schedule(model, chosen.prediction_type, chosen.zero_terminal_snr)
     if noise_schedule.config["rescale_betas_zero_snr"] and noise_schedule.config["prediction_type"] == "epsilon":
         raise ConfigError(
             "objective.prediction_type: this model's scheduler says epsilon, and there is none to predict at a last "

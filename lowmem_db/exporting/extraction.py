@@ -9,17 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowmem_db.adaptation.layers import published_name
 from lowmem_db.adaptation.lora_file import LoraFile
 from lowmem_db.console import track
 from lowmem_db.errors import ModelError
 from lowmem_db.exporting.lora import LoraSource
 from lowmem_db.exporting.source import ExportSource
-from lowmem_db.models.loading import DENOISER_LOADERS
-from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.models.finding import find_model, model_of
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import META
+from lowmem_db.models.names import published_name
 from lowmem_db.models.stored_weights import stored_weights
-
-_META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def extract_lora(source: ExportSource, base: ModelFolder, rank: int) -> tuple[Lo
     """
     state: dict[str, Tensor] = {}
     kept: dict[str, Kept] = {}
-    for component in ("unet", *base.family.text_encoders):
+    for component in (base.family.denoiser, *base.family.text_encoders):
         found, norms = _of_component(component, source.model, base, rank)
         if norms.total > 0.0:
             kept[component] = norms
@@ -80,7 +79,7 @@ def base_of(source: ExportSource, given: str | None) -> ModelFolder:
         return find_model(given)
     if source.config is None:
         raise ModelError(f"--base: {source.name} is no run and does not say its base model; set --base MODEL")
-    return find_model(**source.config.model.model_dump())
+    return model_of(source.config)
 
 
 def total_of(kept: dict[str, Kept]) -> Kept:
@@ -108,7 +107,7 @@ def _of_component(component: str, tuned: ModelFolder, base: ModelFolder, rank: i
 
 def _layers(component: str, model: ModelFolder) -> Iterator[tuple[str, str]]:
     """Yield the weights that can have adapters, with the paths of their layers; the final projection cannot."""
-    for path, layer in DENOISER_LOADERS[component](model, _META).named_modules():
+    for path, layer in model.load(component, META).named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and path != "text_projection":
             published = published_name(component, path)
             yield f"{published}.weight", published

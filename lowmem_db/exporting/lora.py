@@ -15,14 +15,12 @@ from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.exporting.casting import cast
 from lowmem_db.exporting.source import refuse_existing
+from lowmem_db.models.families import FAMILIES, find_lora_prefixes
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import write_tensors
 
 LoraLayout = Literal["lora-diffusers", "lora-kohya"]
-_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
-_OF_TWO_TEXT_ENCODERS = {"text_encoder": "lora_te1"}
 _FACTORS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
-_BASE_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # by the width of the text embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +85,7 @@ def kohya_state(lora: LoraFile) -> dict[str, Tensor]:
 
     Scale and rank-stabilised scale become one ``alpha`` per layer: ``alpha / rank`` is what the adapter counts.
     """
-    prefixes = _PREFIXES | (_OF_TWO_TEXT_ENCODERS if "text_encoder_2" in lora.settings else {})
+    prefixes = find_lora_prefixes(lora.settings)
     state: dict[str, Tensor] = {}
     for name, tensor in lora.state.items():
         component, _, path = name.partition(".")
@@ -150,10 +148,8 @@ def _of_run(config: Config) -> dict[str, Any]:
 
 
 def _base_version(lora: LoraFile) -> str | None:
-    """Return what kohya's scripts call the base model, known by the width of its text embeddings."""
-    keys = (tensor for name, tensor in lora.state.items() if name.endswith(".attn2.to_k.lora_A.weight"))
-    first = next(keys, None)
-    return None if first is None else _BASE_VERSIONS.get(first.shape[1])
+    """Return what kohya's scripts call the base model, known by its adapters."""
+    return next((family.kohya_version for family in FAMILIES if family.recognises_lora(lora.state)), None)
 
 
 def _as_column(norms: Tensor) -> Tensor:

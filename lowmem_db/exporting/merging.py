@@ -9,9 +9,8 @@ from lowmem_db.adaptation.low_rank import merge
 from lowmem_db.errors import ModelError
 from lowmem_db.exporting.lora import LoraSource
 from lowmem_db.exporting.source import refuse_existing
-from lowmem_db.models.loading import DENOISER_LOADERS
+from lowmem_db.models.finding import find_model, model_of
 from lowmem_db.models.saving import save_model
-from lowmem_db.models.source import find_model
 from lowmem_db.storage.atomic import write_folder
 
 
@@ -28,13 +27,12 @@ def merge_into_folder(source: LoraSource, out: Path, precision: torch.dtype = to
         StorageError: The disk is full.
     """
     refuse_existing(out)
-    base = source.lora.base if source.config is None else source.config.model.model_dump()
-    if not base:
+    if source.config is None and not source.lora.base:
         raise ModelError(f"{source.name}: the LoRA does not say its base model; export --merge from its run folder")
-    model = find_model(**base)
+    model = find_model(**source.lora.base) if source.config is None else model_of(source.config)
     merged = {}
     for component in source.lora.settings:
-        merged[component] = DENOISER_LOADERS[component](model)
+        merged[component] = model.load(component)
         put_into(component, merged[component], source.lora)
         merge(merged[component])
     objective = None if source.config is None else source.config.objective

@@ -9,8 +9,7 @@ from typing import Any
 
 from lowmem_db.config.schema import Config
 from lowmem_db.exporting.source import ExportSource
-from lowmem_db.models.latents import downscaling
-from lowmem_db.models.original_layout import SD2, Layout
+from lowmem_db.models.families.original_layout import Layout
 from lowmem_db.models.single_file import CONFIGS_KEY
 
 _SPEC_PREDICTION = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
@@ -20,13 +19,14 @@ def metadata_of(source: ExportSource, layout: Layout) -> dict[str, str]:
     """Return the metadata of a model's single file."""
     model = source.model
     components = {name: _without_path(model.config_of(name)) for name in (*layout.prefixes, "scheduler")}
-    resolution = components["unet"]["sample_size"] * downscaling(components["vae"])
-    if source.config is not None:
-        resolution = source.config.data.resolution
+    resolution = model.resolution if source.config is None else source.config.data.resolution
     prediction_type = components["scheduler"].get("prediction_type", "epsilon")
+    components[model.family.denoiser]["sample_size"]
     found = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _architecture(layout, components["unet"]["sample_size"], prediction_type),
+        "modelspec.architecture": layout.architecture_of(
+            components[model.family.denoiser]["sample_size"], prediction_type
+        ),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": source.name,
         "modelspec.resolution": f"{resolution}x{resolution}",
@@ -38,13 +38,6 @@ def metadata_of(source: ExportSource, layout: Layout) -> dict[str, str]:
         found["modelspec.trigger_phrase"] = source.config.subject.instance_prompt
         found["lowmem_db.config"] = _json(_without_folders(source.config))
     return found
-
-
-def _architecture(layout: Layout, sample_size: int, prediction_type: str) -> str:
-    if layout is not SD2:
-        return layout.architecture
-    size = 768 if sample_size > 64 else 512
-    return f"{layout.architecture}-{size}" + ("-v" if prediction_type == "v_prediction" else "")
 
 
 def _without_path(config: dict[str, Any]) -> dict[str, Any]:

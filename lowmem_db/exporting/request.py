@@ -15,7 +15,7 @@ from lowmem_db.exporting.lora import LoraSource, export_lora, find_lora_source
 from lowmem_db.exporting.merging import merge_into_folder
 from lowmem_db.exporting.single_file import export_single_file
 from lowmem_db.exporting.source import ExportSource, find_export_source, refuse_existing
-from lowmem_db.models.source import find_model
+from lowmem_db.models.finding import find_model
 
 
 @dataclass(frozen=True, kw_only=True)

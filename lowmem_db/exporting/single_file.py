@@ -12,14 +12,13 @@ from lowmem_db.errors import ModelError
 from lowmem_db.exporting.casting import cast, stored_dtype
 from lowmem_db.exporting.metadata import metadata_of
 from lowmem_db.exporting.source import ExportSource, refuse_existing
-from lowmem_db.models.original_layout import Entry, Layout, layout_for
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.families.original_layout import Entry, Layout
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.stored_weights import StoredTensor, stored_weights
 from lowmem_db.storage.tensor_stream import StreamedTensor, write_streamed
 
 LOGIT_SCALE = math.log(100)
 """Logarithm of the greatest scale that CLIP's training allows (arXiv:2103.00020, section 2.5)."""
-CLIP_VOCABULARY = 49408
 
 
 def export_single_file(source: ExportSource, out: Path, precision: torch.dtype | None = None) -> None:
@@ -36,7 +35,7 @@ def export_single_file(source: ExportSource, out: Path, precision: torch.dtype |
         StorageError: The disk is full.
     """
     refuse_existing(out)
-    layout = layout_of(source.model)
+    layout = source.model.family.layout_of(source.model)
     tensors: dict[str, StreamedTensor] = {}
     for component in layout.prefixes:
         weights = stored_weights(source.model, component)
@@ -44,24 +43,6 @@ def export_single_file(source: ExportSource, out: Path, precision: torch.dtype |
         for entry in entries_of(layout, component, source.model, weights):
             tensors[entry.name] = _streamed(entry, weights, config, precision)
     write_streamed(out, tensors, metadata_of(source, layout))
-
-
-def layout_of(model: ModelFolder) -> Layout:
-    """Return the original layout of a model.
-
-    Raises:
-        ModelError: It has none.
-    """
-    name = model.config_of("vae").get("_class_name")
-    if name != "AutoencoderKL":
-        raise ModelError(f"{model.path / 'vae'}: is {name}, which no single file holds; export --format diffusers")
-    text_encoder = model.config_of("text_encoder")
-    if text_encoder["vocab_size"] != CLIP_VOCABULARY:
-        raise ModelError(
-            f"{model.path / 'text_encoder'}: has {text_encoder['vocab_size']} tokens; a single file has no place for "
-            f"a tokenizer, CLIP's with {CLIP_VOCABULARY} is meant; export --format diffusers"
-        )
-    return layout_for({name: model.config_of(name) for name in model.family.text_encoders})
 
 
 def entries_of(layout: Layout, component: str, model: ModelFolder, names: dict[str, StoredTensor]) -> list[Entry]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.errors import ModelError
-from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.models.finding import find_model
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.storage.run_folder import RunFolder
 
 

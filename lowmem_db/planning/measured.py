@@ -12,7 +12,8 @@ from lowmem_db.config.strategy import Strategy, with_strategy
 from lowmem_db.engine.build import build_ema, build_step
 from lowmem_db.engine.step import train_step
 from lowmem_db.environment import GIB
-from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.models.finding import model_of
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.output import as_json
 from lowmem_db.planning.phases import training_batches, weights_of
 from lowmem_db.planning.plan import Plan
@@ -51,7 +52,7 @@ def verify(config: Config, plan: Plan) -> Verified:
     """
     predicted = next(phase.parts.total for phase in plan.phases if phase.name == "train")
     device = environment.resolve_device(config.device)
-    model = find_model(**config.model.model_dump())
+    model = model_of(config)
     return Verified(predicted, measure_train(with_strategy(config, plan.strategy), plan.strategy, model, device))
 
 

@@ -10,7 +10,7 @@ from lowmem_db.config.schema import Config, Weights
 from lowmem_db.engine.build import count_on_meta
 from lowmem_db.errors import StorageError
 from lowmem_db.memory import attention
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.storage import hub
 from lowmem_db.storage.run_folder import RunFolder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lowmem_db.console import say
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.storage import hub
 from lowmem_db.storage.atomic import write_folder
 from lowmem_db.training.trainer import Trainer

@@ -16,7 +16,8 @@ from lowmem_db.data.batches import BatchSource
 from lowmem_db.engine.build import build_ema, build_step, set_arithmetic
 from lowmem_db.engine.samples import draw_images, draw_samples
 from lowmem_db.evaluation.during_training import Scorer
-from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.models.finding import model_of
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.measured import write_measured, write_plan, write_trained
 from lowmem_db.planning.output import summary
 from lowmem_db.planning.plan import plan as plan_run
@@ -60,7 +61,7 @@ def _check_and_plan(
     device = environment.resolve_device(config.device)
     check_machine(config, device)
     photos = check_photos(config)
-    model = find_model(**config.model.model_dump())
+    model = model_of(config)
     plan = plan_run(config, target_of_device(config, device), model=model)
     config = with_strategy(config, plan.strategy)
     say(summary(plan))

@@ -8,8 +8,7 @@ import torch
 
 from lowmem_db import fingerprint
 from lowmem_db.config.loading import load_config
-from lowmem_db.models.loading import load_text_encoder
-from lowmem_db.models.source import find_model
+from lowmem_db.models.finding import find_model
 from lowmem_db.run.run import train
 
 LAYERS = {"training.train_text_encoder": True, "training.layers": ["text_encoder.*token_embedding*"]}
@@ -29,7 +28,9 @@ def test_token_embeddings_train_alone(
     ]  # fmt: skip
     unets = [next((folder / "unet").glob("*.safetensors")) for folder in (tiny_model, run.final_dir)]
     assert fingerprint.of_file(unets[0]) == fingerprint.of_file(unets[1])
-    before, after = (load_text_encoder(find_model(str(folder))).state_dict() for folder in (tiny_model, run.final_dir))
+    before, after = (
+        find_model(str(folder)).load("text_encoder").state_dict() for folder in (tiny_model, run.final_dir)
+    )
     # weights of 24 bits that do not train are rounded once
     changed = [name for name in before if not torch.allclose(before[name], after[name], rtol=2.0**-16, atol=0)]
     assert [name for name in changed if "token_embedding" in name]

@@ -18,11 +18,10 @@ from lowmem_db.exporting.lora import LoraSource, export_lora, kohya_state
 from lowmem_db.exporting.merging import merge_into_folder
 from lowmem_db.exporting.request import Request, export_model
 from lowmem_db.exporting.source import find_export_source
-from lowmem_db.models.loading import load_text_encoder, load_unet
+from lowmem_db.models.finding import find_model
 from lowmem_db.models.saving import save_model
-from lowmem_db.models.source import find_model
 from lowmem_db.storage.tensors import read_tensors
-from tests.models.test_lora import KINDS, config_of, draw, fresh_pipeline, trained
+from tests.adaptation.test_low_rank import KINDS, config_of, draw, fresh_pipeline, trained
 
 LAYOUTS = ("lora-diffusers", "lora-kohya")
 
@@ -56,7 +55,7 @@ def test_dora_scale_is_what_comfyui_multiplies_rows_with(tiny_model: Path) -> No
     """``dora_scale * W' / |W'|``, with ``W' = W + alpha / rank * up @ down`` and the norm of each row."""
     source, _ = lora_of("DoRA", tiny_model)
     state = kohya_state(source.lora)
-    base, merged = load_unet(find_model(str(tiny_model))), load_unet(find_model(str(tiny_model)))
+    base, merged = find_model(str(tiny_model)).load("unet"), find_model(str(tiny_model)).load("unet")
     put_into("unet", merged, source.lora)
     merge(merged)
     for path in ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.0.resnets.0.conv1"):
@@ -114,7 +113,7 @@ def fine_tuned(tiny_model: Path, folder: Path, rank: int) -> Path:
     """Write a model whose layers differ from the base by matrices of a rank, and whose norms differ too."""
     torch.manual_seed(5)
     model = find_model(str(tiny_model))
-    modules: dict[str, nn.Module] = {"unet": load_unet(model), "text_encoder": load_text_encoder(model)}
+    modules: dict[str, nn.Module] = {"unet": model.load("unet"), "text_encoder": model.load("text_encoder")}
     for module in modules.values():
         for layer in module.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
@@ -135,10 +134,10 @@ def test_extracted_lora_of_enough_rank_holds_the_whole_change_of_its_layers(tiny
     tuned = fine_tuned(tiny_model, tmp_path / "tuned", rank=2)
     base = find_model(str(tiny_model))
     made, kept = extract_lora(find_export_source(str(tuned)), base, rank=3)
-    unet = load_unet(base)
+    unet = base.load("unet")
     put_into("unet", unet, made.lora)
     merge(unet)
-    for name, weight in load_unet(find_model(str(tuned))).state_dict().items():
+    for name, weight in find_model(str(tuned)).load("unet").state_dict().items():
         if "norm" not in name:
             torch.testing.assert_close(unet.state_dict()[name], weight, atol=1e-5, rtol=1e-4)
     assert set(kept) == {"unet", "text_encoder"}
@@ -148,7 +147,7 @@ def test_extracted_lora_of_enough_rank_holds_the_whole_change_of_its_layers(tiny
 def test_share_that_is_kept_is_that_of_the_largest_singular_values(tiny_model: Path, tmp_path: Path) -> None:
     tuned = fine_tuned(tiny_model, tmp_path / "tuned", rank=3)
     base = find_model(str(tiny_model))
-    before, after = load_unet(base).state_dict(), load_unet(find_model(str(tuned))).state_dict()
+    before, after = base.load("unet").state_dict(), find_model(str(tuned)).load("unet").state_dict()
     changes = [after[name] - before[name] for name in before]
     total = sum(float(change.square().sum()) for change in changes)
     largest = sum(float(torch.linalg.matrix_norm(change.flatten(1), 2) ** 2) for change in changes if change.ndim > 1)

@@ -14,12 +14,14 @@ from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config, ObjectiveConfig
 from lowmem_db.config.strategy import plain_strategy
 from lowmem_db.engine.build import build_step
-from lowmem_db.engine.generate import find_source, generate_images
+from lowmem_db.engine.generate import generate_images
+from lowmem_db.engine.source import find_source
 from lowmem_db.errors import ConfigError
+from lowmem_db.models.finding import find_model
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import load_noise_schedule
-from lowmem_db.models.source import ModelFolder, find_model
 from lowmem_db.objective.objective import Objective
-from lowmem_db.sampling.latents import _SAMPLERS, SamplingSettings
+from lowmem_db.sampling.latents import SamplingSettings
 from tests.objective.test_objective import make_batch
 from tests.tiny_models import write_tiny_model
 
@@ -130,7 +132,8 @@ def test_every_sampler_starts_at_the_last_timestep(tmp_path: Path, sampler: str)
     )
     low, high = picture.convert("L").getextrema()
     assert low < high
-    scheduler = _SAMPLERS[sampler].from_config(load_noise_schedule(find_model(str(folder))).config)
+    model = find_model(str(folder))
+    scheduler = model.family.sampler(model, sampler)
     scheduler.set_timesteps(4)
     assert scheduler.timesteps[0] == 999
 

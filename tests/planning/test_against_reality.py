@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from lowmem_db.config.strategy import Strategy, plain_strategy
-from lowmem_db.engine import build
-from lowmem_db.models.loading import load_unet
-from lowmem_db.models.source import find_model
+from lowmem_db.models.finding import find_model
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.cards import CPU
 from lowmem_db.planning.measured import measure_train
 from lowmem_db.planning.phases import Subject, trace_train
@@ -77,7 +76,8 @@ def test_peak_of_a_model_of_the_size_of_sd15(placement, monkeypatch):
     strategy = strategy_of(config, {"checkpointing": placement, "optimizer_in_backward": True})
     subject = make_subject(config, CPU)
     predicted = trace_train(subject, strategy).peak.total
-    monkeypatch.setattr(build, "load_unet", lambda model, device: _zeros(load_unet(model, device=torch.device("meta"))))
+    load = ModelFolder.load
+    monkeypatch.setattr(ModelFolder, "load", lambda model, name, *_: _zeros(load(model, name, torch.device("meta"))))
     assert predicted == pytest.approx(profiled_train_peak(config, strategy, subject.model), rel=0.03)
 
 

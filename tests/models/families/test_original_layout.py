@@ -11,7 +11,7 @@ import torch
 from diffusers.loaders import single_file_utils
 from torch import Tensor
 
-from lowmem_db.models.original_layout import SD1, SDXL, Entry
+from lowmem_db.models.families.original_layout import SD1, SDXL, Entry
 from lowmem_db.models.stored_weights import expected_shapes
 from tests.original_models import LAYOUTS, entries_and_shapes, published, shapes_in_file
 

@@ -58,7 +58,7 @@ class Entry:
         return tensor.T if self.form == "transposed" else tensor.reshape(shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Layout of a family of models.
 
@@ -67,12 +67,36 @@ class Layout:
         prefixes: Prefix of each component's tensors.
         open_clip: Text encoders that are packed as OpenCLIP packs them.
         penultimate: Those of them whose last block is not used, and not there in diffusers' layout.
+        configs: Folder of its configurations in this package.
+        configs_of_epsilon: Another folder for models that predict epsilon; None: the same.
+        usual_prediction: What most of its models predict.
+        sizes_in_name: Whether ModelSpec names sizes and predictions of such models.
     """
 
     architecture: str
     prefixes: Mapping[str, str]
     open_clip: frozenset[str] = frozenset()
     penultimate: frozenset[str] = frozenset()
+    configs: str
+    configs_of_epsilon: str | None = None
+    usual_prediction: str = "epsilon"
+    sizes_in_name: bool = False
+
+    def folder_of_configs(self, prediction_type: str) -> str:
+        """Return the folder of the configurations of models that predict something."""
+        return (prediction_type == "epsilon" and self.configs_of_epsilon) or self.configs
+
+    def architecture_of(self, sample_size: int, prediction_type: str) -> str:
+        """Return what ModelSpec calls a model.
+
+        Args:
+            sample_size: Latent pixels of a side that it draws best.
+            prediction_type: What it predicts.
+        """
+        if not self.sizes_in_name:
+            return self.architecture
+        size = 768 if sample_size > 64 else 512
+        return f"{self.architecture}-{size}" + ("-v" if prediction_type == "v_prediction" else "")
 
     def entries(self, component: str, config: Mapping[str, Any], names: Iterable[str]) -> list[Entry]:
         """Return the tensors of a component in the single file.
@@ -99,18 +123,24 @@ class Layout:
 
 
 SD1 = Layout(
-    "stable-diffusion-v1",
-    {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text_encoder": "cond_stage_model.transformer."},
+    architecture="stable-diffusion-v1",
+    configs="sd15",
+    prefixes={"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text_encoder": "cond_stage_model.transformer."},
 )
 SD2 = Layout(
-    "stable-diffusion-v2",
-    {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text_encoder": "cond_stage_model.model."},
+    architecture="stable-diffusion-v2",
+    configs="sd21",
+    configs_of_epsilon="sd21_base",
+    usual_prediction="v_prediction",
+    sizes_in_name=True,
+    prefixes={"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text_encoder": "cond_stage_model.model."},
     open_clip=frozenset({"text_encoder"}),
     penultimate=frozenset({"text_encoder"}),
 )
 SDXL = Layout(
-    "stable-diffusion-xl-v1-base",
-    {
+    architecture="stable-diffusion-xl-v1-base",
+    configs="sdxl_base",
+    prefixes={
         "unet": UNET_PREFIX,
         "vae": VAE_PREFIX,
         "text_encoder": "conditioner.embedders.0.transformer.",

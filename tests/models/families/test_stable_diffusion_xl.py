@@ -6,8 +6,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from transformers import CLIPTokenizer
 
-from lowmem_db.models.conditioning import tokenize
 from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.models.families.clip import tokenize
+from lowmem_db.models.families.stable_diffusion_xl import SD_XL_OF_ANY_WIDTH
 from lowmem_db.records import Conditioning
 from tests.tiny_models import (
     tiny_autoencoder,
@@ -38,9 +39,13 @@ def test_trained_and_frozen_text_encoders_give_what_the_pipeline_gives(tmp_path:
         embeds, _, pooled, _ = pipeline.encode_prompt(["a dog", "a cat"], do_classifier_free_guidance=False)
         added = {"text_embeds": pooled, "time_ids": time_ids}
         expected = unet(latents, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
-        trained = Conditioning(input_ids=input_ids, input_ids_2=input_ids, time_ids=time_ids)
-        denoiser = Denoiser(unet, text_encoder, text_encoder_2=text_encoder_2)
+        trained = Conditioning(
+            tokens={"input_ids": input_ids, "input_ids_2": input_ids}, picture={"time_ids": time_ids}
+        )
+        denoiser = Denoiser(
+            SD_XL_OF_ANY_WIDTH, {"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+        )
         assert torch.equal(denoiser.predict(latents, timesteps, trained), expected)
-        frozen = Conditioning(input_ids=input_ids, prompt_embeds=embeds, pooled_embeds=pooled, time_ids=time_ids)
-        assert torch.equal(Denoiser(unet, None).predict(latents, timesteps, frozen), expected)
+        frozen = Conditioning(tokens={}, embeds={"embeds": embeds, "pooled": pooled}, picture={"time_ids": time_ids})
+        assert torch.equal(Denoiser(SD_XL_OF_ANY_WIDTH, {"unet": unet}).predict(latents, timesteps, frozen), expected)
     assert list(denoiser.modules()) == ["unet", "text_encoder", "text_encoder_2"]

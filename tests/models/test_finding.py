@@ -9,8 +9,11 @@ import huggingface_hub.constants
 import pytest
 
 from lowmem_db.errors import ModelError
-from lowmem_db.models.source import COMPONENTS, find_model
+from lowmem_db.models.families.stable_diffusion import SD_OF_ANY_WIDTH
+from lowmem_db.models.finding import find_model
 from tests.tiny_models import tiny_autoencoder, tiny_text_encoder, tiny_unet
+
+COMPONENTS = [component.name for component in SD_OF_ANY_WIDTH.components]
 
 
 @pytest.fixture
