@@ -21,7 +21,7 @@ from lowmem_db.export.source import find_export_source
 from lowmem_db.models.finding import find_model
 from lowmem_db.models.saving import save_model
 from lowmem_db.storage.tensors import read_tensors
-from tests.models.test_lora import KINDS, config_of, draw, fresh_pipeline, trained
+from tests.adaptation.test_low_rank import KINDS, config_of, draw, fresh_pipeline, trained
 
 LAYOUTS = ("lora-diffusers", "lora-kohya")
 
