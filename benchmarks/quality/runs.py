@@ -160,8 +160,8 @@ def draw(
         size=(config.data.resolution, config.data.resolution),
         generators=[generator(seed, "samples", index) for _ in prompts for index in range(NUM_IMAGES)],
     )
-    artist = Artist(model=model, table=table, settings=SAMPLING)
-    (images,) = engine_draw(artist, [job], kept(frozen), kept(model.space.load(CPU)))
+    artist = Artist(model=model, settings=SAMPLING)
+    (images,) = engine_draw(artist, table, [job], kept(frozen), kept(model.space.load(CPU)))
     plain, context, of_class = (images[first : first + NUM_IMAGES] for first in range(0, len(images), NUM_IMAGES))
     return Drawn(plain=plain, context=context, of_class=of_class)
 

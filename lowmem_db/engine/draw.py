@@ -6,7 +6,7 @@ needed, from memory or from disk.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from lowmem_db.models.families.base import Sampler
 from lowmem_db.models.families.spaces import Codec
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
-from lowmem_db.records import Size
+from lowmem_db.records import Conditioning, Size
 from lowmem_db.sampling.images import to_images
 from lowmem_db.sampling.latents import SamplingSettings, sample_latents
 
@@ -57,25 +57,28 @@ class Artist:
 
     Attributes:
         model: The model; its configurations are enough.
-        table: What it is told of every prompt, the empty one included.
         settings: Sampler, steps and guidance.
         objective: What a run has changed about its noise and its prediction; None: nothing.
     """
 
     model: ModelFolder
-    table: PromptTable
     settings: SamplingSettings
     objective: ObjectiveConfig | None = None
 
     @torch.no_grad()
-    def latents(self, denoiser: Denoiser, job: Job) -> Float[Tensor, "b c x y"]:
-        """Draw the latents of a job, on the denoiser's device."""
+    def latents(self, denoiser: Denoiser, conditioning: Conditioning, job: Job) -> Float[Tensor, "b c x y"]:
+        """Draw the latents of a job, on the denoiser's device.
+
+        Args:
+            denoiser: Predicts; its mode is not changed.
+            conditioning: A row for each prompt of the job, and one for the empty prompt at the end.
+            job: What is drawn.
+        """
         space, (height, width) = self.model.space, job.size
-        prompts = [*job.prompts, ""]
-        picture = denoiser.family.describe_pictures(whole_picture_facts(job.size, len(prompts)))
+        picture = denoiser.family.describe_pictures(whole_picture_facts(job.size, len(job.prompts) + 1))
         count = job.at_once or len(job.generators)
         with denoiser.autocast():
-            told = denoiser.told(self.table.conditioning(prompts, picture))
+            told = denoiser.told(replace(conditioning, picture=picture))
             drawn = [
                 sample_latents(
                     denoiser,
@@ -100,6 +103,7 @@ class Artist:
 
 def draw(
     artist: Artist,
+    table: PromptTable,
     jobs: Sequence[Job],
     denoiser: Lend[Denoiser],
     codec: Lend[Codec],
@@ -111,6 +115,7 @@ def draw(
 
     Args:
         artist: Draws.
+        table: What the model is told of every prompt, the empty one included.
         jobs: What is drawn.
         denoiser: Lends the denoiser.
         codec: Lends what decodes; where both are loaded for use, they are in memory one after the other.
@@ -121,7 +126,9 @@ def draw(
     for first in waiting:
         together = chain([first], islice(waiting, (jobs_at_once or len(jobs)) - 1))
         with denoiser() as loaded:
-            latents = [_on_host(artist.latents(loaded, job)) for job in together]
+            latents = [
+                _on_host(artist.latents(loaded, table.conditioning([*job.prompts, ""]), job)) for job in together
+            ]
             del loaded
         with codec() as decoder:
             for drawn in latents:

@@ -43,7 +43,7 @@ def generate_images(
     """
     check_resolution(source, resolution)
     table = source.embed([*prompts, ""], device, dtype)
-    artist = Artist(model=source.model, table=table, settings=settings, objective=source.objective)
+    artist = Artist(model=source.model, settings=settings, objective=source.objective)
     jobs = [
         Job(
             prompts=[prompt],
@@ -54,7 +54,7 @@ def generate_images(
     ]
     denoiser = loaded_for_use(partial(source.load_denoiser, device, dtype), device)
     codec = loaded_for_use(partial(source.model.space.load, device), device)
-    return list(zip(prompts, draw(artist, jobs, denoiser, codec, progress="drawing prompts"), strict=True))
+    return list(zip(prompts, draw(artist, table, jobs, denoiser, codec, progress="drawing prompts"), strict=True))
 
 
 def check_resolution(source: ImageSource, resolution: int) -> None:

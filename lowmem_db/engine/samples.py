@@ -37,18 +37,18 @@ def draw_images(
     """Draw ``sampling.num_images`` of each of some prompts; return each prompt with its images."""
     codec = loaded_for_use(partial(load_decoder, config, model, denoiser), denoiser.device)
     jobs = [sample_job(config, prompt) for prompt in prompts]
-    images = draw(sample_artist(config, model, table), jobs, partial(evaluating, denoiser), codec)
+    images = draw(sample_artist(config, model), table, jobs, partial(evaluating, denoiser), codec)
     return list(zip(prompts, images, strict=True))
 
 
-def sample_artist(config: Config, model: ModelFolder, table: PromptTable) -> Artist:
+def sample_artist(config: Config, model: ModelFolder) -> Artist:
     """Return what draws the samples of a run."""
     settings = SamplingSettings(
         sampler=config.sampling.sampler,
         num_inference_steps=config.sampling.num_inference_steps,
         guidance_scale=config.sampling.guidance_scale,
     )
-    return Artist(model=model, table=table, settings=settings, objective=config.objective)
+    return Artist(model=model, settings=settings, objective=config.objective)
 
 
 def sample_job(config: Config, prompt: str) -> Job:

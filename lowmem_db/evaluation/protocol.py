@@ -263,9 +263,10 @@ def _draw(run: Run, jobs: Sequence[_Job], drawing: Drawing) -> None:
     prompts = sorted({job.prompt for job in jobs})
     device, dtype, source = drawing.device, drawing.dtype, run.source
     table = source.embed([*prompts, ""], device, dtype)
-    artist = Artist(model=source.model, table=table, settings=_settings(run, drawing), objective=source.objective)
+    artist = Artist(model=source.model, settings=_settings(run, drawing), objective=source.objective)
     drawn = draw(
         artist,
+        table,
         [job.as_drawn(drawing.seed, _resolution(run, drawing)) for job in jobs],
         kept(source.load_denoiser(device, dtype)),
         kept(source.model.space.load(device)),

@@ -31,7 +31,7 @@ def num_cut_tokens(tokenizer: Any, prompt: str) -> int:
 
 @torch.no_grad()
 def embed_prompts(model: ModelFolder, text_encoders: Mapping[str, nn.Module], prompts: Sequence[str]) -> PromptTable:
-    """Return a table of prompts with their embeddings, made in one batch without gradients.
+    """Return a table of prompts with their embeddings on the host, made in one batch without gradients.
 
     Args:
         model: Where the tokenizers are.
@@ -39,4 +39,5 @@ def embed_prompts(model: ModelFolder, text_encoders: Mapping[str, nn.Module], pr
         prompts: The prompts.
     """
     table = tokenize_prompts(model, prompts)
-    return table.with_embeds(prompts, model.family.encode(text_encoders, table.conditioning(prompts).tokens))
+    embeds = model.family.encode(text_encoders, table.conditioning(prompts).tokens)
+    return table.with_embeds(prompts, {name: rows.cpu() for name, rows in embeds.items()})

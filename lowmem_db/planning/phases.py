@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import Strategy, with_strategy
-from lowmem_db.data.batches import PromptTable
 from lowmem_db.engine.build import build_ema, build_step
 from lowmem_db.engine.samples import evaluating, load_decoder, sample_artist, sample_job
 from lowmem_db.engine.step import train_step
@@ -26,8 +25,6 @@ from lowmem_db.planning.tracing import real_paths
 from lowmem_db.planning.tracker import CUDA_ROUNDING, AllocationTracker
 from lowmem_db.preparation.class_images import class_artist, class_job, load_frozen_denoiser
 from lowmem_db.records import Batch, Conditioning, MemoryParts
-
-_PROMPTS = ("a", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +73,13 @@ def trace_class_images(subject: Subject) -> Traced:
     count = min(config.prior.sample_batch_size, config.prior.num_class_images)
     size = (config.data.resolution, config.data.resolution)
     with subject.tracing() as (tracker, costs), torch.no_grad():
-        table = _table(model, (str(config.subject.class_prompt), ""), META, dtype)
+        conditioning = Conditioning(tokens={}, embeds=model.family.blank_embeds(model, 2, META, dtype))
         with tracker.new_tensors_are("weights"):
             denoiser = load_frozen_denoiser(config, model, META, dtype)
+        job = class_job(config, range(count), size)
         tracker.reset_peak()
         with tracker.new_tensors_are("activations"):
-            latents = class_artist(config, model, table).latents(denoiser, class_job(config, range(count), size))
+            latents = class_artist(config, model).latents(denoiser, conditioning, job)
         del denoiser
         with tracker.new_tensors_are("weights"):
             codec = model.space.load(META, dtype)
@@ -167,11 +165,11 @@ def trace_sample(subject: Subject, strategy: Strategy) -> Traced:
         after_backward = replace(strategy, optimizer_in_backward=False)  # no hook keeps the optimizer alive then
         denoiser = build_step(config, after_backward, model, META)[0]
         tracker.register(weights_of(denoiser.modules().values()), "weights")
-        artist = sample_artist(config, model, _table(model, _PROMPTS, CPU, torch.float32, of=denoiser))
+        conditioning = _conditioning(model, denoiser, 2)
         tracker.reset_peak()
         with tracker.new_tensors_are("activations"):
             with evaluating(denoiser):
-                latents = artist.latents(denoiser, sample_job(config, _PROMPTS[0]))
+                latents = sample_artist(config, model).latents(denoiser, conditioning, sample_job(config, ""))
             with tracker.new_tensors_are("weights"):
                 codec = load_decoder(config, model, denoiser)
             pixels = codec.decode(latents)
@@ -228,14 +226,3 @@ def _conditioning(model: ModelFolder, denoiser: Denoiser, count: int) -> Conditi
         embeds=family.blank_embeds(model, count, CPU, torch.float32) if is_frozen else {},
         picture=family.describe_pictures(torch.zeros(count, 6)),
     )
-
-
-def _table(
-    model: ModelFolder, prompts: Sequence[str], device: torch.device, dtype: torch.dtype, of: Denoiser | None = None
-) -> PromptTable:
-    """Return what is told of prompts; embeddings too, unless a denoiser has text encoders that make them."""
-    family = model.family
-    table = PromptTable.of(prompts, family.blank_tokens(model, len(prompts)), zeroes_empty_prompt=False)
-    if of is not None and of.text_encoders():
-        return table
-    return table.with_embeds(prompts, family.blank_embeds(model, len(prompts), device, dtype))

@@ -161,7 +161,7 @@ def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
 def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequence[_Set]) -> None:
     """Draw what is missing of some sets; the denoiser and what decodes are in memory one after the other."""
     dtype = DTYPES.get(sets[0].wanted["precision"], torch.float16)
-    artist = class_artist(config, model, _embed(config, model, device, dtype))
+    table = _embed(config, model, device, dtype)
     environment.release_memory(device)
     for one in sets:
         write_manifest(one.folder, one.wanted)
@@ -169,7 +169,8 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequen
         (one, indices) for one in sets for indices in _whole_batches(one.missing(), config.prior.sample_batch_size)
     ]
     drawn = draw(
-        artist,
+        class_artist(config, model),
+        table,
         [class_job(config, indices, one.size) for one, indices in batches],
         loaded_for_use(partial(load_frozen_denoiser, config, model, device, dtype), device),
         loaded_for_use(partial(model.space.load, device, dtype), device),
@@ -192,9 +193,9 @@ def load_frozen_denoiser(config: Config, model: ModelFolder, device: torch.devic
     return Denoiser(family, {family.denoiser: module})
 
 
-def class_artist(config: Config, model: ModelFolder, table: PromptTable) -> Artist:
+def class_artist(config: Config, model: ModelFolder) -> Artist:
     """Return what draws class images: the model as it was before training."""
-    return Artist(model=model, table=table, settings=_settings(config))
+    return Artist(model=model, settings=_settings(config))
 
 
 def class_job(config: Config, indices: Sequence[int], size: Size) -> Job:

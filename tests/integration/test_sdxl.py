@@ -141,11 +141,10 @@ def test_drawn_latents_are_those_of_the_pipeline(
     ).images
     artist = Artist(
         model=model,
-        table=table,
         settings=SamplingSettings(sampler="ddim", num_inference_steps=3, guidance_scale=4.0),
     )
     job = Job(prompts=["a dog"], size=(32, 48), generators=[torch.Generator().manual_seed(3)])
-    ours = artist.latents(Denoiser(model.family, {"unet": model.load("unet")}), job)
+    ours = artist.latents(Denoiser(model.family, {"unet": model.load("unet")}), table.conditioning(["a dog", ""]), job)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
