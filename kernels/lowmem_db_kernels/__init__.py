@@ -26,7 +26,7 @@ from .dispatch import (
 )
 from .geglu import geglu
 from .group_norm_silu import group_norm_silu
-from .noise import NoiseTables, noise, noise_tables
+from .noise import NoiseCoefficients, noise
 from .numerics import FrozenWeightsError, check_learning_rate, movable_fraction
 from .philox import Stream, standard_normal_eager
 from .rounding import pack_extra_bits_eager, unpack_extra_bits_eager
@@ -38,7 +38,7 @@ __all__ = [
     "DiffusionLoss",
     "FrozenWeightsError",
     "KernelUnavailableError",
-    "NoiseTables",
+    "NoiseCoefficients",
     "Operator",
     "OperatorStatus",
     "Stream",
@@ -53,7 +53,6 @@ __all__ = [
     "init_state",
     "movable_fraction",
     "noise",
-    "noise_tables",
     "pack_extra_bits_eager",
     "registry",
     "requested_mode",

@@ -22,6 +22,7 @@ from lowmem_db.models.lora_file import LORA_FILE, lora_file, write_lora
 from lowmem_db.models.saving import DTYPES, save_model
 from lowmem_db.models.source import ModelFolder
 from lowmem_db.objective.objective import Objective
+from lowmem_db.objective.process import Diffusion
 from lowmem_db.optimizers import weights
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
@@ -227,8 +228,7 @@ def _build_objective(config: Config, model: ModelFolder, device: torch.device) -
         )
     return Objective(
         config.objective,
-        alphas_cumprod=noise_schedule.alphas_cumprod,
-        prediction_type=noise_schedule.config["prediction_type"],
+        process=Diffusion(noise_schedule.alphas_cumprod, noise_schedule.config["prediction_type"]),
         prior_loss_weight=config.prior.loss_weight,
         seed=config.seed,
         device=device,

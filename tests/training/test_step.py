@@ -9,6 +9,7 @@ from lowmem_db.config.strategy import plain_strategy
 from lowmem_db.errors import NonFiniteError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.objective.objective import Objective
+from lowmem_db.objective.process import Diffusion
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.records import Batch
@@ -26,8 +27,7 @@ def parts() -> tuple[Denoiser, Objective, OptimizerHandle]:
     denoiser = Denoiser(tiny_unet(), tiny_text_encoder())
     objective = Objective(
         ObjectiveConfig(),
-        alphas_cumprod=ALPHAS_CUMPROD,
-        prediction_type="epsilon",
+        process=Diffusion(ALPHAS_CUMPROD, "epsilon"),
         prior_loss_weight=1.0,
         seed=0,
         device=CPU,
