@@ -4,11 +4,9 @@ The number of 128-bit accesses is that of the tensors of two bytes and more that
 are those of scalars and of values per channel or per block; their number is bounded so that a tile cannot hide there.
 """
 
-import sys
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
-
-from . import adamw8bit_triton, diffusion_loss, geglu, group_norm_silu, noise  # noqa: F401 -- registered in sys.modules
 
 DTYPES = ("bf16", "fp16", "fp32")
 NUM_WARPS = 4
@@ -91,7 +89,7 @@ class Spec:
 
 def _module(name: str) -> Any:
     # The package's functions hide the modules of the same name.
-    return sys.modules[f"{__package__}.{name}"]
+    return import_module(f"lowmem_db_kernels.{name}")
 
 
 def _noise_specs() -> list[Spec]:
@@ -162,7 +160,7 @@ def _loss_specs() -> list[Spec]:
 
 
 def _adamw_specs() -> list[Spec]:
-    kernel = adamw8bit_triton._step_kernel
+    kernel = _module("adamw8bit_triton")._step_kernel
     constants = {"WEIGHTS": 0, "QUANTIZED": True, "HAS_GRAD_SCALE": True, "HAS_UPDATE_SCALE": True, "DRY_RUN": False}
     constants |= {"REVERSE": False, "BLOCK": 1024}
     bf16 = {"param_ptr": "bf16"}
