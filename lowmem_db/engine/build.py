@@ -12,6 +12,7 @@ from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
 from lowmem_db.objective.objective import Objective
+from lowmem_db.objective.process import Diffusion
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
 from lowmem_db.optimizers.handle import OptimizerHandle
@@ -91,8 +92,7 @@ def _build_objective(config: Config, model: ModelFolder, device: torch.device) -
         )
     return Objective(
         config.objective,
-        alphas_cumprod=noise_schedule.alphas_cumprod,
-        prediction_type=noise_schedule.config["prediction_type"],
+        process=Diffusion(noise_schedule.alphas_cumprod, noise_schedule.config["prediction_type"]),
         prior_loss_weight=config.prior.loss_weight,
         seed=config.seed,
         device=device,
