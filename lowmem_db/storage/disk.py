@@ -82,7 +82,7 @@ def usual_mode(folder: Path) -> int:
 
 
 def set_mode(path: Path, mode: int) -> None:
-    """Set the mode of a file: safetensors writes files that nobody else may read, and a copy has its original's mode."""
+    """Set the mode of a file: safetensors' files are for their owner alone, and a copy has its original's mode."""
     with suppress(PermissionError):  # file systems without modes refuse to set any
         path.chmod(mode)
 

@@ -13,7 +13,7 @@ from lowmem_db import environment, fingerprint
 from lowmem_db.config.schema import Config
 from lowmem_db.console import progress, say
 from lowmem_db.data.batches import BatchSource
-from lowmem_db.errors import NonFiniteError, RunInterrupted, StorageError
+from lowmem_db.errors import NonFiniteError, StorageError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.lora import AdapterState, has_adapters
 from lowmem_db.objective.objective import Objective
@@ -117,9 +117,8 @@ class Trainer:
         environment.reset_peak_bytes(self.denoiser.device)
         metrics = MetricsWriter(self.run, tensorboard=self.config.logging.tensorboard, start_step=self.step)
         try:
-            with stop_on_signals() as stop, _progress() as bar:
-                self._sample_where_due()  # a run killed between checkpoint and samples still owes them
-                self._score_where_due(metrics)
+            with stop_on_signals(self.run, lambda: self.step) as stop, _progress() as bar:
+                self._sample_and_score(stop, metrics)  # a run killed between checkpoint and samples still owes them
                 task = bar.add_task(
                     "training", total=self.config.training.max_train_steps, completed=self.step, loss=""
                 )
@@ -169,9 +168,14 @@ class Trainer:
             self._save_checkpoint()
             self._prune_checkpoints()
         if stop and not done:
-            raise RunInterrupted(f"{stop.signal_name}: stopped after step {self.step}; continue with --resume")
-        self._sample_where_due()
-        self._score_where_due(metrics)
+            stop.stop()
+        self._sample_and_score(stop, metrics)
+
+    def _sample_and_score(self, stop: StopRequest, metrics: MetricsWriter) -> None:
+        with stop.after_checkpoint("samples"):
+            self._sample_where_due()
+        with stop.after_checkpoint("scores"):
+            self._score_where_due(metrics)
 
     def _save_checkpoint(self) -> None:
         try:

@@ -74,11 +74,9 @@ def test_a_file_that_is_open_for_a_moment_is_replaced(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("name", ["replace", "rename"])
 def test_a_file_that_stays_open_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     failed = busy(monkeypatch, name, 99)
+    write, content = {"replace": (write_file, Path.touch), "rename": (write_folder, lambda _: None)}[name]
     with pytest.raises(StorageError, match=r"target: cannot be replaced .*a program has it open .*close it"):
-        if name == "replace":
-            write_text(tmp_path / "target", "new")
-        else:
-            write_folder(tmp_path / "target", lambda folder: (folder / "new").touch())
+        write(tmp_path / "target", content)
     assert len(failed) == 6
     assert list(tmp_path.iterdir()) == []
 
@@ -115,8 +113,8 @@ def test_an_error_of_the_disk_while_it_is_synced_is_not_swallowed(
 @pytest.mark.parametrize(
     "path",
     [
-        "runs/con", "runs/CON", "runs/nul.txt", "aux/dog", "runs/lpt1", "runs/a:b", "runs/what?", 'runs/"dog"', "runs/a|b",
-        "runs/dog.", "runs/dog ", "runs/a\tb", "C:/runs/prn", "runs/" + "x" * 200,
+        "runs/con", "runs/CON", "runs/nul.txt", "aux/dog", "runs/lpt1", "runs/a:b", "runs/what?", 'runs/"dog"',
+        "runs/a|b", "runs/dog.", "runs/dog ", "runs/a\tb", "C:/runs/prn", "runs/" + "x" * 200,
     ],
 )  # fmt: skip
 def test_a_folder_that_windows_cannot_make_is_refused(path: str) -> None:

@@ -158,14 +158,14 @@ def test_disk_without_locks_is_refused(run: RunFolder, monkeypatch: pytest.Monke
         raise NotImplementedError("FileSystem does not appear to support flock")
 
     monkeypatch.setattr(FileLock, "acquire", acquire)
-    with pytest.raises(StorageError, match="a disk that knows no locks.*choose an output_dir on another disk"):
+    with pytest.raises(StorageError, match=r"a disk that knows no locks.*choose an output_dir on another disk"):
         run.locked().__enter__()
 
 
 def test_name_that_windows_reserves_is_refused_there(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "check_path", partial(check_path, system="nt"))
     with (
-        pytest.raises(StorageError, match="output_dir: .*aux.* a device of Windows"),
+        pytest.raises(StorageError, match=r"output_dir: .*aux.* a device of Windows"),
         RunFolder(run.root / "aux").locked(),
     ):
         pass
