@@ -13,12 +13,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lowmem_db.errors import CheckpointError
+from lowmem_db.errors import CheckpointError, StorageError
 from lowmem_db.storage.atomic import as_storage_error, write_folder, write_text
+from lowmem_db.storage.disk import check_path
+from lowmem_db.storage.leftovers import sweep
 
 MARKER = "COMPLETE"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
-_LEFT_BEHIND = re.compile(r"step-\d+|\.step-\d+(\.old)?\.tmp")
 
 
 class RunFolder:
@@ -40,12 +41,13 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder.
+        """Keep other runs out of the folder, and clear away what killed ones left half written.
 
         Raises:
             CheckpointError: Another run writes to it now.
-            StorageError: The folder cannot be made.
+            StorageError: The folder cannot be made, or its disk knows no locks.
         """
+        check_path(self.root.absolute(), "output_dir")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -59,6 +61,12 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise as_storage_error(error, self.root) from error
+        except NotImplementedError as error:
+            raise StorageError(
+                f"output_dir: {self.root} lies on a disk that knows no locks, so two runs could write to it at once; "
+                "choose an output_dir on another disk, and copy the run there afterwards"
+            ) from error
+        sweep(self.root, idle_seconds=0.0)
         try:
             yield
         finally:
@@ -106,9 +114,10 @@ class RunFolder:
         steps = {*(complete if keep is None else complete[-keep:]), *(() if also is None else (also,))}
         kept = {self.checkpoint_dir(step) for step in steps}
         for folder in list(self.checkpoints_dir.iterdir()):
-            if folder not in kept and _LEFT_BEHIND.fullmatch(folder.name):
+            if folder not in kept and _STEP_FOLDER.fullmatch(folder.name):
                 (folder / MARKER).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
+        sweep(self.checkpoints_dir, idle_seconds=0.0)
 
     def truncate_rows(self, step: int) -> None:
         """Drop the rows of metrics and scores after a step, and last rows that were not written whole."""

@@ -16,7 +16,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import BatchSource
 from lowmem_db.engine.step import train_step
-from lowmem_db.errors import NonFiniteError, RunInterrupted, StorageError
+from lowmem_db.errors import NonFiniteError, StorageError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.objective.objective import Objective
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
@@ -112,7 +112,7 @@ class Trainer:
         """
         self.run.truncate_rows(self.step)
         environment.reset_peak_bytes(self.denoiser.device)
-        with stop_on_signals() as stop, self._observed():
+        with stop_on_signals(self.run, lambda: self.step) as stop, self._observed(stop):
             reason = self._reason_to_stop()
             while not self.is_done and reason is None:
                 self.tell("step", self._step())
@@ -140,13 +140,14 @@ class Trainer:
         return nullcontext() if self.ema is None else self.ema.applied()
 
     @contextmanager
-    def _observed(self) -> Iterator[None]:
+    def _observed(self, stop: StopRequest) -> Iterator[None]:
         """Start the observers, and end those that were started, the last one first."""
         started: list[Observer] = []
         try:
-            for observer in self.observers:
-                started.append(observer)
-                observer.start(self)
+            with stop.after_checkpoint("samples and scores") if self.step else nullcontext():
+                for observer in self.observers:
+                    started.append(observer)
+                    observer.start(self)
             yield
         finally:
             for observer in reversed(started):
@@ -178,10 +179,11 @@ class Trainer:
         if is_saved:
             self._save_checkpoint()
         if stop and not self.is_done:
-            raise RunInterrupted(f"{stop.signal_name}: stopped after step {self.step}; continue with --resume")
+            stop.stop()
         if is_saved:
-            self.tell("checkpoint", self.step)
-            self._prune_checkpoints()  # once more: a score may have made another one the best
+            with stop.after_checkpoint("samples and scores"):
+                self.tell("checkpoint", self.step)
+                self._prune_checkpoints()  # once more: a score may have made another one the best
 
     def _save_checkpoint(self) -> None:
         try:

@@ -2,11 +2,15 @@
 
 import json
 import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from lowmem_db.errors import CheckpointError, StorageError
+from lowmem_db.storage import run_folder
+from lowmem_db.storage.disk import check_path
 from lowmem_db.storage.run_folder import MARKER, RunFolder, read_json, write_json
 
 
@@ -138,6 +142,34 @@ def test_output_dir_that_cannot_be_written_is_refused(run: RunFolder) -> None:
     (run.root / ".lock").mkdir(parents=True)
     with pytest.raises(StorageError, match="run: cannot be written"):
         run.locked().__enter__()
+
+
+def test_what_a_killed_run_left_is_cleared_away_by_the_next(run: RunFolder) -> None:
+    left = run.checkpoints_dir / ".step-000004.99999999.tmp"
+    left.mkdir(parents=True)
+    (run.root / ".config.yaml.99999999.tmp").touch()
+    with run.locked():
+        assert not left.exists()
+        assert not (run.root / ".config.yaml.99999999.tmp").exists()
+
+
+def test_disk_without_locks_is_refused(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def acquire(*_: object, **__: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.raises(StorageError, match=r"a disk that knows no locks.*choose an output_dir on another disk"):
+        run.locked().__enter__()
+
+
+def test_name_that_windows_reserves_is_refused_there(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "check_path", partial(check_path, system="nt"))
+    with (
+        pytest.raises(StorageError, match=r"output_dir: .*aux.* a device of Windows"),
+        RunFolder(run.root / "aux").locked(),
+    ):
+        pass
+    assert not run.root.exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "\xff"])
