@@ -22,11 +22,11 @@ sys.path.insert(0, str(ROOT))
 
 from lowmem_db.config.loading import load_config  # noqa: E402
 from lowmem_db.config.schema import Config  # noqa: E402
-from lowmem_db.config.strategy import plain_strategy  # noqa: E402
+from lowmem_db.config.strategy import resolve  # noqa: E402
 from lowmem_db.models.finding import model_of  # noqa: E402
 from lowmem_db.planning.cards import CPU, find_card  # noqa: E402
 from lowmem_db.planning.measured import measure_train  # noqa: E402
-from lowmem_db.planning.phases import Subject, trace_train  # noqa: E402
+from lowmem_db.planning.phases import TracedRun, trace_train  # noqa: E402
 
 GIB, MIB = 1 << 30, 1 << 20
 RUNGS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -63,13 +63,13 @@ def measure_rung(model: str, fields: dict[str, Any], *, measured: bool) -> dict[
     """
     if measured:
         fields = {name: value for name, value in fields.items() if name != "training.mixed_precision"}
-    config = config_of(model, fields)
-    strategy, folder = plain_strategy(config), model_of(config, weights=False)
+    config = resolve(config_of(model, fields))
+    folder = model_of(config, weights=False)
     card = CPU if measured else find_card("RTX 3060")
-    traced = trace_train(Subject(config=config, model=folder, card=card), strategy)
+    traced = trace_train(TracedRun(config=config, model=folder, card=card))
     found = {"predicted_bytes": traced.peak.total, "host_bytes": traced.host_bytes}
     if measured:
-        found["measured_bytes"] = measure_train(config, strategy, folder, torch.device("cpu"))
+        found["measured_bytes"] = measure_train(config, folder, torch.device("cpu"))
     return found
 
 

@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -122,6 +123,16 @@ def kernels() -> list[dict[str, str]]:
         raise DependencyError(
             f"{error}; allowed: auto, triton on a CUDA device, native on a CPU, eager, interpret"
         ) from error
+
+
+def why_not_compiled(operators: Sequence[str], device: "torch.device") -> str | None:
+    """Say why no compiled kernel serves one of some operators on a device; None where all have one."""
+    import lowmem_db_kernels
+
+    for operator, backend, reason in lowmem_db_kernels.status(device):
+        if operator in operators and backend in {"eager", "unavailable"}:
+            return f"{operator}: {reason}"
+    return None
 
 
 def check_kernels() -> None:

@@ -141,16 +141,16 @@ class Refusal:
     reason: str
 
 
-_Strategy = TypeVar("_Strategy")
+_Config = TypeVar("_Config")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryPlan(Generic[_Strategy]):
+class MemoryPlan(Generic[_Config]):
     """What a run will need, and how it saves memory.
 
     Attributes:
         device: What it is planned for, in words.
-        strategy: The fastest strategy that fits.
+        config: The configuration with the fastest strategy that fits.
         phases: The phases of the run in their order.
         allowance_bytes: What the device needs beside the tensors: context, workspaces, fragmentation.
         budget_bytes: What the run may use.
@@ -161,7 +161,7 @@ class MemoryPlan(Generic[_Strategy]):
     """
 
     device: str
-    strategy: _Strategy
+    config: _Config
     phases: tuple[PhaseMemory, ...]
     allowance_bytes: int
     budget_bytes: int

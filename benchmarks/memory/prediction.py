@@ -21,12 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.memory.sd15_step import GIB, write_random_model  # noqa: E402
 from lowmem_db.config.loading import load_config  # noqa: E402
-from lowmem_db.config.strategy import plain_strategy  # noqa: E402
+from lowmem_db.config.strategy import resolve  # noqa: E402
 from lowmem_db.models.finding import find_model  # noqa: E402
 from lowmem_db.models.folder import ModelFolder  # noqa: E402
 from lowmem_db.planning.cards import CPU  # noqa: E402
 from lowmem_db.planning.measured import measure_train  # noqa: E402
-from lowmem_db.planning.phases import Subject, trace_train  # noqa: E402
+from lowmem_db.planning.phases import TracedRun, trace_train  # noqa: E402
 from tests.planning.reality import profiled_train_peak  # noqa: E402
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -43,13 +43,12 @@ def compare(model: ModelFolder, fields: dict[str, Any]) -> dict[str, int]:
         "subject.class_prompt": "a dog", "output_dir": "run", "data.resolution": 256,
         "training.train_text_encoder": True, "optimizer.name": "adamw8bit", "memory.optimizer_in_backward": True,
     }  # fmt: skip
-    config = load_config(None, list((needed | fields).items()))
-    strategy = plain_strategy(config)
-    traced = trace_train(Subject(config=config, model=model, card=CPU), strategy)
+    config = resolve(load_config(None, list((needed | fields).items())))
+    traced = trace_train(TracedRun(config=config, model=model, card=CPU))
     return {
         "predicted_bytes": traced.peak.total + traced.host_bytes,
-        "followed_bytes": measure_train(config, strategy, model, torch.device("cpu"), num_steps=1) + traced.host_bytes,
-        "profiled_bytes": profiled_train_peak(config, strategy, model),
+        "followed_bytes": measure_train(config, model, torch.device("cpu"), num_steps=1) + traced.host_bytes,
+        "profiled_bytes": profiled_train_peak(config, model),
     }
 
 

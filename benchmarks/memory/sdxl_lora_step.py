@@ -23,13 +23,13 @@ from lowmem_db import environment
 from lowmem_db.adaptation.layers import count_trained
 from lowmem_db.config.flags import parse_arguments
 from lowmem_db.config.loading import load_config
-from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.config.strategy import resolve
 from lowmem_db.engine import build
 from lowmem_db.engine.step import train_step
 from lowmem_db.models.finding import model_of
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.cards import CPU
-from lowmem_db.planning.phases import Subject, trace_train, training_batches
+from lowmem_db.planning.phases import TracedRun, trace_train, training_batches
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -48,17 +48,16 @@ def measure_step(*overrides: str) -> dict[str, Any]:
 
 
 def _step_here(overrides: list[str]) -> dict[str, Any]:
-    config = load_config(None, parse_arguments([*FIELDS, *overrides]).overrides)
-    strategy, device = plain_strategy(config), torch.device("cpu")
+    config, device = resolve(load_config(None, parse_arguments([*FIELDS, *overrides]).overrides)), torch.device("cpu")
     model = model_of(config, weights=False)
-    predicted = trace_train(Subject(config=config, model=model, card=CPU), strategy).peak.total
+    predicted = trace_train(TracedRun(config=config, model=model, card=CPU)).peak.total
     load = ModelFolder.load
 
     def load_random(model: ModelFolder, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return _with_random_weights(load(model, name, torch.device("meta"), dtype))
 
     ModelFolder.load = load_random  # type: ignore[method-assign]
-    denoiser, objective, optimizer = build.build_step(config, strategy, model, device)
+    denoiser, objective, optimizer = build.build_step(config, model, device)
     optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-4))
     started = time.perf_counter()
     output = train_step(denoiser, objective, optimizer, training_batches(config, model, denoiser), 0)

@@ -20,7 +20,7 @@ from benchmarks.quality.subjects import Subject
 from benchmarks.quality.variants import RECIPE, Variant
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
-from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.config.strategy import resolve
 from lowmem_db.data.photos import read_photo, scan_photos
 from lowmem_db.engine.build import build_step
 from lowmem_db.engine.draw import Artist, Job, kept
@@ -169,7 +169,7 @@ def draw(
 def _train(config: Config, model: ModelFolder) -> tuple[Denoiser, dict[str, float]]:
     """Train to the last step; return the model in fp32, as ``final/`` has it, and its final losses."""
     batches = prepare(config, model, CPU, _scan(config))
-    denoiser, objective, optimizer = build_step(config, plain_strategy(config), model, CPU)
+    denoiser, objective, optimizer = build_step(resolve(config), model, CPU)
     outputs = []
     for step in range(config.training.max_train_steps):
         optimizer.set_learning_rates(_rates(config, step))
@@ -205,7 +205,7 @@ def _rates(config: Config, step: int) -> dict[str, float]:
 
 
 def _untrained(config: Config, model: ModelFolder) -> Denoiser:
-    return build_step(config, plain_strategy(config), model, CPU)[0]
+    return build_step(resolve(config), model, CPU)[0]
 
 
 @cache

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from lowmem_db import environment  # noqa: E402
 from lowmem_db.config.loading import load_config  # noqa: E402
-from lowmem_db.config.strategy import plain_strategy  # noqa: E402
+from lowmem_db.config.strategy import resolve  # noqa: E402
 from lowmem_db.optimizers.build import build_optimizer  # noqa: E402
 
 STEP = "lowmem_db_kernels.adamw8bit_step"
@@ -40,7 +40,7 @@ def hook_of(clipping: str) -> Callable[[], None]:
         "memory.optimizer_in_backward": True, "training.clipping": clipping,
     }  # fmt: skip
     config = load_config(None, list(fields.items()))
-    optimizer: Any = build_optimizer(config, plain_strategy(config), {"unet": module}, CPU)
+    optimizer: Any = build_optimizer(resolve(config), {"unet": module}, CPU)
     optimizer.set_learning_rates({"unet": 1e-6})
     optimizer._begin_step()
     gradient = torch.full_like(module.weight, 1e-3)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.memory.sd15_step import write_random_model  # noqa: E402
 from lowmem_db import environment  # noqa: E402
 from lowmem_db.config.loading import load_config  # noqa: E402
-from lowmem_db.config.strategy import plain_strategy  # noqa: E402
+from lowmem_db.config.strategy import resolve  # noqa: E402
 from lowmem_db.engine.build import build_step  # noqa: E402
 from lowmem_db.engine.step import train_step  # noqa: E402
 from lowmem_db.models.denoiser import Denoiser  # noqa: E402
@@ -102,7 +102,7 @@ def measure(work: Path, rounds: int) -> dict[str, Any]:
         "memory.optimizer_in_backward": True, "memory.checkpointing": "segments",
     }  # fmt: skip
     config = load_config(None, list(fields.items()))
-    denoiser, objective, optimizer = build_step(config, plain_strategy(config), find_model(fields["model.base"]), CPU)
+    denoiser, objective, optimizer = build_step(resolve(config), find_model(fields["model.base"]), CPU)
     optimizer.set_learning_rates(dict.fromkeys(optimizer.group_names(), 2e-6))
     batch, rule = make_batch(), optimizer.rule
     bare = bare_pass(denoiser, batch)

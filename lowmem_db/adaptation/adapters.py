@@ -10,7 +10,7 @@ from lowmem_db import environment
 from lowmem_db.adaptation import low_rank, quantized
 from lowmem_db.adaptation.base import Adaptation, Attached, Modules
 from lowmem_db.adaptation.lora_file import LORA_FILE, lora_file, write_lora
-from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.config.strategy import autocast
 from lowmem_db.models.denoiser import AUTOCAST_TYPES
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.saving import DTYPES
@@ -28,8 +28,8 @@ class LowRankAdapters(Adaptation):
 
     def load_dtype(self) -> torch.dtype:
         """Return the type of the frozen weights, or the one that quantized weights are multiplied in."""
-        strategy = plain_strategy(self.config)
-        return DTYPES.get(str(strategy.base_weights)) or AUTOCAST_TYPES[strategy.autocast] or torch.float32
+        base = str(self.config.lora.base_weights)
+        return DTYPES.get(base) or AUTOCAST_TYPES[autocast(self.config)] or torch.float32
 
     def attach(self, modules: Modules) -> Attached:
         """Freeze the model, quantize it where that is asked for, and give it adapters."""

@@ -41,7 +41,7 @@ def plan(
     from lowmem_db.planning.output import as_json as to_json
     from lowmem_db.planning.output import show
 
-    verified = verify_plan(config, found) if verify else None
+    verified = verify_plan(found) if verify else None
     if as_json:
         typer.echo(json.dumps(to_json(found) | ({} if verified is None else verified.as_json()), indent=2))
         return

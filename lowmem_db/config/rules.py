@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
+from lowmem_db.config import strategy
 from lowmem_db.config.schema import Config, LoraConfig
 
 
@@ -121,6 +122,11 @@ RULES = (
         "set memory.checkpointing=segments, or leave offload_checkpoints out",
     ),
     Rule(
+        lambda c: bool(_unregistered(c)),
+        "memory.techniques: {config.memory.techniques} names a technique that nobody registered; import the package "
+        "that registers it first, or leave it out",
+    ),
+    Rule(
         lambda c: not c.lora.enabled and c.lora != LoraConfig(),
         "lora.enabled: false leaves the other fields of lora without use; set lora.enabled=true, or leave them out",
     ),
@@ -141,9 +147,9 @@ RULES = (
     ),
     Rule(
         lambda c: c.lora.base_weights not in {None, "fp32"} and c.training.mixed_precision not in _compute_types(c),
-        "training.mixed_precision: {config.training.mixed_precision!r} goes not with lora.base_weights="
-        "{config.lora.base_weights!r}; the frozen weights compute in their own type, int8 and nf4 in fp16 or bf16; "
-        "leave it out, or set lora.base_weights=fp32",
+        "training.mixed_precision: {config.training.mixed_precision!r} cannot be combined with "
+        "lora.base_weights={config.lora.base_weights!r}; the frozen weights compute in their own type, int8 and nf4 in "
+        "fp16 or bf16; leave it out, or set lora.base_weights=fp32",
     ),
     Rule(
         lambda c: c.final.hub_model_id is not None and not c.final.push_to_hub,
@@ -161,6 +167,10 @@ def _compute_types(config: Config) -> set[str | None]:
     """Return what goes with the type of the frozen weights of a LoRA run."""
     is_quantized = config.lora.base_weights in {"int8", "nf4"}
     return {None, "fp16", "bf16"} if is_quantized else {None, config.lora.base_weights}
+
+
+def _unregistered(config: Config) -> set[str]:
+    return {name for name in config.memory.techniques if not strategy.is_registered(name)}
 
 
 def _checkpoints_nothing(config: Config) -> bool:

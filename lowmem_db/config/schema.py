@@ -158,10 +158,10 @@ class TrainingConfig(Section):
     clipping: Clipping | None = None
     """What is clipped: ``global``, the joint norm of all gradients; in the backward pass ``update_rms``, the root mean
     square of each tensor's update (arXiv:1804.04235, section 6), ``lagged``, all gradients by the average of past joint
-    norms, or ``per_tensor``, the norm of each gradient by itself; ``none``. None: ``global`` after the backward pass;
-    in it ``lagged`` where ``max_grad_norm`` is given, else ``update_rms``."""
+    norms, or ``per_tensor``, the norm of each gradient by itself; ``none``. Default: ``global`` after the backward
+    pass; in it ``update_rms``, or ``lagged`` where ``max_grad_norm`` is not 1.0."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest norm under ``global``, ``lagged`` and ``per_tensor``. None: no clipping."""
+    """Largest norm under ``global``, ``lagged`` and ``per_tensor``; null: no clipping."""
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_unquoted_no)] | None = None
     """Type the model computes in; ``no`` is fp32. None: bf16 on cards that have it, fp16 on older ones, else ``no``."""
     allow_tf32: bool = False
@@ -240,7 +240,7 @@ class EmaConfig(Section):
 
 
 class MemoryConfig(Section):
-    """What saves memory. What is None is chosen by the planner: the fastest that fits the budget."""
+    """What saves memory. The planner chooses what is left out: the fastest strategy that fits the budget."""
 
     budget: Annotated[Literal["auto"] | Annotated[int, Field(gt=0)], BeforeValidator(_read_budget)] = "auto"
     """Memory of the device that the run may use: ``8GiB``, a number of bytes, or ``auto``, what is free."""
@@ -257,10 +257,16 @@ class MemoryConfig(Section):
     transformers. A mapping gives a placement per block: ``{unet.up_blocks.3: segments}``."""
     offload_checkpoints: bool | None = None
     """Keep what checkpointed segments start from in the host's memory."""
+    fused_layers: bool | None = None
+    """Compute GroupNorm with SiLU, and GEGLU, in one kernel each, which keeps fewer activations for the backward pass.
+    Results differ from those of separate layers by rounding alone. By default on CUDA devices where a faster strategy
+    fits with it, or nothing fits without it."""
     tiled_samples: bool | None = None
     """Draw samples during training one at a time, and decode them in tiles in the type of the weights."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention implementation; xformers needs a CUDA device."""
+    techniques: dict[str, bool | int | float | str | None] = {}
+    """Values of techniques that other packages register, by their names."""
 
 
 class CheckpointingConfig(Section):

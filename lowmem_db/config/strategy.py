@@ -1,97 +1,315 @@
-"""How a run saves memory: every choice that the configuration leaves open, made."""
+"""How a run saves memory: the fields that a configuration may leave open, each declared once.
 
-from collections.abc import Mapping
+A *resolved* configuration leaves none of them open; it is all that anything below planning is told. From the
+declaration follow what a strategy is called, what it is compared by, which traces of the planner it shares with others,
+what a resumed run takes over, and its JSON.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from lowmem_db.config.schema import BaseWeights, Clipping, Config, Placement, Weights
+from lowmem_db.config import choices
+from lowmem_db.config.choices import Situation
+from lowmem_db.config.schema import Config, Placement
+
+Trace = Literal["weights", "resident", "class_images", "encode_images", "encode_text", "train", "sample"]
+"""What the planner measures: weights as they are loaded, what stays between steps, and the phases of a run."""
+
+
+def _itself(value: Any) -> Hashable:
+    return tuple(sorted(value.items())) if isinstance(value, Mapping) else value
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strategy:
-    """What the memory engine does.
+class StrategyField:
+    """A field of the configuration that the planner fills where it is left open.
 
     Attributes:
-        weights: Kind of the weights that train.
-        mixed_precision: Type the model computes in; with bf16 weights always ``bf16``.
-        optimizer_in_backward: Step each parameter when its gradient is complete.
-        stream_optimizer_state: Keep 8-bit states and extra bits on the host.
-        checkpointing: Placement, for all blocks or for each.
-        offload_checkpoints: Keep what checkpointed segments start from on the host.
-        clipping: What is clipped.
-        tiled_samples: Draw samples during training one at a time, and decode them in tiles in the type of the weights.
-        base_weights: Type of the frozen weights of a LoRA run; None where all weights train.
+        path: Where it is in the configuration; ``memory.techniques.NAME`` for a technique from outside this package.
+        choices: What the planner tries, what does least first.
+        plain: Its value in a run that nobody planned.
+        words: What it is called on the screen, given a resolved configuration; None: nothing is said.
+        rank: Fields with a lower rank come first when it is counted how much a strategy does.
+        effort: How much a value does.
+        overhead: Share of a step's time that a value costs, beside what is recomputed.
+        traced: What the planner measures that depends on the field, each with what two values have to have in common
+            so that one measurement serves both.
+        applies: Whether a configuration has a use for the field; it stays None elsewhere.
     """
 
-    weights: Weights
-    mixed_precision: Literal["no", "fp16", "bf16"]
-    optimizer_in_backward: bool
-    stream_optimizer_state: bool
-    checkpointing: Placement | Mapping[str, Placement]
-    offload_checkpoints: bool
-    clipping: Clipping
-    tiled_samples: bool = False
-    base_weights: BaseWeights | None = None
+    path: str
+    choices: Callable[[Config, Situation], Iterable[Any]]
+    plain: Callable[[Config], Any]
+    words: Callable[[Config], str | None]
+    rank: int
+    effort: Callable[[Any], int]
+    overhead: Callable[[Any], float]
+    traced: Mapping[Trace, Callable[[Any], Hashable]]
+    applies: Callable[[Config], bool] = lambda config: True
 
     @property
-    def autocast(self) -> Literal["no", "fp16", "bf16"]:
-        """Type of the autocast: none where the weights are bf16 themselves."""
-        return self.mixed_precision if self.weights == "fp32" else "no"
+    def name(self) -> str:
+        """Its name without the section."""
+        return self.path.rpartition(".")[2]
+
+    def of(self, config: Config | Mapping[str, Any]) -> Any:
+        """Return its value in a configuration, or in what was read from a file; None where it is not there."""
+        value: Any = config
+        for name in self.path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+        return value
+
+    def is_open(self, config: Config) -> bool:
+        """Say whether a configuration leaves it to the planner."""
+        return self.of(config) is None and self.applies(config)
 
 
-def plain_strategy(config: Config) -> Strategy:
-    """Return the strategy of a configuration that nobody planned: what it leaves open is not done."""
-    memory, training = config.memory, config.training
-    weights = memory.weights or "fp32"
-    in_backward = bool(memory.optimizer_in_backward)
-    base_weights = (config.lora.base_weights or "fp32") if config.lora.enabled else None
-    return Strategy(
-        weights=weights,
-        mixed_precision="bf16" if weights != "fp32" else training.mixed_precision or compute_type(base_weights),
-        optimizer_in_backward=in_backward,
-        stream_optimizer_state=bool(memory.stream_optimizer_state),
-        checkpointing=memory.checkpointing or "none",
-        offload_checkpoints=bool(memory.offload_checkpoints),
-        clipping=resolve_clipping(config, optimizer_in_backward=in_backward),
-        tiled_samples=bool(memory.tiled_samples),
-        base_weights=base_weights,
+def switch(
+    path: str,
+    words: str,
+    *,
+    choices: Callable[[Config, Situation], Iterable[bool]] = choices.off,
+    rank: int = 3,
+    overhead: float = 0.0,
+    traced: Iterable[Trace] = ("train",),
+) -> StrategyField:
+    """Return a field that is on or off; off where nobody planned.
+
+    Args:
+        path: As in :class:`StrategyField`.
+        words: What it is called where it is on.
+        choices: As in :class:`StrategyField`; off alone by default, so that only a configuration turns it on.
+        rank: As in :class:`StrategyField`.
+        overhead: Share of a step's time that it costs.
+        traced: What the planner measures that depends on it.
+    """
+
+    def said(config: Config) -> str | None:
+        return words if field.of(config) else None
+
+    field = StrategyField(
+        path=path,
+        choices=choices,
+        plain=lambda config: False,
+        words=said,
+        rank=rank,
+        effort=int,
+        overhead=lambda is_on: overhead * is_on,
+        traced=dict.fromkeys(traced, bool),
     )
+    return field
 
 
-def compute_type(base_weights: BaseWeights | None) -> Literal["no", "fp16", "bf16"]:
-    """Return the type that frozen weights compute in where nothing says otherwise."""
-    if base_weights in {None, "fp32"}:
-        return "no"
-    return "fp16" if base_weights == "fp16" else "bf16"
+def autocast(config: Config) -> Literal["no", "fp16", "bf16"]:
+    """Return the type of the autocast of a resolved configuration: none where the weights are bf16 themselves."""
+    precision = config.training.mixed_precision
+    return precision if config.memory.weights == "fp32" and precision is not None else "no"
 
 
-def resolve_clipping(config: Config, *, optimizer_in_backward: bool) -> Clipping:
-    """Return what is clipped where ``training.clipping`` leaves it open."""
-    training = config.training
-    if training.clipping is not None:
-        return training.clipping
-    if training.max_grad_norm is None:
-        return "none"
-    if not optimizer_in_backward:
-        return "global"
-    return "lagged" if "max_grad_norm" in training.model_fields_set else "update_rms"
+def _weights_in_words(config: Config) -> str:
+    base, compute_type = config.lora.base_weights, autocast(config)
+    kind = f"{config.memory.weights}" if base is None else f"LoRA beside {base} weights"
+    return kind + (f" with {compute_type} autocast" if compute_type != "no" else "")
 
 
-def with_strategy(config: Config, strategy: Strategy) -> Config:
-    """Return the configuration with every choice of a strategy written into it."""
-    placement = strategy.checkpointing
-    memory = config.memory.model_copy(
-        update={
-            "weights": strategy.weights,
-            "optimizer_in_backward": strategy.optimizer_in_backward,
-            "stream_optimizer_state": strategy.stream_optimizer_state,
-            "checkpointing": placement if isinstance(placement, str) else dict(placement),
-            "offload_checkpoints": strategy.offload_checkpoints,
-            "tiled_samples": strategy.tiled_samples,
-        }
-    )
-    training = config.training.model_copy(
-        update={"mixed_precision": strategy.mixed_precision, "clipping": strategy.clipping}
-    )
-    lora = config.lora.model_copy(update={"base_weights": strategy.base_weights})
-    return config.model_copy(update={"memory": memory, "training": training, "lora": lora})
+def _placement_in_words(config: Config) -> str:
+    placement = config.memory.checkpointing
+    if placement is None or placement == "none":
+        return "no checkpointing"
+    if isinstance(placement, str):
+        return f"checkpointed {placement}"
+    blocks = [name for name, kind in placement.items() if kind != "none"]
+    return f"checkpointed {' and '.join(blocks)}" if len(blocks) <= 2 else f"checkpointed {len(blocks)} blocks"
+
+
+def _depth(placement: Placement | Mapping[str, Placement]) -> int:
+    """Return how much is recomputed: all blocks before some, and more blocks before fewer."""
+    depth = {"none": 0, "layers": 1, "segments": 2, "nested": 3}
+    return 1000 * depth[placement] + 1 if isinstance(placement, str) else 1000 + len(placement)
+
+
+def _is_fp32(weights: str) -> bool:
+    return weights == "fp32"
+
+
+def _unsaid(config: Config) -> None:
+    del config
+
+
+def _free(value: Any) -> float:
+    del value
+    return 0.0
+
+
+FIELDS: tuple[StrategyField, ...] = (
+    StrategyField(
+        path="memory.weights",
+        choices=choices.weights,
+        plain=lambda config: "fp32",
+        words=_weights_in_words,
+        rank=0,
+        effort=("fp32", "bf16_extra_bits", "bf16_stochastic").index,
+        overhead=_free,
+        traced={"weights": _is_fp32, "resident": _itself, "train": _itself, "sample": _is_fp32},
+    ),
+    StrategyField(
+        path="lora.base_weights",
+        choices=choices.base_weights,
+        plain=lambda config: "fp32",
+        words=_unsaid,  # said with the weights
+        rank=1,
+        effort=(None, "fp32", "fp16", "bf16", "int8", "nf4").index,
+        overhead=_free,
+        traced={
+            "weights": _itself,
+            "resident": _itself,
+            "train": _itself,
+            "sample": _itself,
+            "class_images": lambda kind: kind if kind in {"int8", "nf4"} else None,
+        },
+        applies=lambda config: config.lora.enabled,
+    ),
+    StrategyField(
+        path="training.mixed_precision",
+        choices=choices.mixed_precision,
+        plain=choices.plain_precision,
+        words=_unsaid,  # said with the weights
+        rank=0,
+        effort=lambda precision: 0,
+        overhead=_free,
+        traced=dict.fromkeys(("weights", "resident", "train", "sample"), _itself),
+    ),
+    StrategyField(
+        path="memory.checkpointing",
+        choices=choices.checkpointing,
+        plain=lambda config: "none",
+        words=_placement_in_words,
+        rank=4,
+        effort=_depth,
+        overhead=_free,  # what is recomputed is counted block by block
+        traced={"train": _itself},
+    ),
+    switch(
+        "memory.fused_layers",
+        "fused layers",
+        choices=choices.fused_layers,
+        rank=2,
+        traced=("train", "sample"),
+    ),
+    switch("memory.optimizer_in_backward", "optimizer in backward", choices=choices.gradients),
+    switch(
+        "memory.stream_optimizer_state",
+        "streamed optimizer state",
+        choices=choices.optimizer_states,
+        overhead=0.03,  # copies to the host and back take bandwidth and launches
+        traced=("resident", "train"),
+    ),
+    switch(
+        "memory.offload_checkpoints",
+        "checkpoints on the host",
+        choices=choices.offload_checkpoints,
+        overhead=0.03,
+    ),
+    switch("memory.tiled_samples", "tiled samples", traced=("sample",)),
+    StrategyField(
+        path="training.clipping",
+        choices=choices.clipping,
+        plain=lambda config: next(choices.clipping(config)),
+        words=_unsaid,
+        rank=0,
+        effort=lambda clipping: 0,
+        overhead=_free,
+        traced={"train": _itself},
+    ),
+)
+"""Fields of this package, in the order in which they are chosen and said."""
+_registered: list[StrategyField] = []
+
+
+def register(field: StrategyField) -> Callable[[], None]:
+    """Let the field of a technique from outside this package be planned; return what takes that back."""
+    _registered.append(field)
+    return lambda: _registered.remove(field)
+
+
+def is_registered(name: str) -> bool:
+    """Say whether a technique from outside this package is known."""
+    return any(field.path == f"memory.techniques.{name}" for field in _registered)
+
+
+def fields() -> tuple[StrategyField, ...]:
+    """Return all fields in the order in which they are chosen; what was registered comes last."""
+    return (*FIELDS, *_registered)
+
+
+def changed(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return a configuration with other values, by the paths of their fields; they are not checked."""
+    sections: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        section, name, *key = path.split(".", 2)
+        of_section = sections.setdefault(section, {})
+        if key:
+            before = of_section.get(name, getattr(getattr(config, section), name))
+            of_section[name] = {**before, key[0]: value}
+        else:
+            of_section[name] = dict(value) if isinstance(value, Mapping) else value
+    update = {section: getattr(config, section).model_copy(update=made) for section, made in sections.items()}
+    return config.model_copy(update=update)
+
+
+def resolve(config: Config, choices: Mapping[str, Any] | None = None) -> Config:
+    """Fill what a configuration leaves open: with choices, and else as in a run that nobody planned.
+
+    Args:
+        config: The configuration; what it gives stays.
+        choices: Values by the paths of their fields.
+    """
+    for field in fields():
+        if field.is_open(config):
+            value = (choices or {}).get(field.path)
+            config = changed(config, {field.path: field.plain(config) if value is None else value})
+    return config
+
+
+def open_paths(config: Config) -> frozenset[str]:
+    """Return the paths of the fields that a configuration leaves open; none where it is resolved."""
+    return frozenset(field.path for field in fields() if field.is_open(config))
+
+
+def check_resolved(config: Config) -> None:
+    """Refuse a configuration that is not resolved; a mistake of the caller, not of the user.
+
+    Raises:
+        ValueError: A field is open.
+    """
+    if left := open_paths(config):
+        raise ValueError(f"the configuration leaves open {', '.join(sorted(left))}; resolve it first")
+
+
+def values_of(config: Config) -> dict[str, Any]:
+    """Return the strategy of a resolved configuration: values by the names of their fields, as in JSON."""
+    return {field.name: field.of(config) for field in fields()}
+
+
+def key_of(config: Config, trace: Trace) -> tuple[Hashable, ...]:
+    """Return what a measurement depends on in a resolved configuration, as something that can be looked up."""
+    return tuple(field.traced[trace](field.of(config)) for field in fields() if trace in field.traced)
+
+
+def describe(config: Config) -> str:
+    """Return what the strategy of a resolved configuration is called on the screen."""
+    return ", ".join(words for field in fields() if (words := field.words(config)) is not None)
+
+
+def effort_of(config: Config) -> tuple[int, ...]:
+    """Return how much a strategy does to save memory, as something that can be compared."""
+    totals: dict[int, int] = {}
+    for field in fields():
+        totals[field.rank] = totals.get(field.rank, 0) + field.effort(field.of(config))
+    return tuple(totals[rank] for rank in sorted(totals))
+
+
+def overhead_of(config: Config) -> float:
+    """Return the share of a step's time that a strategy costs, beside what is recomputed."""
+    return sum(field.overhead(field.of(config)) for field in fields())

@@ -5,9 +5,9 @@ import torch
 from lowmem_db.adaptation.finding import find_adaptation
 from lowmem_db.adaptation.layers import count_trained, that_train
 from lowmem_db.config.schema import Config
-from lowmem_db.config.strategy import Strategy, plain_strategy, with_strategy
+from lowmem_db.config.strategy import autocast, check_resolved, resolve
 from lowmem_db.errors import ConfigError
-from lowmem_db.memory import attention, checkpointing
+from lowmem_db.memory import techniques
 from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
@@ -19,35 +19,29 @@ from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.optimizers.weights import named_parameters
 
 
-def build_step(
-    config: Config, strategy: Strategy, model: ModelFolder, device: torch.device
-) -> tuple[Denoiser, Objective, OptimizerHandle]:
+def build_step(config: Config, model: ModelFolder, device: torch.device) -> tuple[Denoiser, Objective, OptimizerHandle]:
     """Build what one training step needs.
 
     Args:
-        config: The configuration.
-        strategy: How memory is saved.
+        config: The configuration, resolved: see :mod:`lowmem_db.config.strategy`.
         model: The model; on the meta device its configuration files are enough.
         device: Where the step runs.
 
     Raises:
         ConfigError: ``memory.checkpointing`` names a block that the model does not have, or another field
             cannot be combined with it.
+        ValueError: The configuration leaves a field open.
     """
+    check_resolved(config)
     _check_fields(config, model)
-    adaptation = find_adaptation(with_strategy(config, strategy))
     # What trains is made on the host, so that the device never holds weights of a type that does not train.
-    denoiser = _load_denoiser(config, strategy, model, device if device.type == "meta" else CPU)
-    attached = adaptation.attach(denoiser.modules())
+    denoiser = _load_denoiser(config, model, device if device.type == "meta" else CPU)
+    attached = find_adaptation(config).attach(denoiser.modules())
     for module in denoiser.modules().values():
         module.to(device).train()
-    attention.apply(denoiser.module, config.memory.attention, device)
-    try:
-        checkpointing.apply(denoiser.blocks(), strategy.checkpointing, offload=strategy.offload_checkpoints)
-    except ValueError as error:
-        raise ConfigError(f"memory.checkpointing: {error}") from error
+    techniques.apply(denoiser, config, device)
     trained = that_train(denoiser.modules())
-    optimizer = build_optimizer(config, strategy, trained, device)
+    optimizer = build_optimizer(config, trained, device)
     extra_bits = {name: bits for name, bits in attached.extra_bits.items() if name.partition(".")[0] in trained}
     for name, bits in optimizer.extra_bits().items():
         bits.copy_(extra_bits.pop(name))
@@ -58,17 +52,17 @@ def build_step(
 
 def count_on_meta(config: Config, model: ModelFolder) -> dict[str, int]:
     """Return how many parameters of each component will train, without reading a weight."""
-    strategy = plain_strategy(config)
-    denoiser = _load_denoiser(config, strategy, model, torch.device("meta"))
-    find_adaptation(with_strategy(config, strategy)).attach(denoiser.modules())
+    resolved = resolve(config)
+    denoiser = _load_denoiser(resolved, model, torch.device("meta"))
+    find_adaptation(resolved).attach(denoiser.modules())
     return count_trained(denoiser.modules())
 
 
-def _load_denoiser(config: Config, strategy: Strategy, model: ModelFolder, device: torch.device) -> Denoiser:
-    family, dtype = model.family, find_adaptation(with_strategy(config, strategy)).load_dtype()
+def _load_denoiser(config: Config, model: ModelFolder, device: torch.device) -> Denoiser:
+    family, dtype = model.family, find_adaptation(config).load_dtype()
     names = [family.denoiser, *(family.text_encoders if config.training.train_text_encoder else ())]
     modules = {name: model.load(name, device, dtype) for name in names}
-    return Denoiser(family, modules, AUTOCAST_TYPES[strategy.autocast])
+    return Denoiser(family, modules, AUTOCAST_TYPES[autocast(config)])
 
 
 def _check_fields(config: Config, model: ModelFolder) -> None:

@@ -7,8 +7,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from lowmem_db_kernels import geglu, group_norm_silu
 from torch import Tensor, nn
+
+from lowmem_db import environment
+from lowmem_db.errors import DependencyError
+
+_OPERATORS = ("group_norm_silu", "geglu")
 
 
 class _ActivatedInNorm(nn.Module):
@@ -16,6 +22,23 @@ class _ActivatedInNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x if x.ndim == 4 else nn.functional.silu(x)
+
+
+def check(device: torch.device) -> None:
+    """Refuse fused layers on a CUDA device where their kernels do not serve; on the CPU eager twins save memory too.
+
+    Raises:
+        DependencyError: Eager twins would serve there, which need more memory than separate layers.
+    """
+    if (reason := why_not(device)) is not None and device.type == "cuda":
+        raise DependencyError(
+            f"memory.fused_layers: true needs compiled kernels on {device}: {reason} (`lowmem-db doctor`); leave it out"
+        )
+
+
+def why_not(device: torch.device) -> str | None:
+    """Say why compiled kernels do not serve on a device; None where they do."""
+    return environment.why_not_compiled(_OPERATORS, device)
 
 
 def apply(unet: nn.Module) -> Callable[[], None]:

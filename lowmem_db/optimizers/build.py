@@ -1,13 +1,13 @@
 """From the configuration to an optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lowmem_db.config.schema import Config, OptimizerConfig, Weights
-from lowmem_db.config.strategy import Strategy
+from lowmem_db.config.schema import Config, Weights
+from lowmem_db.config.strategy import autocast, check_resolved
 from lowmem_db.errors import ConfigError
 from lowmem_db.optimizers.adafactor import Adafactor
 from lowmem_db.optimizers.adamw import AdamW
@@ -25,49 +25,51 @@ from lowmem_db.randomness import derive_seed
 _LARGEST_SMALL = 4095  # elements; bitsandbytes keeps fp32 states up to this size
 
 
-def build_optimizer(
-    config: Config, strategy: Strategy, modules: Mapping[str, nn.Module], device: torch.device
-) -> OptimizerHandle:
+def build_optimizer(config: Config, modules: Mapping[str, nn.Module], device: torch.device) -> OptimizerHandle:
     """Build the optimizer of a configuration, a group for each module in which something trains.
 
     Args:
-        config: The configuration.
-        strategy: How memory is saved; the modules have its kind of weights.
+        config: The configuration, resolved; the modules have its kind of weights.
         modules: What trains, by the name of its component.
         device: Where the modules are.
 
     Raises:
         ConfigError: Nothing trains.
+        ValueError: The configuration leaves a field open.
     """
-    rule = _rule(config.optimizer, strategy, device)
-    kind = InBackwardHandle if strategy.optimizer_in_backward else OptimizerHandle
+    check_resolved(config)
+    rule = _RULES[config.optimizer.name](config, device)
+    kind = InBackwardHandle if config.memory.optimizer_in_backward else OptimizerHandle
     return kind(
-        _units(config, strategy, rule, modules, device),
+        _units(config, rule, modules, device),
         rule,
-        clipping=GradientClipping(strategy.clipping, config.training.max_grad_norm, device),
-        loss_scale=LossScale(device) if strategy.autocast == "fp16" else None,
+        clipping=GradientClipping(config.training.clipping or "none", config.training.max_grad_norm, device),
+        loss_scale=LossScale(device) if autocast(config) == "fp16" else None,
         device=device,
     )
 
 
-def _rule(config: OptimizerConfig, strategy: Strategy, device: torch.device) -> UpdateRule:
-    if config.name == "adamw8bit":
-        leaves_out_overflow = strategy.optimizer_in_backward and strategy.autocast == "fp16"
-        return AdamW8bit(config, device, leaves_out_overflow=leaves_out_overflow)
-    return AdamW(config) if config.name == "adamw" else Adafactor(config)
+def _adamw8bit(config: Config, device: torch.device) -> UpdateRule:
+    leaves_out_overflow = bool(config.memory.optimizer_in_backward) and autocast(config) == "fp16"
+    return AdamW8bit(config.optimizer, device, leaves_out_overflow=leaves_out_overflow)
 
 
-def _units(
-    config: Config, strategy: Strategy, rule: UpdateRule, modules: Mapping[str, nn.Module], device: torch.device
-) -> list[StepUnit]:
+_RULES: dict[str, Callable[[Config, torch.device], UpdateRule]] = {
+    "adamw": lambda config, device: AdamW(config.optimizer),
+    "adamw8bit": _adamw8bit,
+    "adafactor": lambda config, device: Adafactor(config.optimizer),
+}
+
+
+def _units(config: Config, rule: UpdateRule, modules: Mapping[str, nn.Module], device: torch.device) -> list[StepUnit]:
     trained = _trained_parameters(modules)
     large = {name: parameter for name, parameter in trained.items() if parameter.numel() > _LARGEST_SMALL}
     rows = _rows({name: parameter for name, parameter in trained.items() if name not in large})
-    layout = partial(_layout, rule, extra_bits=strategy.weights == "bf16_extra_bits")
-    of_large = StreamedStates if strategy.stream_optimizer_state else ResidentStates
+    layout = partial(_layout, rule, extra_bits=config.memory.weights == "bf16_extra_bits")
+    of_large = StreamedStates if config.memory.stream_optimizer_state else ResidentStates
     large_states = of_large({name: layout(parameter, small=False) for name, parameter in large.items()}, device)
     row_states = ResidentStates({name: layout(_in_a_row(row), small=True) for name, row in rows.items()}, device)
-    seed = partial(_rounding_seed, config.seed, strategy.weights)
+    seed = partial(_rounding_seed, config.seed, config.memory.weights)
     return [
         *(LargeParameter(name, parameter, large_states, seed(name)) for name, parameter in large.items()),
         *(SmallParameters(name, row, row_states, seed(name)) for name, row in rows.items()),
@@ -99,5 +101,5 @@ def _layout(rule: UpdateRule, parameter: Tensor, *, small: bool, extra_bits: boo
     return StateLayout([*tensors, like(parameter, EXTRA_BITS, torch.int8)] if extra_bits else tensors)
 
 
-def _rounding_seed(seed: int, weights: Weights, name: str) -> int | None:
+def _rounding_seed(seed: int, weights: Weights | None, name: str) -> int | None:
     return derive_seed(seed, f"rounding of {name}") if weights == "bf16_stochastic" else None

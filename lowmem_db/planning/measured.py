@@ -8,7 +8,6 @@ import torch
 
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
-from lowmem_db.config.strategy import Strategy, with_strategy
 from lowmem_db.engine.build import build_ema, build_step
 from lowmem_db.engine.step import train_step
 from lowmem_db.environment import GIB
@@ -44,35 +43,32 @@ class Verified:
         )
 
 
-def verify(config: Config, plan: Plan) -> Verified:
-    """Run three real training steps under a plan's strategy.
+def verify(plan: Plan) -> Verified:
+    """Run three real training steps of a plan.
 
     Raises:
         ModelError: The model has no weights here.
     """
     predicted = next(phase.parts.total for phase in plan.phases if phase.name == "train")
-    device = environment.resolve_device(config.device)
-    model = model_of(config)
-    return Verified(predicted, measure_train(with_strategy(config, plan.strategy), plan.strategy, model, device))
+    device = environment.resolve_device(plan.config.device)
+    model = model_of(plan.config)
+    return Verified(predicted, measure_train(plan.config, model, device))
 
 
-def measure_train(
-    config: Config, strategy: Strategy, model: ModelFolder, device: torch.device, *, num_steps: int = _NUM_STEPS
-) -> int:
+def measure_train(config: Config, model: ModelFolder, device: torch.device, *, num_steps: int = _NUM_STEPS) -> int:
     """Run real training steps on made-up latents; return the bytes of tensors at their peak.
 
     On a CUDA device its allocator is asked; on the CPU storages are followed as in a trace, with real tensors.
 
     Args:
-        config: The configuration.
-        strategy: How memory is saved.
+        config: The configuration, resolved.
         model: The model, with its weights.
         device: Where the steps run.
         num_steps: How many.
     """
     if device.type != "cuda":
-        return _follow(config, strategy, model, device, num_steps)
-    denoiser, objective, optimizer = build_step(config, strategy, model, device)
+        return _follow(config, model, device, num_steps)
+    denoiser, objective, optimizer = build_step(config, model, device)
     ema = build_ema(config, denoiser, optimizer)
     optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))
     torch.cuda.reset_peak_memory_stats(device)
@@ -83,10 +79,10 @@ def measure_train(
     return torch.cuda.max_memory_allocated(device)
 
 
-def _follow(config: Config, strategy: Strategy, model: ModelFolder, device: torch.device, num_steps: int) -> int:
+def _follow(config: Config, model: ModelFolder, device: torch.device, num_steps: int) -> int:
     tracker = AllocationTracker(device_type=device.type, rounding=1, cpu_kernels=True)
     with tracker.tracking():
-        denoiser, objective, optimizer = build_step(config, strategy, model, device)
+        denoiser, objective, optimizer = build_step(config, model, device)
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         ema = build_ema(config, denoiser, optimizer)
         optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lowmem_db.config.strategy import describe, values_of
 from lowmem_db.environment import GIB
-from lowmem_db.planning.candidates import describe
 from lowmem_db.planning.plan import Plan
 from lowmem_db.records import PhaseMemory, Refusal
 
@@ -34,7 +34,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             }
             for phase in plan.phases
         ],
-        "strategy": strategy_as_json(plan),
+        "strategy": values_of(plan.config),
         "refused": [asdict(refusal) for refusal in plan.refused],
         "notes": list(plan.notes),
         "seconds_per_step": plan.seconds_per_step,
@@ -42,16 +42,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def strategy_as_json(plan: Plan) -> dict[str, Any]:
-    """Return the strategy of a plan as JSON values."""
-    placement = plan.strategy.checkpointing
-    fields = {name: getattr(plan.strategy, name) for name in plan.strategy.__dataclass_fields__}
-    return fields | {"checkpointing": placement if isinstance(placement, str) else dict(placement)}
-
-
 def show(plan: Plan, out: Console) -> None:
     """Print a plan: the strategy, a bar for each phase, and why faster strategies were refused."""
-    out.print(f"{describe(plan.strategy)}", markup=False, style="bold")
+    out.print(f"{describe(plan.config)}", markup=False, style="bold")
     out.print(
         f"peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} on {plan.device}, of that "
         f"{_gib(plan.allowance_bytes)} set aside for context, workspaces and fragmentation; "
@@ -70,7 +63,7 @@ def show(plan: Plan, out: Console) -> None:
 def summary(plan: Plan) -> str:
     """Return a plan in one line, for the start of a run."""
     return (
-        f"plan: {describe(plan.strategy)}; predicted peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} "
+        f"plan: {describe(plan.config)}; predicted peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} "
         f"(memory.budget), {len(plan.refused)} faster strategies refused: see plan.json"
     )
 

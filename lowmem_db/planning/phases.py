@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_db.config.schema import Config
-from lowmem_db.config.strategy import Strategy, with_strategy
+from lowmem_db.config.strategy import autocast, changed
 from lowmem_db.engine.build import build_ema, build_step
 from lowmem_db.engine.samples import evaluating, load_decoder, sample_artist, sample_job
 from lowmem_db.engine.step import train_step
@@ -49,8 +49,8 @@ class Traced:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is traced: a configuration and its model, for a card."""
+class TracedRun:
+    """What is traced: a resolved configuration and its model, for a card."""
 
     config: Config
     model: ModelFolder
@@ -66,13 +66,13 @@ class Subject:
             yield tracker, costs
 
 
-def trace_class_images(subject: Subject) -> Traced:
+def trace_class_images(run: TracedRun) -> Traced:
     """Trace the generation of one batch of class images: the denoiser, and after it what decodes them."""
-    config, model = _short(subject.config), subject.model
-    dtype = DTYPES[config.prior.precision or ("fp32" if subject.card.is_cpu else "fp16")]
+    config, model = _short(run.config), run.model
+    dtype = DTYPES[config.prior.precision or ("fp32" if run.card.is_cpu else "fp16")]
     count = min(config.prior.sample_batch_size, config.prior.num_class_images)
     size = (config.data.resolution, config.data.resolution)
-    with subject.tracing() as (tracker, costs), torch.no_grad():
+    with run.tracing() as (tracker, costs), torch.no_grad():
         conditioning = Conditioning(tokens={}, embeds=model.family.blank_embeds(model, 2, META, dtype))
         with tracker.new_tensors_are("weights"):
             denoiser = load_frozen_denoiser(config, model, META, dtype)
@@ -89,12 +89,12 @@ def trace_class_images(subject: Subject) -> Traced:
         return _found(tracker, costs)
 
 
-def trace_encode_images(subject: Subject) -> Traced:
+def trace_encode_images(run: TracedRun) -> Traced:
     """Trace what encodes on one picture, in fp32."""
-    resolution = subject.config.data.resolution
-    with subject.tracing() as (tracker, costs):
+    resolution = run.config.data.resolution
+    with run.tracing() as (tracker, costs):
         with tracker.new_tensors_are("weights"):
-            codec = subject.model.space.load(META)
+            codec = run.model.space.load(META)
         tracker.reset_peak()
         with tracker.new_tensors_are("activations"):
             moments = codec.encode(torch.zeros(1, 3, resolution, resolution))
@@ -102,11 +102,11 @@ def trace_encode_images(subject: Subject) -> Traced:
         return _found(tracker, costs)
 
 
-def trace_encode_text(subject: Subject) -> Traced:
+def trace_encode_text(run: TracedRun) -> Traced:
     """Trace the text encoders on one prompt, in fp32."""
-    model = subject.model
+    model = run.model
     tokens = model.family.blank_tokens(model, 1)
-    with subject.tracing() as (tracker, costs), torch.no_grad():
+    with run.tracing() as (tracker, costs), torch.no_grad():
         with tracker.new_tensors_are("weights"):
             text_encoders = load_text_encoders(model, META)
         tracker.reset_peak()
@@ -116,17 +116,17 @@ def trace_encode_text(subject: Subject) -> Traced:
         return _found(tracker, costs)
 
 
-def trace_train(subject: Subject, strategy: Strategy) -> Traced:
+def trace_train(run: TracedRun) -> Traced:
     """Trace one training step that others went before, and the moving average after it."""
-    config = subject.config
-    with subject.tracing(autocast=strategy.autocast != "no") as (tracker, costs):
+    config = run.config
+    with run.tracing(autocast=autocast(config) != "no") as (tracker, costs):
         with tracker.new_tensors_are("optimizer_state"):
-            denoiser, objective, optimizer = build_step(config, strategy, subject.model, META)
+            denoiser, objective, optimizer = build_step(config, run.model, META)
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         with tracker.new_tensors_are("other"):
             ema = build_ema(config, denoiser, optimizer)
         optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))
-        batches = training_batches(config, subject.model, denoiser)
+        batches = training_batches(config, run.model, denoiser)
         timeline = Timeline(tracker, costs)
         tracker.reset_peak()
         costs.clear()
@@ -138,32 +138,31 @@ def trace_train(subject: Subject, strategy: Strategy) -> Traced:
         return _found(tracker, costs, timeline.figures())
 
 
-def trace_residents(subject: Subject, strategies: Sequence[Strategy]) -> list[Traced]:
-    """Trace what stays in memory between steps, under strategies whose weights are of one type."""
-    after_backward = [replace(strategy, optimizer_in_backward=False) for strategy in strategies]  # hooks keep states
+def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced]:
+    """Trace what stays in memory between steps, under strategies whose weights are loaded in the same types."""
+    after_backward = [_stepping_after_backward(strategy) for strategy in strategies]
     found: list[Traced] = []
-    with subject.tracing() as (tracker, costs):
-        denoiser, _, optimizer = build_step(subject.config, after_backward[0], subject.model, META)
+    with run.tracing() as (tracker, costs):
+        denoiser, _, optimizer = build_step(after_backward[0], run.model, META)
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         for strategy in after_backward:
             del optimizer
             tracker.reset_peak()
             with tracker.new_tensors_are("optimizer_state"):
-                optimizer = build_optimizer(subject.config, strategy, denoiser.modules(), META)
+                optimizer = build_optimizer(strategy, denoiser.modules(), META)
             with tracker.new_tensors_are("other"):
-                ema = build_ema(subject.config, denoiser, optimizer)
+                ema = build_ema(strategy, denoiser, optimizer)
             trained_bytes = sum(parameter.nbytes for parameter in optimizer.parameters())
             found.append(replace(_found(tracker, costs), trained_bytes=trained_bytes))
             del ema
     return found
 
 
-def trace_sample(subject: Subject, strategy: Strategy) -> Traced:
+def trace_sample(run: TracedRun) -> Traced:
     """Trace the samples of one prompt from the model in memory; optimizer states and averages are not counted."""
-    config, model = _short(with_strategy(subject.config, strategy)), subject.model
-    with subject.tracing(autocast=strategy.autocast != "no") as (tracker, costs):
-        after_backward = replace(strategy, optimizer_in_backward=False)  # no hook keeps the optimizer alive then
-        denoiser = build_step(config, after_backward, model, META)[0]
+    config, model = _short(_stepping_after_backward(run.config)), run.model
+    with run.tracing(autocast=autocast(config) != "no") as (tracker, costs):
+        denoiser = build_step(config, model, META)[0]
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         conditioning = _conditioning(model, denoiser, 2)
         tracker.reset_peak()
@@ -175,6 +174,11 @@ def trace_sample(subject: Subject, strategy: Strategy) -> Traced:
             pixels = codec.decode(latents)
         del latents, pixels, codec
         return _found(tracker, costs)
+
+
+def _stepping_after_backward(config: Config) -> Config:
+    """Return a configuration without hooks on parameters, which would keep optimizer states alive."""
+    return changed(config, {"memory.optimizer_in_backward": False})
 
 
 def _found(tracker: AllocationTracker, costs: CostRecorder, blocks: Mapping[str, BlockFigures] | None = None) -> Traced:

@@ -2,36 +2,25 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
 
 from lowmem_db.config.schema import Config
-from lowmem_db.config.strategy import Strategy
+from lowmem_db.config.strategy import StrategyField, changed, describe, effort_of, open_paths
 from lowmem_db.environment import GIB
 from lowmem_db.errors import BudgetError
 from lowmem_db.models.finding import model_of
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.allowance import allowance_bytes
-from lowmem_db.planning.candidates import candidates, describe, num_measures, open_choices
-from lowmem_db.planning.phases import (
-    Subject,
-    Traced,
-    trace_class_images,
-    trace_encode_images,
-    trace_encode_text,
-)
+from lowmem_db.planning.candidates import candidates, open_choices
+from lowmem_db.planning.needs import Needs
+from lowmem_db.planning.phases import TracedRun
 from lowmem_db.planning.predictor import Predictor
+from lowmem_db.planning.smallest import Smallest, find_smallest, given_fields, in_the_way, without
 from lowmem_db.planning.target import Target
 from lowmem_db.records import MemoryPlan, PhaseMemory, Refusal
 
-Plan = MemoryPlan[Strategy]
-_ADVICE = {
-    "class_images": "; a smaller prior.sample_batch_size, for a LoRA lora.base_weights=nf4, lower it",
-    "encode_images": "; a smaller data.resolution lowers it",
-    "sample": "; fewer sampling.num_images, or no sampling.prompts and no evaluation.every, lower it",
-    "train": "; a frozen text encoder, optimizer.name=adamw8bit or a smaller data.resolution may lower it",
-}
+Plan = MemoryPlan[Config]
 
 
 def plan(config: Config, target: Target, *, model: ModelFolder | None = None) -> Plan:
@@ -47,24 +36,29 @@ def plan(config: Config, target: Target, *, model: ModelFolder | None = None) ->
         ConfigError: A rule refuses every strategy.
         ModelError: The model's configuration files are nowhere.
     """
-    subject = Subject(config=config, model=model or model_of(config, weights=False), card=target.card)
-    return Planner(subject).plan(target.budget_bytes, notes=target.notes)
+    run = TracedRun(config=config, model=model or model_of(config, weights=False), card=target.card)
+    return Planner(run).plan(target.budget_bytes, notes=target.notes)
 
 
 class Planner:
     """Plans one configuration for any number of budgets; what was traced for one serves the others.
 
     Args:
-        subject: What is planned.
+        run: What is planned, with what its configuration leaves open.
 
     Raises:
         ConfigError: A rule refuses every strategy.
     """
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, run: TracedRun) -> None:
         self._started = time.perf_counter()
-        self.subject = subject
-        self.predictor = Predictor(subject, open_choices(subject.config, subject.card))
+        self.run = run
+        self.predictor = Predictor(run, open_choices(run.config, run.card))
+        self.needs = Needs(self.predictor)
+
+    def candidates(self) -> tuple[list[Config], list[Refusal]]:
+        """Return every strategy that can be chosen, and those that a rule refuses."""
+        return candidates(self.run.config, self.run.card, self.predictor.block_names)
 
     def plan(self, budget_bytes: int, *, notes: Sequence[str] = ()) -> Plan:
         """Plan for a budget.
@@ -81,103 +75,82 @@ class Planner:
         self._started = time.perf_counter()
         return replace(found, notes=(*notes, *found.notes), seconds_to_plan=seconds)
 
-    @cached_property
-    def phases_before_training(self) -> list[PhaseMemory]:
-        """Phases that no strategy changes."""
-        config = self.subject.config
-        phases = [_phase("class_images", trace_class_images(self.subject))] if config.prior.enabled else []
-        phases.append(_phase("encode_images", trace_encode_images(self.subject)))
-        if not config.training.train_text_encoder:
-            phases.append(_phase("encode_text", trace_encode_text(self.subject)))
-        return phases
+    def smallest(self) -> Smallest:
+        """Find the strategy that needs the least."""
+        kept, _ = self.candidates()
+        return find_smallest(self.needs, [tiled for strategy in kept for tiled in self.with_tiled_samples(strategy)])
+
+    def with_tiled_samples(self, strategy: Config) -> list[Config]:
+        """Return a strategy, and what it is with tiled samples where that is open and samples are drawn."""
+        is_open = "memory.tiled_samples" in open_paths(self.run.config) and bool(strategy.prompts_drawn)
+        return [strategy, *([changed(strategy, {"memory.tiled_samples": True})] if is_open else [])]
 
 
 class _Search:
     """The search for the strategy of one budget."""
 
     def __init__(self, planner: Planner, budget_bytes: int) -> None:
-        self._subject = planner.subject
+        self._planner = planner
         self._predictor = planner.predictor
-        self._before = planner.phases_before_training
+        self._needs = planner.needs
+        self._card = planner.run.card
         self._budget_bytes = budget_bytes
 
     def run(self) -> Plan:
-        config, card = self._subject.config, self._subject.card
-        kept, refused = candidates(config, card, self._predictor.block_names)
+        kept, refused = self._planner.candidates()
         too_large: set[str] = set()
-        before = self._before
-        if self._needed(before) > self._budget_bytes:
-            raise self._too_small(kept, before)
         for strategy in sorted(kept, key=self._preference):
             family = _family(strategy)
             if family in too_large:
                 continue
-            refusal, tiled = self._predict(strategy)
+            refusal, chosen = self._predict(strategy)
             if refusal is None:
-                phases = [*before, *self._phases_of_training(tiled)]
-                if self._needed(phases) <= self._budget_bytes:
-                    return self._plan(tiled, phases, refused)
-                refusal = self._refusal(tiled, self._needed(phases))
+                phases = self._needs.phases(chosen)
+                if self._needs.of_phases(phases) <= self._budget_bytes:
+                    return self._plan(chosen, phases, refused)
+                refusal = self._refusal(describe(chosen), self._needs.of_phases(phases))
             elif refusal.strategy == family:
                 too_large.add(family)
             refused.append(refusal)
-        raise self._too_small(kept, before)
+        raise BudgetError(_too_small(self._planner, self._budget_bytes))
 
-    def _preference(self, strategy: Strategy) -> tuple[object, ...]:
+    def _preference(self, strategy: Config) -> tuple[object, ...]:
         """Return what strategies are ordered by: exact weights come before speed, and fewer measures break a tie."""
-        is_rounded = strategy.weights == "bf16_stochastic" or strategy.base_weights in {"int8", "nf4"}
-        return is_rounded, round(self._predictor.seconds(strategy), 4), num_measures(strategy)
+        is_rounded = strategy.memory.weights == "bf16_stochastic" or strategy.lora.base_weights in {"int8", "nf4"}
+        return is_rounded, round(self._predictor.seconds(strategy), 4), effort_of(strategy)
 
-    def _predict(self, strategy: Strategy) -> tuple[Refusal | None, Strategy]:
+    def _predict(self, strategy: Config) -> tuple[Refusal | None, Config]:
         """Return why a strategy will not fit, cheap reasons first, and the strategy.
 
         Samples are tiled where they would not fit otherwise and the configuration leaves that open.
         """
-        kept = self._predictor.resident(strategy)
-        resident, gradients = kept.resident, 0 if strategy.optimizer_in_backward else kept.trained_bytes
-        if (least := self._with_allowance(resident.total + gradients)) > self._budget_bytes:
-            held = "weights, optimizer state and gradients" if gradients else "weights and optimizer state"
-            reason = f"{self._refusal(strategy, least).reason}, for {held} alone"
-            return Refusal(strategy=_family(strategy), reason=reason), strategy
-        if self._sample_bytes(strategy) > self._budget_bytes and self._subject.config.memory.tiled_samples is None:
-            strategy = replace(strategy, tiled_samples=True)
-        if (needed := self._sample_bytes(strategy)) > self._budget_bytes:
-            reason = f"{self._refusal(strategy, needed).reason}, while samples are drawn"
-            return Refusal(strategy=describe(strategy), reason=reason), strategy
-        needed = self._with_allowance(self._predictor.train_bytes(strategy))
-        return (self._refusal(strategy, needed) if needed > self._budget_bytes else None), strategy
+        needs, budget = self._needs, self._budget_bytes
+        if (needed := needs.before_training(strategy)) > budget:
+            return self._refusal(_family(strategy), needed, ", before training"), strategy
+        if (needed := needs.between_steps(strategy)) > budget:
+            gradients = "" if strategy.memory.optimizer_in_backward else " and gradients"
+            held = f"weights{',' if gradients else ' and'} optimizer state{gradients}"
+            return self._refusal(_family(strategy), needed, f", for {held} alone"), strategy
+        fitting = [each for each in self._planner.with_tiled_samples(strategy) if needs.samples(each) <= budget]
+        if not fitting:
+            tiled = self._planner.with_tiled_samples(strategy)[-1]
+            return self._refusal(describe(tiled), needs.samples(tiled), ", while samples are drawn"), tiled
+        needed = needs.training(fitting[0])
+        return (self._refusal(describe(fitting[0]), needed) if needed > budget else None), fitting[0]
 
-    def _sample_bytes(self, strategy: Strategy) -> int:
-        if not self._subject.config.prompts_drawn:
-            return 0
-        return self._with_allowance(self._predictor.sample(strategy).total)
-
-    def _phases_of_training(self, strategy: Strategy) -> list[PhaseMemory]:
-        phases = [_phase("train", self._predictor.traced(strategy))]
-        if self._subject.config.prompts_drawn:
-            host_bytes = self._predictor.resident(strategy).host_bytes
-            phases.append(PhaseMemory(name="sample", parts=self._predictor.sample(strategy), host_bytes=host_bytes))
-        return phases
-
-    def _needed(self, phases: Sequence[PhaseMemory]) -> int:
-        return self._with_allowance(max(phase.parts.total for phase in phases))
-
-    def _with_allowance(self, num_bytes: int) -> int:
-        return num_bytes + allowance_bytes(num_bytes, self._subject.card)
-
-    def _refusal(self, strategy: Strategy, needed: int) -> Refusal:
+    def _refusal(self, strategy: str, needed: int, why: str = "") -> Refusal:
         more = needed - self._budget_bytes
-        reason = f"needs {_gib(needed)}, {_gib(more) if more >= GIB // 10 else _mib(more)} more than the budget"
-        return Refusal(strategy=describe(strategy), reason=reason)
+        beyond = gib(more) if more >= GIB // 10 else f"{math.ceil(more / (1 << 20))} MiB"
+        return Refusal(strategy=strategy, reason=f"needs {gib(needed)}, {beyond} more than the budget{why}")
 
-    def _plan(self, strategy: Strategy, phases: list[PhaseMemory], refused: list[Refusal]) -> Plan:
+    def _plan(self, strategy: Config, phases: list[PhaseMemory], refused: list[Refusal]) -> Plan:
         peak = max(phases, key=lambda phase: phase.parts.total)
         notes = [] if peak.name == "train" else [f"the peak of the run is that of {peak.name}, not of train"]
         return MemoryPlan(
-            device=self._subject.card.name,
-            strategy=strategy,
+            device=self._card.name,
+            config=strategy,
             phases=tuple(phases),
-            allowance_bytes=allowance_bytes(peak.parts.total, self._subject.card),
+            allowance_bytes=allowance_bytes(peak.parts.total, self._card),
             budget_bytes=self._budget_bytes,
             seconds_per_step=self._predictor.seconds(strategy),
             refused=tuple(refused),
@@ -185,37 +158,39 @@ class _Search:
             seconds_to_plan=0.0,
         )
 
-    def _too_small(self, kept: Sequence[Strategy], before: list[PhaseMemory]) -> BudgetError:
-        """Return the error that names the smallest budget, that of the strategy with the most measures."""
-        smallest = max(kept, key=num_measures)
-        if self._subject.config.memory.tiled_samples is None and self._subject.config.prompts_drawn:
-            smallest = replace(smallest, tiled_samples=True)
-        phases = [*before, *self._phases_of_training(smallest)]
-        peak = max(phases, key=lambda phase: phase.parts.total)
-        return BudgetError(
-            f"memory.budget: {_gib(self._budget_bytes)} is less than any strategy needs; the smallest budget that "
-            f"would do is {_round_up(self._needed(phases))}: {describe(smallest)}; its peak is in the phase {peak.name}"
-            f"{_ADVICE.get(peak.name, '')}"
-        )
+
+def _too_small(planner: Planner, budget_bytes: int) -> str:
+    """Say which budget would do, and which fields of the configuration keep it from being smaller."""
+    smallest = planner.smallest()
+    message = (
+        f"memory.budget: {gib(budget_bytes)} is less than any strategy needs; the smallest budget that would do is "
+        f"{smallest.describe()}"
+    )
+    config = planner.run.config
+    opened = Planner(replace(planner.run, config=without(config, given_fields(config))))
+    best = opened.smallest()
+    if best.num_bytes >= smallest.num_bytes:
+        return message
+    fields = in_the_way(config, opened.needs, best)
+    found = Planner(replace(planner.run, config=without(config, fields))).smallest()
+    is_enough = ", which is within the budget" if found.num_bytes <= budget_bytes else ""
+    return (
+        f"{message}. The configuration gives {_listed(config, fields)}: left out, {found.budget} would do{is_enough}: "
+        f"{describe(found.strategy)}"
+    )
 
 
-def _phase(name: str, traced: Traced) -> PhaseMemory:
-    return PhaseMemory(name=name, parts=traced.peak, host_bytes=traced.host_bytes)
+def _listed(config: Config, fields: Iterable[StrategyField]) -> str:
+    said = [f"{field.path}={str(field.of(config)).lower()}" for field in fields]
+    return " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
 
 
-def _family(strategy: Strategy) -> str:
-    """Return what a strategy and those with other placements of checkpoints are called together."""
-    return f"{describe(replace(strategy, checkpointing='none')).replace('no checkpointing', 'any checkpointing')}"
+def _family(strategy: Config) -> str:
+    """Return what a strategy and those with other activations are called together."""
+    alike = {"memory.checkpointing": "none", "memory.offload_checkpoints": False, "memory.fused_layers": False}
+    return describe(changed(strategy, alike)).replace("no checkpointing", "any checkpointing")
 
 
-def _mib(num_bytes: int) -> str:
-    return f"{math.ceil(num_bytes / (1 << 20))} MiB"
-
-
-def _gib(num_bytes: int) -> str:
+def gib(num_bytes: int) -> str:
+    """Return a size to a tenth of a GiB."""
     return f"{num_bytes / GIB:.1f} GiB"
-
-
-def _round_up(num_bytes: int) -> str:
-    """Return a budget that is enough: the next tenth of a GiB."""
-    return f"{math.ceil(num_bytes / GIB * 10) / 10:.1f}GiB"

@@ -5,72 +5,90 @@ and where optimizer states live change the first alone, the placement of checkpo
 with one placement for all blocks; mixtures are put together from the figures of their blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lowmem_db.config.strategy import Strategy
-from lowmem_db.planning.candidates import differ_in_when_alone, placement_of
+from lowmem_db.config.schema import Config
+from lowmem_db.config.strategy import Trace, changed, key_of, overhead_of
+from lowmem_db.planning.candidates import placement_of
 from lowmem_db.planning.cards import operator_seconds, pcie_seconds
-from lowmem_db.planning.phases import Subject, Traced, trace_residents, trace_sample, trace_train
+from lowmem_db.planning.phases import (
+    Traced,
+    TracedRun,
+    trace_class_images,
+    trace_encode_images,
+    trace_encode_text,
+    trace_residents,
+    trace_sample,
+    trace_train,
+)
 from lowmem_db.planning.timeline import END, BlockFigures, mixed_peak
-from lowmem_db.records import MemoryParts
+from lowmem_db.records import MemoryParts, PhaseMemory
 
-_OVERHEAD = 0.03  # of a step, for each kind of copies to the host and back: they take bandwidth and launches
 _RECOMPUTED = {"none": 0.0, "layers": 1.0, "segments": 1.0, "nested": 2.0}  # forward passes of a block
 
 
 class Predictor:
-    """Predicts bytes and seconds of strategies.
+    """Predicts bytes and seconds of strategies, each given as a resolved configuration.
 
     Args:
-        subject: What is planned.
+        run: What is planned.
         strategies: Candidates without mixtures of placements. All figures are derived from traces like that of the
             first which steps in the backward pass or, where that is ruled out, after it.
     """
 
-    def __init__(self, subject: Subject, strategies: Sequence[Strategy]) -> None:
-        self.subject = subject
-        self._kinds = {_kind(strategy): strategy for strategy in strategies}
-        alike = [each for each in strategies if differ_in_when_alone(each, strategies[0])]
-        self._first = max(alike, key=lambda each: each.optimizer_in_backward)
-        self._traced: dict[Any, Traced] = {}
+    def __init__(self, run: TracedRun, strategies: Sequence[Config]) -> None:
+        self.run = run
+        self._by_residents = {key_of(strategy, "resident"): strategy for strategy in reversed(strategies)}
+        alike = [each for each in strategies if _differ_in_when_alone(each, strategies[0])]
+        self._first = max(alike, key=lambda each: bool(each.memory.optimizer_in_backward))
+        self._traces: dict[Any, Traced] = {}
         self._residents: dict[Any, Traced] = {}
-        self._samples: dict[Any, Traced] = {}
+        self._trained: dict[Any, int] = {}
 
     @property
     def block_names(self) -> list[str]:
         """Names of the blocks in the order of the forward pass."""
-        return list(self.traced(self._first).blocks)[:-1]
+        return list(self.train(self._first).blocks)[:-1]
 
-    def traced(self, strategy: Strategy) -> Traced:
-        """Return the trace of exactly this strategy."""
-        key = _key(strategy)
-        if key not in self._traced:
-            self._traced[key] = trace_train(self.subject, strategy)
-        return self._traced[key]
+    def before_training(self, strategy: Config) -> list[PhaseMemory]:
+        """Return the phases before training."""
+        found = []
+        if strategy.prior.enabled:
+            found.append(_phase("class_images", self._traced("class_images", strategy, trace_class_images)))
+        found.append(_phase("encode_images", self._traced("encode_images", strategy, trace_encode_images)))
+        if not strategy.training.train_text_encoder:
+            found.append(_phase("encode_text", self._traced("encode_text", strategy, trace_encode_text)))
+        return found
 
-    def resident(self, strategy: Strategy) -> Traced:
+    def train(self, strategy: Config) -> Traced:
+        """Return the trace of a step under exactly this strategy."""
+        return self._traced("train", strategy, trace_train)
+
+    def resident(self, strategy: Config) -> Traced:
         """Return what stays in memory between steps."""
-        if _kind(strategy) not in self._residents:
-            kinds = {kind: each for kind, each in self._kinds.items() if _has_weights_of(each, strategy)}
-            self._residents.update(zip(kinds, trace_residents(self.subject, list(kinds.values())), strict=True))
-        return self._residents[_kind(strategy)]
+        key = key_of(strategy, "resident")
+        if key not in self._residents:
+            weights = key_of(strategy, "weights")
+            alike = {k: each for k, each in self._by_residents.items() if key_of(each, "weights") == weights}
+            traced = trace_residents(self.run, [*alike.values()] or [strategy])
+            self._residents.update(zip(alike or [key], traced, strict=True))
+        return self._residents[key]
 
-    def train_bytes(self, strategy: Strategy) -> int:
+    def train_bytes(self, strategy: Config) -> int:
         """Predict the peak of training."""
-        if _key(strategy) in self._traced:
-            return self.traced(strategy).peak.total
-        return self.resident(strategy).resident.total + mixed_peak(
-            {name: self._figures(strategy, name) for name in self.traced(self._first).blocks}
-        )
+        if ("train", key_of(strategy, "train")) in self._traces:
+            return self.train(strategy).peak.total
+        key = key_of(strategy, "resident") + key_of(strategy, "train")
+        if key not in self._trained:
+            figures = {name: self._figures(strategy, name) for name in self.train(self._first).blocks}
+            self._trained[key] = self.resident(strategy).resident.total + mixed_peak(figures)
+        return self._trained[key]
 
-    def sample(self, strategy: Strategy) -> MemoryParts:
+    def sample(self, strategy: Config) -> MemoryParts:
         """Predict the peak of the samples during training: the model and its optimizer stay in memory."""
-        key = (strategy.weights == "fp32", strategy.base_weights, strategy.autocast, strategy.tiled_samples)
-        if key not in self._samples:
-            self._samples[key] = trace_sample(self.subject, strategy)
-        drawn, resident = self._samples[key], self.resident(strategy).resident
+        drawn, resident = self._traced("sample", strategy, trace_sample), self.resident(strategy).resident
         return replace(
             resident,
             weights=drawn.peak.weights,
@@ -78,60 +96,56 @@ class Predictor:
             other=resident.other + drawn.peak.other,
         )
 
-    def seconds(self, strategy: Strategy) -> float:
+    def seconds(self, strategy: Config) -> float:
         """Predict the seconds of a step: those of the first trace, and what is recomputed or copied beside it.
 
         They do not depend on what else was traced, so that strategies have one order whatever the budget.
         """
         step = self._computing_seconds(strategy)
-        crossing = self.resident(strategy).host_bytes if strategy.stream_optimizer_state else 0
-        overhead = _OVERHEAD * (strategy.stream_optimizer_state + strategy.offload_checkpoints)
-        return max(step, pcie_seconds(crossing, self.subject.card)) * (1.0 + overhead)
+        crossing = self.resident(strategy).host_bytes if strategy.memory.stream_optimizer_state else 0
+        return max(step, pcie_seconds(crossing, self.run.card)) * (1.0 + overhead_of(strategy))
 
-    def _computing_seconds(self, strategy: Strategy) -> float:
-        frozen = {"base_weights": strategy.base_weights, "mixed_precision": strategy.mixed_precision}
-        first = self.traced(self._first if strategy.base_weights is None else replace(self._first, **frozen))
-        seconds = operator_seconds(first.costs, self.subject.card)
+    def _traced(self, phase: Trace, strategy: Config, trace: Callable[[TracedRun], Traced]) -> Traced:
+        """Return the trace of a phase, made once for all strategies between which it does not differ."""
+        key = (phase, key_of(strategy, phase))
+        if key not in self._traces:
+            self._traces[key] = trace(replace(self.run, config=strategy))
+        return self._traces[key]
+
+    def _computing_seconds(self, strategy: Config) -> float:
+        first = self._first
+        if strategy.lora.enabled:
+            frozen = {"lora.base_weights": strategy.lora.base_weights}
+            first = changed(first, frozen | {"training.mixed_precision": strategy.training.mixed_precision})
+        costs = self.train(first).costs
+        seconds = operator_seconds(costs, self.run.card)
         total = float(seconds.sum())
-        for index, name in enumerate(first.costs.block_names):
-            again = _RECOMPUTED[placement_of(strategy, name)] - _RECOMPUTED[placement_of(self._first, name)]
-            total += again * float(seconds[first.costs.block == index].sum())
+        for index, name in enumerate(costs.block_names):
+            again = _RECOMPUTED[placement_of(strategy, name)] - _RECOMPUTED[placement_of(first, name)]
+            total += again * float(seconds[costs.block == index].sum())
         return total
 
-    def _figures(self, strategy: Strategy, block: str) -> BlockFigures:
+    def _figures(self, strategy: Config, block: str) -> BlockFigures:
         """Return the figures of one block from a trace in which all blocks have its placement."""
         placement = placement_of(strategy, self.block_names[-1] if block == END else block)
-        weights = strategy.weights if strategy.weights == "fp32" else self._first.weights
-        uniform = replace(
+        first = self._first.memory
+        uniform = changed(
             strategy,
-            weights=weights,
-            stream_optimizer_state=self._first.stream_optimizer_state,
-            checkpointing=placement,
+            {
+                "memory.weights": "fp32" if strategy.memory.weights == "fp32" else first.weights,
+                "memory.stream_optimizer_state": first.stream_optimizer_state,
+                "memory.checkpointing": placement,
+            },
         )
-        return self.traced(uniform).blocks[block]
+        return self.train(uniform).blocks[block]
 
 
-def _kind(strategy: Strategy) -> tuple[str, str | None, bool]:
-    """Return what the bytes between steps depend on."""
-    return strategy.weights, strategy.base_weights, strategy.stream_optimizer_state
+def _differ_in_when_alone(strategy: Config, other: Config) -> bool:
+    """Say whether the strategies differ only in when the optimizer steps."""
+    memory, training = other.memory, other.training
+    when = {"memory.optimizer_in_backward": memory.optimizer_in_backward, "training.clipping": training.clipping}
+    return changed(strategy, when) == other
 
 
-def _has_weights_of(strategy: Strategy, other: Strategy) -> bool:
-    """Say whether the weights in memory are of one type under two strategies."""
-    is_fp32 = [each.weights == "fp32" for each in (strategy, other)]
-    return is_fp32[0] == is_fp32[1] and strategy.base_weights == other.base_weights
-
-
-def _key(strategy: Strategy) -> tuple[Any, ...]:
-    """Return what a trace depends on, as something that can be looked up."""
-    placement = strategy.checkpointing
-    return (
-        strategy.weights,
-        strategy.base_weights,
-        strategy.mixed_precision,
-        strategy.optimizer_in_backward,
-        strategy.stream_optimizer_state,
-        placement if isinstance(placement, str) else tuple(sorted(placement.items())),
-        strategy.offload_checkpoints,
-        strategy.clipping,
-    )
+def _phase(name: str, traced: Traced) -> PhaseMemory:
+    return PhaseMemory(name=name, parts=traced.peak, host_bytes=traced.host_bytes)

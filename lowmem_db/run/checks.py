@@ -9,7 +9,7 @@ from lowmem_db.adaptation.finding import find_adaptation
 from lowmem_db.config.schema import Config, Weights
 from lowmem_db.engine.build import count_on_meta
 from lowmem_db.errors import StorageError
-from lowmem_db.memory import attention
+from lowmem_db.memory import techniques
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.storage import hub
 from lowmem_db.storage.run_folder import RunFolder
@@ -27,7 +27,7 @@ def check_machine(config: Config, device: torch.device) -> None:
         StorageError: The final model shall be uploaded and nobody is logged in.
     """
     environment.check_precision(config.training.mixed_precision or "no", device)
-    attention.check(config.memory.attention, device)
+    techniques.check(config, device)
     environment.check_kernels()
     find_adaptation(config).check_machine(device)
     if config.logging.tensorboard:

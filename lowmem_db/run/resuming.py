@@ -6,6 +6,7 @@ from typing import Any
 from lowmem_db.config.loading import read_yaml
 from lowmem_db.config.rules import refusals
 from lowmem_db.config.schema import Config
+from lowmem_db.config.strategy import fields, resolve
 from lowmem_db.console import say
 from lowmem_db.errors import CheckpointError, ConfigError
 from lowmem_db.storage.run_folder import RunFolder
@@ -35,32 +36,18 @@ FIXED_FIELDS = (
 """Fields that a run keeps from its first step to its last."""
 
 
-PLANNED_FIELDS = {
-    "memory": (
-        "weights", "optimizer_in_backward", "stream_optimizer_state", "checkpointing", "offload_checkpoints",
-        "tiled_samples",
-    ),
-    "training": ("clipping", "mixed_precision"),
-    "lora": ("base_weights",),
-}  # fmt: skip
-"""Fields that the planner fills where they are left open."""
-
-
 def with_choices_of_run(run: RunFolder, config: Config) -> Config:
     """Return the configuration with what it leaves open filled in as the run was begun, where there is a checkpoint.
 
+    A field that the version which began the run did not know is filled as in a run that nobody planned.
+
     Raises:
-        ConfigError: What it does not leave open goes not with the rest.
+        ConfigError: A choice of the run cannot be combined with what the configuration gives.
     """
     if not run.complete_steps():
         return config
     before = read_yaml(run.config_file)
-    sections = {}
-    for name, fields in PLANNED_FIELDS.items():
-        section = getattr(config, name)
-        chosen = {field: before.get(name, {}).get(field) for field in fields if getattr(section, field) is None}
-        sections[name] = section.model_copy(update=chosen)
-    filled = config.model_copy(update=sections)
+    filled = resolve(config, {field.path: field.of(before) for field in fields()})
     if problems := refusals(filled):
         raise ConfigError("\n".join(f"{problem} (what is left open is that of {run.root})" for problem in problems))
     return filled

@@ -10,7 +10,6 @@ from lowmem_db.adaptation.finding import find_adaptation
 from lowmem_db.adaptation.layers import count_trained
 from lowmem_db.config.loading import to_yaml
 from lowmem_db.config.schema import Config
-from lowmem_db.config.strategy import plain_strategy, with_strategy
 from lowmem_db.console import say
 from lowmem_db.data.batches import BatchSource
 from lowmem_db.engine.build import build_ema, build_step, set_arithmetic
@@ -63,7 +62,7 @@ def _check_and_plan(
     photos = check_photos(config)
     model = model_of(config)
     plan = plan_run(config, target_of_device(config, device), model=model)
-    config = with_strategy(config, plan.strategy)
+    config = plan.config
     say(summary(plan))
     check_disk(config, model)
     check_prompts(config, model, photos)
@@ -119,7 +118,7 @@ def build_trainer(
         run: The run folder.
     """
     set_arithmetic(config, device)
-    denoiser, objective, optimizer = build_step(config, plain_strategy(config), model, device)
+    denoiser, objective, optimizer = build_step(config, model, device)
     ema = build_ema(config, denoiser, optimizer)
     return Trainer(config, run, denoiser, find_adaptation(config), objective, optimizer, batches, ema)
 

@@ -15,6 +15,7 @@ NEEDED = {
 }
 # What is refused, the field that the message begins with, and a change that makes it acceptable.
 CASES = [
+    ({"memory.techniques": {"toy": True}}, "memory.techniques", {"memory.techniques": {}}),
     ({"subject.class_prompt": None}, "prior.enabled", {"prior.enabled": False}),
     ({"subject.class_prompt": ""}, "prior.enabled", {"subject.class_prompt": "a dog"}),
     ({"data.resolution": 500}, "data.resolution", {"data.resolution": 504}),

@@ -5,7 +5,7 @@ import torch
 
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import ObjectiveConfig
-from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.config.strategy import resolve
 from lowmem_db.engine.step import train_step
 from lowmem_db.errors import NonFiniteError
 from lowmem_db.models.denoiser import Denoiser
@@ -34,7 +34,7 @@ def parts() -> tuple[Denoiser, Objective, OptimizerHandle]:
         device=CPU,
     )
     config = load_config(None, list(NEEDED.items()))
-    optimizer = build_optimizer(config, plain_strategy(config), denoiser.modules(), CPU)
+    optimizer = build_optimizer(resolve(config), denoiser.modules(), CPU)
     optimizer.set_learning_rates({"unet": 1e-3, "text_encoder": 1e-3})
     return denoiser, objective, optimizer
 

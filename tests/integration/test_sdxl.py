@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss
 
 from lowmem_db.cli.train import train
 from lowmem_db.config.loading import load_config
-from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.config.strategy import resolve
 from lowmem_db.engine.build import build_step
 from lowmem_db.engine.draw import Artist, Job
 from lowmem_db.engine.generate import generate_images
@@ -72,7 +72,7 @@ def test_conditioning_and_loss_are_those_of_diffusers(
     config = load_config(None, list((chosen | {"training.train_batch_size": 3}).items()))
     batches = prepare(config, model, CPU, check_photos(config))
     (batch,) = batches.batches_at(0)
-    denoiser, objective, _ = build_step(config, plain_strategy(config), model, CPU)
+    denoiser, objective, _ = build_step(resolve(config), model, CPU)
     noised = objective.noise(batch, 0)
     with torch.no_grad():
         ours = denoiser.predict(noised.noisy_latents, noised.timesteps, batch.conditioning)
@@ -155,7 +155,7 @@ def test_dropped_prompts_are_zeros_where_the_model_was_trained_so(
         chosen = fields | {"objective.conditioning_dropout": 1.0, "training.train_text_encoder": trains}
         config = load_config(None, list(chosen.items()))
         (batch,) = prepare(config, model, CPU, check_photos(config)).batches_at(0)
-        denoiser, _, _ = build_step(config, plain_strategy(config), model, CPU)
+        denoiser, _, _ = build_step(resolve(config), model, CPU)
         told = denoiser.told(batch.conditioning)
         assert not told.embeds["embeds"].any()
         assert not told.embeds["pooled"].any()
@@ -244,7 +244,7 @@ def test_disk_is_asked_for_both_text_encoders(fields: dict[str, object], model: 
 def test_learning_rate_of_a_text_encoder_that_is_not_there(tiny_fields: dict[str, object], tiny_model: Path) -> None:
     config = load_config(None, list((tiny_fields | BOTH).items()))
     with pytest.raises(ConfigError, match=r"training\.learning_rate_text_encoder_2: 0\.0002 has no use with Stable"):
-        build_step(config, plain_strategy(config), find_model(str(tiny_model)), CPU)
+        build_step(resolve(config), find_model(str(tiny_model)), CPU)
 
 
 def test_evaluation_draws_from_a_run(fields: dict[str, object], tiny_sdxl: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from lowmem_db.cli.train import train
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config, ObjectiveConfig
-from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.config.strategy import resolve
 from lowmem_db.engine.build import build_step
 from lowmem_db.engine.generate import generate_images
 from lowmem_db.engine.source import find_source
@@ -141,4 +141,4 @@ def test_every_sampler_starts_at_the_last_timestep(tmp_path: Path, sampler: str)
 def test_epsilon_is_refused_where_the_model_says_it(tiny_fields: dict[str, object], tiny_model: Path) -> None:
     config = config_of(tiny_fields, zero_terminal_snr=True)
     with pytest.raises(ConfigError, match=r"objective\.prediction_type: this model's scheduler says epsilon"):
-        build_step(config, plain_strategy(config), find_model(str(tiny_model)), CPU)
+        build_step(resolve(config), find_model(str(tiny_model)), CPU)

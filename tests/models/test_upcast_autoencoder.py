@@ -13,7 +13,7 @@ from lowmem_db.models.families.spaces import LatentSpace
 from lowmem_db.models.finding import find_model
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.cards import find_card
-from lowmem_db.planning.phases import Subject, trace_class_images
+from lowmem_db.planning.phases import TracedRun, trace_class_images
 from lowmem_db.preparation.prepare import check_photos, prepare
 
 LARGE = 3e5
@@ -71,10 +71,10 @@ def test_the_plan_prices_the_autoencoder_in_the_type_it_computes_in(
     overflowing: ModelFolder, tiny_fields: dict[str, object]
 ) -> None:
     config = load_config(None, list((tiny_fields | {"model.base": str(overflowing.path)}).items()))
-    subject = Subject(config=config, model=overflowing, card=find_card("rtx 4090"))
+    run = TracedRun(config=config, model=overflowing, card=find_card("rtx 4090"))
     weights = {}
     for value in (False, True):
         set_upcast(overflowing, value)
-        weights[value] = trace_class_images(subject).resident.weights  # the UNet is gone by then
+        weights[value] = trace_class_images(run).resident.weights  # the UNet is gone by then
     two_bytes_more = 2 * overflowing.num_parameters("vae")
     assert weights[True] - weights[False] == pytest.approx(two_bytes_more, rel=0.2)  # rounded to 512 bytes each

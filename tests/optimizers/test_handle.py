@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_db.config.loading import load_config
-from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.config.strategy import resolve
 from lowmem_db.errors import ConfigError, NonFiniteError
 from lowmem_db.optimizers import adamw8bit, weights
 from lowmem_db.optimizers.build import build_optimizer
@@ -37,10 +37,9 @@ def modules() -> Modules:
 
 def build(trained: Modules, fields: dict[str, object]) -> OptimizerHandle:
     """Build as the trainer does; the modules take on the kind of weights."""
-    config = load_config(None, list((NEEDED | fields).items()))
-    strategy = plain_strategy(config)
-    extra_bits = weights.apply(trained, strategy.weights)
-    handle = build_optimizer(config, strategy, trained, CPU)
+    config = resolve(load_config(None, list((NEEDED | fields).items())))
+    extra_bits = weights.apply(trained, config.memory.weights)
+    handle = build_optimizer(config, trained, CPU)
     for name, bits in handle.extra_bits().items():
         bits.copy_(extra_bits[name])
     return handle

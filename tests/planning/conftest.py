@@ -4,7 +4,7 @@ from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.models.finding import model_of
 from lowmem_db.planning.cards import ASSUMED, Card
-from lowmem_db.planning.phases import Subject
+from lowmem_db.planning.phases import TracedRun
 
 FIELDS = {
     "model.base": "demo",
@@ -23,8 +23,8 @@ def make_config(**fields: object) -> Config:
     return load_config(None, list((FIELDS | changed).items()))
 
 
-def make_subject(config: Config, card: Card = ASSUMED) -> Subject:
-    return Subject(config=config, model=model_of(config, weights=False), card=card)
+def make_run(config: Config, card: Card = ASSUMED) -> TracedRun:
+    return TracedRun(config=config, model=model_of(config, weights=False), card=card)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lowmem_db.config.schema import Config
-from lowmem_db.config.strategy import Strategy
 from lowmem_db.engine.build import build_ema, build_step
 from lowmem_db.engine.step import train_step
 from lowmem_db.models.folder import ModelFolder
@@ -22,10 +21,10 @@ def storages_alive() -> dict[int, int]:
     return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
-def profiled_train_peak(config: Config, strategy: Strategy, model: ModelFolder) -> int:
+def profiled_train_peak(config: Config, model: ModelFolder) -> int:
     """Return the peak of the second of two real steps: what was there before it, and the allocations in it."""
     before = storages_alive()
-    denoiser, objective, optimizer = build_step(config, strategy, model, CPU)
+    denoiser, objective, optimizer = build_step(config, model, CPU)
     ema = build_ema(config, denoiser, optimizer)
     optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))
     batches = training_batches(config, model, denoiser)

@@ -1,18 +1,18 @@
 """Predictions from shapes alone, against real steps: tensors that are followed, and the profiler's allocations."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
 
-from lowmem_db.config.strategy import Strategy, plain_strategy
+from lowmem_db.config.schema import Config
+from lowmem_db.config.strategy import changed, resolve
+from lowmem_db.engine import build
 from lowmem_db.models.finding import find_model
-from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import load_unet
 from lowmem_db.planning.cards import CPU
 from lowmem_db.planning.measured import measure_train
-from lowmem_db.planning.phases import Subject, trace_train
-from tests.planning.conftest import make_config, make_subject
+from lowmem_db.planning.phases import TracedRun, trace_train
+from tests.planning.conftest import make_config, make_run
 from tests.planning.reality import CPU as CPU_DEVICE
 from tests.planning.reality import profiled_train_peak
 
@@ -31,9 +31,8 @@ STRATEGIES = {
 }  # fmt: skip
 
 
-def strategy_of(config, changes) -> Strategy:
-    clipping = "update_rms" if changes.get("optimizer_in_backward") else "global"
-    return replace(plain_strategy(config), clipping=clipping, **changes)
+def resolved(config, changes) -> Config:
+    return resolve(changed(config, {f"memory.{name}": value for name, value in changes.items()}))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -44,15 +43,15 @@ def test_peak_is_that_of_real_tensors(name):
         optimizer__name=optimizer,
         ema__enabled=name in {"plain", "segments"},
     )  # fmt: skip
-    strategy = strategy_of(config, STRATEGIES[name])
-    predicted = trace_train(make_subject(config, CPU), strategy)
+    config = resolved(config, STRATEGIES[name])
+    predicted = trace_train(make_run(config, CPU))
     model = find_model("demo")
     if name in {"plain", "all"}:
-        followed = measure_train(config, strategy, model, CPU_DEVICE, num_steps=1)
+        followed = measure_train(config, model, CPU_DEVICE, num_steps=1)
         assert predicted.peak.total == pytest.approx(followed, rel=0.005)
-    profiled = profiled_train_peak(config, strategy, model)
+    profiled = profiled_train_peak(config, model)
     assert predicted.peak.total + predicted.host_bytes == pytest.approx(profiled, rel=0.02)
-    assert (predicted.host_bytes > 0) == strategy.stream_optimizer_state
+    assert (predicted.host_bytes > 0) == config.memory.stream_optimizer_state
 
 
 @pytest.mark.parametrize("fields", [{}, {"lora__dora": True}, {"memory__checkpointing": "segments"}])
@@ -61,9 +60,9 @@ def test_peak_of_adapters_is_that_of_real_tensors(fields):
         prior__enabled=False, training__train_text_encoder=True, training__train_batch_size=4, lora__enabled=True,
         lora__targets=["attention", "feed_forward", "convolutions"], ema__enabled=True, **fields,
     )  # fmt: skip
-    strategy = plain_strategy(config)
-    predicted = trace_train(make_subject(config, CPU), strategy).peak.total
-    assert predicted == pytest.approx(profiled_train_peak(config, strategy, find_model("demo")), rel=0.02)
+    config = resolve(config)
+    predicted = trace_train(make_run(config, CPU)).peak.total
+    assert predicted == pytest.approx(profiled_train_peak(config, find_model("demo")), rel=0.02)
 
 
 @pytest.mark.slow
@@ -73,12 +72,10 @@ def test_peak_of_a_model_of_the_size_of_sd15(placement, monkeypatch):
         model__base="stable-diffusion-v1-5/stable-diffusion-v1-5", data__resolution=256, prior__enabled=False,
         optimizer__name="adamw8bit", memory__optimizer_in_backward=True,
     )  # fmt: skip
-    strategy = strategy_of(config, {"checkpointing": placement, "optimizer_in_backward": True})
-    subject = make_subject(config, CPU)
-    predicted = trace_train(subject, strategy).peak.total
-    load = ModelFolder.load
-    monkeypatch.setattr(ModelFolder, "load", lambda model, name, *_: _zeros(load(model, name, torch.device("meta"))))
-    assert predicted == pytest.approx(profiled_train_peak(config, strategy, subject.model), rel=0.03)
+    run = make_run(resolved(config, {"checkpointing": placement}), CPU)
+    predicted = trace_train(run).peak.total
+    monkeypatch.setattr(build, "load_unet", lambda model, device: _zeros(load_unet(model, device=torch.device("meta"))))
+    assert predicted == pytest.approx(profiled_train_peak(run.config, run.model), rel=0.03)
 
 
 def _zeros(module: nn.Module) -> nn.Module:
@@ -95,6 +92,6 @@ def test_peak_of_sdxl_is_that_of_real_tensors(tiny_sdxl, trains_text_encoders):
         model__base=str(tiny_sdxl), data__resolution=32, training__train_text_encoder=trains_text_encoders,
         training__train_batch_size=4,
     )  # fmt: skip
-    strategy, model = strategy_of(config, {}), find_model(str(tiny_sdxl))
-    predicted = trace_train(Subject(config=config, model=model, card=CPU), strategy)
-    assert predicted.peak.total == pytest.approx(profiled_train_peak(config, strategy, model), rel=0.02)
+    config, model = resolve(config), find_model(str(tiny_sdxl))
+    predicted = trace_train(TracedRun(config=config, model=model, card=CPU))
+    assert predicted.peak.total == pytest.approx(profiled_train_peak(config, model), rel=0.02)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from lowmem_db.config.loading import load_config
-from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.config.strategy import resolve
 from lowmem_db.models.finding import model_of
-from lowmem_db.planning.phases import Subject, trace_train
+from lowmem_db.planning.phases import TracedRun, trace_train
 from lowmem_db.planning.plan import plan
 from lowmem_db.planning.target import find_target
 
@@ -54,10 +54,10 @@ def test_there_are_configurations() -> None:
 @pytest.mark.parametrize("name", LIMITS)
 def test_training_stays_within_what_the_configuration_was_made_for(name: str) -> None:
     file = next(file for file in FILES if file.stem == name)
-    config = load_config(file)
+    config = resolve(load_config(file))
     target = find_target(config, gpu=card_of(file))
-    subject = Subject(config=config, model=model_of(config, weights=False), card=target.card)
-    peak = trace_train(subject, plain_strategy(config)).peak.total / GIB
+    run = TracedRun(config=config, model=model_of(config, weights=False), card=target.card)
+    peak = trace_train(run).peak.total / GIB
     assert peak <= LIMITS[name]
     assert round(peak, 2) == in_header(file)[0]
 

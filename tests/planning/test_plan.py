@@ -1,12 +1,11 @@
 """Plans of a tiny model on a card: bytes beside the allowance decide."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
 from lowmem_db import environment
-from lowmem_db.config.strategy import with_strategy
+from lowmem_db.config.strategy import autocast, open_paths, resolve
 from lowmem_db.errors import BudgetError, ConfigError, ModelError
 from lowmem_db.models.finding import model_of
 from lowmem_db.planning.candidates import candidates, open_choices
@@ -14,7 +13,7 @@ from lowmem_db.planning.cards import ASSUMED, CPU, find_card
 from lowmem_db.planning.phases import trace_train
 from lowmem_db.planning.plan import Plan, Planner, plan
 from lowmem_db.planning.target import Target
-from tests.planning.conftest import make_config, make_subject
+from tests.planning.conftest import make_config, make_run
 
 GIB = 1 << 30
 
@@ -38,7 +37,7 @@ def plan_for(tiny) -> Callable[..., Plan]:
 @pytest.fixture(scope="module")
 def plans(tiny) -> list[Plan]:
     """Plans for ever smaller budgets: each is a byte less than the plan before needs."""
-    planner = Planner(make_subject(make_config(**tiny)))
+    planner = Planner(make_run(make_config(**tiny)))
     found = [planner.plan(GIB)]
     while len(found) < 8:
         try:
@@ -51,19 +50,19 @@ def plans(tiny) -> list[Plan]:
 def test_larger_budget_is_never_slower(plans):
     assert len(plans) >= 4
     for weights in ("bf16_extra_bits", "bf16_stochastic"):
-        seconds = [each.seconds_per_step for each in plans if each.strategy.weights == weights]
+        seconds = [each.seconds_per_step for each in plans if each.config.memory.weights == weights]
         assert seconds == sorted(seconds)
-    weights = [each.strategy.weights for each in plans]
+    weights = [each.config.memory.weights for each in plans]
     assert weights == sorted(weights), "stochastic rounding comes last"
 
 
 def test_enough_memory_is_spent_on_speed(plans):
-    strategy = plans[0].strategy
-    assert (strategy.checkpointing, strategy.stream_optimizer_state, strategy.offload_checkpoints) == (
+    memory = plans[0].config.memory
+    assert (memory.checkpointing, memory.stream_optimizer_state, memory.offload_checkpoints) == (
         "none", False, False,
     )  # fmt: skip
-    assert not strategy.optimizer_in_backward
-    assert strategy.clipping == "global"
+    assert not memory.optimizer_in_backward
+    assert plans[0].config.training.clipping == "global"
     assert plans[0].refused == ()
 
 
@@ -79,19 +78,18 @@ def test_plans_fit_and_say_why_faster_ones_do_not(plans):
 def test_figure_is_that_of_a_trace_of_exactly_this_strategy(plans, tiny):
     for each in plans[1:3]:
         train = next(phase for phase in each.phases if phase.name == "train")
-        assert train.parts == trace_train(make_subject(make_config(**tiny)), each.strategy).peak
+        assert train.parts == trace_train(make_run(each.config)).peak
 
 
-def test_chosen_strategy_can_be_written_into_the_configuration(plans):
-    config = make_config()
+def test_plan_is_the_configuration_with_nothing_left_open(plans, tiny):
     for each in plans:
-        written = with_strategy(config, each.strategy)
-        assert written.memory.checkpointing == each.strategy.checkpointing
-        assert written.optimizer == config.optimizer
+        assert not open_paths(each.config)
+        assert resolve(each.config) == each.config
+        assert each.config.optimizer == make_config(**tiny).optimizer
 
 
 def test_budget_that_is_too_small_names_one_that_is_enough(tiny):
-    planner = Planner(make_subject(make_config(**tiny)))
+    planner = Planner(make_run(make_config(**tiny)))
     with pytest.raises(BudgetError, match="the smallest budget that would do is") as raised:
         planner.plan(100 << 20)
     assert raised.value.exit_code == 3
@@ -103,17 +101,17 @@ def test_given_fields_are_constraints(plan_for):
     found = plan_for(
         GIB, memory__checkpointing="layers", memory__weights="bf16_stochastic", memory__optimizer_in_backward=True
     )
-    strategy = found.strategy
-    assert (strategy.checkpointing, strategy.weights, strategy.optimizer_in_backward) == (
+    strategy = found.config
+    assert (strategy.memory.checkpointing, strategy.memory.weights, strategy.memory.optimizer_in_backward) == (
         "layers", "bf16_stochastic", True,
     )  # fmt: skip
-    assert strategy.clipping == "update_rms"
+    assert strategy.training.clipping == "update_rms"
 
 
 def test_accumulation_rules_the_backward_pass_out():
     config = make_config(training__gradient_accumulation_steps=2)
     kept, refused = candidates(config, ASSUMED, [])
-    assert not any(strategy.optimizer_in_backward for strategy in kept)
+    assert not any(strategy.memory.optimizer_in_backward for strategy in kept)
     assert any("gradient_accumulation_steps is 2" in refusal.reason for refusal in refused)
 
 
@@ -131,17 +129,18 @@ def test_rule_that_refuses_every_strategy_is_an_error():
 )
 def test_weights_follow_the_card(card, weights, precision):
     kept, _ = candidates(make_config(), card, [])
-    assert {strategy.weights for strategy in kept} <= {weights, "bf16_stochastic"}
-    assert (kept[0].weights, kept[0].mixed_precision) == (weights, precision)
-    streams = any(strategy.stream_optimizer_state or strategy.offload_checkpoints for strategy in kept)
+    assert {strategy.memory.weights for strategy in kept} <= {weights, "bf16_stochastic"}
+    assert (kept[0].memory.weights, kept[0].training.mixed_precision) == (weights, precision)
+    streams = any(strategy.memory.stream_optimizer_state or strategy.memory.offload_checkpoints for strategy in kept)
     assert streams == (card is not CPU)
 
 
 def test_loss_scaling_on_a_card_without_bf16_steps_too(tiny):
     config, card = make_config(**tiny), find_card("T4")
-    strategy = replace(candidates(config, card, [])[0][0], optimizer_in_backward=False)
-    found = trace_train(make_subject(config, card), strategy)
-    assert strategy.autocast == "fp16"
+    strategy = candidates(config, card, [])[0][0]
+    found = trace_train(make_run(strategy, card))
+    assert not strategy.memory.optimizer_in_backward
+    assert autocast(strategy) == "fp16"
     assert found.costs.flops[found.costs.compute_type == 1].sum() > 0.9 * found.costs.flops.sum(), "not in fp16"
 
 
@@ -158,10 +157,11 @@ def test_samples_are_tiled_where_they_would_be_the_peak(plan_for):
         "sampling__prompts": ["a dog"], "sampling__num_images": 64, "training__train_batch_size": 1,
         "memory__optimizer_in_backward": True, "memory__stream_optimizer_state": True,
         "memory__checkpointing": "nested", "memory__weights": "bf16_stochastic", "memory__offload_checkpoints": False,
+        "memory__fused_layers": False,
     }  # fmt: skip
     roomy = plan_for(8 * GIB, **fields)
     tight = plan_for(roomy.peak_bytes - 1, **fields)
-    assert (roomy.strategy.tiled_samples, tight.strategy.tiled_samples) == (False, True)
+    assert (roomy.config.memory.tiled_samples, tight.config.memory.tiled_samples) == (False, True)
     assert roomy.notes == ("the peak of the run is that of sample, not of train",)
     assert tight.peak_bytes < roomy.peak_bytes
     with pytest.raises(BudgetError, match="phase sample"):
@@ -177,19 +177,19 @@ def test_lora_weights_follow_the_card_and_nf4_comes_last(monkeypatch):
         (CPU, ["fp32"], "no"), (find_card("T4"), ["fp16", "nf4"], "fp16"), (ASSUMED, ["bf16", "nf4"], "bf16"),
     ):  # fmt: skip
         kept, _ = candidates(make_config(**LORA), card, [])
-        assert list(dict.fromkeys(each.base_weights for each in kept)) == types
-        assert {(each.weights, each.mixed_precision) for each in kept} == {("fp32", precision)}
+        assert list(dict.fromkeys(each.lora.base_weights for each in kept)) == types
+        assert {(each.memory.weights, each.training.mixed_precision) for each in kept} == {("fp32", precision)}
     kept, _ = candidates(make_config(**LORA, lora__dora=True), ASSUMED, [])
-    assert {each.base_weights for each in kept} == {"bf16"}
+    assert {each.lora.base_weights for each in kept} == {"bf16"}
 
 
 def test_nf4_is_not_chosen_where_bitsandbytes_is_missing(monkeypatch):
     monkeypatch.setattr(environment, "is_installed", lambda name: False)
     kept, refused = candidates(make_config(**LORA), ASSUMED, [])
-    assert {each.base_weights for each in kept} == {"bf16"}
+    assert {each.lora.base_weights for each in kept} == {"bf16"}
     assert refused[0].reason.startswith("bitsandbytes is missing")
     asked, _ = candidates(make_config(**LORA, lora__base_weights="nf4"), ASSUMED, [])
-    assert {each.base_weights for each in asked} == {"nf4"}
+    assert {each.lora.base_weights for each in asked} == {"nf4"}
 
 
 def test_lora_is_planned_with_the_bytes_of_its_adapters_and_frozen_weights(plan_for):
@@ -205,7 +205,7 @@ def test_lora_is_planned_with_the_bytes_of_its_adapters_and_frozen_weights(plan_
     assert parts["fp32"].weights > parts["bf16"].weights
     assert parts["bf16"].gradients < whole.gradients
     assert parts["bf16"].optimizer_state < whole.optimizer_state
-    assert all(found.strategy.base_weights == kind for kind, found in by_type.items())
+    assert all(found.config.lora.base_weights == kind for kind, found in by_type.items())
 
 
 def test_quantized_weights_and_low_precision_are_refused_where_the_card_has_none():

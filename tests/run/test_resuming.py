@@ -39,7 +39,7 @@ def test_open_choices_are_those_of_the_run(run: RunFolder) -> None:
     assert config.memory.weights == "bf16_extra_bits"
     assert config.memory.optimizer_in_backward is True
     assert config.memory.checkpointing == {"unet.mid_block": "nested"}
-    assert config.memory.stream_optimizer_state is None
+    assert config.memory.stream_optimizer_state is False
     assert config.memory.tiled_samples is True
     assert (config.training.clipping, config.training.mixed_precision) == ("lagged", "bf16")
     check_run_folder(run, config, resume=True)

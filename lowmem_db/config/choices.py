@@ -1,0 +1,166 @@
+"""What the planner may choose where a configuration leaves a field of a strategy open, what does least first.
+
+Each function is asked in the order of :data:`lowmem_db.config.strategy.FIELDS`: what stands before a field is chosen
+already in the configuration that it gets.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from lowmem_db.config.schema import BaseWeights, Clipping, Config, Placement, TrainingConfig, Weights
+
+Precision = Literal["no", "fp16", "bf16"]
+
+
+@runtime_checkable
+class Device(Protocol):
+    """What a choice depends on of the card that a run is planned for."""
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is the CPU."""
+        ...
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether it computes in bf16."""
+        ...
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Where a strategy is chosen.
+
+    Attributes:
+        card: The device.
+        block_names: Blocks of the model that can be checkpointed one by one; none: all of them alike.
+        open_paths: Fields that the configuration leaves open.
+    """
+
+    card: Device
+    block_names: Sequence[str] = ()
+    open_paths: frozenset[str] = frozenset()
+
+
+def weights(config: Config, where: Situation) -> Iterator[Weights]:
+    """Yield kinds of weights that train: 24 bits before stochastic rounding, fp32 where bf16 has no place."""
+    if config.lora.enabled or config.training.mixed_precision in {"no", "fp16"} or not where.card.has_bf16:
+        yield "fp32"
+    else:
+        yield "bf16_extra_bits"
+        yield "bf16_stochastic"
+
+
+def base_weights(config: Config, where: Situation) -> Iterator[BaseWeights]:
+    """Yield types of the frozen weights of a LoRA run, the exact one first."""
+    precision = config.training.mixed_precision
+    if where.card.is_cpu or precision == "no":
+        yield "fp32"
+    else:
+        yield precision or ("bf16" if where.card.has_bf16 else "fp16")
+        if not config.lora.dora:
+            yield "nf4"
+
+
+def mixed_precision(config: Config, where: Situation) -> Iterator[Precision]:
+    """Yield the type that suits the weights and the card."""
+    base = config.lora.base_weights
+    if config.memory.weights != "fp32":
+        yield "bf16"
+    elif base == "fp16" or base == "bf16":
+        yield base
+    elif where.card.is_cpu:
+        yield "no"
+    else:
+        yield "bf16" if where.card.has_bf16 else "fp16"
+
+
+def plain_precision(config: Config) -> Precision:
+    """Return the type a run computes in that nobody planned: that of its weights."""
+    if config.memory.weights != "fp32":
+        return "bf16"
+    base = config.lora.base_weights
+    if base is None or base == "fp32":
+        return "no"
+    return "fp16" if base == "fp16" else "bf16"
+
+
+def gradients(config: Config, where: Situation) -> Iterator[bool]:
+    """Yield whether gradients are freed as soon as they are used; those of adapters are small."""
+    del where
+    yield False
+    if not config.lora.enabled:
+        yield True
+
+
+def optimizer_states(config: Config, where: Situation) -> Iterator[bool]:
+    """Yield whether optimizer states go to the host; those of adapters are small, and a CPU is the host."""
+    yield False
+    if not config.lora.enabled and not where.card.is_cpu:
+        yield True
+
+
+def checkpointing(config: Config, where: Situation) -> Iterator[Placement | Mapping[str, Placement]]:
+    """Yield placements of activation checkpoints: none, one block more each time, all blocks, all of them twice."""
+    if not config.memory.offload_checkpoints:
+        yield "none"
+        yield from _partial(where.block_names)
+    yield "segments"
+    yield "nested"
+
+
+def offload_checkpoints(config: Config, where: Situation) -> Iterator[bool]:
+    """Yield whether what checkpointed segments start from goes to the host."""
+    yield False
+    placement = config.memory.checkpointing
+    is_given = "memory.checkpointing" not in where.open_paths
+    if not where.card.is_cpu and placement != "none" and (is_given or isinstance(placement, str)):
+        yield True
+
+
+def fused_layers(config: Config, where: Situation) -> Iterator[bool]:
+    """Yield whether layers are fused; on the CPU eager twins serve, which are slower."""
+    del config
+    yield False
+    if not where.card.is_cpu:
+        yield True
+
+
+def off(config: Config, where: Situation) -> Iterator[bool]:
+    """Yield that a technique is not used: the planner turns it on where nothing else fits."""
+    del config, where
+    yield False
+
+
+def clipping(config: Config, where: Situation | None = None) -> Iterator[Clipping]:
+    """Yield what is clipped: one choice, by where the optimizer steps."""
+    del where
+    training = config.training
+    if training.max_grad_norm is None:
+        yield "none"
+    elif not config.memory.optimizer_in_backward:
+        yield "global"
+    else:
+        is_default = training.max_grad_norm == TrainingConfig.model_fields["max_grad_norm"].default
+        yield "update_rms" if is_default else "lagged"
+
+
+def _partial(block_names: Sequence[str]) -> Iterator[Mapping[str, Placement]]:
+    """Yield placements with one block more checkpointed each time, the one of the highest resolution first."""
+    chosen: dict[str, Placement] = {}
+    for name in sorted(block_names, key=_steps_from_the_ends(block_names))[:-1]:
+        chosen[name] = "segments"
+        yield dict(chosen)
+
+
+def _steps_from_the_ends(block_names: Sequence[str]) -> Callable[[str], tuple[int, int]]:
+    unet = [name for name in block_names if name.startswith("unet.")]
+
+    def steps(name: str) -> tuple[int, int]:
+        if name not in unet:
+            return len(unet), 0
+        index = unet.index(name)
+        return min(index, len(unet) - 1 - index), -index
+
+    return steps

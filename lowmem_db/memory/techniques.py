@@ -1,0 +1,144 @@
+"""The memory techniques, as a list: what each is called in the configuration, and how it is put on a model.
+
+A technique from outside this package is registered with :func:`register`; ``memory.techniques`` of a configuration
+then takes its name. One of this package has its own field in ``memory`` and stands in :data:`TECHNIQUES`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lowmem_db.config import strategy
+from lowmem_db.config.schema import Config
+from lowmem_db.config.strategy import StrategyField
+from lowmem_db.errors import ConfigError
+from lowmem_db.memory import attention, checkpointing, fused_layers
+from lowmem_db.models.denoiser import Denoiser
+
+Undo = Callable[[], None]
+
+
+def _nothing(config: Config, device: torch.device) -> None:
+    del config, device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Technique:
+    """Something that saves memory around a model.
+
+    Attributes:
+        fields: Fields of the configuration that it reads, by their paths; those that the planner may fill are declared
+            in :mod:`lowmem_db.config.strategy`: choices, words, what it costs, and what it changes.
+        apply: Puts it on a model as a resolved configuration says, and returns what takes it off again.
+        check: Raises where a device or a machine cannot serve what a configuration asks for; nothing is loaded yet.
+    """
+
+    fields: tuple[str, ...]
+    apply: Callable[[Denoiser, Config, torch.device], Undo]
+    check: Callable[[Config, torch.device], None] = _nothing
+
+
+def _attention(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
+    return attention.apply(denoiser.module, config.memory.attention, device)
+
+
+def _fused_layers(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
+    del device
+    if not config.memory.fused_layers:
+        return _leave
+    try:
+        return fused_layers.apply(denoiser.module)
+    except ValueError as error:
+        raise ConfigError(f"memory.fused_layers: {error}; set memory.fused_layers=false") from error
+
+
+def _checkpointing(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
+    del device
+    placement, offload = config.memory.checkpointing, bool(config.memory.offload_checkpoints)
+    try:
+        return checkpointing.apply(denoiser.blocks(), placement or "none", offload=offload)
+    except ValueError as error:
+        raise ConfigError(f"memory.checkpointing: {error}") from error
+
+
+def _in_sampling(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
+    """Change no module: the code that draws samples reads the field."""
+    del denoiser, config, device
+    return _leave
+
+
+def _leave() -> None:
+    """Take nothing off."""
+
+
+TECHNIQUES: tuple[Technique, ...] = (
+    Technique(
+        fields=("memory.attention",),
+        apply=_attention,
+        check=lambda config, device: attention.check(config.memory.attention, device),
+    ),
+    Technique(
+        fields=("memory.fused_layers",),
+        apply=_fused_layers,
+        check=lambda config, device: fused_layers.check(device) if config.memory.fused_layers else None,
+    ),
+    Technique(fields=("memory.checkpointing", "memory.offload_checkpoints"), apply=_checkpointing),
+    Technique(fields=("memory.tiled_samples",), apply=_in_sampling),
+)
+"""Techniques of this package, in the order in which they are applied."""
+_registered: list[Technique] = []
+
+
+def register(field: StrategyField, technique: Technique) -> Undo:
+    """Add a technique from outside this package; return what removes it.
+
+    Args:
+        field: Its field, ``memory.techniques.NAME``.
+        technique: It is applied after those of this package.
+
+    Raises:
+        ValueError: The field is not in ``memory.techniques``, or its name is taken.
+    """
+    section, _, name = field.path.rpartition(".")
+    if section != "memory.techniques" or strategy.is_registered(name):
+        raise ValueError(f"{field.path}: choose memory.techniques.NAME with a name that is not registered yet")
+    forget = strategy.register(field)
+    _registered.append(technique)
+
+    def undo() -> None:
+        _registered.remove(technique)
+        forget()
+
+    return undo
+
+
+def apply(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
+    """Put every technique of a resolved configuration on a model; return what takes all of them off again.
+
+    Args:
+        denoiser: What trains; its modules are changed in place.
+        config: The configuration.
+        device: Where its modules are.
+
+    Raises:
+        ConfigError: A technique does not know the model.
+        DependencyError: xformers was asked for and cannot serve.
+    """
+    undos = [technique.apply(denoiser, config, device) for technique in (*TECHNIQUES, *_registered)]
+
+    def undo() -> None:
+        for one in reversed(undos):
+            one()
+
+    return undo
+
+
+def check(config: Config, device: torch.device) -> None:
+    """Refuse a technique that was asked for and cannot serve here, before anything is loaded.
+
+    Raises:
+        DependencyError: The message says why, and the way out.
+    """
+    for technique in (*TECHNIQUES, *_registered):
+        technique.check(config, device)

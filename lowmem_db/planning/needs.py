@@ -1,0 +1,63 @@
+"""What the phases of a run need of a device under a strategy, with what is set aside beside their tensors."""
+
+from collections.abc import Sequence
+
+from lowmem_db.config.schema import Config
+from lowmem_db.planning.allowance import allowance_bytes
+from lowmem_db.planning.predictor import Predictor
+from lowmem_db.records import PhaseMemory
+
+
+class Needs:
+    """Bytes of strategies, each given as a resolved configuration.
+
+    Args:
+        predictor: Where the figures come from.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self._card = predictor.run.card
+
+    def phases(self, strategy: Config) -> list[PhaseMemory]:
+        """Return the phases of a run, training traced exactly as it will be."""
+        traced = self._predictor.train(strategy)
+        phases = self._predictor.before_training(strategy)
+        phases.append(PhaseMemory(name="train", parts=traced.peak, host_bytes=traced.host_bytes))
+        if strategy.prompts_drawn:
+            host_bytes = self._predictor.resident(strategy).host_bytes
+            phases.append(PhaseMemory(name="sample", parts=self._predictor.sample(strategy), host_bytes=host_bytes))
+        return phases
+
+    def of_phases(self, phases: Sequence[PhaseMemory]) -> int:
+        """Return what phases need, one after the other."""
+        return self._with_allowance(max(phase.parts.total for phase in phases))
+
+    def before_training(self, strategy: Config) -> int:
+        """Return what preparation needs."""
+        return self.of_phases(self._predictor.before_training(strategy))
+
+    def between_steps(self, strategy: Config) -> int:
+        """Return what training needs at the least: what stays in memory, and all gradients where they meet."""
+        kept = self._predictor.resident(strategy)
+        gradients = 0 if strategy.memory.optimizer_in_backward else kept.trained_bytes
+        return self._with_allowance(kept.resident.total + gradients)
+
+    def samples(self, strategy: Config) -> int:
+        """Return what samples during training need."""
+        return self._with_allowance(self._predictor.sample(strategy).total) if strategy.prompts_drawn else 0
+
+    def training(self, strategy: Config) -> int:
+        """Return what training needs; predicted from figures of its blocks where it was not traced."""
+        return self._with_allowance(self._predictor.train_bytes(strategy))
+
+    def at_least(self, strategy: Config) -> int:
+        """Return what a run needs at the least, without a trace of training."""
+        return max(self.before_training(strategy), self.between_steps(strategy), self.samples(strategy))
+
+    def whole_run(self, strategy: Config) -> int:
+        """Return what a run needs, training as :meth:`training` says."""
+        return max(self.at_least(strategy), self.training(strategy))
+
+    def _with_allowance(self, num_bytes: int) -> int:
+        return num_bytes + allowance_bytes(num_bytes, self._card)
