@@ -12,9 +12,9 @@ from .rounding import pack_extra_bits_eager, round_stochastically_eager, roundin
 
 _TINY = torch.finfo(torch.float32).tiny
 # Elements at a time, in whole quantization blocks. On a CPU the temporaries of 1 MiB stay in the cache; a device wants
-# few launches. No result depends on it.
+# few launches, and its temporaries, about 67 bytes an element, count against its budget. No result depends on it.
 CPU_CHUNK = 2**18
-DEVICE_CHUNK = 2**24
+DEVICE_CHUNK = 2**20
 
 
 def adamw8bit_step_eager(operands: StepOperands) -> Tensor:

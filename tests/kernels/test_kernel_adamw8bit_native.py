@@ -19,6 +19,8 @@ from lowmem_db_kernels.adamw8bit_state import StepOperands
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowmem_db.planning.tracker import AllocationTracker
+
 NAMES = ("param", "extra_bits", "grad", "state1", "state2", "absmax1", "absmax2")
 FORMATS = ("fp32", "stochastic", "extra_bits")
 SCALES = {"grad_scale": torch.tensor(0.7), "update_scale": torch.tensor(0.3)}
@@ -171,6 +173,26 @@ def test_temporaries_of_the_eager_twin_do_not_grow_with_the_parameter(monkeypatc
     with LargestAllocation([tensor for tensor in tensors if tensor is not None]) as largest:
         adamw8bit_step_eager(operands)
     assert 0 < largest.num_bytes <= 8 * 1024
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_temporaries_of_the_eager_twin_on_a_device_stay_below_100_mib(weight_format):
+    """It serves CUDA devices without Triton, where 2^24 elements at a time take 1 GiB."""
+    tensors = problem(300, weight_format, wide=False)
+    size = 2560 * 1280 * 9
+    tensors = {name: x if x is None else x.new_empty(size, device="meta") for name, x in tensors.items()}
+    tensors |= {name: torch.empty(-(-size // 256), device="meta") for name in ("absmax1", "absmax2")}
+    step = torch.tensor(7, device="meta")
+    corrections = torch.empty(2, device="meta")
+    operands = StepOperands(
+        *tensors.values(), torch.empty((), device="meta"), step, corrections, None, None, BETA1, BETA2, EPS, 0.01, 1, 2,
+        False,
+    )  # fmt: skip
+    tracker = AllocationTracker()
+    tracker.register([tensor for tensor in tensors.values() if tensor is not None], "weights")
+    with tracker.tracking():
+        adamw8bit_step_eager(operands)
+    assert 16 * 2**20 < tracker.peak.other < 100 * 2**20
 
 
 @both

@@ -212,7 +212,7 @@ def _adamw_specs() -> list[Spec]:
 
 
 def _group_norm_specs() -> list[Spec]:
-    module = _module("group_norm_silu")
+    module = _module("group_norm_silu_kernels")
     tensors: dict[str, Any] = {
         "tensors": ("x_ptr", "output_ptr", "grad_output_ptr", "grad_x_ptr", "weight_ptr", "bias_ptr")
     }
