@@ -102,18 +102,9 @@ def _check_fields(config: Config, model: ModelFolder) -> None:
 
 
 def _build_objective(config: Config, model: ModelFolder, device: torch.device) -> Objective:
-    chosen = config.objective
-    noise_schedule = model.family.noise_schedule(model, chosen.prediction_type, chosen.zero_terminal_snr)
-    if noise_schedule.config["rescale_betas_zero_snr"] and noise_schedule.config["prediction_type"] == "epsilon":
-        raise ConfigError(
-            "objective.prediction_type: this model's scheduler says epsilon, and there is none to predict at a last "
-            "timestep that is all noise (zero terminal SNR); set objective.prediction_type=v_prediction, or "
-            "objective.zero_terminal_snr=false"
-        )
     return Objective(
         config.objective,
-        alphas_cumprod=noise_schedule.alphas_cumprod,
-        prediction_type=noise_schedule.config["prediction_type"],
+        process=model.family.process(model, config.objective),
         prior_loss_weight=config.prior.loss_weight,
         seed=config.seed,
         device=device,

@@ -11,6 +11,7 @@ from lowmem_db.errors import NonFiniteError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.families.stable_diffusion import SD_OF_ANY_WIDTH
 from lowmem_db.objective.objective import Objective
+from lowmem_db.objective.process import Diffusion
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.records import Batch
@@ -27,8 +28,7 @@ def parts() -> tuple[Denoiser, Objective, OptimizerHandle]:
     denoiser = Denoiser(SD_OF_ANY_WIDTH, {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()})
     objective = Objective(
         ObjectiveConfig(),
-        alphas_cumprod=ALPHAS_CUMPROD,
-        prediction_type="epsilon",
+        process=Diffusion(ALPHAS_CUMPROD, "epsilon"),
         prior_loss_weight=1.0,
         seed=0,
         device=CPU,

@@ -21,6 +21,7 @@ from lowmem_db.models.finding import find_model
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import load_noise_schedule
 from lowmem_db.objective.objective import Objective
+from lowmem_db.objective.process import Diffusion
 from lowmem_db.sampling.latents import SamplingSettings
 from tests.objective.test_objective import make_batch
 from tests.tiny_models import write_tiny_model
@@ -67,8 +68,7 @@ def test_last_timestep_is_noise_alone_and_its_velocity_is_the_picture(
     schedule = load_noise_schedule(model, zero_terminal_snr=True)
     objective = Objective(
         ObjectiveConfig(**fields),
-        alphas_cumprod=schedule.alphas_cumprod,
-        prediction_type="v_prediction",
+        process=Diffusion(schedule.alphas_cumprod, "v_prediction"),
         prior_loss_weight=1.0,
         seed=0,
         device=CPU,

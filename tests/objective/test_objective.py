@@ -12,6 +12,7 @@ from lowmem_db.errors import ConfigError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.families.stable_diffusion import SD_OF_ANY_WIDTH
 from lowmem_db.objective.objective import NoisedBatch, Objective
+from lowmem_db.objective.process import Diffusion
 from lowmem_db.objective.weights import timestep_weights
 from lowmem_db.records import Batch, Conditioning
 from tests.tiny_models import NUM_TOKENS, tiny_text_encoder, tiny_unet
@@ -37,8 +38,7 @@ TEXT_ENCODER_PARAMETERS = (
 def build(prediction_type: str = "epsilon", *, prior_loss_weight: float = 1.0, **fields: object) -> Objective:
     return Objective(
         ObjectiveConfig.model_validate(fields),
-        alphas_cumprod=ALPHAS_CUMPROD,
-        prediction_type=prediction_type,  # type: ignore[arg-type]
+        process=Diffusion(ALPHAS_CUMPROD, prediction_type),
         prior_loss_weight=prior_loss_weight,
         seed=7,
         device=torch.device("cpu"),
@@ -146,10 +146,10 @@ def test_noising_is_exact_against_float64_at_every_timestep(prediction_type: str
 
 
 def test_low_precision_model_does_not_touch_the_noising() -> None:
-    """With bf16 tables sqrt(1 - alphas_cumprod) would be 0 at the first timesteps."""
-    objective = build()
-    assert objective.tables.sqrt_one_minus_alphas_cumprod.dtype == torch.float32
-    assert objective.tables.sqrt_one_minus_alphas_cumprod[0] > 0.02
+    """With bf16 coefficients sqrt(1 - alphas_cumprod) would be 0 at the first timesteps."""
+    sigma = build().process.coefficients(torch.tensor([0])).sigma
+    assert sigma.dtype == torch.float32
+    assert sigma[0] > 0.02
 
 
 def test_draws_depend_on_seed_step_and_sample_alone() -> None:

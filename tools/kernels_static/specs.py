@@ -4,24 +4,22 @@ The number of 128-bit accesses is that of the tensors of two bytes and more that
 are those of scalars and of values per channel or per block; their number is bounded so that a tile cannot hide there.
 """
 
-import sys
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
-
-from . import adamw8bit_triton, diffusion_loss, geglu, group_norm_silu, noise  # noqa: F401 -- registered in sys.modules
 
 DTYPES = ("bf16", "fp16", "fp32")
 NUM_WARPS = 4
 _THREADS = NUM_WARPS * 32
 _FLOATS = {
-    "input_perturbation", "noise_offset", "sample_size", "instance_share", "prior_share", "grad_scale", "overflow",
+    "input_perturbation", "noise_offset", "elements_per_sample", "instance_share", "prior_share", "overflow",
     "prior_loss_weight", "num_instance_or_1", "num_prior_or_1", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2",
     "eps", "weight_decay", "group_size",
 }  # fmt: skip
 _UNSPECIALIZED = {"seed_low", "seed_high", "step"}
-_DIVISIBLE = {"num_elements", "spatial_size", "num_channels", "num_columns", "num_rows", "num_groups"}
+_DIVISIBLE = {"num_elements", "sample_size", "spatial_size", "num_channels", "num_columns", "num_rows", "num_groups"}
 _POINTERS = {
-    "timesteps_ptr": "i64", "sample_ids_ptr": "i64", "step_ptr": "i64", "extra_ptr": "i8", "state1_ptr": "u8",
+    "sample_ids_ptr": "i64", "step_ptr": "i64", "extra_ptr": "i8", "state1_ptr": "u8",
     "state2_ptr": "u8",
 }  # fmt: skip
 
@@ -91,19 +89,18 @@ class Spec:
 
 def _module(name: str) -> Any:
     # The package's functions hide the modules of the same name.
-    return sys.modules[f"{__package__}.{name}"]
+    return import_module(f"lowmem_db_kernels.{name}")
 
 
 def _noise_specs() -> list[Spec]:
     kernel = _module("noise")._noise_kernel
-    plain = {"PREDICTION_TYPE": 0, "HAS_STD": False, "HAS_NOISE": False, "HAS_OFFSET": False, "HAS_PERTURBATION": False}
-    plain |= {"REVERSE": False, "BLOCK": 1024}
-    tensors = ("latents_ptr", "std_ptr", "noise_ptr", "noisy_ptr")
-    bars: dict[str, Any] = {"tensors": tensors, "wide_loads": 1, "wide_stores": 2, "narrow_loads": 2}
-    posterior = plain | {"PREDICTION_TYPE": 1, "HAS_STD": True}
+    plain = {"HAS_STD": False, "HAS_OFFSET": False, "HAS_PERTURBATION": False, "REVERSE": False, "BLOCK": 1024}
+    tensors = ("latents_ptr", "std_ptr")
+    bars: dict[str, Any] = {"tensors": tensors, "wide_loads": 1, "wide_stores": 2, "narrow_loads": 4}
+    posterior = plain | {"HAS_STD": True}
     return [
         Spec(name="noise", kernel=kernel, constants=plain, max_per_element=75, **bars),
-        Spec(name="noise, posterior, v", kernel=kernel, constants=posterior, max_per_element=130, **bars),
+        Spec(name="noise, posterior", kernel=kernel, constants=posterior, max_per_element=130, **bars),
         # Sixteen channels at a time: most threads idle, each of the others draws one number.
         Spec(
             name="noise, offset",
@@ -119,7 +116,7 @@ def _noise_specs() -> list[Spec]:
 
 def _loss_specs() -> list[Spec]:
     module = _module("diffusion_loss")
-    mse = {"KIND": 0, "HAS_MASK": False, "LEARNED_VARIANCE": False, "REVERSE": False, "BLOCK": 1024}
+    mse = {"KIND": 0, "LEARNED_VARIANCE": False, "REVERSE": False, "BLOCK": 1024}
     bars: dict[str, Any] = {"tensors": ("prediction_ptr", "gradient_ptr"), "wide_stores": 1, "narrow_stores": 2}
     bars_with_variance: dict[str, Any] = bars | {"wide_stores": 2}
     return [
@@ -133,10 +130,10 @@ def _loss_specs() -> list[Spec]:
             **bars,
         ),
         Spec(
-            name="loss, huber, mask",
+            name="loss, huber",
             kernel=module._loss_kernel,
-            constants=mse | {"KIND": 1, "HAS_MASK": True},
-            wide_loads=3,
+            constants=mse | {"KIND": 1},
+            wide_loads=2,
             narrow_loads=2,
             max_per_element=85,
             **bars,
@@ -163,7 +160,7 @@ def _loss_specs() -> list[Spec]:
 
 
 def _adamw_specs() -> list[Spec]:
-    kernel = adamw8bit_triton._step_kernel
+    kernel = _module("adamw8bit_triton")._step_kernel
     constants = {"WEIGHTS": 0, "QUANTIZED": True, "HAS_GRAD_SCALE": True, "HAS_UPDATE_SCALE": True, "DRY_RUN": False}
     constants |= {"REVERSE": False, "BLOCK": 1024}
     bf16 = {"param_ptr": "bf16"}

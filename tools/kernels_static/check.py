@@ -1,4 +1,4 @@
-"""Compile every kernel for every card without a GPU, and check what came out: `python -m lowmem_db_kernels.static`.
+"""Compile every kernel for every card without a GPU, and check what came out: `python -m tools.kernels_static`.
 
 Triton compiles ahead of time for a named architecture and its wheel carries the disassembler, so registers, stack,
 width of the accesses and instructions per element can be read, and held to bars, on any Linux machine. It says nothing
@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ._triton import FP_FUSION, HAS_TRITON, INTERPRETED, triton
-from .static_specs import DTYPES, NUM_WARPS, SPECS, Spec
+from lowmem_db_kernels._triton import FP_FUSION, HAS_TRITON, INTERPRETED, triton
+
+from .specs import DTYPES, NUM_WARPS, SPECS, Spec
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 MAX_SHARED_BYTES = 16 * 1024
@@ -210,7 +211,7 @@ def main() -> int:
         1 where a bar is broken and `--check` was given.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m lowmem_db_kernels.static", description="Compile and check every kernel."
+        prog="python -m tools.kernels_static", description="Compile and check every kernel."
     )
     parser.add_argument("--check", action="store_true", help="fail where a bar is broken")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
@@ -264,7 +265,3 @@ def _range(values: Any) -> str:
 
 def _format(widths: dict[str, int]) -> str:
     return " ".join(f"{count}x{width}" for width, count in widths.items()) or "-"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
