@@ -145,8 +145,11 @@ class StableDiffusion(Family):
 
     def sampler(self, files: ModelFiles, name: SamplerName, objective: ObjectiveConfig | None = None) -> Sampler:
         """Return one of diffusers' samplers."""
-        changed = () if objective is None else (objective.prediction_type, objective.zero_terminal_snr)
-        return _SAMPLERS[name].from_config(load_noise_schedule(files, *changed).config)
+        if objective is None:
+            schedule = load_noise_schedule(files)
+        else:
+            schedule = load_noise_schedule(files, objective.prediction_type, objective.zero_terminal_snr)
+        return _SAMPLERS[name].from_config(schedule.config)
 
     def blocks(self, modules: Mapping[str, nn.Module]) -> dict[str, Block]:
         """Return the blocks of the UNet, and each text encoder as one."""
