@@ -12,7 +12,6 @@ from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
 from lowmem_db.objective.objective import Objective
-from lowmem_db.objective.process import Diffusion
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
 from lowmem_db.optimizers.handle import OptimizerHandle
@@ -76,17 +75,9 @@ def _check_fields(config: Config, model: ModelFolder) -> None:
 
 
 def _build_objective(config: Config, model: ModelFolder, device: torch.device) -> Objective:
-    chosen = config.objective
-    noise_schedule = model.family.noise_schedule(model, chosen.prediction_type, chosen.zero_terminal_snr)
-    if noise_schedule.config["rescale_betas_zero_snr"] and noise_schedule.config["prediction_type"] == "epsilon":
-        raise ConfigError(
-            "objective.prediction_type: this model's scheduler says epsilon, and there is none to predict at a last "
-            "timestep that is all noise (zero terminal SNR); set objective.prediction_type=v_prediction, or "
-            "objective.zero_terminal_snr=false"
-        )
     return Objective(
         config.objective,
-        process=Diffusion(noise_schedule.alphas_cumprod, noise_schedule.config["prediction_type"]),
+        process=model.family.process(model, config.objective),
         prior_loss_weight=config.prior.loss_weight,
         seed=config.seed,
         device=device,

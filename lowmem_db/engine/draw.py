@@ -21,7 +21,6 @@ from lowmem_db.console import track
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.data.crops import whole_picture_facts
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.families.base import Sampler
 from lowmem_db.models.families.spaces import Codec
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
@@ -82,7 +81,7 @@ class Artist:
             drawn = [
                 sample_latents(
                     denoiser,
-                    self._sampler(),
+                    self.model.family.sampler(self.model, self.settings.sampler, self.objective),
                     self.settings,
                     told,
                     shape=(space.channels, height // space.cell, width // space.cell),
@@ -91,14 +90,6 @@ class Artist:
                 for first in range(0, len(job.generators), count)
             ]
         return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
-
-    def _sampler(self) -> Sampler:
-        changed = self.objective
-        if changed is None:
-            return self.model.family.sampler(self.model, self.settings.sampler)
-        return self.model.family.sampler(
-            self.model, self.settings.sampler, changed.prediction_type, changed.zero_terminal_snr
-        )
 
 
 def draw(

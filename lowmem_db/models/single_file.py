@@ -138,7 +138,7 @@ def _with_own_configs(file: Path, metadata: Mapping[str, str]) -> SingleFile:
         raise ValueError(f"prediction_type {prediction_type!r}; allowed: epsilon, v_prediction, sample")
     path = CONFIGS_DIR / layout.folder_of_configs(prediction_type)
     model = _model(file, path, layout, configs, "as its metadata say")
-    model.family.noise_schedule(model)
+    model.family.sampler(model, "ddpm")  # refuses a schedule that is none
     return model
 
 

@@ -107,3 +107,10 @@ def test_tokenizers_are_those_the_families_were_trained_with(family: str, cache:
     end = 49407
     padding = 0 if family == "sd2" else end
     assert ids == [49406, 320, 48136, 1929, end, padding, padding, padding]
+
+
+def test_cache_of_the_configuration_is_used(cache: Path, tmp_path: Path) -> None:
+    source = write_original_model(tmp_path / "source", "sd1")
+    file = export(source, tmp_path / "one.safetensors")
+    assert find_model(str(file), cache_dir=tmp_path / "own").path.parent == tmp_path / "own" / "models"
+    assert not cache.exists()

@@ -79,7 +79,7 @@ def test_changed_prediction_type_reaches_samples_and_final_model(
     monkeypatch.setattr(draw, "sample_latents", recording)
     changes = {"objective.prediction_type": "v_prediction", "sampling.prompts": ["a dog"], "prior.enabled": False}
     train(arguments(tiny_fields | changes | {"sampling.num_inference_steps": 2}))
-    assert seen == ["v_prediction"]
+    assert seen == ["epsilon", "epsilon", "v_prediction"]  # class images come from the model before training
     scheduler = json.loads((tmp_path / "run" / "final" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == "v_prediction"
 

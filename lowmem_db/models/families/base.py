@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from diffusers import DDPMScheduler
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lowmem_db.config.schema import ObjectiveConfig
 from lowmem_db.config.schema import Sampler as SamplerName
 from lowmem_db.errors import ModelError
 from lowmem_db.models.families.blocks import Block
 from lowmem_db.models.families.original_layout import Layout
 from lowmem_db.models.families.spaces import Space
 from lowmem_db.models.files import ModelFiles
+from lowmem_db.objective.process import NoiseProcess
 from lowmem_db.records import Conditioning
 
 Role = Literal["denoiser", "text_encoder", "tokenizer", "autoencoder", "scheduler"]
@@ -181,27 +182,26 @@ class Family:
         """
         raise NotImplementedError
 
-    def noise_schedule(
-        self, files: ModelFiles, prediction_type: str | None = None, zero_terminal_snr: bool | None = None
-    ) -> DDPMScheduler:
-        """Return the noise schedule the model was trained with, changed as a run says."""
-        raise NotImplementedError
-
-    def sampler(
-        self,
-        files: ModelFiles,
-        name: SamplerName,
-        prediction_type: str | None = None,
-        zero_terminal_snr: bool | None = None,
-    ) -> Sampler:
-        """Return a sampler for the noise that the model was trained with.
+    def process(self, files: ModelFiles, objective: ObjectiveConfig) -> NoiseProcess:
+        """Return the noise process the model was trained with.
 
         Args:
             files: The model.
-            name: ``ddpm`` (ancestral, arXiv:2006.11239), ``ddim`` (arXiv:2010.02502), ``dpm_solver``
-                (arXiv:2211.01095).
-            prediction_type: What a fine-tuned denoiser predicts instead; None: as the model's folder says.
-            zero_terminal_snr: Whether the last timestep is noise alone; None: as the model's folder says.
+            objective: What a run changes about it.
+
+        Raises:
+            ConfigError: There is no such process for the model.
+        """
+        raise NotImplementedError
+
+    def sampler(self, files: ModelFiles, name: SamplerName, objective: ObjectiveConfig | None = None) -> Sampler:
+        """Return a new sampler for the noise process of the model.
+
+        Args:
+            files: The model.
+            name: ``ddpm`` (ancestral, arXiv:2006.11239), ``ddim`` (arXiv:2010.02502; on the straight lines of a flow
+                that is Euler's method), ``dpm_solver`` (arXiv:2211.01095).
+            objective: What a run has changed about the process; None: nothing.
 
         Raises:
             ConfigError: There is no such sampler for the family.

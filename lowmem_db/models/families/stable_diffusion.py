@@ -10,8 +10,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from lowmem_db.config.schema import ObjectiveConfig
 from lowmem_db.config.schema import Sampler as SamplerName
-from lowmem_db.errors import ModelError
+from lowmem_db.errors import ConfigError, ModelError
 from lowmem_db.models.families import clip
 from lowmem_db.models.families.base import Component, Family, Sampler, Tensors, token_ids
 from lowmem_db.models.families.blocks import Block
@@ -20,6 +21,7 @@ from lowmem_db.models.families.spaces import LatentSpace
 from lowmem_db.models.families.unet_blocks import find_blocks
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.loading import load_autoencoder, load_module, load_noise_schedule, load_tokenizer
+from lowmem_db.objective.process import Diffusion
 from lowmem_db.records import Conditioning
 
 CLIP_VOCABULARY = 49408
@@ -125,21 +127,28 @@ class StableDiffusion(Family):
         del conditioning
         return None
 
-    def noise_schedule(
-        self, files: ModelFiles, prediction_type: str | None = None, zero_terminal_snr: bool | None = None
-    ) -> DDPMScheduler:
-        """Return the noise schedule the model was trained with, changed as a run says."""
-        return load_noise_schedule(files, prediction_type, zero_terminal_snr)
+    def process(self, files: ModelFiles, objective: ObjectiveConfig) -> Diffusion:
+        """Return the diffusion the model was trained with, changed as a run says.
 
-    def sampler(
-        self,
-        files: ModelFiles,
-        name: SamplerName,
-        prediction_type: str | None = None,
-        zero_terminal_snr: bool | None = None,
-    ) -> Sampler:
+        Raises:
+            ConfigError: Epsilon is predicted where a last timestep is all noise.
+        """
+        schedule = load_noise_schedule(files, objective.prediction_type, objective.zero_terminal_snr)
+        prediction_type = schedule.config["prediction_type"]
+        if schedule.config["rescale_betas_zero_snr"] and prediction_type == "epsilon":
+            raise ConfigError(
+                "objective.prediction_type: this model's scheduler says epsilon, and there is none to predict at a "
+                "last timestep that is all noise (zero terminal SNR); set objective.prediction_type=v_prediction, or "
+                "objective.zero_terminal_snr=false"
+            )
+        return Diffusion(schedule.alphas_cumprod, prediction_type)
+
+    def sampler(self, files: ModelFiles, name: SamplerName, objective: ObjectiveConfig | None = None) -> Sampler:
         """Return one of diffusers' samplers."""
-        schedule = self.noise_schedule(files, prediction_type, zero_terminal_snr)
+        if objective is None:
+            schedule = load_noise_schedule(files)
+        else:
+            schedule = load_noise_schedule(files, objective.prediction_type, objective.zero_terminal_snr)
         return _SAMPLERS[name].from_config(schedule.config)
 
     def blocks(self, modules: Mapping[str, nn.Module]) -> dict[str, Block]:
