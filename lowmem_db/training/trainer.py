@@ -25,6 +25,7 @@ from lowmem_db.records import StepOutput
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.checkpoint import Stateful, restore_checkpoint, save_checkpoint
 from lowmem_db.training.metrics import MetricsWriter
+from lowmem_db.training.rescue import save_with_room, write_row_or_save
 from lowmem_db.training.scores import Scores
 from lowmem_db.training.signals import StopRequest, stop_on_signals
 from lowmem_db.training.step import train_step
@@ -124,7 +125,7 @@ class Trainer:
                 )
                 while self.step < self.config.training.max_train_steps and not self.scores.out_of_patience():
                     row = self._step()
-                    metrics.write(row)
+                    self._write_row(metrics, row)
                     self._show(bar, task, row)
                     self._after_step(stop, metrics)
             if self.step < self.config.training.max_train_steps:
@@ -177,9 +178,19 @@ class Trainer:
         with stop.after_checkpoint("scores"):
             self._score_where_due(metrics)
 
+    def _write_row(self, metrics: MetricsWriter, row: dict[str, Any]) -> None:
+        write_row_or_save(
+            self.run, self.config, self.step, write=lambda: metrics.write(row), save=self._save_checkpoint
+        )
+
     def _save_checkpoint(self) -> None:
         try:
-            save_checkpoint(self.run, self.step, self.stateful_objects(), data_key=self._data_key())
+            save_with_room(
+                self.run,
+                lambda: save_checkpoint(self.run, self.step, self.stateful_objects(), data_key=self._data_key()),
+                keep=self.config.checkpointing.keep,
+                also=self.best_step(),
+            )
         except StorageError as error:
             raise StorageError(f"{error}, with --resume; {self._last_good_checkpoint()}") from error
 
