@@ -6,13 +6,13 @@ up to 32, at 0.4 s of processor time per GB; it is no protection against somebod
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from lowmem_db.errors import StorageError
-from lowmem_db.storage.atomic import write_text
+from lowmem_db.storage.atomic import write_folder, write_text
 from lowmem_db.storage.disk import flush_tree
 
 MANIFEST = "checksums.json"
@@ -48,9 +48,18 @@ def of_folder(folder: Path) -> dict[str, str]:
         return {file.relative_to(folder).as_posix(): checksum for file, checksum in zip(files, found, strict=True)}
 
 
-def write_manifest(folder: Path) -> None:
-    """Write the manifest of a folder into it; to be called when it is filled."""
-    write_text(folder / MANIFEST, manifest_text(of_folder(folder)))
+def write_checked_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder, whole or not at all, with a manifest of the checksums of its files.
+
+    Raises:
+        StorageError: The disk is full; what stood at ``path`` still stands.
+    """
+
+    def write_and_sum(folder: Path) -> None:
+        write(folder)
+        write_text(folder / MANIFEST, manifest_text(of_folder(folder)))
+
+    write_folder(path, write_and_sum)
 
 
 def manifest_text(checksums: Mapping[str, str], **values: Any) -> str:

@@ -21,8 +21,8 @@ PATHS = ("subject.instance_dir", "output_dir", "cache_dir", "prior.class_dir")
 
 
 ODD_NUMBERS = (
-    "true", "False", "yes", "010", "0777", "-010", "1:30", "1:30:00", "1:30.5", "[1]", "{a: 1}", "2024-11-23", "dog", "''",
-    "!!binary aGk=", "!!set {1}", ".nan", ".inf", "0x" + "f" * 5000, "9" * 5000,
+    "true", "False", "yes", "010", "0777", "-010", "1:30", "1:30:00", "1:30.5", "[1]", "{a: 1}", "2024-11-23", "dog",
+    "''",    "!!binary aGk=", "!!set {1}", ".nan", ".inf", "0x" + "f" * 5000, "9" * 5000,
 )  # fmt: skip
 MISTAKES = [b"", b"\0", b"\xff", b"[", b"{", b"}", b":", b"&a ", b"*a", b"- ", b"\n", b"\t", b"'", b'"', b"!", b"010"]
 

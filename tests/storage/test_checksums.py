@@ -9,7 +9,7 @@ import torch
 
 from lowmem_db.errors import StorageError
 from lowmem_db.storage import checksums
-from lowmem_db.storage.checksums import MANIFEST, check_file, check_folder, of_bytes, of_file, write_manifest
+from lowmem_db.storage.checksums import MANIFEST, check_file, check_folder, of_bytes, of_file, write_checked_folder
 from lowmem_db.storage.run_folder import MARKER, RunFolder
 from lowmem_db.storage.tensors import TensorStore, read_state, write_state, write_tensors
 
@@ -28,12 +28,13 @@ def some_bits(path: Path, count: int = 40) -> list[int]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "final"
-    (path / "unet").mkdir(parents=True)
-    (path / "unet" / "weights").write_bytes(bytes(range(256)) * 20)
-    (path / "model_index.json").write_text("{}")
-    write_manifest(path)
-    return path
+    def write(path: Path) -> None:
+        (path / "unet").mkdir()
+        (path / "unet" / "weights").write_bytes(bytes(range(256)) * 20)
+        (path / "model_index.json").write_text("{}")
+
+    write_checked_folder(tmp_path / "final", write)
+    return tmp_path / "final"
 
 
 def test_checksum_is_the_crc_of_all_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
