@@ -15,8 +15,10 @@ def prepare(
 ) -> None:
     """Fill the caches of a run: class images, latents, text embeddings; say what was there already."""
     from lowmem_db.cli.arguments import read_arguments
+    from lowmem_db.cli.inputs import check_inputs
 
     config, _ = read_arguments(arguments or [])
+    check_inputs(config)
 
     from lowmem_db import environment
     from lowmem_db.console import say

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lowmem_db.errors import StorageError
+from lowmem_db.errors import DiskFullError, StorageError
 from lowmem_db.storage.disk import (
     flush_file,
     flush_folder,
@@ -77,7 +77,7 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         _replace_folder(path, temporary)
         flush_folder(path.parent)
     except StorageError as error:  # of a file in it: name the place the user knows
-        raise StorageError(str(error).replace(str(temporary), str(path))) from error
+        raise type(error)(str(error).replace(str(temporary), str(path))) from error
     except _FAILURES as error:
         raise as_storage_error(error, path) from error
     finally:
@@ -88,7 +88,7 @@ def as_storage_error(error: OSError | SafetensorError, path: Path) -> StorageErr
     """Say in one line what went wrong while ``path`` was written."""
     number = error.errno if isinstance(error, OSError) else _number_in(str(error))
     if number in _DISK_FULL:
-        return StorageError(f"{path}: the disk is full; free some space, then run the same command again")
+        return DiskFullError(f"{path}: the disk is full; free some space, then run the same command again")
     if isinstance(error, OSError) and is_too_long(path, error):
         return StorageError(
             f"{path}: the name or the path is longer than this system takes ({len(str(path))} characters); choose a "

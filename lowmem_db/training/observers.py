@@ -18,6 +18,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.console import progress, say
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.metrics import MetricsWriter
+from lowmem_db.training.rescue import write_row_or_save
 from lowmem_db.training.scores import Scores
 
 if TYPE_CHECKING:
@@ -90,13 +91,21 @@ class MetricsFiles(Observer):
 
     def start(self, trainer: Trainer) -> None:
         """Open the files; rows of steps that are done again are gone."""
+        self._trainer = trainer
         self._writer = MetricsWriter(
             trainer.run, tensorboard=trainer.config.logging.tensorboard, start_step=trainer.step
         )
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Append the row."""
-        self._writer.write(dict(row))
+        """Append the row; where the disk refuses it, the model in memory is saved before the run ends."""
+        trainer = self._trainer
+        write_row_or_save(
+            trainer.run,
+            trainer.config,
+            trainer.step,
+            write=lambda: self._writer.write(dict(row)),
+            save=trainer.save_checkpoint,
+        )
 
     def score(self, step: int, metrics: Metrics) -> None:
         """Add the scores to the curves; their file is that of :class:`ScoreKeeper`."""

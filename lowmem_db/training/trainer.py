@@ -27,6 +27,7 @@ from lowmem_db.records import StepOutput
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.checkpoint import restore_checkpoint, save_checkpoint
 from lowmem_db.training.observers import Observer
+from lowmem_db.training.rescue import save_with_room
 from lowmem_db.training.signals import StopRequest, stop_on_signals
 
 Event = Literal["start", "step", "checkpoint", "samples", "score", "end"]
@@ -177,7 +178,7 @@ class Trainer:
         wanted = [observer.wants_checkpoint(self.step) for observer in self.observers]
         is_saved = any(wanted) or self.step % self.config.checkpointing.every == 0 or self.is_done or bool(stop)
         if is_saved:
-            self._save_checkpoint()
+            self.save_checkpoint()
         if stop and not self.is_done:
             stop.stop()
         if is_saved:
@@ -185,9 +186,19 @@ class Trainer:
                 self.tell("checkpoint", self.step)
                 self._prune_checkpoints()  # once more: a score may have made another one the best
 
-    def _save_checkpoint(self) -> None:
+    def save_checkpoint(self) -> None:
+        """Save what a run is continued from, now.
+
+        Raises:
+            StorageError: The disk is full; the newest checkpoint still stands.
+        """
         try:
-            save_checkpoint(self.run, self.step, self.stateful_objects(), data_key=self._data_key())
+            save_with_room(
+                self.run,
+                lambda: save_checkpoint(self.run, self.step, self.stateful_objects(), data_key=self._data_key()),
+                keep=self.config.checkpointing.keep,
+                also=self.step_to_keep(),
+            )
         except StorageError as error:
             raise StorageError(f"{error}, with --resume; {self._last_good_checkpoint()}") from error
         self._prune_checkpoints()
