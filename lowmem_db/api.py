@@ -72,6 +72,10 @@ def train(config: Config, *, resume: bool = False, observers: Sequence["Observer
         LowmemDbError: What the caller can mend; each class says what.
         RunInterrupted: The run was asked to stop; a checkpoint was saved.
     """
+    from lowmem_db.data.inputs import check_inputs
+
+    check_inputs(config)
+
     from lowmem_db.run.run import train as train_run
 
     return train_run(config, resume=resume, observers=observers)

@@ -32,10 +32,8 @@ def train(
     Every field with its meaning is in docs/configuration.md. Ctrl-C saves a checkpoint; --resume goes on.
     """
     from lowmem_db.cli.arguments import read_arguments
-    from lowmem_db.cli.inputs import check_inputs
 
     config, resume_flag = read_arguments(arguments or [])
-    check_inputs(config)
 
     from lowmem_db import api
 

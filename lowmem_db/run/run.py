@@ -51,6 +51,22 @@ def train(config: Config, *, resume: bool = False, observers: Sequence[Observer]
     return run
 
 
+def prepare_data(config: Config) -> BatchSource:
+    """Fill the caches of a run: class images, latents, text embeddings; return its batches.
+
+    Args:
+        config: The configuration.
+
+    Raises:
+        LowmemDbError: What the user can mend; each class says what.
+    """
+    device = environment.resolve_device(config.device)
+    photos = check_photos(config)
+    model = model_of(config)
+    check_prompts(config, model, photos)
+    return prepare(config, model, device, photos)
+
+
 def _check_and_plan(
     run: RunFolder, config: Config, *, resume: bool
 ) -> tuple[Config, ModelFolder, torch.device, list[ImageRecord]]:

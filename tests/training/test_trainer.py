@@ -77,7 +77,7 @@ def test_changed_prediction_type_reaches_samples_and_final_model(
         return original(denoiser, sampler, *arguments, **options)
 
     monkeypatch.setattr(draw, "sample_latents", recording)
-    changes = {"objective.prediction_type": "v_prediction", "sampling.prompts": ["a dog"], "prior.enabled": False}
+    changes = {"objective.prediction_type": "v_prediction", "sampling.prompts": ["a dog"]}
     train(arguments(tiny_fields | changes | {"sampling.num_inference_steps": 2}))
     assert seen == ["epsilon", "epsilon", "v_prediction"]  # class images come from the model before training
     scheduler = json.loads((tmp_path / "run" / "final" / "scheduler" / "scheduler_config.json").read_text())
