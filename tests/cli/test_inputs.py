@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_db.data.inputs import check_inputs
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
+from lowmem_db.data.inputs import check_inputs
 from lowmem_db.errors import DataError
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL", "safetensors")
