@@ -16,11 +16,14 @@ else:
 ROOT = Path(__file__).parents[1]
 _WIDTH, _GAP, _HEIGHT, _MARGIN = 980, 8, 64, 10
 _LINE_OF = 6.1  # pixels of a letter of the small text
+_COLOURS = 'fill="#eef4fb" stroke="#9db8d6"'
 
 
 def layers() -> list[list[str]]:
     """Return the rooms of the package, layer by layer from the top."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
     return [[room.strip() for room in layer.split("|")] for layer in contracts[0]["layers"]]
 
 
@@ -51,7 +54,7 @@ def render() -> str:
 def _box(room: str, left: float, top: float, width: float) -> list[str]:
     lines = _wrapped(purpose(room), int((width - 16) / _LINE_OF))[:3]
     return [
-        f'<rect x="{left:.0f}" y="{top}" width="{width:.0f}" height="{_HEIGHT}" rx="6" fill="#eef4fb" stroke="#9db8d6"/>',
+        f'<rect x="{left:.0f}" y="{top}" width="{width:.0f}" height="{_HEIGHT}" rx="6" {_COLOURS}/>',
         f'<text x="{left + 8:.0f}" y="{top + 16}" font-size="13" font-weight="bold" fill="#1f2328">{room}</text>',
         *(
             f'<text x="{left + 8:.0f}" y="{top + 31 + 13 * number}" font-size="11" fill="#424a53">{escape(line)}</text>'
