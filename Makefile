@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow gpu lint types format clean
+.PHONY: demo test slow gpu lint types format kernels-static clean
 
 demo: $(INSTALLED)
 	$(RUN)/lowmem-db train configs/demo.yaml --resume
@@ -34,6 +34,10 @@ types: $(INSTALLED)
 format: $(INSTALLED)
 	$(RUN)/ruff format .
 	$(RUN)/ruff check --fix .
+
+# What the compiler makes of every kernel on seven architectures, held to bars; needs Triton and no GPU.
+kernels-static: $(INSTALLED)
+	$(RUN)/python -m tools.kernels_static --check --output benchmarks/static/kernels.json
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from lowmem_db_kernels import (
     AdamW8bitState,
-    NoiseTables,
+    NoiseCoefficients,
     adamw8bit_step,
     bias_corrections,
     diffusion_loss,
@@ -80,7 +80,8 @@ def noise_case(size: str, device: str) -> Case:
     latents = torch.empty(LATENTS[size], device=device, dtype=torch.bfloat16).normal_()
     timesteps = torch.tensor([1, 2], device=device)
     alphas = torch.linspace(0.99, 0.01, 1000, device=device)
-    tables = NoiseTables(alphas.sqrt(), (1 - alphas).sqrt())
+    zeros, ones = torch.zeros(2, device=device), torch.ones(2, device=device)
+    coefficients = NoiseCoefficients(alphas.sqrt()[timesteps], (1 - alphas).sqrt()[timesteps], zeros, ones)
 
     def eager() -> Any:
         drawn = torch.randn_like(latents)
@@ -88,23 +89,22 @@ def noise_case(size: str, device: str) -> Case:
         rest = (1 - alphas.to(latents.dtype)[timesteps]).sqrt().reshape(-1, 1, 1, 1)
         return root * latents + rest * drawn, drawn
 
-    options = {"seed": 1, "step": 1, "sample_ids": timesteps, "out_dtype": torch.bfloat16}
-    return Case(eager, lambda: noise(latents, timesteps, tables, **options))
+    return Case(eager, lambda: noise(latents, coefficients, seed=1, step=1, sample_ids=timesteps))
 
 
 def loss_case(size: str, device: str) -> Case:
-    """Loss of one instance and one prior sample with weights by timestep, and its gradient."""
+    """Loss of one instance and one prior sample with a weight each, and its gradient."""
     prediction = torch.empty(LATENTS[size], device=device, dtype=torch.bfloat16).normal_().requires_grad_()
     target = torch.empty(LATENTS[size], device=device).normal_()
-    timesteps, weights = torch.tensor([1, 2], device=device), torch.ones(1000, device=device)
+    weights = torch.ones(2, device=device)
 
     def eager() -> Any:
         losses = torch.nn.functional.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))
-        instance, prior = (losses * weights[timesteps]).chunk(2)
+        instance, prior = (losses * weights).chunk(2)
         return torch.autograd.grad(instance.mean() + prior.mean(), prediction)
 
     def fused() -> Any:
-        loss = diffusion_loss(prediction, target, timesteps, weights, num_instance=1)
+        loss = diffusion_loss(prediction, target, weights, num_instance=1)
         return torch.autograd.grad(loss.total, prediction)
 
     return Case(eager, fused)

@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT))
 from lowmem_db.config.loading import load_config  # noqa: E402
 from lowmem_db.config.schema import Config  # noqa: E402
 from lowmem_db.config.strategy import resolve  # noqa: E402
+from lowmem_db.models.finding import model_of  # noqa: E402
 from lowmem_db.planning.cards import CPU, find_card  # noqa: E402
 from lowmem_db.planning.measured import measure_train  # noqa: E402
-from lowmem_db.planning.models import find_configuration  # noqa: E402
 from lowmem_db.planning.phases import TracedRun, trace_train  # noqa: E402
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -64,7 +64,7 @@ def measure_rung(model: str, fields: dict[str, Any], *, measured: bool) -> dict[
     if measured:
         fields = {name: value for name, value in fields.items() if name != "training.mixed_precision"}
     config = resolve(config_of(model, fields))
-    folder = find_configuration(config.model)
+    folder = model_of(config, weights=False)
     card = CPU if measured else find_card("RTX 3060")
     traced = trace_train(TracedRun(config=config, model=folder, card=card))
     found = {"predicted_bytes": traced.peak.total, "host_bytes": traced.host_bytes}

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem_db.errors import ConfigError, DependencyError
 
@@ -220,6 +220,11 @@ def check_precision(mixed_precision: str, device: "torch.device") -> None:
             f"training.mixed_precision: 'bf16' is not native on {torch.cuda.get_device_name(device)}; "
             "allowed here: no, fp16. Use training.mixed_precision=fp16"
         )
+
+
+def drawing_precision(device: "torch.device") -> Literal["fp32", "fp16"]:
+    """Return the type that images are drawn in where nothing else is asked for."""
+    return "fp16" if device.type == "cuda" else "fp32"
 
 
 def peak_bytes(device: "torch.device") -> int:

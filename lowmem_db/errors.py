@@ -35,6 +35,10 @@ class StorageError(LowmemDbError):
     """The disk is full, or a file on it is damaged."""
 
 
+class DiskFullError(StorageError):
+    """The disk is full."""
+
+
 class NonFiniteError(LowmemDbError):
     """The loss or the gradient is not finite."""
 

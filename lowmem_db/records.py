@@ -1,10 +1,11 @@
 """The frozen records that travel between the packages."""
 
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 Size = tuple[int, int]
@@ -32,23 +33,18 @@ class ImageRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What the denoiser is told, one row per sample.
+    """What the denoiser is told, one row per sample. The names of the tensors are the family's.
 
     Attributes:
-        input_ids: Token ids.
-        prompt_embeds: Embeddings, where the text encoders are frozen.
-        input_ids_2: Token ids for the second text encoder of SDXL.
-        pooled_embeds: Pooled embedding of SDXL's second text encoder, where the text encoders are frozen.
-        time_ids: SDXL's original height and width, top and left of the crop, target height and width, in pixels
-            (arXiv:2307.01952, section 2.2).
+        tokens: What tokenizers make of prompts.
+        embeds: What text encoders make of tokens; empty where they are part of what trains.
+        picture: What is told about the pictures.
         has_prompt: Whether a row has a prompt; the embeddings of one that has none are zeros. None: all have one.
     """
 
-    input_ids: Int[Tensor, "b tokens"]
-    prompt_embeds: Float[Tensor, "b tokens dim"] | None = None
-    input_ids_2: Int[Tensor, "b tokens"] | None = None
-    pooled_embeds: Float[Tensor, "b width"] | None = None
-    time_ids: Float[Tensor, "b 6"] | None = None
+    tokens: Mapping[str, Shaped[Tensor, "b ..."]]
+    embeds: Mapping[str, Shaped[Tensor, "b ..."]] = field(default_factory=dict)
+    picture: Mapping[str, Shaped[Tensor, "b ..."]] = field(default_factory=dict)
     has_prompt: Bool[Tensor, " b"] | None = None
 
 

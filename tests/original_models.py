@@ -15,9 +15,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lowmem_db.models.original_layout import SD1, SD2, SDXL, Entry
+from lowmem_db.models.families import find_family
+from lowmem_db.models.families.original_layout import SD1, SD2, SDXL, Entry
+from lowmem_db.models.files import ModelFiles
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.saving import save_component
-from lowmem_db.models.source import CONFIGS_DIR, ModelFolder, find_family
+from lowmem_db.models.single_file import CONFIGS_DIR
 from lowmem_db.models.stored_weights import expected_shapes
 
 RESOLUTION = 32
@@ -103,7 +106,7 @@ def _text(width: int, num_layers: int, hidden_act: str) -> CLIPTextConfig:
 
 def published(name: str) -> ModelFolder:
     """Return one of the bundled configurations."""
-    return ModelFolder(name=name, path=CONFIGS_DIR / name, family=find_family(CONFIGS_DIR / name))
+    return ModelFolder(name=name, path=CONFIGS_DIR / name, family=find_family(ModelFiles(path=CONFIGS_DIR / name)))
 
 
 @lru_cache

@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.memory.sd15_step import GIB, write_random_model  # noqa: E402
 from lowmem_db.config.loading import load_config  # noqa: E402
 from lowmem_db.config.strategy import resolve  # noqa: E402
-from lowmem_db.models.source import ModelFolder, find_model  # noqa: E402
+from lowmem_db.models.finding import find_model  # noqa: E402
+from lowmem_db.models.folder import ModelFolder  # noqa: E402
 from lowmem_db.planning.cards import CPU  # noqa: E402
 from lowmem_db.planning.measured import measure_train  # noqa: E402
 from lowmem_db.planning.phases import TracedRun, trace_train  # noqa: E402

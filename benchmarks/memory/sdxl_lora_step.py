@@ -26,9 +26,9 @@ from lowmem_db.config.loading import load_config
 from lowmem_db.config.strategy import resolve
 from lowmem_db.engine import build
 from lowmem_db.engine.step import train_step
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.finding import model_of
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.cards import CPU
-from lowmem_db.planning.models import find_configuration
 from lowmem_db.planning.phases import TracedRun, trace_train, training_batches
 
 ROOT = Path(__file__).parents[2]
@@ -49,14 +49,14 @@ def measure_step(*overrides: str) -> dict[str, Any]:
 
 def _step_here(overrides: list[str]) -> dict[str, Any]:
     config, device = resolve(load_config(None, parse_arguments([*FIELDS, *overrides]).overrides)), torch.device("cpu")
-    model = find_configuration(config.model)
+    model = model_of(config, weights=False)
     predicted = trace_train(TracedRun(config=config, model=model, card=CPU)).peak.total
-    load_unet = build.load_unet
+    load = ModelFolder.load
 
-    def random_unet(model: ModelFolder, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        return _with_random_weights(load_unet(model, torch.device("meta"), dtype))
+    def load_random(model: ModelFolder, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return _with_random_weights(load(model, name, torch.device("meta"), dtype))
 
-    build.load_unet = random_unet  # type: ignore[assignment]
+    ModelFolder.load = load_random  # type: ignore[method-assign]
     denoiser, objective, optimizer = build.build_step(config, model, device)
     optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-4))
     started = time.perf_counter()
@@ -67,7 +67,7 @@ def _step_here(overrides: list[str]) -> dict[str, Any]:
         "fields": [*FIELDS, *overrides],
         "process_peak_bytes": _peak_bytes(),
         "predicted_train_bytes": predicted,
-        "parameters": sum(parameter.numel() for parameter in denoiser.unet.parameters()),
+        "parameters": sum(parameter.numel() for parameter in denoiser.module.parameters()),
         "trained_parameters": count_trained(denoiser.modules()),
         "loss": output.loss,
         "grad_norm": output.grad_norm,

@@ -20,7 +20,7 @@ from benchmarks.quality.results import RUNS_FILE, Row, append_row, find_row, rea
 from benchmarks.quality.runs import Drawn, base_key, recipe_of, run
 from benchmarks.quality.subjects import BY_NAME, Subject
 from benchmarks.quality.variants import ABLATIONS, VARIANTS, Ablation, Variant, runs_of
-from lowmem_db.models.source import find_model
+from lowmem_db.models.finding import find_model
 
 Run = Callable[[Variant, Subject, int, Path], tuple[dict[str, Any], Drawn]]
 

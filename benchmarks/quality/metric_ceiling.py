@@ -19,8 +19,8 @@ from benchmarks.quality.subjects import SUBJECTS, Subject
 from lowmem_db.data.photos import read_photo
 from lowmem_db.evaluation.encoders import Encoder, find_encoders, load_encoder
 from lowmem_db.evaluation.metrics import cosine_similarities
-from lowmem_db.models.loading import Autoencoder, load_autoencoder
-from lowmem_db.models.source import find_model
+from lowmem_db.models.finding import find_model
+from lowmem_db.models.loading import Autoencoder
 from lowmem_db.sampling.images import to_images
 
 SIZE = 128
@@ -59,7 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     encoder = load_encoder(find_encoders(["en0"])[0], CPU)
-    autoencoder = load_autoencoder(find_model("demo"), device=CPU)
+    autoencoder = find_model("demo").load("vae", device=CPU)
     found = {subject.name: ceiling_of(subject, encoder, autoencoder) for subject in SUBJECTS}
     arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))

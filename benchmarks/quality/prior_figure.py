@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from lowmem_db.engine.generate import ImageSource, find_source, generate_images
+from lowmem_db.engine.generate import generate_images
+from lowmem_db.engine.source import ImageSource, find_source
 from lowmem_db.sampling.images import labelled_grid
 from lowmem_db.sampling.latents import SamplingSettings
 

@@ -23,6 +23,8 @@ from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import resolve
 from lowmem_db.data.photos import read_photo, scan_photos
 from lowmem_db.engine.build import build_step
+from lowmem_db.engine.draw import Artist, Job, kept
+from lowmem_db.engine.draw import draw as engine_draw
 from lowmem_db.engine.step import train_step
 from lowmem_db.evaluation.encoders import Encoder, find_encoders, load_encoder
 from lowmem_db.evaluation.metrics import (
@@ -32,19 +34,17 @@ from lowmem_db.evaluation.metrics import (
     preservation_pairs,
     real_pairs,
 )
-from lowmem_db.models.conditioning import encode_prompt, tokenize
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.latents import decode_latents, downscaling
-from lowmem_db.models.loading import load_autoencoder, load_noise_schedule, load_text_encoder, load_tokenizer
-from lowmem_db.models.source import COMPONENTS, ModelFolder, find_model
+from lowmem_db.models.finding import find_model
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders
 from lowmem_db.optimizers import weights
 from lowmem_db.optimizers.schedules import learning_rate_factor
 from lowmem_db.preparation.class_images import prepare_class_images
 from lowmem_db.preparation.prepare import prepare
 from lowmem_db.randomness import derive_seed, generator
 from lowmem_db.records import ImageRecord
-from lowmem_db.sampling.images import to_images
-from lowmem_db.sampling.latents import SamplingSettings, sample_latents
+from lowmem_db.sampling.latents import SamplingSettings
 
 CPU = torch.device("cpu")
 SAMPLING = SamplingSettings(sampler="ddim", num_inference_steps=14, guidance_scale=1.0)
@@ -65,7 +65,7 @@ class Drawn:
 
 def base_key(model: ModelFolder) -> str:
     """Return what tells one base from another."""
-    return model.content_key(*COMPONENTS)[:12]
+    return model.whole_key[:12]
 
 
 def recipe_of(variant: Variant) -> dict[str, Any]:
@@ -152,18 +152,16 @@ def draw(
     prompts = [instance, f"{instance} {CONTEXT}", subject.class_prompt]
     for module in denoiser.modules().values():
         module.eval()
-    text_encoder = denoiser.text_encoder or load_text_encoder(model, device=CPU)
-    embeds = encode_prompt(text_encoder, tokenize(load_tokenizer(model), [*prompts, ""]))
-    latents = sample_latents(
-        denoiser.unet,
-        load_noise_schedule(model),
-        SAMPLING,
-        prompt_embeds=embeds[:-1].repeat_interleave(NUM_IMAGES, dim=0),
-        empty_embeds=embeds[-1:],
-        latent_size=config.data.resolution // downscaling(model.config_of("vae")),
+    text_encoders = denoiser.text_encoders() or load_text_encoders(model, CPU)
+    frozen = Denoiser(denoiser.family, {denoiser.name: denoiser.module})
+    table = embed_prompts(model, text_encoders, [*prompts, ""])
+    job = Job(
+        prompts=[prompt for prompt in prompts for _ in range(NUM_IMAGES)],
+        size=(config.data.resolution, config.data.resolution),
         generators=[generator(seed, "samples", index) for _ in prompts for index in range(NUM_IMAGES)],
     )
-    images = to_images(decode_latents(load_autoencoder(model, device=CPU), latents))
+    artist = Artist(model=model, settings=SAMPLING)
+    (images,) = engine_draw(artist, table, [job], kept(frozen), kept(model.space.load(CPU)))
     plain, context, of_class = (images[first : first + NUM_IMAGES] for first in range(0, len(images), NUM_IMAGES))
     return Drawn(plain=plain, context=context, of_class=of_class)
 

@@ -35,7 +35,7 @@ from lowmem_db.config.strategy import resolve  # noqa: E402
 from lowmem_db.engine.build import build_step  # noqa: E402
 from lowmem_db.engine.step import train_step  # noqa: E402
 from lowmem_db.models.denoiser import Denoiser  # noqa: E402
-from lowmem_db.models.source import find_model  # noqa: E402
+from lowmem_db.models.finding import find_model  # noqa: E402
 from lowmem_db.optimizers.rules import StepScalars  # noqa: E402
 from lowmem_db.records import Batch, Conditioning  # noqa: E402
 
@@ -63,7 +63,7 @@ def make_batch() -> Batch:
     return Batch(
         latent_mean=latents,
         latent_std=torch.full_like(latents, 0.1),
-        conditioning=Conditioning(input_ids=torch.randint(49408, (2, 77))),
+        conditioning=Conditioning(tokens={"input_ids": torch.randint(49408, (2, 77))}),
         sample_ids=torch.arange(2),
         num_instance=1,
         sources=("photo", "class image"),
@@ -75,8 +75,8 @@ def bare_pass(denoiser: Denoiser, batch: Batch) -> Callable[[], None]:
     latents, timesteps = torch.randn_like(batch.latent_mean), torch.tensor([100, 700])
 
     def run() -> None:
-        embeds = denoiser.text_encoder(batch.conditioning.input_ids)[0]
-        prediction = denoiser.unet(latents, timesteps, encoder_hidden_states=embeds).sample
+        embeds = denoiser.text_encoders()["text_encoder"](batch.conditioning.tokens["input_ids"])[0]
+        prediction = denoiser.module(latents, timesteps, encoder_hidden_states=embeds).sample
         prediction.square().mean().backward()
 
     return run

@@ -12,7 +12,7 @@ from .adamw8bit_state import (
     init_state,
     to_bitsandbytes,
 )
-from .adamw8bit_step import adamw8bit_step, adamw8bit_step_flat
+from .adamw8bit_step import adamw8bit_step
 from .diffusion_loss import DiffusionLoss, diffusion_loss
 from .dispatch import (
     Choice,
@@ -26,8 +26,7 @@ from .dispatch import (
 )
 from .geglu import geglu
 from .group_norm_silu import group_norm_silu
-from .noise import NoiseTables, noise, noise_tables
-from .numerics import FrozenWeightsError, check_learning_rate, movable_fraction
+from .noise import NoiseCoefficients, noise
 from .philox import Stream, standard_normal_eager
 from .rounding import pack_extra_bits_eager, unpack_extra_bits_eager
 
@@ -36,24 +35,19 @@ __all__ = [
     "AdamW8bitState",
     "Choice",
     "DiffusionLoss",
-    "FrozenWeightsError",
     "KernelUnavailableError",
-    "NoiseTables",
+    "NoiseCoefficients",
     "Operator",
     "OperatorStatus",
     "Stream",
     "adamw8bit_step",
-    "adamw8bit_step_flat",
     "bias_corrections",
-    "check_learning_rate",
     "diffusion_loss",
     "from_bitsandbytes",
     "geglu",
     "group_norm_silu",
     "init_state",
-    "movable_fraction",
     "noise",
-    "noise_tables",
     "pack_extra_bits_eager",
     "registry",
     "requested_mode",

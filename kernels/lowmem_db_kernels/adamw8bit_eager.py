@@ -1,106 +1,72 @@
 """`adamw8bit_step` in plain PyTorch: what its kernels are compared with, and what serves where they cannot."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._triton import cdiv
+from .adamw8bit_state import StepOperands
 from .codec import BLOCK_SIZE, decode_eager, encode_eager
 from .rounding import pack_extra_bits_eager, round_stochastically_eager, rounding_key_eager, unpack_extra_bits_eager
 
 _TINY = torch.finfo(torch.float32).tiny
 # Elements at a time, in whole quantization blocks. On a CPU the temporaries of 1 MiB stay in the cache; a device wants
-# few launches. No result depends on it.
+# few launches, and its temporaries, about 67 bytes an element, count against its budget. No result depends on it.
 CPU_CHUNK = 2**18
-DEVICE_CHUNK = 2**24
+DEVICE_CHUNK = 2**20
 
 
-def adamw8bit_step_eager(
-    param: Tensor,
-    extra_bits: Tensor | None,
-    grad: Tensor,
-    state1: Tensor,
-    state2: Tensor,
-    absmax1: Tensor | None,
-    absmax2: Tensor | None,
-    lr: Tensor,
-    step: Tensor,
-    corrections: Tensor,
-    grad_scale: Tensor | None,
-    update_scale: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed_low: int,
-    seed_high: int,
-    dry_run: bool,
-) -> Tensor:
-    """Twin of `adamw8bit_step_triton` in plain PyTorch; arguments as there."""
-    size = param.numel()
-    flat = [None if tensor is None else _flat(tensor) for tensor in (param, extra_bits, grad, state1, state2)]
-    step_chunk = partial(
-        _step_chunk, lr=lr, corrections=corrections, grad_scale=grad_scale, update_scale=update_scale, beta1=beta1,
-        beta2=beta2, eps=eps, weight_decay=weight_decay, dry_run=dry_run,
-        key=rounding_key_eager((seed_low & 0xFFFFFFFF) | (seed_high & 0xFFFFFFFF) << 32, step),
-    )  # fmt: skip
+def adamw8bit_step_eager(operands: StepOperands) -> Tensor:
+    """Twin of `adamw8bit_step_triton` in plain PyTorch."""
+    param, size = operands.param, operands.param.numel()
+    seed = (operands.seed_low & 0xFFFFFFFF) | (operands.seed_high & 0xFFFFFFFF) << 32
+    key = rounding_key_eager(seed, operands.step)
     # A partial sum per quantization block, so that the size of a chunk does not change the order of a sum.
     partial_sums = param.new_empty((2, cdiv(size, BLOCK_SIZE)), dtype=torch.float32)
     chunk_size = CPU_CHUNK if param.device.type == "cpu" else DEVICE_CHUNK
     for start in range(0, size, chunk_size):
-        chunk = slice(start, min(start + chunk_size, size))
-        blocks = slice(start // BLOCK_SIZE, cdiv(chunk.stop, BLOCK_SIZE))
-        pieces: list[Any] = [None if tensor is None else tensor[chunk] for tensor in flat]
-        pieces += [None if absmax is None else absmax[blocks] for absmax in (absmax1, absmax2)]
-        partial_sums[:, blocks] = step_chunk(*pieces, start=start)
+        stop = min(start + chunk_size, size)
+        blocks = slice(start // BLOCK_SIZE, cdiv(stop, BLOCK_SIZE))
+        partial_sums[:, blocks] = _step_chunk(_chunk_of(operands, slice(start, stop), blocks), key, start)
     return partial_sums.sum(1)
 
 
-def _step_chunk(
-    param: Tensor,
-    extra_bits: Tensor | None,
-    grad: Tensor,
-    state1: Tensor,
-    state2: Tensor,
-    absmax1: Tensor | None,
-    absmax2: Tensor | None,
-    *,
-    lr: Tensor,
-    corrections: Tensor,
-    grad_scale: Tensor | None,
-    update_scale: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    key: Tensor,
-    start: int,
-    dry_run: bool,
-) -> Tensor:
+def _chunk_of(operands: StepOperands, elements: slice, blocks: slice) -> StepOperands:
+    """Return the operands with flat views of some whole blocks."""
+    per_element = {name: getattr(operands, name) for name in ("param", "extra_bits", "grad", "state1", "state2")}
+    pieces: dict[str, Any] = {
+        name: _flat(tensor)[elements] for name, tensor in per_element.items() if tensor is not None
+    }  # fmt: skip
+    if operands.absmax1 is not None and operands.absmax2 is not None:
+        pieces |= {"absmax1": operands.absmax1[blocks], "absmax2": operands.absmax2[blocks]}
+    return operands._replace(**pieces)
+
+
+def _step_chunk(chunk: StepOperands, key: Tensor, start: int) -> Tensor:
     """Step flat views of whole blocks and return the sums of each block, `(2, blocks)`."""
-    raw = grad.to(torch.float32)
-    m_old = _load_moment(state1, absmax1, signed=True)
-    v_old = _load_moment(state2, absmax2, signed=False)
-    g = raw if grad_scale is None else raw * grad_scale
+    raw, beta1, beta2 = chunk.grad.to(torch.float32), chunk.beta1, chunk.beta2
+    m_old = _load_moment(chunk.state1, chunk.absmax1, signed=True)
+    v_old = _load_moment(chunk.state2, chunk.absmax2, signed=False)
+    g = raw if chunk.grad_scale is None else raw * chunk.grad_scale
     m = beta1 * m_old + (1.0 - beta1) * g
     v = beta2 * v_old + (1.0 - beta2) * (g * g)
-    c1, root_c2 = corrections
+    c1, root_c2 = chunk.corrections
     # g^2 is not finite where g is not.
     usable = v.isfinite()
     m, v = torch.where(usable, m, m_old), torch.where(usable, v, v_old)
-    update = torch.where(usable, m * (root_c2 / c1) / (_root(v) + eps * root_c2), 0.0)
+    update = torch.where(usable, m * (root_c2 / c1) / (_root(v) + chunk.eps * root_c2), 0.0)
     sums = torch.stack([_blocks(raw.square()).sum(1), _blocks(update.square()).sum(1)])
-    if dry_run:
+    if chunk.dry_run:
         return sums
+    param, extra_bits = chunk.param, chunk.extra_bits
     weight = param.to(torch.float32) if extra_bits is None else unpack_extra_bits_eager(param, extra_bits)
-    scaled = update if update_scale is None else update * update_scale
-    moved = torch.where(usable, weight - lr * (scaled + weight_decay * weight), weight)
+    scaled = update if chunk.update_scale is None else update * chunk.update_scale
+    moved = torch.where(usable, weight - chunk.lr * (scaled + chunk.weight_decay * weight), weight)
     _store_weight(moved, param, extra_bits, key, start)
     has_usable = _blocks(usable).any(1)
-    _store_moment(m, state1, absmax1, has_usable, signed=True)
-    _store_moment(v, state2, absmax2, has_usable, signed=False)
+    _store_moment(m, chunk.state1, chunk.absmax1, has_usable, signed=True)
+    _store_moment(v, chunk.state2, chunk.absmax2, has_usable, signed=False)
     return sums
 
 

@@ -5,6 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from .adamw8bit_state import StepOperands
 from .native import load
 from .rounding import rounding_key_eager
 
@@ -28,45 +29,29 @@ class _Arguments(ctypes.Structure):
     )
 
 
-def adamw8bit_step_native(
-    param: Tensor,
-    extra_bits: Tensor | None,
-    grad: Tensor,
-    state1: Tensor,
-    state2: Tensor,
-    absmax1: Tensor | None,
-    absmax2: Tensor | None,
-    lr: Tensor,
-    step: Tensor,
-    corrections: Tensor,
-    grad_scale: Tensor | None,
-    update_scale: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed_low: int,
-    seed_high: int,
-    dry_run: bool,
-) -> Tensor:
-    """Compiled twin of `adamw8bit_step_eager` for fp32 and bf16 gradients; arguments as there.
+def adamw8bit_step_native(operands: StepOperands) -> Tensor:
+    """Compiled twin of `adamw8bit_step_eager` for fp32 and bf16 gradients.
 
     Raises:
         NativeUnavailableError: It cannot be compiled here.
     """
-    weights = "fp32" if param.dtype == torch.float32 else "stochastic" if extra_bits is None else "extra_bits"
+    param, grad = operands.param, operands.grad
+    stochastic = "stochastic" if operands.extra_bits is None else "extra_bits"
+    weights = "fp32" if param.dtype == torch.float32 else stochastic
     key = 0
     if weights == "stochastic":
-        key = int(rounding_key_eager((seed_low & 0xFFFFFFFF) | (seed_high & 0xFFFFFFFF) << 32, step))
-    c1, root_c2 = corrections.tolist()
+        seed = (operands.seed_low & 0xFFFFFFFF) | (operands.seed_high & 0xFFFFFFFF) << 32
+        key = int(rounding_key_eager(seed, operands.step))
+    c1, root_c2 = operands.corrections.tolist()
+    beta1, beta2 = operands.beta1, operands.beta2
+    tensors = (param, operands.extra_bits, grad, *operands.state)
+    scales = (operands.grad_scale, operands.update_scale)
     sums = torch.empty(2, dtype=torch.float32)
     arguments = _Arguments(
-        param.numel(),
-        *(None if tensor is None else tensor.data_ptr() for tensor in (param, extra_bits, grad, state1, state2)),
-        *(None if tensor is None else tensor.data_ptr() for tensor in (absmax1, absmax2)),
-        float(lr), c1, root_c2, *(1.0 if scale is None else float(scale) for scale in (grad_scale, update_scale)),
-        beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, weight_decay,
-        key, _FORMATS.index(weights), grad.dtype == torch.bfloat16, dry_run,
+        param.numel(), *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+        float(operands.lr), c1, root_c2, *(1.0 if scale is None else float(scale) for scale in scales),
+        beta1, 1.0 - beta1, beta2, 1.0 - beta2, operands.eps, operands.weight_decay,
+        key, _FORMATS.index(weights), grad.dtype == torch.bfloat16, operands.dry_run,
     )  # fmt: skip
     step_in_place = load("adamw8bit_native.cpp").adamw8bit_step
     step_in_place(ctypes.byref(arguments), torch.get_num_threads(), ctypes.c_void_p(sums.data_ptr()))

@@ -1,4 +1,4 @@
-"""State of `adamw8bit_step`: that of bitsandbytes, blocks of 256 codes with an fp32 absolute maximum."""
+"""State of `adamw8bit_step`, that of bitsandbytes: blocks of 256 codes with an fp32 maximum; and its operands."""
 
 import math
 from typing import NamedTuple
@@ -26,6 +26,57 @@ class AdamW8bitState(NamedTuple):
     state2: Tensor
     absmax1: Tensor | None
     absmax2: Tensor | None
+
+
+class StepOperands(NamedTuple):
+    """Operands of the operator and of its twins.
+
+    Attributes:
+        param: As in `adamw8bit_step`.
+        extra_bits: See there.
+        grad: See there.
+        state1: As in `AdamW8bitState`.
+        state2: See there.
+        absmax1: See there.
+        absmax2: See there.
+        lr: fp32 scalar.
+        step: int64 scalar.
+        corrections: From `bias_corrections`.
+        grad_scale: As in `adamw8bit_step`.
+        update_scale: See there.
+        beta1: First of the betas.
+        beta2: Second of the betas.
+        eps: As in `adamw8bit_step`.
+        weight_decay: See there.
+        seed_low: Low word of the rounding seed, as a signed integer.
+        seed_high: High word of the rounding seed, as a signed integer.
+        dry_run: As in `adamw8bit_step`.
+    """
+
+    param: Tensor
+    extra_bits: Tensor | None
+    grad: Tensor
+    state1: Tensor
+    state2: Tensor
+    absmax1: Tensor | None
+    absmax2: Tensor | None
+    lr: Tensor
+    step: Tensor
+    corrections: Tensor
+    grad_scale: Tensor | None
+    update_scale: Tensor | None
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    seed_low: int
+    seed_high: int
+    dry_run: bool
+
+    @property
+    def state(self) -> AdamW8bitState:
+        """The state of the parameter."""
+        return AdamW8bitState(self.state1, self.state2, self.absmax1, self.absmax2)
 
 
 def init_state(param: Tensor) -> AdamW8bitState:

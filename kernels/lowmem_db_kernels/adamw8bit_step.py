@@ -18,15 +18,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from ._ops import add_op_namespace_prefix
 from ._triton import cdiv
 from .adamw8bit_eager import adamw8bit_step_eager
 from .adamw8bit_native import adamw8bit_step_native
-from .adamw8bit_state import AdamW8bitState, bias_corrections, init_state
+from .adamw8bit_state import AdamW8bitState, StepOperands, bias_corrections, init_state
 from .adamw8bit_triton import adamw8bit_step_triton
 from .codec import BLOCK_SIZE
 from .dispatch import choose, register
+from .operators import custom_op, runs_plainly
 from .philox import as_int32, split_seed
 from .rounding import unpack_extra_bits_eager
 
@@ -91,82 +92,15 @@ def adamw8bit_step(
     step = step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=device)
     corrections = bias_corrections(step, betas) if corrections is None else corrections
     seed_low, seed_high = split_seed(rounding_seed or 0)
-    return _step_op(
+    operands = StepOperands(
         param, extra_bits, grad, *state, lr, step, corrections, grad_scale, update_scale, *betas, eps, weight_decay,
         as_int32(seed_low), as_int32(seed_high), dry_run,
     )  # fmt: skip
-
-
-def adamw8bit_step_flat(
-    params: list[Tensor],
-    grads: list[Tensor],
-    state: AdamW8bitState,
-    *,
-    extra_bits: Tensor | None = None,
-    lr: Tensor | float,
-    step: Tensor | int,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    rounding_seed: int | None = None,
-    corrections: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    update_scale: Tensor | None = None,
-) -> Tensor:
-    """Step many small parameters of one type at once.
-
-    Parameters, or gradients, that lie one behind another in one storage are stepped where they lie; others are gathered
-    into one tensor first, and parameters copied back: few launches more, each for up to some hundred tensors. A kernel
-    over a table of pointers would save those, but gradients lie elsewhere in every step, so the table would have to be
-    sent to the device each time.
-
-    Args:
-        params: Parameters with fp32 states.
-        grads: Their gradients.
-        state: fp32 states of all of them, flat and in order.
-        extra_bits: int8, flat and in order.
-        lr: As in `adamw8bit_step`, and so are the rest.
-        step: See there.
-        betas: See there.
-        eps: See there.
-        weight_decay: See there.
-        rounding_seed: See there.
-        corrections: See there.
-        grad_scale: See there.
-        update_scale: See there.
-
-    Returns:
-        As `adamw8bit_step`, over all parameters.
-    """
-    in_place = _joined(params)
-    param = _gathered(params) if in_place is None else in_place
-    joined_grad = _joined(grads)
-    grad = _gathered(grads) if joined_grad is None else joined_grad
-    sums = adamw8bit_step(
-        param, grad, state, lr=lr, step=step, betas=betas, eps=eps, weight_decay=weight_decay, extra_bits=extra_bits,
-        rounding_seed=rounding_seed, corrections=corrections, grad_scale=grad_scale, update_scale=update_scale,
-    )  # fmt: skip
-    if in_place is None:
-        pieces = param.split([tensor.numel() for tensor in params])
-        with torch.no_grad():
-            torch._foreach_copy_(params, [piece.view_as(tensor) for piece, tensor in zip(pieces, params, strict=True)])
+    if not runs_plainly(param):
+        return _step_op(*operands)
+    sums = _serve(operands)
+    increment_version([tensor for tensor in (param, extra_bits, *state) if tensor is not None])
     return sums
-
-
-def _gathered(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-
-
-def _joined(tensors: list[Tensor]) -> Tensor | None:
-    """View tensors that lie one behind another in one storage as one; None where they do not."""
-    first = tensors[0]
-    storage, end = first.untyped_storage(), first.storage_offset()
-    for tensor in tensors:
-        follows = tensor.storage_offset() == end and tensor.untyped_storage()._cdata == storage._cdata
-        if not follows or tensor.dtype != first.dtype or not tensor.is_contiguous():
-            return None
-        end += tensor.numel()
-    return first.detach().as_strided((end - first.storage_offset(),), (1,))
 
 
 def _check(param: Tensor, grad: Tensor, extra_bits: Tensor | None, rounding_seed: int | None) -> None:
@@ -224,35 +158,12 @@ def _server(param: Tensor, grad: Tensor) -> Callable[..., Tensor]:
     return _SERVERS[backend]
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("adamw8bit_step"),
-    mutates_args=("param", "extra_bits", "state1", "state2", "absmax1", "absmax2"),
-)
-def _step_op(
-    param: Tensor,
-    extra_bits: Tensor | None,
-    grad: Tensor,
-    state1: Tensor,
-    state2: Tensor,
-    absmax1: Tensor | None,
-    absmax2: Tensor | None,
-    lr: Tensor,
-    step: Tensor,
-    corrections: Tensor,
-    grad_scale: Tensor | None,
-    update_scale: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed_low: int,
-    seed_high: int,
-    dry_run: bool,
-) -> Tensor:
-    return _server(param, grad)(
-        param, extra_bits, grad, state1, state2, absmax1, absmax2, lr, step, corrections, grad_scale, update_scale,
-        beta1, beta2, eps, weight_decay, seed_low, seed_high, dry_run,
-    )  # fmt: skip
+def _serve(operands: StepOperands) -> Tensor:
+    return _server(operands.param, operands.grad)(operands)
+
+
+_WRITTEN = ("param", "extra_bits", *AdamW8bitState._fields)
+_step_op = custom_op("adamw8bit_step", _serve, StepOperands, Tensor, mutates=_WRITTEN)
 
 
 @_step_op.register_fake
@@ -271,10 +182,11 @@ def _results(serve: Callable[..., Tensor], weight_format: str, device: torch.dev
         extra_bits = torch.zeros_like(weight, dtype=torch.int8)
     lr, step = torch.full((), 1e-3, device=device), torch.ones((), dtype=torch.int64, device=device)
     state = init_state(weight)
-    sums = serve(
+    operands = StepOperands(
         weight, extra_bits, grad, *state, lr, step, bias_corrections(step, (0.9, 0.999)), None, None, 0.9, 0.999, 1e-8,
         0.01, 1, 2, False,
     )  # fmt: skip
+    sums = serve(operands)
     if extra_bits is not None:
         weight = unpack_extra_bits_eager(weight, extra_bits)
     return {"sums": sums, "weight": weight, **{name: x for name, x in state._asdict().items() if x is not None}}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._triton import cdiv, jit, load_fp32, or_dummy, tl
+from .adamw8bit_state import StepOperands
 from .codec import BLOCK_SIZE, decode, encode
 from .launch import device_of, launch_config
 from .rounding import pack_extra_bits, round_stochastically, rounding_key, unpack_extra_bits
@@ -150,53 +151,11 @@ def _step_kernel(
             _store_moment(state2_ptr, absmax2_ptr, v, elements, inside, rows, changed, False, QUANTIZED)
 
 
-def adamw8bit_step_triton(
-    param: Tensor,
-    extra_bits: Tensor | None,
-    grad: Tensor,
-    state1: Tensor,
-    state2: Tensor,
-    absmax1: Tensor | None,
-    absmax2: Tensor | None,
-    lr: Tensor,
-    step: Tensor,
-    corrections: Tensor,
-    grad_scale: Tensor | None,
-    update_scale: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed_low: int,
-    seed_high: int,
-    dry_run: bool,
-) -> Tensor:
-    """Launch the kernel.
-
-    Args:
-        param: As in `adamw8bit_step`.
-        extra_bits: As in `adamw8bit_step`.
-        grad: As in `adamw8bit_step`.
-        state1: As in `AdamW8bitState`.
-        state2: As in `AdamW8bitState`.
-        absmax1: As in `AdamW8bitState`.
-        absmax2: As in `AdamW8bitState`.
-        lr: fp32 scalar.
-        step: int64 scalar.
-        corrections: From `bias_corrections`.
-        grad_scale: As in `adamw8bit_step`.
-        update_scale: As in `adamw8bit_step`.
-        beta1: First of the betas.
-        beta2: Second of the betas.
-        eps: As in `adamw8bit_step`.
-        weight_decay: As in `adamw8bit_step`.
-        seed_low: Low word of the rounding seed, as a signed integer.
-        seed_high: High word of the rounding seed, as a signed integer.
-        dry_run: As in `adamw8bit_step`.
-
-    Returns:
-        As `adamw8bit_step`.
-    """
+def adamw8bit_step_triton(operands: StepOperands) -> Tensor:
+    """Launch the kernel; arguments and result are those of the operator."""
+    param, extra_bits, absmax1, lr = operands.param.detach(), operands.extra_bits, operands.absmax1, operands.lr
+    grad_scale, update_scale = operands.grad_scale, operands.update_scale
+    beta1, beta2 = operands.beta1, operands.beta2
     config = launch_config("adamw8bit_step", param)
     num_chunks = cdiv(param.numel(), config.block)
     num_rows = cdiv(param.numel(), BLOCK_SIZE)
@@ -205,11 +164,12 @@ def adamw8bit_step_triton(
     if num_chunks:
         with device_of(param):
             _step_kernel[(config.grid(num_chunks),)](
-                param.detach(), or_dummy(extra_bits, param.detach()), grad, state1, state2, or_dummy(absmax1, lr),
-                or_dummy(absmax2, lr), partial, lr, step, corrections, or_dummy(grad_scale, lr),
-                or_dummy(update_scale, lr), param.numel(), num_rows, num_chunks, beta1, 1.0 - beta1, beta2, 1.0 - beta2,
-                eps, weight_decay, seed_low, seed_high, WEIGHTS=weights, QUANTIZED=absmax1 is not None,
-                HAS_GRAD_SCALE=grad_scale is not None, HAS_UPDATE_SCALE=update_scale is not None, DRY_RUN=dry_run,
-                REVERSE=config.reverse, BLOCK=config.block, **config.options,
+                param, or_dummy(extra_bits, param), operands.grad, operands.state1, operands.state2,
+                or_dummy(absmax1, lr), or_dummy(operands.absmax2, lr), partial, lr, operands.step,
+                operands.corrections, or_dummy(grad_scale, lr), or_dummy(update_scale, lr), param.numel(), num_rows,
+                num_chunks, beta1, 1.0 - beta1, beta2, 1.0 - beta2, operands.eps, operands.weight_decay,
+                operands.seed_low, operands.seed_high, WEIGHTS=weights, QUANTIZED=absmax1 is not None,
+                HAS_GRAD_SCALE=grad_scale is not None, HAS_UPDATE_SCALE=update_scale is not None,
+                DRY_RUN=operands.dry_run, REVERSE=config.reverse, BLOCK=config.block, **config.options,
             )  # fmt: skip
     return partial.sum(1)

@@ -2,25 +2,25 @@
 # pyright: reportInvalidTypeForm=false
 """Diffusion loss and its gradient in one pass over the prediction.
 
-With w a table over timesteps, n the elements of a sample and r the elementwise loss of prediction minus target,
+With w_b the weight of a sample, n its elements and r the elementwise loss of prediction minus target,
 
-    loss_b = w[t_b] / n * sum_i mask_i r_i,    instance = mean of loss_b over the first num_instance samples,
-    prior = mean over the others,              total = instance + prior_loss_weight * prior,
+    loss_b = w_b / n * sum_i r_i,    instance = mean of loss_b over the first num_instance samples,
+    prior = mean over the others,    total = instance + prior_loss_weight * prior,
 
-Eq. 2 of Ruiz et al. 2022, arXiv:2208.12242. Every scheme of weights by signal-to-noise ratio is a table w; the operator
-knows no scheme by name. Nothing is read back to the host and nothing is added atomically: equal inputs give equal bits.
+Eq. 2 of Ruiz et al. 2022, arXiv:2208.12242. The operator knows no scheme of weights and no timesteps. Nothing is read
+back to the host and nothing is added atomically: equal inputs give equal bits.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._ops import add_op_namespace_prefix
 from ._triton import cdiv, jit, load_fp32, next_power_of_2, or_dummy, store_rounded, tl
 from .dispatch import register, uses_kernel
 from .launch import device_of, launch_config
+from .operators import custom_op
 
 LossKind = Literal["mse", "huber", "l1"]
 LOSS_KINDS = ("mse", "huber", "l1")
@@ -65,36 +65,48 @@ class DiffusionLoss:
         return self.packed[_NUM_PARTS:]
 
 
+class LossOperands(NamedTuple):
+    """Operands of the operator and of its twins: those of `diffusion_loss`.
+
+    Attributes:
+        prediction: See there, and so are the rest.
+        target: See there.
+        weights: See there.
+        huber_c: fp32 `(B,)`; None for the other kinds.
+        num_instance: See there.
+        prior_loss_weight: See there.
+        kind: Index into `LOSS_KINDS`.
+    """
+
+    prediction: Tensor
+    target: Tensor
+    weights: Tensor
+    huber_c: Tensor | None
+    num_instance: int
+    prior_loss_weight: float
+    kind: int
+
+
 def diffusion_loss(
     prediction: Tensor,
     target: Tensor,
-    timesteps: Tensor,
     weights: Tensor,
     *,
     num_instance: int,
     prior_loss_weight: float = 1.0,
     kind: LossKind = "mse",
     huber_c: float | Tensor | None = None,
-    mask: Tensor | None = None,
-    grad_scale: float = 1.0,
-    overwrite_prediction: bool = False,
 ) -> DiffusionLoss:
     """Compute the loss of a batch of instance and prior samples, and its gradient with it.
 
     Args:
         prediction: `(B, C, ...)`; with `2 C` channels the second half is a learned variance and gets a zero gradient.
         target: `(B, C, ...)`.
-        timesteps: int64 `(B,)`.
-        weights: fp32 `(T,)`, the weight of each timestep.
+        weights: fp32 `(B,)`, the weight of each sample's loss.
         num_instance: The first so many samples are instance samples, the rest prior samples.
         prior_loss_weight: Lambda of Eq. 2.
         kind: `mse` d^2; `huber` 2 c (sqrt(d^2 + c^2) - c); `l1` |d|.
-        huber_c: c of the pseudo-Huber loss: a number, or an fp32 table `(T,)` over timesteps.
-        mask: Weights `(B, 1, ...)` of the positions. The mean is taken over all elements, so an empty mask gives 0.
-        grad_scale: Multiplies the gradient before it is rounded to the prediction's type, not the loss: with fp16 it
-            lifts gradients out of the subnormal range, and the optimizer divides by it.
-        overwrite_prediction: Store the gradient in the prediction's memory, where it is contiguous. The prediction may
-            then not be read again, and backward may run once.
+        huber_c: c of the pseudo-Huber loss: a number, or fp32 `(B,)`.
 
     Returns:
         The losses; `total` has a gradient where the prediction requires one.
@@ -102,24 +114,15 @@ def diffusion_loss(
     Raises:
         ValueError: An argument is out of its range or the shapes do not fit.
     """
-    _check(prediction, target, mask, num_instance, kind, huber_c)
-    c_table = torch.full_like(weights, huber_c) if isinstance(huber_c, int | float) else huber_c
-    kind_index = LOSS_KINDS.index(kind)
-    arguments = (target, timesteps, weights, c_table, mask, num_instance, prior_loss_weight, kind_index, grad_scale)
-    if overwrite_prediction and prediction.is_contiguous():
-        packed = _OverwritingLoss.apply(prediction, *arguments)
-    else:
-        packed, _ = _loss_op(prediction, *arguments)
+    _check(prediction, target, weights, num_instance, kind, huber_c)
+    c = torch.full_like(weights, huber_c) if isinstance(huber_c, int | float) else huber_c
+    operands = LossOperands(prediction, target, weights, c, num_instance, prior_loss_weight, LOSS_KINDS.index(kind))
+    packed, _ = _loss_op(*operands)
     return DiffusionLoss(packed.detach(), packed[0])
 
 
 def _check(
-    prediction: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    num_instance: int,
-    kind: str,
-    huber_c: float | Tensor | None,
+    prediction: Tensor, target: Tensor, weights: Tensor, num_instance: int, kind: str, huber_c: float | Tensor | None
 ) -> None:
     if kind not in LOSS_KINDS:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(LOSS_KINDS)}")
@@ -130,34 +133,23 @@ def _check(
     batch, channels, *spatial = target.shape
     if list(prediction.shape) not in ([batch, channels, *spatial], [batch, 2 * channels, *spatial]):
         raise ValueError(f"prediction {tuple(prediction.shape)} does not fit target {tuple(target.shape)}")
-    if mask is not None and list(mask.shape) != [batch, 1, *spatial]:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, not {(batch, 1, *spatial)}")
+    for name, tensor in (("weights", weights), ("huber_c", huber_c)):
+        if isinstance(tensor, Tensor) and tensor.shape != (batch,):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {(batch,)}: a number for each sample")
 
 
-@torch.library.custom_op(add_op_namespace_prefix("diffusion_loss"), mutates_args=())
-def _loss_op(
-    prediction: Tensor,
-    target: Tensor,
-    timesteps: Tensor,
-    weights: Tensor,
-    c_table: Tensor | None,
-    mask: Tensor | None,
-    num_instance: int,
-    prior_loss_weight: float,
-    kind: int,
-    grad_scale: float,
-) -> tuple[Tensor, Tensor]:
+def _serve(operands: LossOperands) -> tuple[Tensor, Tensor]:
+    prediction = operands.prediction
     gradient = torch.empty_like(prediction, memory_format=torch.contiguous_format)
     serve = diffusion_loss_triton if uses_kernel("diffusion_loss", prediction) else diffusion_loss_eager
-    packed = serve(
-        prediction.contiguous(), target, timesteps, weights, c_table, mask, num_instance, prior_loss_weight, kind,
-        grad_scale, gradient,
-    )  # fmt: skip
-    return packed, gradient
+    return serve(operands._replace(prediction=prediction.contiguous()), gradient), gradient
+
+
+_loss_op = custom_op("diffusion_loss", _serve, LossOperands, tuple[Tensor, Tensor])
 
 
 @_loss_op.register_fake
-def _(prediction: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _(prediction: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     packed = prediction.new_empty((_NUM_PARTS + prediction.shape[0],), dtype=torch.float32)
     return packed, torch.empty_like(prediction, memory_format=torch.contiguous_format)
 
@@ -168,62 +160,10 @@ def _save_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 def _scale_gradient(ctx: Any, grad_packed: Tensor, grad_gradient: Tensor) -> tuple:
     (gradient,) = ctx.saved_tensors
-    return gradient * grad_packed[0], *[None] * 9
+    return gradient * grad_packed[0], *[None] * (len(LossOperands._fields) - 1)
 
 
 _loss_op.register_autograd(_scale_gradient, setup_context=_save_gradient)
-
-
-@torch.library.custom_op(add_op_namespace_prefix("diffusion_loss_"), mutates_args=("prediction",))
-def _overwriting_loss_op(
-    prediction: Tensor,
-    target: Tensor,
-    timesteps: Tensor,
-    weights: Tensor,
-    c_table: Tensor | None,
-    mask: Tensor | None,
-    num_instance: int,
-    prior_loss_weight: float,
-    kind: int,
-    grad_scale: float,
-) -> Tensor:
-    serve = diffusion_loss_triton if uses_kernel("diffusion_loss", prediction) else diffusion_loss_eager
-    return serve(
-        prediction,
-        target,
-        timesteps,
-        weights,
-        c_table,
-        mask,
-        num_instance,
-        prior_loss_weight,
-        kind,
-        grad_scale,
-        prediction,
-    )
-
-
-@_overwriting_loss_op.register_fake
-def _(prediction: Tensor, *arguments: Any) -> Tensor:
-    return prediction.new_empty((_NUM_PARTS + prediction.shape[0],), dtype=torch.float32)
-
-
-class _OverwritingLoss(torch.autograd.Function):
-    """An operator that writes its argument cannot carry an autograd formula itself, so this function carries it."""
-
-    @staticmethod
-    def forward(ctx: Any, prediction: Tensor, *arguments: Any) -> Tensor:
-        # Detached, or autograd would refuse the write; its version counter is shared, so a layer that saved the
-        # prediction for its own backward is still caught.
-        memory = prediction.detach()
-        packed = _overwriting_loss_op(memory, *arguments)
-        ctx.save_for_backward(memory)
-        return packed
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grad_outputs[0][0]), *[None] * 9
 
 
 def _part_weight(prior_loss_weight: float, num_samples: int, num_instance: int) -> tuple[float, float]:
@@ -235,33 +175,19 @@ def _part_weight(prior_loss_weight: float, num_samples: int, num_instance: int) 
 # --- plain PyTorch ---
 
 
-def diffusion_loss_eager(
-    prediction: Tensor,
-    target: Tensor,
-    timesteps: Tensor,
-    weights: Tensor,
-    c_table: Tensor | None,
-    mask: Tensor | None,
-    num_instance: int,
-    prior_loss_weight: float,
-    kind: int,
-    grad_scale: float,
-    gradient: Tensor,
-) -> Tensor:
-    """Twin of `diffusion_loss_triton` in plain PyTorch; arguments as there."""
+def diffusion_loss_eager(operands: LossOperands, gradient: Tensor) -> Tensor:
+    """Twin of `diffusion_loss_triton` in plain PyTorch."""
+    prediction, target, weights, c, num_instance, prior_loss_weight, kind = operands
     num_samples, num_channels = target.shape[:2]
     per_sample = (-1, *[1] * (target.ndim - 1))
     difference = prediction[:, :num_channels].to(torch.float32) - target.to(torch.float32)
-    c = None if c_table is None else c_table[timesteps].reshape(per_sample)
-    value, slope = _elementwise(difference, LOSS_KINDS[kind], c)
-    if mask is not None:
-        value, slope = value * mask, slope * mask
-    weight = weights[timesteps] / max(target[:1].numel(), 1)
+    value, slope = _elementwise(difference, LOSS_KINDS[kind], None if c is None else c.reshape(per_sample))
+    weight = weights / max(target[:1].numel(), 1)
     losses = value.flatten(1).sum(1) * weight
     instance_share, prior_share = _part_weight(prior_loss_weight, num_samples, num_instance)
     share = torch.full_like(weight, prior_share)
     share[:num_instance] = instance_share
-    gradient[:, :num_channels] = slope * (weight * share * grad_scale).reshape(per_sample)
+    gradient[:, :num_channels] = slope * (weight * share).reshape(per_sample)
     gradient[:, num_channels:] = 0
     instance = losses[:num_instance].sum() / max(num_instance, 1)
     prior = losses[num_instance:].sum() / max(num_samples - num_instance, 1)
@@ -306,66 +232,53 @@ def _elementwise_triton(difference, c, KIND: tl.constexpr):
 def _loss_kernel(
     prediction_ptr,
     target_ptr,
-    mask_ptr,
     gradient_ptr,
     partial_ptr,
-    timesteps_ptr,
     weights_ptr,
-    c_table_ptr,
-    num_channels,
-    spatial_size,
+    huber_c_ptr,
+    sample_size,
     num_chunks,
     num_instance,
-    sample_size,
+    elements_per_sample,
     instance_share,
     prior_share,
-    grad_scale,
     overflow,
     KIND: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     LEARNED_VARIANCE: tl.constexpr,
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write the gradient, and per chunk the sum of losses and the number of gradients that overflow.
 
-    Grid `(programs, channels, B)`. Without a mask a sample is one channel as long as all of them. The channel stands on
-    an axis of its own, or the compiler could not see that the mask is read contiguously. `partial` is
-    `(2, B, C, chunks)`.
+    Grid `(programs, B)`; `partial` is `(2, B, chunks)`. `elements_per_sample` is `sample_size` as a float.
     """
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     if REVERSE:
         program = num_programs - 1 - program
-    channel = tl.program_id(1)
-    sample = tl.program_id(2)
-    timestep = tl.load(timesteps_ptr + sample)
-    weight = tl.div_rn(tl.load(weights_ptr + timestep), sample_size)
-    scale = weight * tl.where(sample < num_instance, instance_share, prior_share) * grad_scale
+    sample = tl.program_id(1)
+    weight = tl.div_rn(tl.load(weights_ptr + sample), elements_per_sample)
+    scale = weight * tl.where(sample < num_instance, instance_share, prior_share)
     c = 1.0
     if KIND == HUBER:
-        c = tl.load(c_table_ptr + timestep)
-    row = sample.to(tl.int64) * num_channels + channel
+        c = tl.load(huber_c_ptr + sample)
+    row = sample.to(tl.int64)
     prediction_row = row
     if LEARNED_VARIANCE:
-        prediction_row = sample.to(tl.int64) * num_channels * 2 + channel
-    partial_size = tl.num_programs(2) * num_channels * num_chunks
+        prediction_row = row * 2
+    partial_size = tl.num_programs(1) * num_chunks
     for chunk in range(program, num_chunks, num_programs):
         positions = chunk * BLOCK + tl.arange(0, BLOCK)
-        inside = positions < spatial_size
-        prediction_offsets = prediction_row * spatial_size + positions
+        inside = positions < sample_size
+        prediction_offsets = prediction_row * sample_size + positions
         prediction = load_fp32(prediction_ptr + prediction_offsets, inside)
-        target = load_fp32(target_ptr + row * spatial_size + positions, inside)
+        target = load_fp32(target_ptr + row * sample_size + positions, inside)
         value, slope = _elementwise_triton(prediction - target, c, KIND)
-        if HAS_MASK:
-            mask = load_fp32(mask_ptr + sample.to(tl.int64) * spatial_size + positions, inside)
-            value = value * mask
-            slope = slope * mask
         gradient = slope * scale
         store_rounded(gradient_ptr + prediction_offsets, gradient, inside)
         if LEARNED_VARIANCE:
-            variance_row = prediction_row + num_channels
-            store_rounded(gradient_ptr + variance_row * spatial_size + positions, tl.zeros_like(gradient), inside)
+            variance_offsets = (prediction_row + 1) * sample_size + positions
+            store_rounded(gradient_ptr + variance_offsets, tl.zeros_like(gradient), inside)
         overflows = inside & ((tl.abs(gradient) < overflow) == 0)
         slot = partial_ptr + row * num_chunks + chunk
         tl.store(slot, tl.sum(tl.where(inside, value, 0.0), axis=0))
@@ -376,12 +289,11 @@ def _loss_kernel(
 def _finish_kernel(
     partial_ptr,
     packed_ptr,
-    timesteps_ptr,
     weights_ptr,
     num_samples,
     num_partials,
     num_instance,
-    sample_size,
+    elements_per_sample,
     prior_loss_weight,
     num_instance_or_1,
     num_prior_or_1,
@@ -399,7 +311,7 @@ def _finish_kernel(
             offsets = sample * num_partials + index
             sums += tl.load(partial_ptr + offsets, mask=index < num_partials, other=0.0)
             counts += tl.load(partial_ptr + num_samples * num_partials + offsets, mask=index < num_partials, other=0.0)
-        weight = tl.div_rn(tl.load(weights_ptr + tl.load(timesteps_ptr + sample)), sample_size)
+        weight = tl.div_rn(tl.load(weights_ptr + sample), elements_per_sample)
         loss = tl.sum(sums, axis=0) * weight
         overflows += tl.sum(counts, axis=0)
         tl.store(packed_ptr + 4 + sample, loss)
@@ -415,37 +327,17 @@ def _finish_kernel(
     tl.store(packed_ptr + 3, finite.to(tl.float32))
 
 
-def diffusion_loss_triton(
-    prediction: Tensor,
-    target: Tensor,
-    timesteps: Tensor,
-    weights: Tensor,
-    c_table: Tensor | None,
-    mask: Tensor | None,
-    num_instance: int,
-    prior_loss_weight: float,
-    kind: int,
-    grad_scale: float,
-    gradient: Tensor,
-) -> Tensor:
+def diffusion_loss_triton(operands: LossOperands, gradient: Tensor) -> Tensor:
     """Launch the kernels.
 
     Args:
-        prediction: As in `diffusion_loss`, contiguous.
-        target: As in `diffusion_loss`.
-        timesteps: As in `diffusion_loss`.
-        weights: As in `diffusion_loss`.
-        c_table: fp32 `(T,)` where the kind is Huber.
-        mask: As in `diffusion_loss`.
-        num_instance: As in `diffusion_loss`.
-        prior_loss_weight: As in `diffusion_loss`.
-        kind: Index into `LOSS_KINDS`.
-        grad_scale: As in `diffusion_loss`.
-        gradient: Contiguous, of the prediction's shape and type; may be the prediction.
+        operands: The prediction is contiguous.
+        gradient: Written; contiguous, of the prediction's shape and type.
 
     Returns:
         The packed result, see `DiffusionLoss`.
     """
+    prediction, target, weights, c, num_instance, prior_loss_weight, kind = operands
     packed = prediction.new_zeros((_NUM_PARTS + prediction.shape[0],), dtype=torch.float32)
     if target.numel() == 0:
         packed[3] = 1.0
@@ -453,26 +345,21 @@ def diffusion_loss_triton(
     config = launch_config("diffusion_loss", prediction)
     num_samples = target.shape[0]
     sample_size = target.numel() // num_samples
-    num_channels = 1 if mask is None else target.shape[1]
-    spatial_size = sample_size // num_channels
-    num_chunks = cdiv(spatial_size, config.block)
-    num_partials = num_channels * num_chunks
-    partial = prediction.new_empty((2, num_samples, num_partials), dtype=torch.float32)
-    instance_share, prior_share = _part_weight(prior_loss_weight, num_samples, num_instance)
-    target, timesteps = target.contiguous(), timesteps.contiguous()
+    num_chunks = cdiv(sample_size, config.block)
+    partial = prediction.new_empty((2, num_samples, num_chunks), dtype=torch.float32)
+    shares = _part_weight(prior_loss_weight, num_samples, num_instance)
+    weights = weights.contiguous()
     with device_of(prediction):
-        _loss_kernel[(config.grid(num_chunks), num_channels, num_samples)](
-            prediction, target, prediction if mask is None else mask.contiguous(), gradient, partial, timesteps,
-            weights, or_dummy(c_table, weights), num_channels, spatial_size, num_chunks, num_instance,
-            float(sample_size), instance_share, prior_share, grad_scale,
-            _OVERFLOW[gradient.dtype], KIND=kind, HAS_MASK=mask is not None,
+        _loss_kernel[(config.grid(num_chunks), num_samples)](
+            prediction, target.contiguous(), gradient, partial, weights, or_dummy(c, weights), sample_size,
+            num_chunks, num_instance, float(sample_size), *shares, _OVERFLOW[gradient.dtype], KIND=kind,
             LEARNED_VARIANCE=prediction.shape[1] != target.shape[1], REVERSE=config.reverse, BLOCK=config.block,
             **config.options,
         )  # fmt: skip
         _finish_kernel[(1,)](
-            partial, packed, timesteps, weights, num_samples, num_partials, num_instance, float(sample_size),
-            prior_loss_weight, float(max(num_instance, 1)), float(max(num_samples - num_instance, 1)),
-            BLOCK=min(1024, next_power_of_2(num_partials)), **config.options,
+            partial, packed, weights, num_samples, num_chunks, num_instance, float(sample_size), prior_loss_weight,
+            float(max(num_instance, 1)), float(max(num_samples - num_instance, 1)),
+            BLOCK=min(1024, next_power_of_2(num_chunks)), **config.options,
         )  # fmt: skip
     return packed
 
@@ -480,14 +367,12 @@ def diffusion_loss_triton(
 def _self_test(device: torch.device) -> None:
     prediction = torch.linspace(-2, 3, 3 * 8 * 49, device=device).reshape(3, 8, 7, 7)
     target = torch.linspace(2, -1, 3 * 4 * 49, device=device).reshape(3, 4, 7, 7)
-    timesteps = torch.tensor([1, 0, 2], device=device)
     weights = torch.tensor([0.5, 2.0, 1.0], device=device)
-    mask = torch.linspace(0, 1, 3 * 49, device=device).reshape(3, 1, 7, 7)
-    arguments = (prediction, target, timesteps, weights, weights, mask, 2, 0.7, LOSS_KINDS.index("huber"), 8.0)
+    operands = LossOperands(prediction, target, weights, weights, 2, 0.7, LOSS_KINDS.index("huber"))
     results = []
     for serve in (diffusion_loss_triton, diffusion_loss_eager):
         gradient = torch.empty_like(prediction)
-        results.append((serve(*arguments, gradient), gradient))
+        results.append((serve(operands, gradient), gradient))
     for name, got, expected in zip(("losses", "gradient"), *results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
 

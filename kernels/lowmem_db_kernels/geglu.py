@@ -18,6 +18,7 @@ from ._ops import add_op_namespace_prefix
 from ._triton import cdiv, jit, load_fp32, next_power_of_2, program_index, store_rounded, tl
 from .dispatch import register, uses_kernel
 from .launch import LaunchConfig, device_of, launch_config
+from .operators import runs_plainly
 
 _MAX_COLUMNS = 256
 INV_SQRT_2 = tl.constexpr(1.0 / math.sqrt(2.0))
@@ -38,23 +39,27 @@ def geglu(packed: Tensor) -> Tensor:
     """
     if packed.shape[-1] % 2:
         raise ValueError(f"the last dimension of {tuple(packed.shape)} cannot be halved")
-    return _geglu_op(packed)
+    return _GEGLU.apply(packed) if runs_plainly(packed) else _geglu_op(packed)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("geglu"), mutates_args=())
-def _geglu_op(packed: Tensor) -> Tensor:
+def _serve(packed: Tensor) -> Tensor:
     return geglu_triton(packed) if uses_kernel("geglu", packed) else geglu_eager(packed)
+
+
+def _serve_backward(grad_output: Tensor, packed: Tensor) -> Tensor:
+    serve = geglu_backward_triton if uses_kernel("geglu", packed) else geglu_backward_eager
+    return serve(grad_output, packed)
+
+
+_geglu_op = torch.library.custom_op(add_op_namespace_prefix("geglu"), _serve, mutates_args=())
+_geglu_backward_op = torch.library.custom_op(
+    add_op_namespace_prefix("geglu_backward"), _serve_backward, mutates_args=()
+)
 
 
 @_geglu_op.register_fake
 def _(packed: Tensor) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2))
-
-
-@torch.library.custom_op(add_op_namespace_prefix("geglu_backward"), mutates_args=())
-def _geglu_backward_op(grad_output: Tensor, packed: Tensor) -> Tensor:
-    serve = geglu_backward_triton if uses_kernel("geglu", packed) else geglu_backward_eager
-    return serve(grad_output, packed)
 
 
 @_geglu_backward_op.register_fake
@@ -67,10 +72,25 @@ def _save_packed(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
-    return _geglu_backward_op(grad_output, ctx.saved_tensors[0])
+    run = _serve_backward if runs_plainly(grad_output) else _geglu_backward_op
+    return run(grad_output, ctx.saved_tensors[0])
 
 
 _geglu_op.register_autograd(_backward, setup_context=_save_packed)
+
+
+class _GEGLU(torch.autograd.Function):
+    """The way around torch's wrapper of the operator; the same bits, and the same is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor) -> Tensor:
+        ctx.save_for_backward(packed)
+        return _serve(packed)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return _backward(ctx, *grad_outputs)
+
 
 # --- plain PyTorch ---
 

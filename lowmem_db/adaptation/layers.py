@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lowmem_db.errors import ConfigError
+from lowmem_db.models.names import published_name
 
 _NUM_EXAMPLES = 3
 
@@ -27,13 +28,6 @@ def named_layers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         for path, layer in module.named_modules()
         if next(layer.parameters(recurse=False), None) is not None
     }
-
-
-def published_name(component: str, path: str) -> str:
-    """Return what a layer or a parameter of a component is called in published files."""
-    if not component.startswith("text_encoder") or path.partition(".")[0] in {"text_model", "text_projection"}:
-        return path
-    return f"text_model.{path}"
 
 
 def select(patterns: Iterable[str], names: Sequence[str], *, field: str, allowed: str) -> set[str]:
@@ -64,7 +58,7 @@ def train_layers(modules: Mapping[str, nn.Module], patterns: Sequence[str]) -> N
     """Let the parameters of the layers that ``training.layers`` selects train, and no others; no pattern: all.
 
     Raises:
-        ConfigError: A pattern selects no layer, or a component has no layer that is selected.
+        ConfigError: A pattern selects no layer, or a text encoder that trains has no layer that is selected.
     """
     for module in modules.values():
         module.requires_grad_(not patterns)
@@ -76,6 +70,17 @@ def train_layers(modules: Mapping[str, nn.Module], patterns: Sequence[str]) -> N
     check_components(modules, chosen if patterns else layers, field="training.layers")
 
 
+def freeze(modules: Mapping[str, nn.Module]) -> None:
+    """Let nothing train."""
+    for module in modules.values():
+        module.requires_grad_(False)
+
+
+def that_train(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the components in which something trains."""
+    return {name: modules[name] for name, count in count_trained(modules).items() if count}
+
+
 def count_trained(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """Return how many parameters of each component train."""
     return {
@@ -85,15 +90,20 @@ def count_trained(modules: Mapping[str, nn.Module]) -> dict[str, int]:
 
 
 def check_components(modules: Mapping[str, nn.Module], chosen: Iterable[str], *, field: str) -> None:
-    """Refuse a choice that leaves a component that shall train without a layer.
+    """Refuse a choice without a layer of a text encoder that ``training.train_text_encoder`` asks for.
+
+    The denoiser, which comes first, may stay as it is: then the text encoders train alone.
 
     Raises:
         ConfigError: With the way out.
     """
-    missing = set(modules) - {name.partition(".")[0] for name in chosen}
+    _, *text_encoders = modules
+    missing = set(text_encoders) - {name.partition(".")[0] for name in chosen}
     for component in sorted(missing):
-        way_out = "" if component == "unet" else ", or set training.train_text_encoder=false"
-        raise ConfigError(f"{field}: selects no layer of {component}, which shall train; add a pattern{way_out}")
+        raise ConfigError(
+            f"{field}: selects no layer of {component}, which training.train_text_encoder=true lets train; add a "
+            "pattern, or set training.train_text_encoder=false"
+        )
 
 
 def _examples(pattern: str, names: Sequence[str]) -> list[str]:

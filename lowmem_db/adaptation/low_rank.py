@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_db import environment
-from lowmem_db.adaptation.layers import check_components, published_name, select
+from lowmem_db.adaptation.layers import check_components, select
 from lowmem_db.config.schema import LoraConfig
+from lowmem_db.models.names import published_name
 from lowmem_db.randomness import generator
 
 _KINDS = {
@@ -114,9 +115,12 @@ def merge(module: nn.Module) -> None:
         setattr(module.get_submodule(parent), name, layer.get_base_layer())
 
 
-def has_adapters(module: nn.Module) -> bool:
-    """Say whether a module has adapters."""
-    return any(_IN_MEMORY in name for name, _ in _adapters(module))
+def detach(modules: Mapping[str, nn.Module]) -> None:
+    """Take the adapters out again, in place, without adding them to the weights, which stay frozen."""
+    for module in modules.values():
+        for path, layer in _adapted_layers(module):
+            parent, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent), name, layer.get_base_layer())
 
 
 def adapters_of(component: str, module: nn.Module) -> dict[str, Tensor]:
@@ -145,8 +149,8 @@ def name_in_files(component: str, name: str) -> str:
     peft leaves ``.weight`` of DoRA's norms out there; transformers 5 finds those of a text encoder with it alone.
     """
     name = published_name(component, name.replace(_IN_MEMORY, "", 1))
-    is_of_unet = component == "unet" and ".lora_magnitude_vector." in name
-    return name.removesuffix(".weight") if is_of_unet else name
+    loses_suffix = not component.startswith("text_encoder") and ".lora_magnitude_vector." in name
+    return name.removesuffix(".weight") if loses_suffix else name
 
 
 class AdapterState:

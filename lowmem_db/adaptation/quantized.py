@@ -53,6 +53,12 @@ def quantize(modules: Iterable[nn.Module], kind: Kind, compute_dtype: torch.dtyp
             setattr(module.get_submodule(parent), name, make(layer, kind, compute_dtype))
 
 
+def quantize_where_asked(modules: Iterable[nn.Module], kind: str | None, compute_dtype: torch.dtype) -> None:
+    """Quantize where the type of the frozen weights is one of :data:`Kind`; see :func:`quantize`."""
+    if kind == "int8" or kind == "nf4":
+        quantize(modules, kind, compute_dtype)
+
+
 def _with_bitsandbytes(layer: nn.Linear, kind: Kind, compute_dtype: torch.dtype) -> nn.Module:
     bitsandbytes: Any = environment.require("bitsandbytes")
     sizes = layer.in_features, layer.out_features, layer.bias is not None

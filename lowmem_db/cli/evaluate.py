@@ -1,12 +1,11 @@
 """``lowmem-db evaluate``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from lowmem_db.evaluation.folders import Limits
+from lowmem_db.errors import DataError
 
 
 def evaluate(
@@ -86,87 +85,40 @@ def evaluate(
         _print_tally(paths, as_json)
         return
 
-    from lowmem_db import environment
-    from lowmem_db.errors import DataError
-    from lowmem_db.evaluation.folders import Limits, find_subjects, parse_subjects
-    from lowmem_db.sampling.images import make_folder
+    from lowmem_db import api
 
-    limits = Limits(subjects=parse_subjects(subjects), num_prompts=prompts, num_images=images)
     if pairs:
-        _write_page(paths, real, limits, output, num_pairs, seed)
+        _write_page(paths, real, subjects, prompts, images, output, num_pairs, seed)
         return
-
-    from lowmem_db.evaluation.encoders import find_encoders
-    from lowmem_db.evaluation.protocol import (
-        NUM_CLASS_IMAGES,
-        NUM_IMAGES,
-        Drawing,
-        PromptChoice,
-        find_runs,
-        holds_runs,
-        parse_shard,
-        refuse_unused,
-    )
-    from lowmem_db.models.saving import DTYPES
-
     if len(paths) != 1:
         raise DataError(f"RUN_OR_IMAGES: {len(paths)} are given; allowed: one, or two with --pairs")
-    where = environment.resolve_device(device)
-    parse_shard(shard)
-    encoders = encoder or ["en0"]
-    if not holds_runs(paths[0]):
-        of_runs = {
-            "--shard": shard, "--suite": suite, "--prompt-file": prompt_file, "--identifier": identifier,
-            "--class-noun": class_noun, "--num-class-images": num_class_images, "--sampler": sampler,
-            "--num-inference-steps": num_inference_steps, "--guidance-scale": guidance_scale,
-            "--resolution": resolution, "--precision": precision,
-        }  # fmt: skip
-        refuse_unused(of_runs, f"{paths[0]} holds no run, and nothing is drawn")
-        found = find_encoders(encoders)
-        compared = find_subjects(paths[0], real, class_images, limits)
-        make_folder(output)
-        _score(compared, found, where, output, seed=seed, as_json=as_json)
-        return
-    refuse_unused({"--class-images": class_images}, f"{paths[0]} is a run, whose class images are drawn")
-    found = find_encoders(encoders)
-    choice = PromptChoice(suite=suite, prompt_file=prompt_file, identifier=identifier, class_noun=class_noun)
-    runs = find_runs(paths[0], choice, limits, real)
-    make_folder(output)
-    drawing = Drawing(
+    report = api.evaluate(
+        paths[0],
+        real=real,
+        class_images=class_images,
+        encoders=encoder or ["en0"],
+        subjects=subjects,
+        num_prompts=prompts,
+        num_images=images,
+        suite=suite,
+        prompt_file=prompt_file,
+        identifier=identifier,
+        class_noun=class_noun,
+        num_class_images=num_class_images,
+        seed=seed,
         sampler=sampler,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
-        num_prompts=prompts,
-        num_images=images or NUM_IMAGES,
-        num_class_images=NUM_CLASS_IMAGES if num_class_images is None else num_class_images,
         resolution=resolution,
-        seed=seed,
-        device=where,
-        dtype=DTYPES[precision or ("fp16" if where.type == "cuda" else "fp32")],
+        precision=precision,
+        device=device,
+        shard=shard,
+        output=output,
     )
-    if _draw(runs, drawing, output, shard):
-        compared = [run.drawn(output, drawing) for run in runs]
-        _score(compared, found, where, output, seed=seed, as_json=as_json)
-
-
-def _draw(runs: list[Any], drawing: Any, output: Path, shard: str | None) -> bool:
-    """Draw what is missing; return whether it is to be scored."""
-    from lowmem_db.evaluation.protocol import draw_runs, parse_shard
-
-    num_missing = draw_runs(runs, output, drawing, parse_shard(shard))
-    if shard is None:
-        return True
-    typer.echo(f"shard {shard} is done, {num_missing} images of other shards are missing; then leave out --shard")
-    return False
-
-
-def _score(compared: list[Any], encoders: Any, device: Any, output: Path, *, seed: int, as_json: bool) -> None:
-    from lowmem_db.evaluation.report import evaluate as score
-    from lowmem_db.evaluation.report import write_report
-
-    report = score(compared, encoders, device, seed=seed)
-    write_report(output, report, compared)
-    if as_json:
+    if shard is not None:
+        missing = report["num_missing"]
+        typer.echo(f"shard {shard} is done, {missing} images of other shards are missing; then leave out --shard")
+    elif as_json:
         _print_json(report)
     else:
         _print_report(report, output)
@@ -202,18 +154,21 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
 
 
 def _write_page(
-    paths: list[Path], real: Path | None, limits: "Limits", output: Path, num_pairs: int, seed: int
+    paths: list[Path],
+    real: Path | None,
+    subjects: str | None,
+    prompts: int | None,
+    images: int | None,
+    output: Path,
+    num_pairs: int,
+    seed: int,
 ) -> None:
-    from lowmem_db.evaluation.folders import find_subjects
-    from lowmem_db.evaluation.questionnaire import check_methods, find_pairs, write_questionnaire
-    from lowmem_db.sampling.images import make_folder
+    from lowmem_db.evaluation.folders import Limits, parse_subjects
+    from lowmem_db.evaluation.questionnaire import write_page
 
-    names = check_methods(paths)
-    one, other = (find_subjects(path, real, None, limits) for path in paths)
-    chosen = find_pairs(one, other, num_pairs=num_pairs, seed=seed)
-    make_folder(output)
-    num_questions = write_questionnaire(output / "questionnaire.html", names, chosen, seed=seed)
-    typer.echo(f"{output / 'questionnaire.html'}: {num_questions} questions about {len(chosen)} pairs of images")
+    limits = Limits(subjects=parse_subjects(subjects), num_prompts=prompts, num_images=images)
+    page, num_questions, found = write_page(paths, real, limits, output, num_pairs=num_pairs, seed=seed)
+    typer.echo(f"{page}: {num_questions} questions about {found} pairs of images")
 
 
 def _print_tally(files: list[Path], as_json: bool) -> None:

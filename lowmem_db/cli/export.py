@@ -41,16 +41,9 @@ def export(
     [bold]lowmem-db export runs/dog --precision fp16[/bold] writes dog.safetensors; models of Stable Diffusion 1.x, 2.x
     and XL have such a layout, all others are exported with --format diffusers.
     """
-    from lowmem_db.export.export import Request, export_model
-    from lowmem_db.models.saving import DTYPES
+    from lowmem_db import api
 
-    request = Request(
-        source=source,
-        layout=layout,
-        precision=None if precision is None else DTYPES[precision],
-        out=out,
-        merge=merge,
-        extract_rank=extract_lora,
-        base=base,
+    written = api.export(
+        source, out, layout=layout, precision=precision, merge=merge, extract_lora=extract_lora, base=base
     )
-    typer.echo(export_model(request))
+    typer.echo(written)

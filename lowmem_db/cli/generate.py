@@ -43,32 +43,30 @@ def generate(
         typer.echo("\n".join(suite_names()))
         return
 
-    from lowmem_db import environment
-    from lowmem_db.engine.generate import default_resolution, find_source, generate_images
-    from lowmem_db.models.saving import DTYPES
+    from lowmem_db import api
+    from lowmem_db.engine.source import find_source
     from lowmem_db.sampling.images import GRID_FILE, make_folder, save_rows
-    from lowmem_db.sampling.latents import SamplingSettings
 
-    found = find_source(source)
     prompts = collect_prompts(
         prompt or [],
         prompt_file,
         suite or [],
         identifier=identifier,
         class_noun=class_noun,
-        run_config=found.run_config,
+        run_config=find_source(source).run_config,
     )
-    where = environment.resolve_device(device)
     make_folder(output)
-    rows = generate_images(
-        found,
+    rows = api.generate(
+        source,
         prompts,
-        SamplingSettings(sampler=sampler, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale),
         num_images=num_images,
-        resolution=resolution or default_resolution(found),
         seed=seed,
-        device=where,
-        dtype=DTYPES[precision or ("fp16" if where.type == "cuda" else "fp32")],
+        sampler=sampler,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        resolution=resolution,
+        precision=precision,
+        device=device,
     )
     save_rows(output, rows)
     typer.echo(output / GRID_FILE)

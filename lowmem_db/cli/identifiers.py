@@ -18,9 +18,9 @@ def identifiers(
     Each line holds the identifier and the ids of its tokens. Use one in the prompt: "a IDENTIFIER dog".
     """
     from lowmem_db.data.identifiers import rare_identifiers
-    from lowmem_db.models.loading import load_tokenizer
-    from lowmem_db.models.source import find_model
+    from lowmem_db.models.finding import find_model
 
-    tokenizer = load_tokenizer(find_model(model))
+    found = find_model(model)
+    tokenizer = found.load(found.family.names_of("tokenizer")[0])
     for identifier in rare_identifiers(tokenizer, count=count, seed=seed, num_tokens=num_tokens):
         typer.echo(f"{identifier.text}\t{' '.join(map(str, identifier.token_ids))}")

@@ -29,26 +29,18 @@ def plan(
     """
     import json
 
+    from lowmem_db import api
     from lowmem_db.cli.arguments import read_arguments
-    from lowmem_db.config.sizes import parse_bytes
-    from lowmem_db.errors import ConfigError
 
     config, _ = read_arguments(arguments or [])
-    try:
-        budget_bytes = None if budget is None else parse_bytes(budget)
-    except ValueError as error:
-        raise ConfigError(f"--budget: {budget!r} {error}") from None
+    found = api.plan(config, gpu=gpu, budget=budget, here=verify)
 
     from rich.console import Console
 
     from lowmem_db.planning.measured import verify as verify_plan
     from lowmem_db.planning.output import as_json as to_json
     from lowmem_db.planning.output import show
-    from lowmem_db.planning.plan import plan as plan_run
-    from lowmem_db.planning.target import find_target
 
-    target = find_target(config, gpu=gpu, budget_bytes=budget_bytes, here=verify)
-    found = plan_run(config, target)
     verified = verify_plan(found) if verify else None
     if as_json:
         typer.echo(json.dumps(to_json(found) | ({} if verified is None else verified.as_json()), indent=2))

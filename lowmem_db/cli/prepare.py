@@ -15,20 +15,15 @@ def prepare(
 ) -> None:
     """Fill the caches of a run: class images, latents, text embeddings; say what was there already."""
     from lowmem_db.cli.arguments import read_arguments
+    from lowmem_db.data.inputs import check_inputs
 
     config, _ = read_arguments(arguments or [])
+    check_inputs(config)
 
-    from lowmem_db import environment
     from lowmem_db.console import say
-    from lowmem_db.models.source import find_model
-    from lowmem_db.preparation.prepare import check_photos, check_prompts
-    from lowmem_db.preparation.prepare import prepare as prepare_data
+    from lowmem_db.run.run import prepare_data
 
-    device = environment.resolve_device(config.device)
-    photos = check_photos(config)
-    model = find_model(**config.model.model_dump())
-    check_prompts(config, model, photos)
-    batches = prepare_data(config, model, device, photos)
+    batches = prepare_data(config)
     say(
         f"ready: {len(batches.instance_images)} photos, {len(batches.class_images)} class images, in {config.cache_dir}"
     )

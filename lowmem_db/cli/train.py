@@ -35,6 +35,6 @@ def train(
 
     config, resume_flag = read_arguments(arguments or [])
 
-    from lowmem_db.run.run import train as train_run
+    from lowmem_db import api
 
-    train_run(config, resume=resume or resume_flag)
+    api.train(config, resume=resume or resume_flag)

@@ -4,7 +4,8 @@ Every problem is found before the first one is reported, and each names its fiel
 """
 
 import difflib
-from collections.abc import Hashable, Iterable, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -13,9 +14,12 @@ from pydantic import BaseModel, ValidationError
 
 from lowmem_db.config.rules import refusals
 from lowmem_db.config.schema import Config
+from lowmem_db.config.values import problems_of_values, show
+from lowmem_db.config.yaml_text import AmbiguousNumber, YamlError, parse_yaml, read_text
 from lowmem_db.errors import ConfigError
 
 Tree = dict[str, Any]
+_SHOWN_CHARACTERS = 300
 
 
 def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> Config:
@@ -39,20 +43,6 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
     return config
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping; YAML would let the last one win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Return the mapping of a node."""
-        seen: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                raise yaml.YAMLError(f"{key.value} stands twice, in line {seen[key.value]} and in line {line}")
-            seen[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: Path) -> Tree:
     """Read a YAML file that holds a mapping.
 
@@ -60,16 +50,16 @@ def read_yaml(path: Path) -> Tree:
         ConfigError: The file is missing, is no YAML, names a key twice, or is no mapping.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        tree = parse_yaml(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such configuration file{_nearby(path)}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError, YamlError) as error:
+        raise ConfigError(f"{show_path(path)}: cannot be read as YAML: {_reason(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{path}: holds {type(tree).__name__}; allowed: a mapping of sections, as in configs/demo.yaml"
         )
-    return {str(name): value for name, value in tree.items()}
+    return tree
 
 
 def write_yaml(config: Config, path: Path) -> None:
@@ -92,20 +82,25 @@ def parse_override(argument: str) -> tuple[str, Any]:
     YAML would cut ``a dog #1`` at its comment, and read ``yes`` as true and ``2024-11-23`` as a date.
 
     Raises:
-        ConfigError: There is no ``=``.
+        ConfigError: There is no ``=``, or a number that YAML reads otherwise than it looks.
     """
     field, separator, text = argument.partition("=")
     if not separator or not field:
         raise ConfigError(
             f"{argument}: is no override; allowed: section.key=value, for instance training.learning_rate=2e-6"
         )
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
-        return field, text
-    is_quoted = text[:1] in {'"', "'"} and isinstance(value, str)
     is_text = field in {path for path, kind in _fields(Config) if _holds_text(kind)}
-    return field, text if is_text and text not in {"", "null"} and not is_quoted else value
+    if is_text and text not in {"", "null"} and text[:1] not in {'"', "'"}:
+        return field, text
+    try:
+        value = parse_yaml(text)
+    except AmbiguousNumber as error:
+        if is_text:
+            return field, text
+        raise ConfigError(f"{field}: {error}") from error
+    except YamlError:
+        return field, text
+    return field, text if is_text and text not in {"", "null"} and not isinstance(value, str) else value
 
 
 def field_paths() -> Iterable[str]:
@@ -130,6 +125,8 @@ def _holds_text(kind: Any) -> bool:
 def _set(tree: Tree, field: str, value: Any) -> str | None:
     """Set a dotted path in the tree; return what is wrong, or None."""
     *sections, name = field.split(".")
+    if len(sections) > 1:  # no section holds another
+        return _unknown(field)
     for section in sections:
         child = tree.setdefault(section, {})
         if not isinstance(child, dict):
@@ -146,6 +143,8 @@ def _without_empty_sections(tree: Tree) -> Tree:
 
 
 def _validate(tree: Tree) -> tuple[Config | None, list[str]]:
+    if impossible := problems_of_values(tree, dict(_fields(Config)).get):
+        return None, impossible
     empty_sections: Tree = {"model": {}, "subject": {}}
     try:
         return Config.model_validate(empty_sections | tree), []
@@ -173,10 +172,11 @@ def _describe(field: str, problems: list[dict[str, Any]]) -> str:
         return f"{field}: is missing; set {field}=VALUE"
     said = [each["msg"].removeprefix("Value error, ") for each in problems]
     messages = dict.fromkeys(message[0].lower() + message[1:] for message in said)
-    return f"{field}: {problem['input']!r} is not allowed: {', or '.join(messages)}"
+    return f"{field}: {show(problem['input'])} is not allowed: {', or '.join(messages)}"
 
 
 def _unknown(field: str) -> str:
+    field = field if len(field) <= _SHOWN_CHARACTERS else f"{field[:_SHOWN_CHARACTERS]}..."
     known = list(field_paths())
     name = field.rpartition(".")[2]
     same_name = [path for path in known if path.rpartition(".")[2] == name]
@@ -185,9 +185,22 @@ def _unknown(field: str) -> str:
     return f"{field}: there is no such field{hint}"
 
 
+def show_path(path: Path) -> str:
+    """Return a path for a message, shortened where it is endless."""
+    text = str(path)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"
+
+
+def _reason(error: OSError | ValueError | YamlError) -> str:
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(said.split())
+
+
 def _nearby(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; the folder {path.parent} is missing too"
+    if not os.access(path.parent, os.R_OK | os.X_OK):
+        return f"; the folder {path.parent} may not be read"
     names = sorted(file.name for file in path.parent.iterdir() if file.suffix in {".yaml", ".yml"})
     nearest = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / nearest[0]}?" if nearest else f" in {path.parent.absolute()}"

@@ -148,8 +148,8 @@ RULES = (
     Rule(
         lambda c: c.lora.base_weights not in {None, "fp32"} and c.training.mixed_precision not in _compute_types(c),
         "training.mixed_precision: {config.training.mixed_precision!r} cannot be combined with "
-        "lora.base_weights={config.lora.base_weights!r}; the frozen weights compute in their own type, int8 and nf4 in fp16 or bf16; "
-        "leave it out, or set lora.base_weights=fp32",
+        "lora.base_weights={config.lora.base_weights!r}; the frozen weights compute in their own type, int8 and nf4 in "
+        "fp16 or bf16; leave it out, or set lora.base_weights=fp32",
     ),
     Rule(
         lambda c: c.final.hub_model_id is not None and not c.final.push_to_hub,

@@ -1,10 +1,10 @@
 """Batches as a pure function of the seed and the step: instance samples first, then prior samples."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from lowmem_db.data.order import sample_indices
@@ -16,12 +16,19 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedImage:
-    """Latent moments of one picture, a row for each of its crops, and the ``time_ids`` of :class:`Conditioning`."""
+    """Moments of one picture in the space of the denoiser, a row for each of its crops.
+
+    Attributes:
+        record: The picture.
+        mean: Mean of each crop.
+        std: Standard deviation of each crop.
+        picture: What the denoiser is told about each crop, as in :class:`Conditioning`.
+    """
 
     record: ImageRecord
     mean: Float[Tensor, "crops c h w"]
     std: Float[Tensor, "crops c h w"]
-    time_ids: Float[Tensor, "crops 6"]
+    picture: Mapping[str, Shaped[Tensor, "crops ..."]] = field(default_factory=dict)
 
     @property
     def shape(self) -> Shape:
@@ -31,57 +38,49 @@ class EncodedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTable:
-    """Token ids of every prompt of a run, and their embeddings where the text encoders are frozen.
+    """What the denoiser is told of every prompt of a run.
 
     Attributes:
-        input_ids: Token ids.
-        prompt_embeds: Embeddings.
-        input_ids_2: Token ids for SDXL's second text encoder.
-        pooled_embeds: Pooled embeddings of that.
+        tokens: Tokens of each prompt, by name.
+        embeds: Embeddings of each prompt, by name; None: the text encoders are part of what trains.
         zeroes_empty_prompt: Whether the embeddings of the empty prompt are zeros.
     """
 
-    input_ids: Mapping[str, Int[Tensor, " tokens"]]
-    prompt_embeds: Mapping[str, Float[Tensor, "tokens dim"]] | None = None
-    input_ids_2: Mapping[str, Int[Tensor, " tokens"]] | None = None
-    pooled_embeds: Mapping[str, Float[Tensor, " width"]] | None = None
+    tokens: Mapping[str, Mapping[str, Tensor]]
+    embeds: Mapping[str, Mapping[str, Tensor]] | None = None
     zeroes_empty_prompt: bool = False
 
     @classmethod
-    def of(cls, prompts: Sequence[str], conditioning: Conditioning, *, zeroes_empty_prompt: bool) -> "PromptTable":
-        """Return the table of prompts and their rows."""
+    def of(cls, prompts: Sequence[str], tokens: Mapping[str, Tensor], *, zeroes_empty_prompt: bool) -> "PromptTable":
+        """Return the table of prompts and the rows of their tokens, without embeddings."""
+        return cls(tokens=_by_prompt(prompts, tokens), zeroes_empty_prompt=zeroes_empty_prompt)
 
-        def by_prompt(rows: Tensor | None) -> Mapping[str, Tensor] | None:
-            return None if rows is None else dict(zip(prompts, rows, strict=True))
+    def with_embeds(self, prompts: Sequence[str], embeds: Mapping[str, Tensor]) -> "PromptTable":
+        """Return the table with the rows of the embeddings of all its prompts."""
+        return replace(self, embeds=_by_prompt(prompts, embeds))
 
-        return cls(
-            input_ids=dict(zip(prompts, conditioning.input_ids, strict=True)),
-            prompt_embeds=by_prompt(conditioning.prompt_embeds),
-            input_ids_2=by_prompt(conditioning.input_ids_2),
-            pooled_embeds=by_prompt(conditioning.pooled_embeds),
-            zeroes_empty_prompt=zeroes_empty_prompt,
-        )
-
-    def conditioning(self, prompts: Sequence[str], time_ids: Float[Tensor, "b 6"] | None = None) -> Conditioning:
+    def conditioning(self, prompts: Sequence[str], picture: Mapping[str, Tensor] | None = None) -> Conditioning:
         """Return the rows of some prompts.
 
         Args:
             prompts: Prompts of the table.
-            time_ids: As in :class:`Conditioning`.
+            picture: What is told about the pictures, a row for each prompt.
         """
-
-        def rows(values: Mapping[str, Tensor] | None) -> Tensor | None:
-            return None if values is None else torch.stack([values[prompt] for prompt in prompts])
-
         zeroes = self.zeroes_empty_prompt and "" in prompts
         return Conditioning(
-            input_ids=torch.stack([self.input_ids[prompt] for prompt in prompts]),
-            prompt_embeds=rows(self.prompt_embeds),
-            input_ids_2=rows(self.input_ids_2),
-            pooled_embeds=rows(self.pooled_embeds),
-            time_ids=time_ids,
+            tokens=_rows(self.tokens, prompts),
+            embeds={} if self.embeds is None else _rows(self.embeds, prompts),
+            picture=picture or {},
             has_prompt=torch.tensor([prompt != "" for prompt in prompts]) if zeroes else None,
         )
+
+
+def _by_prompt(prompts: Sequence[str], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    return {prompt: {name: rows[index] for name, rows in tensors.items()} for index, prompt in enumerate(prompts)}
+
+
+def _rows(table: Mapping[str, Mapping[str, Tensor]], prompts: Sequence[str]) -> dict[str, Tensor]:
+    return {name: torch.stack([table[prompt][name] for prompt in prompts]) for name in table[prompts[0]]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,11 +147,13 @@ class BatchSource:
         crops = [self._crop(image, step, sample) for image, sample in zip(images, sample_ids, strict=True)]
         prompts = [self._prompt(image, step, sample) for image, sample in zip(images, sample_ids, strict=True)]
         of_crops = list(zip(images, crops, strict=True))
-        time_ids = torch.stack([image.time_ids[crop] for image, crop in of_crops])
+        picture = {
+            name: torch.stack([image.picture[name][crop] for image, crop in of_crops]) for name in images[0].picture
+        }
         return Batch(
             latent_mean=torch.stack([image.mean[crop] for image, crop in of_crops]),
             latent_std=torch.stack([image.std[crop] for image, crop in of_crops]),
-            conditioning=self.prompts.conditioning(prompts, time_ids),
+            conditioning=self.prompts.conditioning(prompts, picture),
             sample_ids=torch.tensor(sample_ids),
             num_instance=self.train_batch_size,
             sources=tuple(image.record.path.name for image in images),

@@ -78,8 +78,8 @@ def load_pixels(record: ImageRecord, *, size: Size, crop: Crop, index: int) -> F
     return torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
 
 
-def crop_time_ids(record: ImageRecord, *, size: Size, crop: Crop, index: int) -> Float[Tensor, " 6"]:
-    """Return what SDXL is told of a crop (arXiv:2307.01952, section 2.2).
+def crop_facts(record: ImageRecord, *, size: Size, crop: Crop, index: int) -> Float[Tensor, " 6"]:
+    """Return what a model may be told of a crop; SDXL is (arXiv:2307.01952, section 2.2).
 
     Returns:
         Height and width of the picture as it is; top and left of the crop in the resized picture; height and width of
@@ -89,6 +89,11 @@ def crop_time_ids(record: ImageRecord, *, size: Size, crop: Crop, index: int) ->
     scale = size[0] / box.height
     top, left = round(box.top * scale), round(box.left * scale)
     return torch.tensor([record.height, record.width, top, left, *size], dtype=torch.float32)
+
+
+def whole_picture_facts(size: Size, count: int) -> Float[Tensor, "b 6"]:
+    """Return the facts of pictures that are neither resized nor cropped, as those that are drawn."""
+    return torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(count, 1)
 
 
 def crop_box(record: ImageRecord, size: Size, crop: Crop, index: int) -> Box:

@@ -4,19 +4,24 @@ This module owns what a picture file may be. Every file is decoded once before a
 is known at the start of a run and not in the middle of it.
 """
 
-import difflib
 import io
 import logging
+import os
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, features
 
 from lowmem_db import environment, fingerprint
+from lowmem_db.console import say
+from lowmem_db.data.captions import Captions
+from lowmem_db.data.file_kinds import HEAD_BYTES, kind_of
+from lowmem_db.data.folder import ALLOWED, PhotoFolder, look_into
 from lowmem_db.errors import DataError, DependencyError
 from lowmem_db.records import ImageRecord
 
@@ -25,13 +30,8 @@ MIN_PIXELS = 64
 MAX_MEGAPIXELS = 150
 """Largest picture that is decoded: 450 MB as RGB, and below the size at which Pillow refuses by itself (179)."""
 
-_ALLOWED = "JPEG, PNG, WebP, HEIC, TIFF, BMP or GIF"
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
-_PHOTO_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif", ".hif", ".tif", ".tiff", ".bmp", ".gif")
-)
-_OTHER_SUFFIXES = frozenset((".txt", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".md", ".csv", ".ini", ".db"))
-_HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
+_MAX_TEXT_BYTES = 1 << 26  # ComfyUI writes its workflow into a PNG: more than the megabyte that Pillow takes
 _DECODING_ERRORS = (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error)
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -50,8 +50,9 @@ def scan_photos(folder: Path, *, prompt: str, resolution: int, field: str) -> li
     """Check every picture of a folder and describe it; sub-folders are not read.
 
     Args:
-        folder: Folder of pictures. A text file of the same stem beside a picture holds its own prompt.
-        prompt: Prompt of the pictures without a text file.
+        folder: Folder of pictures. A text file of the same stem beside a picture, or a row of ``metadata.jsonl``, holds
+            its own prompt.
+        prompt: Prompt of the pictures without a caption. Empty where none is needed; then nothing is said of captions.
         resolution: Pixels of the shorter side that the pictures will be resized to.
         field: The configuration field that named the folder, for messages.
 
@@ -61,14 +62,24 @@ def scan_photos(folder: Path, *, prompt: str, resolution: int, field: str) -> li
     Raises:
         DataError: The folder is missing or has no picture, or pictures cannot be used; the message has a line for each.
     """
-    records, problems = [], []
-    for path in _photo_paths(folder, field):
+    found = look_into(folder, field)
+    try:
+        captions = Captions(found)
+    except DataError as error:
+        raise DataError(f"{field}: {error}") from error
+    records, problems = [], [f"{field}: {line}" for line in found.broken]
+    for path in found.photos:
         try:
-            records.append(_record(path, prompt, resolution))
+            own = captions.of(path)
+            records.append(_record(path, prompt if own is None else own, resolution))
         except (DataError, DependencyError) as error:
             problems.append(f"{field}: {error}")
     if problems:
         raise DataError("\n".join(problems))
+    for line in found.unread():
+        _log.warning("%s: %s", field, line)
+    if prompt:
+        _tell(found, records, prompt, field)
     return records
 
 
@@ -117,35 +128,16 @@ def photo_warnings(
     return repeated + [enlarged] * bool(small)
 
 
-def _photo_paths(folder: Path, field: str) -> list[Path]:
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"{field}: {folder} {what}; allowed: a folder of pictures{_nearest(folder)}")
-    entries = sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda e: e.name)
-    files = [entry for entry in entries if entry.is_file()]
-    photos = [path for path in files if path.suffix.lower() in _PHOTO_SUFFIXES]
-    unknown = [path.name for path in files if path.suffix.lower() not in _PHOTO_SUFFIXES | _OTHER_SUFFIXES]
-    if unknown:
-        _log.warning("%s: not read: %s; pictures are %s files", field, ", ".join(unknown), _ALLOWED)
-    if not photos:
-        raise DataError(_no_photos(field, folder, [entry.name for entry in entries]))
-    return photos
-
-
-def _nearest(folder: Path) -> str:
-    """Return a hint at the folder that was probably meant."""
-    parent = folder.absolute().parent
-    names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
-    found = difflib.get_close_matches(folder.name, names, n=1)
-    return f"; did you mean {folder.parent / found[0]}?" if found else f"; relative paths start at {Path.cwd()}"
-
-
-def _no_photos(field: str, folder: Path, names: list[str]) -> str:
-    holds = f"holds no picture (only {', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else "is empty"
-    return (
-        f"{field}: {folder} {holds}; allowed: {_ALLOWED} files in the folder itself, not in sub-folders. "
-        "Put 3 to 5 photos of the subject there"
-    )
+def _tell(found: PhotoFolder, records: Sequence[ImageRecord], prompt: str, field: str) -> None:
+    """Say how many photos have captions of their own, which captions have no photo, and what else is there."""
+    for line in found.orphans():
+        _log.warning("%s: %s", field, line)
+    own = sum(bool(found.captions[record.path]) or record.prompt != prompt for record in records)
+    if own:
+        rest = f"; the others have the prompt {prompt!r}" if own < len(records) else ""
+        say(f"{field}: captions: {own} of {len(records)} photos have their own{rest}")
+    for line in found.remarks():
+        say(f"{field}: {line}")
 
 
 def _record(path: Path, prompt: str, resolution: int) -> ImageRecord:
@@ -161,24 +153,8 @@ def _record(path: Path, prompt: str, resolution: int) -> ImageRecord:
         content_key=fingerprint.of_file(path),
         width=width,
         height=height,
-        prompt=_caption(path.with_suffix(".txt"), prompt),
+        prompt=prompt,
     )
-
-
-def _caption(path: Path, prompt: str) -> str:
-    """Return the prompt of a caption file, or the one that all share where there is no such file."""
-    if not path.is_file():
-        return prompt
-    try:
-        caption = " ".join(path.read_text(encoding="utf-8-sig").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); allowed: UTF-8 text. Save it again as UTF-8") from error
-    if not caption:
-        raise DataError(
-            f"{path}: is empty; allowed: the prompt of the picture beside it. Write one, or remove the file: "
-            f"the picture then has the prompt {prompt!r}"
-        )
-    return caption
 
 
 @contextmanager
@@ -187,36 +163,73 @@ def _quiet_pillow() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-        yield
+        limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+        PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT_BYTES
+        try:
+            yield
+        finally:
+            PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = limits
 
 
 def _decode(path: Path) -> Image.Image:
     try:
         with _open(path) as image:
             _check_size(path, image.width, image.height)
+            _tell_frames(path, image)
             image.load()
             return image
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: {_too_large(str(error))}") from error
     except _DECODING_ERRORS as error:
-        raise DataError(
-            f"{path}: cannot be decoded, it is damaged or cut off ({' '.join(str(error).split())}); "
-            f"allowed: {_ALLOWED}. Save it again from the original, or remove it"
-        ) from error
+        raise DataError(f"{path}: {_undecodable(path, error)}") from error
 
 
 def _open(path: Path) -> Image.Image:
-    with path.open("rb") as file:
-        head = file.read(12)
-    if not head:
-        raise DataError(f"{path}: is empty (0 bytes); allowed: {_ALLOWED}. Copy it again, or remove it")
-    if head[4:8] != b"ftyp" or head[8:12] not in _HEIF_BRANDS:
+    kind = _kind(path)
+    if kind == "AVIF" and not features.check("avif"):
+        raise DependencyError(
+            f"{path}: is AVIF, which this Pillow does not read: pip install -U pillow, or save it as PNG"
+        )
+    if kind != "HEIC":
         return Image.open(path, formats=_FORMATS)
     try:
         environment.require("pillow_heif").register_heif_opener()
     except DependencyError as error:
         raise DependencyError(f"{path}: is HEIC: {error}, or save it as JPEG") from error
     return Image.open(path, formats=("HEIF",))
+
+
+def _kind(path: Path) -> str | None:
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    if not head:
+        raise DataError(f"{path}: is empty (0 bytes); allowed: {ALLOWED}. Copy it again, or remove it")
+    return kind_of(head)
+
+
+def _undecodable(path: Path, error: Exception) -> str:
+    """Say why a file cannot be decoded: it is something else, or damaged."""
+    reason = " ".join(str(error).split()).replace(str(path), path.name)
+    if not path.is_file() or not os.access(path, os.R_OK):
+        return f"cannot be read ({reason}); allowed: {ALLOWED}. Check its permissions"
+    kind = _kind(path)
+    if kind is not None and kind not in ALLOWED:
+        return f"is {kind}; allowed: {ALLOWED}. Save the picture as one of these, or remove the file"
+    return (
+        f"cannot be decoded, it is damaged or cut off ({reason}); allowed: {ALLOWED}. Save it again from the original, "
+        "or remove it"
+    )
+
+
+def _tell_frames(path: Path, image: Image.Image) -> None:
+    count = getattr(image, "n_frames", 1)
+    if count > 1 and image.format != "MPO":  # a photo of a phone with its depth or its second eye
+        _warn_once(f"{path}: has {count} pictures; the first one is read")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _log.warning("%s", message)
 
 
 def _check_size(path: Path, width: int, height: int) -> None:

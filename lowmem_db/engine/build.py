@@ -2,17 +2,16 @@
 
 import torch
 
-from lowmem_db.adaptation import layers, low_rank, quantized
+from lowmem_db.adaptation.finding import find_adaptation
+from lowmem_db.adaptation.layers import count_trained, that_train
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import autocast, check_resolved, resolve
 from lowmem_db.errors import ConfigError
 from lowmem_db.memory import techniques
 from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
-from lowmem_db.models.loading import CPU, load_noise_schedule, load_text_encoder, load_text_encoder_2, load_unet
-from lowmem_db.models.saving import DTYPES
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import CPU
 from lowmem_db.objective.objective import Objective
-from lowmem_db.optimizers import weights
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
 from lowmem_db.optimizers.handle import OptimizerHandle
@@ -34,14 +33,15 @@ def build_step(config: Config, model: ModelFolder, device: torch.device) -> tupl
     """
     check_resolved(config)
     _check_fields(config, model)
-    # fp32 weights meet the device in the kind that trains
+    # What trains is made on the host, so that the device never holds weights of a type that does not train.
     denoiser = _load_denoiser(config, model, device if device.type == "meta" else CPU)
-    extra_bits = weights.apply(denoiser.modules(), config.memory.weights or "fp32")
-    _choose_what_trains(config, denoiser)
+    attached = find_adaptation(config).attach(denoiser.modules())
     for module in denoiser.modules().values():
         module.to(device).train()
-    techniques.apply(denoiser.modules(), config, device)
-    optimizer = build_optimizer(config, denoiser.modules(), device)
+    techniques.apply(denoiser, config, device)
+    trained = that_train(denoiser.modules())
+    optimizer = build_optimizer(config, trained, device)
+    extra_bits = {name: bits for name, bits in attached.extra_bits.items() if name.partition(".")[0] in trained}
     for name, bits in optimizer.extra_bits().items():
         bits.copy_(extra_bits.pop(name))
     if device.type != "meta":
@@ -49,70 +49,35 @@ def build_step(config: Config, model: ModelFolder, device: torch.device) -> tupl
     return denoiser, _build_objective(config, model, device), optimizer
 
 
-def _load_denoiser(config: Config, model: ModelFolder, device: torch.device) -> Denoiser:
-    dtype, trains_text = _loaded_dtype(config), config.training.train_text_encoder
-    return Denoiser(
-        load_unet(model, device, dtype),
-        load_text_encoder(model, device, dtype) if trains_text else None,
-        AUTOCAST_TYPES[autocast(config)],
-        load_text_encoder_2(model, device, dtype) if trains_text and model.family.has_text_encoder_2 else None,
-    )
-
-
-def on_meta(config: Config, model: ModelFolder) -> Denoiser:
-    """Return the denoiser without weights, with what trains in it."""
+def count_on_meta(config: Config, model: ModelFolder) -> dict[str, int]:
+    """Return how many parameters of each component will train, without reading a weight."""
     resolved = resolve(config)
     denoiser = _load_denoiser(resolved, model, torch.device("meta"))
-    _choose_what_trains(resolved, denoiser)
-    return denoiser
+    find_adaptation(resolved).attach(denoiser.modules())
+    return count_trained(denoiser.modules())
 
 
-def _loaded_dtype(config: Config) -> torch.dtype:
-    """Return the type that weights are loaded in: fp32 for those that train, else the type they are frozen in."""
-    base = config.lora.base_weights
-    if base is None:
-        return torch.float32
-    return DTYPES.get(base) or AUTOCAST_TYPES[autocast(config)] or torch.float32
-
-
-def _choose_what_trains(config: Config, denoiser: Denoiser) -> None:
-    """Let weights train, or freeze them and let adapters train.
-
-    Raises:
-        ConfigError: ``training.layers`` or ``lora.targets`` selects nothing.
-    """
-    modules, base = denoiser.modules(), config.lora.base_weights
-    if not config.lora.enabled:
-        layers.train_layers(modules, config.training.layers)
-        return
-    if base == "int8" or base == "nf4":
-        quantized.quantize(modules.values(), base, _loaded_dtype(config))
-    low_rank.attach(modules, config.lora, seed=config.seed)
+def _load_denoiser(config: Config, model: ModelFolder, device: torch.device) -> Denoiser:
+    family, dtype = model.family, find_adaptation(config).load_dtype()
+    names = [family.denoiser, *(family.text_encoders if config.training.train_text_encoder else ())]
+    modules = {name: model.load(name, device, dtype) for name in names}
+    return Denoiser(family, modules, AUTOCAST_TYPES[autocast(config)])
 
 
 def _check_fields(config: Config, model: ModelFolder) -> None:
     """Refuse what the rules of the configuration cannot see: fields that this model has no use for."""
     rate = config.training.learning_rate_text_encoder_2
-    if rate is not None and not model.family.has_text_encoder_2:
+    if rate is not None and len(model.family.text_encoders) < 2:
         raise ConfigError(
-            f"training.learning_rate_text_encoder_2: {rate} has no use with {model.family.name}, which has one text "
-            "encoder; leave it out"
+            f"training.learning_rate_text_encoder_2: {rate} has no use with {model.family.name}, which has no second "
+            "text encoder; leave it out"
         )
 
 
 def _build_objective(config: Config, model: ModelFolder, device: torch.device) -> Objective:
-    chosen = config.objective
-    noise_schedule = load_noise_schedule(model, chosen.prediction_type, chosen.zero_terminal_snr)
-    if noise_schedule.config["rescale_betas_zero_snr"] and noise_schedule.config["prediction_type"] == "epsilon":
-        raise ConfigError(
-            "objective.prediction_type: this model's scheduler says epsilon, and there is none to predict at a last "
-            "timestep that is all noise (zero terminal SNR); set objective.prediction_type=v_prediction, or "
-            "objective.zero_terminal_snr=false"
-        )
     return Objective(
         config.objective,
-        alphas_cumprod=noise_schedule.alphas_cumprod,
-        prediction_type=noise_schedule.config["prediction_type"],
+        process=model.family.process(model, config.objective),
         prior_loss_weight=config.prior.loss_weight,
         seed=config.seed,
         device=device,

@@ -14,21 +14,19 @@ import torch
 
 from lowmem_db import fingerprint
 from lowmem_db.config.schema import Config
-from lowmem_db.console import say, track
-from lowmem_db.engine.generate import ImageSource, embed_for, find_source, load_denoiser
+from lowmem_db.console import say
+from lowmem_db.engine.draw import Artist, Job, draw, kept
+from lowmem_db.engine.generate import check_resolution
+from lowmem_db.engine.manifest import MANIFEST, differences, write_manifest
+from lowmem_db.engine.source import ImageSource, find_source
 from lowmem_db.errors import DataError
 from lowmem_db.evaluation.folders import PROMPTS_FILE, Limits, SubjectFiles, choose, scan_pictures
-from lowmem_db.models.conditioning import whole_picture_time_ids
-from lowmem_db.models.latents import decode_latents, downscaling
-from lowmem_db.models.loading import load_autoencoder
 from lowmem_db.randomness import generator
-from lowmem_db.sampling.images import to_images
-from lowmem_db.sampling.latents import SamplingSettings, sample_prompt
+from lowmem_db.sampling.latents import SamplingSettings
 from lowmem_db.sampling.prompts import read_prompt_file, read_suite, subject_names
 from lowmem_db.storage.atomic import write_file, write_text
-from lowmem_db.storage.run_folder import RunFolder, read_json, write_json
+from lowmem_db.storage.run_folder import RunFolder
 
-MANIFEST = "manifest.json"
 CLASS_DIR = "class"
 NUM_IMAGES = 4
 """Images of each prompt in the paper."""
@@ -194,7 +192,7 @@ def draw_runs(runs: Sequence[Run], output: Path, drawing: Drawing, shard: Shard)
     for run in runs:
         missing = [job for job in own if job.run is run and job.missing()]
         if missing:
-            write_json(output / run.name / MANIFEST, manifests[run.name])
+            write_manifest(output / run.name, manifests[run.name])
             write_text(output / run.name / PROMPTS_FILE, "".join(f"{caption}\n" for caption in run.captions))
             say(f"{run.name}: drawing {sum(len(job.missing()) for job in missing)} images into {output / run.name}")
             _draw(run, missing, drawing)
@@ -229,6 +227,11 @@ class _Job:
     def missing(self) -> list[Path]:
         return [file for file in self.files if not file.is_file()]
 
+    def as_drawn(self, seed: int, resolution: int) -> Job:
+        stream, number = self.stream
+        generators = [generator(seed, stream, number, self.first + index) for index in range(len(self.files))]
+        return Job(prompts=[self.prompt], size=(resolution, resolution), generators=generators)
+
 
 def _jobs(run: Run, folder: Path, drawing: Drawing) -> list[_Job]:
     photos = run.config.subject.instance_dir.resolve().name  # runs on the same photos start from the same noise
@@ -258,24 +261,21 @@ def _batches(run: Run, prompt: str, caption: str | None, stream: tuple[str, int]
 
 def _draw(run: Run, jobs: Sequence[_Job], drawing: Drawing) -> None:
     prompts = sorted({job.prompt for job in jobs})
-    table = embed_for(run.source, [*prompts, ""], device=drawing.device, dtype=drawing.dtype)
-    denoiser, noise_schedule = load_denoiser(run.source, device=drawing.device, dtype=drawing.dtype)
-    autoencoder = load_autoencoder(run.source.model, device=drawing.device)
-    resolution = _resolution(run, drawing)
-    time_ids = whole_picture_time_ids(resolution, resolution, 2)
-    latent_size = resolution // downscaling(run.source.model.config_of("vae"))
-    for job in track(jobs, f"drawing {run.name}", len(jobs)):
-        stream, number = job.stream
-        latents = sample_prompt(
-            denoiser,
-            noise_schedule,
-            _settings(run, drawing),
-            table.conditioning([job.prompt, ""], time_ids),
-            latent_size=latent_size,
-            generators=[generator(drawing.seed, stream, number, job.first + index) for index in range(len(job.files))],
-        )
+    device, dtype, source = drawing.device, drawing.dtype, run.source
+    table = source.embed([*prompts, ""], device, dtype)
+    artist = Artist(model=source.model, settings=_settings(run, drawing), objective=source.objective)
+    drawn = draw(
+        artist,
+        table,
+        [job.as_drawn(drawing.seed, _resolution(run, drawing)) for job in jobs],
+        kept(source.load_denoiser(device, dtype)),
+        kept(source.model.space.load(device)),
+        jobs_at_once=1,
+        progress=f"drawing {run.name}",
+    )
+    for job, images in zip(jobs, drawn, strict=True):
         missing = job.missing()
-        for file, image in zip(job.files, to_images(decode_latents(autoencoder, latents)), strict=True):
+        for file, image in zip(job.files, images, strict=True):
             if file in missing:
                 write_file(file, lambda path, image=image: image.save(path, format="PNG"))
 
@@ -295,14 +295,10 @@ def _resolution(run: Run, drawing: Drawing) -> int:
 
 def _manifest(run: Run, drawing: Drawing) -> dict[str, Any]:
     trained = run.source.trained_files
-    latent_pixel = downscaling(run.source.model.config_of("vae"))
-    if _resolution(run, drawing) % latent_pixel:
-        raise DataError(
-            f"--resolution: {_resolution(run, drawing)} is not a multiple of {latent_pixel}, the size of a latent pixel"
-        )
+    check_resolution(run.source, _resolution(run, drawing))
     return {
         "format_version": _FORMAT_VERSION,
-        "model": run.source.model.content_key(*run.source.model.family.components),
+        "model": run.source.model.whole_key,
         "checkpoint": fingerprint.of_files(trained) if trained else None,
         "prompts": list(run.prompts),
         "class_prompt": run.class_prompt,
@@ -318,9 +314,7 @@ def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
         if folder.is_dir() and any(folder.glob("*.png")):
             raise DataError(f"--output: {folder} holds images that this command did not draw; choose another folder")
         return
-    found = read_json(folder / MANIFEST) or {}
-    differing = [name for name, value in wanted.items() if found.get(name) != value]
-    if differing:
+    if differing := differences(folder, wanted):
         raise DataError(
             f"--output: {folder} holds images drawn otherwise ({', '.join(differing)}); choose another folder, or "
             "delete this one"

@@ -17,8 +17,9 @@ from PIL import Image
 from lowmem_db import fingerprint
 from lowmem_db.data.photos import read_photo
 from lowmem_db.errors import DataError
-from lowmem_db.evaluation.folders import SubjectFiles
+from lowmem_db.evaluation.folders import Limits, SubjectFiles, find_subjects
 from lowmem_db.randomness import derive_seed, permutation
+from lowmem_db.sampling.images import make_folder
 from lowmem_db.storage.atomic import write_text
 
 NUM_PAIRS = 25
@@ -136,3 +137,23 @@ def _add(file: Path, pictures: dict[str, str]) -> str:
     key = fingerprint.of_values(address)[:12]
     pictures[key] = address
     return key
+
+
+def write_page(
+    folders: Sequence[Path], real: Path | None, limits: Limits, output: Path, *, num_pairs: int, seed: int
+) -> tuple[Path, int, int]:
+    """Write the questionnaire about two folders of images into a folder.
+
+    Returns:
+        The page, how many questions it asks, and about how many pairs of images.
+
+    Raises:
+        DataError: The folders cannot be compared.
+        StorageError: The disk is full.
+    """
+    names = check_methods(folders)
+    one, other = (find_subjects(folder, real, None, limits) for folder in folders)
+    pairs = find_pairs(one, other, num_pairs=num_pairs, seed=seed)
+    make_folder(output)
+    page = output / "questionnaire.html"
+    return page, write_questionnaire(page, names, pairs, seed=seed), len(pairs)

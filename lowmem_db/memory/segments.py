@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -67,22 +67,3 @@ def _dropout_of(module: nn.Module) -> float:
         return module.p
     dropout = module.__dict__.get("dropout", 0.0)
     return dropout if isinstance(dropout, float) else 0.0
-
-
-class Concatenation(torch.autograd.Function):
-    """Concatenate feature maps along channels.
-
-    The gradients are copies, where those of :func:`torch.cat` are views that keep the whole gradient alive: a skip
-    connection's is needed long after the other's.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, skip: Tensor) -> Tensor:
-        """Return ``torch.cat([hidden_states, skip], dim=1)``."""
-        ctx.num_channels = (hidden_states.shape[1], skip.shape[1])
-        return torch.cat([hidden_states, skip], dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradient of either part."""
-        return tuple(part.clone() for part in gradients[0].split(ctx.num_channels, dim=1))

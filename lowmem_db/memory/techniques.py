@@ -4,19 +4,18 @@ A technique from outside this package is registered with :func:`register`; ``mem
 then takes its name. One of this package has its own field in ``memory`` and stands in :data:`TECHNIQUES`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from lowmem_db.config import strategy
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import StrategyField
 from lowmem_db.errors import ConfigError
 from lowmem_db.memory import attention, checkpointing, fused_layers
+from lowmem_db.models.denoiser import Denoiser
 
-Modules = Mapping[str, nn.Module]
 Undo = Callable[[], None]
 
 
@@ -31,41 +30,41 @@ class Technique:
     Attributes:
         fields: Fields of the configuration that it reads, by their paths; those that the planner may fill are declared
             in :mod:`lowmem_db.config.strategy`: choices, words, what it costs, and what it changes.
-        apply: Puts it on modules as a resolved configuration says, and returns what takes it off again.
+        apply: Puts it on a model as a resolved configuration says, and returns what takes it off again.
         check: Raises where a device or a machine cannot serve what a configuration asks for; nothing is loaded yet.
     """
 
     fields: tuple[str, ...]
-    apply: Callable[[Modules, Config, torch.device], Undo]
+    apply: Callable[[Denoiser, Config, torch.device], Undo]
     check: Callable[[Config, torch.device], None] = _nothing
 
 
-def _attention(modules: Modules, config: Config, device: torch.device) -> Undo:
-    return attention.apply(modules["unet"], config.memory.attention, device)
+def _attention(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
+    return attention.apply(denoiser.module, config.memory.attention, device)
 
 
-def _fused_layers(modules: Modules, config: Config, device: torch.device) -> Undo:
+def _fused_layers(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
     del device
     if not config.memory.fused_layers:
         return _leave
     try:
-        return fused_layers.apply(modules["unet"])
+        return fused_layers.apply(denoiser.module)
     except ValueError as error:
         raise ConfigError(f"memory.fused_layers: {error}; set memory.fused_layers=false") from error
 
 
-def _checkpointing(modules: Modules, config: Config, device: torch.device) -> Undo:
+def _checkpointing(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
     del device
     placement, offload = config.memory.checkpointing, bool(config.memory.offload_checkpoints)
     try:
-        return checkpointing.apply(modules, placement or "none", offload=offload)
+        return checkpointing.apply(denoiser.blocks(), placement or "none", offload=offload)
     except ValueError as error:
         raise ConfigError(f"memory.checkpointing: {error}") from error
 
 
-def _in_sampling(modules: Modules, config: Config, device: torch.device) -> Undo:
+def _in_sampling(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
     """Change no module: the code that draws samples reads the field."""
-    del modules, config, device
+    del denoiser, config, device
     return _leave
 
 
@@ -114,19 +113,19 @@ def register(field: StrategyField, technique: Technique) -> Undo:
     return undo
 
 
-def apply(modules: Modules, config: Config, device: torch.device) -> Undo:
-    """Put every technique of a resolved configuration on modules; return what takes all of them off again.
+def apply(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
+    """Put every technique of a resolved configuration on a model; return what takes all of them off again.
 
     Args:
-        modules: What trains, by the name of its component; changed in place.
+        denoiser: What trains; its modules are changed in place.
         config: The configuration.
-        device: Where the modules are.
+        device: Where its modules are.
 
     Raises:
-        ConfigError: A technique does not know the modules.
+        ConfigError: A technique does not know the model.
         DependencyError: xformers was asked for and cannot serve.
     """
-    undos = [technique.apply(modules, config, device) for technique in (*TECHNIQUES, *_registered)]
+    undos = [technique.apply(denoiser, config, device) for technique in (*TECHNIQUES, *_registered)]
 
     def undo() -> None:
         for one in reversed(undos):

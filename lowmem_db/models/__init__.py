@@ -1,1 +1,1 @@
-"""Models: the table of families, loading component by component, prompts to conditioning, what trains."""
+"""Models: their families, where their files are, how each component is loaded and saved."""

@@ -1,19 +1,19 @@
-"""Loading component by component: what is not needed is not in memory."""
+"""Loading one component from its folder, or building it on the meta device from its configuration alone."""
 
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
+from transformers import CLIPTokenizer, PreTrainedModel
 
 from lowmem_db.errors import ModelError
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.files import ModelFiles
 
 Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderTAEF2
 _AUTOENCODERS: dict[str, type[ModelMixin]] = {
@@ -21,35 +21,36 @@ _AUTOENCODERS: dict[str, type[ModelMixin]] = {
 }
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 CPU = torch.device("cpu")
+META = torch.device("meta")
 _DAMAGED = (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError, KeyError)
 
 
-def load_unet(
-    model: ModelFolder, device: torch.device = CPU, dtype: torch.dtype = torch.float32
-) -> UNet2DConditionModel:
-    """Load the UNet in evaluation mode, frozen, whatever type its file has."""
-    return _load(UNet2DConditionModel, model, "unet", device, dtype)
+def load_module(kind: type, files: ModelFiles, component: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Load a module of diffusers or transformers in evaluation mode, frozen, whatever type its file has.
+
+    Args:
+        kind: Its class.
+        files: Where it is; on the meta device its configuration is enough.
+        component: Its folder.
+        device: Where it goes.
+        dtype: Type of its weights.
+
+    Raises:
+        ModelError: It is damaged.
+    """
+    if device.type == "meta":
+        return nn.Module.to(_build_on_meta(kind, files, component), dtype).eval().requires_grad_(False)
+    path = files.path / component
+    options: dict[str, Any] = {"use_safetensors": not files.allow_pickle or _has_safetensors(path)}
+    options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
+    try:
+        loaded: Any = cast("Any", kind).from_pretrained(path, local_files_only=True, variant=files.variant, **options)
+    except _DAMAGED as error:
+        raise _damaged(path, error) from error
+    return loaded.to(device).eval().requires_grad_(False)
 
 
-def load_text_encoder(
-    model: ModelFolder, device: torch.device = CPU, dtype: torch.dtype = torch.float32
-) -> CLIPTextModel:
-    """Load the text encoder in evaluation mode, frozen."""
-    return _load(CLIPTextModel, model, "text_encoder", device, dtype)
-
-
-def load_text_encoder_2(
-    model: ModelFolder, device: torch.device = CPU, dtype: torch.dtype = torch.float32
-) -> CLIPTextModelWithProjection:
-    """Load the second text encoder of SDXL in evaluation mode, frozen."""
-    return _load(CLIPTextModelWithProjection, model, "text_encoder_2", device, dtype)
-
-
-DENOISER_LOADERS = {"unet": load_unet, "text_encoder": load_text_encoder, "text_encoder_2": load_text_encoder_2}
-"""What loads each component that can be trained."""
-
-
-def load_autoencoder(model: ModelFolder, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Autoencoder:
+def load_autoencoder(files: ModelFiles, component: str, device: torch.device, dtype: torch.dtype) -> Autoencoder:
     """Load the autoencoder in evaluation mode, frozen; in fp32 where its configuration says ``force_upcast``.
 
     SDXL's says so: its activations are larger than fp16 can hold.
@@ -57,21 +58,21 @@ def load_autoencoder(model: ModelFolder, device: torch.device = CPU, dtype: torc
     Raises:
         ModelError: Its class is none of those known here.
     """
-    config = model.config_of("vae")
+    config = files.config_of(component)
     dtype = torch.float32 if config.get("force_upcast") else dtype
     name = config.get("_class_name", "AutoencoderKL")
     if name not in _AUTOENCODERS:
-        raise ModelError(f"{model.path / 'vae'}: is a {name}; allowed: {', '.join(_AUTOENCODERS)}")
-    return cast("Autoencoder", _load(_AUTOENCODERS[name], model, "vae", device, dtype))
+        raise ModelError(f"{files.path / component}: is a {name}; allowed: {', '.join(_AUTOENCODERS)}")
+    return cast("Autoencoder", load_module(_AUTOENCODERS[name], files, component, device, dtype))
 
 
-def load_tokenizer(model: ModelFolder, component: str = "tokenizer") -> CLIPTokenizer:
-    """Load the tokenizer, or SDXL's second one, ``tokenizer_2``.
+def load_tokenizer(files: ModelFiles, component: str) -> CLIPTokenizer:
+    """Load a tokenizer of CLIP.
 
     Raises:
         ModelError: Its files are missing, where transformers would make an empty one.
     """
-    path = model.path / component
+    path = files.path / component
     if not any(all((path / name).is_file() for name in names) for names in _TOKENIZER_FILES):
         raise ModelError(f"{path}: holds neither tokenizer.json nor vocab.json and merges.txt; get the model anew")
     try:
@@ -81,19 +82,19 @@ def load_tokenizer(model: ModelFolder, component: str = "tokenizer") -> CLIPToke
 
 
 def load_noise_schedule(
-    model: ModelFolder, prediction_type: str | None = None, zero_terminal_snr: bool | None = None
+    files: ModelFiles, prediction_type: str | None = None, zero_terminal_snr: bool | None = None
 ) -> DDPMScheduler:
     """Load the noise schedule the model was trained with; which sampler its folder names does not matter.
 
     Samples are never clipped to [-1, 1], as for pixels; some samplers' configurations leave that open.
 
     Args:
-        model: The model.
+        files: The model.
         prediction_type: What a fine-tuned denoiser predicts instead; None: as the model's folder says.
         zero_terminal_snr: Whether the last timestep is noise alone; None: as the model's folder says.
     """
     changed = schedule_changes(prediction_type, zero_terminal_snr)
-    schedule = DDPMScheduler.from_config(model.config_of("scheduler"), clip_sample=False, **changed)
+    schedule = DDPMScheduler.from_config(files.config_of("scheduler"), clip_sample=False, **changed)
     return cast("DDPMScheduler", schedule)
 
 
@@ -109,22 +110,9 @@ def schedule_changes(prediction_type: str | None, zero_terminal_snr: bool | None
     return changed | {"timestep_spacing": "trailing"} if zero_terminal_snr else changed
 
 
-def _load(kind: Any, model: ModelFolder, component: str, device: torch.device, dtype: torch.dtype) -> Any:
-    if device.type == "meta":
-        return nn.Module.to(_build_on_meta(kind, model, component), dtype).eval().requires_grad_(False)
-    path = model.path / component
-    options: dict[str, Any] = {"use_safetensors": not model.allow_pickle or _has_safetensors(path)}
-    options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
-    try:
-        loaded: Any = kind.from_pretrained(path, local_files_only=True, variant=model.variant, **options)
-    except _DAMAGED as error:
-        raise _damaged(path, error) from error
-    return loaded.to(device).eval().requires_grad_(False)
-
-
-def _build_on_meta(kind: Any, model: ModelFolder, component: str) -> Any:
+def _build_on_meta(kind: Any, files: ModelFiles, component: str) -> Any:
     """Build a component without weights, from its configuration alone."""
-    config = model.config_of(component)
+    config = files.config_of(component)
     with torch.device("meta"):
         if issubclass(kind, PreTrainedModel):
             return kind(cast("Any", kind.config_class)(**config))

@@ -13,12 +13,11 @@ from diffusers import ModelMixin
 from lowmem_db_kernels import unpack_extra_bits_eager
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
-from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_text_encoder_2, schedule_changes
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import schedule_changes
+from lowmem_db.models.names import published_name
 
-_LOADERS = {"vae": load_autoencoder, "text_encoder": load_text_encoder, "text_encoder_2": load_text_encoder_2}
 _OTHER_WEIGHTS = shutil.ignore_patterns("*.bin*", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx")
 _DDIM = "DDIMScheduler"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -47,17 +46,17 @@ def save_model(
         zero_terminal_snr: Whether the noise schedule has zero terminal SNR, where that has changed.
         extra_bits: Eight more bits of bf16 weights by ``component.name``, which a type wider than bf16 takes in.
     """
-    for component in source.family.components:
+    for component, has_weights in ((each.name, each.has_weights) for each in source.family.components):
         if component in trained:
             own = {name.removeprefix(f"{component}."): bits for name, bits in (extra_bits or {}).items()}
             save_component(folder / component, trained[component], dtype=dtype, extra_bits=own)
-        elif component in _LOADERS and not _has_usual_weights(source, component):
-            save_component(folder / component, _LOADERS[component](source), dtype=torch.float32)
+        elif has_weights and not _has_usual_weights(source, component):
+            save_component(folder / component, source.load(component), dtype=torch.float32)
         else:
             shutil.copytree(
                 source.path / component, folder / component, copy_function=shutil.copyfile, ignore=_OTHER_WEIGHTS
             )
-    index = _without_extras(_read_json(source.path / "model_index.json"))
+    index = source.family.finished_index(source.index)
     if changed := schedule_changes(prediction_type, zero_terminal_snr):
         index["scheduler"] = ["diffusers", _change_scheduler(folder / "scheduler" / "scheduler_config.json", changed)]
     _write_json(folder / "model_index.json", index)
@@ -88,7 +87,10 @@ def _has_usual_weights(source: ModelFolder, component: str) -> bool:
 def save_component(
     folder: Path, module: nn.Module, *, dtype: torch.dtype, extra_bits: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write one component with its configuration; floating-point tensors are converted to ``dtype``."""
+    """Write one component with its configuration into a folder of its name.
+
+    Floating-point tensors are converted to ``dtype``.
+    """
     folder.mkdir(parents=True)
     if isinstance(module, ModelMixin):
         module.save_config(folder)
@@ -96,29 +98,18 @@ def save_component(
     else:
         module.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
         file = folder / "model.safetensors"
-    save_file(published_state(module, dtype, extra_bits), file, {"format": "pt"})
+    save_file(published_state(folder.name, module, dtype, extra_bits), file, {"format": "pt"})
 
 
 def published_state(
-    module: nn.Module, dtype: torch.dtype, extra_bits: Mapping[str, Tensor] | None = None
+    component: str, module: nn.Module, dtype: torch.dtype, extra_bits: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return a module's weights under the names of the published files, joined with their extra bits.
-
-    transformers 5 dropped the prefix ``text_model.`` of CLIP's text encoder in memory; other tools still expect it.
-    """
-    prefix = "text_model." if isinstance(module, CLIPTextModel) else ""
+    """Return a module's weights under the names of the published files, joined with their extra bits."""
     state = {}
     for name, tensor in module.state_dict().items():
-        published = name if name.startswith(prefix) else prefix + name
+        published = published_name(component, name)
         bits = None if dtype == torch.bfloat16 else (extra_bits or {}).get(name)
         if bits is not None:
             tensor = unpack_extra_bits_eager(tensor.detach(), bits.to(tensor.device))
         state[published] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
     return state
-
-
-def _without_extras(index: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is not part of the folder, so that the pipeline loads without it."""
-    extras = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
-    is_xl = index.get("_class_name") == "StableDiffusionXLPipeline"  # which knows no safety checker
-    return index | extras | ({} if is_xl else {"requires_safety_checker": False})

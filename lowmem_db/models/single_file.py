@@ -12,20 +12,19 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from lowmem_db.errors import ModelError
-from lowmem_db.models.loading import load_noise_schedule
-from lowmem_db.models.original_layout import SD1, SD2, SDXL, UNET_PREFIX, Entry, Layout, layout_for
-from lowmem_db.models.source import CONFIGS_DIR, FAMILIES, ModelFolder, family_of
+from lowmem_db.models.families import FAMILIES, find_family
+from lowmem_db.models.families.original_layout import UNET_PREFIX, Entry, Layout, layout_for
+from lowmem_db.models.families.stable_diffusion import text_width
+from lowmem_db.models.files import ModelFiles
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, read_header
 
+CONFIGS_DIR = Path(__file__).parent / "configs"
 CONFIGS_KEY = "lowmem_db.components"
 """Metadata of files that this program wrote: the configuration of every component, as JSON."""
 _CONV_IN = "input_blocks.0.0.weight"
-_TO_K = re.compile(r"^model(_ema)?\.diffusion_model.*attn2\.?to_k\.?weight$")
 _PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
 _PREDICTION_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
-_FAMILY_LAYOUTS = {768: SD1, 1024: SD2, 2048: SDXL}
-_CONFIG_FOLDERS = {SD1.architecture: "sd15", SD2.architecture: "sd21", SDXL.architecture: "sdxl_base"}
-_SD2_EPSILON = "sd21_base"
 _ZERO_TERMINAL_SNR = {
     "_class_name": "DDIMScheduler",
     "rescale_betas_zero_snr": True,
@@ -46,30 +45,39 @@ _OTHER_FILES = (
     (r"^(cond_stage_model\.|text_encoders?\.)?(transformer\.)?text_model\.", "a text encoder alone"),
     (r"^emb_params$|^clip_[lg]$|^string_to_param", "an embedding of textual inversion"),
 )
-_NAMES = {"unet": "UNet", "vae": "autoencoder", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
+_ROLES = {"denoiser": "UNet", "autoencoder": "autoencoder", "text_encoder": "text encoder"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SingleFile(ModelFolder):
+class DescribedFiles(ModelFiles):
+    """A folder of configurations, some of which are replaced.
+
+    Attributes:
+        configs: Configurations that the folder, one of those in this package, does not have.
+    """
+
+    configs: Mapping[str, dict[str, Any]]
+
+    def config_of(self, component: str) -> dict[str, Any]:
+        """Return the configuration of a component."""
+        return self.configs[component] if component in self.configs else super().config_of(component)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleFile(DescribedFiles, ModelFolder):
     """A model known by the header of its single file: its configurations are there, its weights are not read.
 
     Attributes:
         file: The single file.
-        configs: Configurations that the folder ``path``, one of those in this package, does not have.
         layout: Where its tensors stand.
         tensors: Those of its tensors that are read, by their names in the published files.
         remark: What it is, and how that was found out.
     """
 
     file: Path
-    configs: Mapping[str, dict[str, Any]]
     layout: Layout
     tensors: Mapping[str, StoredTensor]
     remark: str
-
-    def config_of(self, component: str) -> dict[str, Any]:
-        """Return the configuration of a component."""
-        return self.configs[component] if component in self.configs else super().config_of(component)
 
     def entries(self, component: str, names: Iterable[str]) -> list[Entry]:
         """Return those tensors of a component that are read, from its names in diffusers' layout."""
@@ -108,14 +116,15 @@ def _with_tensors(model: SingleFile, found: Mapping[str, StoredTensor]) -> Singl
 
 
 def _of_family(file: Path, found: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> SingleFile:
-    """Return the model by the width of its text embeddings, with the published configurations of its family."""
-    width = next((tensor.shape[1] for name, tensor in found.items() if _TO_K.match(name)), None)
-    if width not in _FAMILY_LAYOUTS:
+    """Return the model with the published configurations of the family that its tensors tell."""
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    layout = next((family.layout for family in FAMILIES if family.recognises_file(shapes)), None)
+    if layout is None:
+        width = text_width(shapes)
         raise _refusal(file, f"has a UNet for text embeddings of width {width}" + " (SDXL's refiner)" * (width == 1280))
-    layout = _FAMILY_LAYOUTS[width]
     prediction_type, reason = _prediction_type(file, layout, found, metadata)
-    path = _config_folder(layout, prediction_type)
-    scheduler = ModelFolder(name="", path=path, family=FAMILIES[-1]).config_of("scheduler")
+    path = CONFIGS_DIR / layout.folder_of_configs(prediction_type)
+    scheduler = ModelFiles(path=path).config_of("scheduler")
     scheduler |= {"prediction_type": prediction_type} | (_ZERO_TERMINAL_SNR if "ztsnr" in found else {})
     return _model(file, path, layout, {"scheduler": scheduler}, reason)
 
@@ -127,8 +136,9 @@ def _with_own_configs(file: Path, metadata: Mapping[str, str]) -> SingleFile:
     prediction_type = configs["scheduler"].get("prediction_type", "epsilon")
     if prediction_type not in {"epsilon", "v_prediction", "sample"}:
         raise ValueError(f"prediction_type {prediction_type!r}; allowed: epsilon, v_prediction, sample")
-    model = _model(file, _config_folder(layout, prediction_type), layout, configs, "as its metadata say")
-    load_noise_schedule(model)
+    path = CONFIGS_DIR / layout.folder_of_configs(prediction_type)
+    model = _model(file, path, layout, configs, "as its metadata say")
+    model.family.sampler(model, "ddpm")  # refuses a schedule that is none
     return model
 
 
@@ -143,17 +153,20 @@ def _refusing_nonsense(file: Path) -> Iterator[None]:
 
 
 def _model(file: Path, path: Path, layout: Layout, configs: Mapping[str, dict[str, Any]], reason: str) -> SingleFile:
-    model = SingleFile(
-        name=str(file), path=path, family=FAMILIES[-1], file=file, configs=configs, layout=layout, tensors={}, remark=""
+    files = DescribedFiles(path=path, configs=configs)
+    family = find_family(files)
+    predicts = files.config_of("scheduler").get("prediction_type", "epsilon")
+    remark = f"{file.name} is {family.name} and predicts {predicts}, {reason}"
+    return SingleFile(
+        name=str(file),
+        path=path,
+        family=family,
+        file=file,
+        configs=configs,
+        layout=layout,
+        tensors={},
+        remark=remark,
     )
-    family = family_of(model.config_of("unet"), has_text_encoder_2="text_encoder_2" in layout.prefixes)
-    predicts = model.config_of("scheduler").get("prediction_type", "epsilon")
-    return replace(model, family=family, remark=f"{file.name} is {family.name} and predicts {predicts}, {reason}")
-
-
-def _config_folder(layout: Layout, prediction_type: str) -> Path:
-    is_base = layout is SD2 and prediction_type == "epsilon"
-    return CONFIGS_DIR / (_SD2_EPSILON if is_base else _CONFIG_FOLDERS[layout.architecture])
 
 
 def _prediction_type(file: Path, layout: Layout, found: Iterable[str], metadata: Mapping[str, str]) -> tuple[str, str]:
@@ -167,8 +180,7 @@ def _prediction_type(file: Path, layout: Layout, found: Iterable[str], metadata:
         return said, f"as {beside.name} beside it says"
     if "v_pred" in found:
         return "v_prediction", "as its tensor v_pred says"
-    usual = "v_prediction" if layout is SD2 else "epsilon"
-    return usual, (
+    return layout.usual_prediction, (
         f"as most models of that family, for the file does not say; where that is wrong, write {beside.name} beside it "
         "with the line parameterization: v (or eps)"
     )
@@ -213,10 +225,16 @@ def _tensors_of(model: SingleFile, component: str, found: Mapping[str, StoredTen
         else:
             tensors[entry.name] = tensor
     if not tensors:
-        raise _refusal(model.file, f"has a UNet, but no {_NAMES[component]}")
+        raise _refusal(model.file, f"has a UNet, but no {_in_words(model, component)}")
     if missing:
-        raise _refusal(model.file, f"lacks {len(missing)} tensors of its {_NAMES[component]}, such as {missing[0]}")
+        lacking = f"lacks {len(missing)} tensors of its {_in_words(model, component)}, such as {missing[0]}"
+        raise _refusal(model.file, lacking)
     return tensors
+
+
+def _in_words(model: SingleFile, component: str) -> str:
+    name = _ROLES[model.family.component(component).role]
+    return name if component in model.family.names_of(model.family.component(component).role)[:1] else f"second {name}"
 
 
 def _same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:

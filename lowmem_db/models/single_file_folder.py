@@ -13,9 +13,8 @@ from filelock import FileLock
 from lowmem_db import fingerprint
 from lowmem_db.config.schema import default_cache_dir
 from lowmem_db.console import say
-from lowmem_db.models.original_layout import Entry
-from lowmem_db.models.single_file import SingleFile, recognise
-from lowmem_db.models.source import CONFIGS_DIR
+from lowmem_db.models.families.original_layout import Entry
+from lowmem_db.models.single_file import CONFIGS_DIR, SingleFile, recognise
 from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, weights_name
 from lowmem_db.storage.atomic import write_folder
 from lowmem_db.storage.tensor_stream import StreamedTensor, write_streamed
@@ -24,8 +23,12 @@ _FORMAT_VERSION = 1
 _VOCABULARY_DIR = CONFIGS_DIR / "clip_tokenizer"
 
 
-def folder_of_file(file: Path) -> Path:
+def folder_of_file(file: Path, cache_dir: Path | None = None) -> Path:
     """Return the folder of a single file's model; it is written where the cache does not have it.
+
+    Args:
+        file: The single file.
+        cache_dir: The cache; None: the usual one.
 
     Raises:
         ModelError: It is no whole Stable Diffusion model.
@@ -34,7 +37,7 @@ def folder_of_file(file: Path) -> Path:
     model = recognise(file)
     say(model.remark)
     key = fingerprint.of_values(_FORMAT_VERSION, fingerprint.of_file(file), model.configs, model.path.name)
-    folder = default_cache_dir() / "models" / f"{file.stem}-{key[:16]}"
+    folder = (cache_dir or default_cache_dir()) / "models" / f"{file.stem}-{key[:16]}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -47,16 +50,17 @@ def folder_of_file(file: Path) -> Path:
 def write_model(model: SingleFile, folder: Path) -> None:
     """Fill a folder with the components of a single file, in the types they have there."""
     for component in model.family.components:
-        target = folder / component
+        target = folder / component.name
         target.mkdir()
-        if component.startswith("tokenizer"):
-            shutil.copytree(model.path / component, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        if component.role == "tokenizer":
+            shutil.copytree(model.path / component.name, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
             shutil.copytree(_VOCABULARY_DIR, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
             continue
-        name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        _write_json(target / name, model.config_of(component))
-        if component != "scheduler":
-            write_streamed(target / weights_name(component), _streamed(model, component), {"format": "pt"})
+        name = "scheduler_config.json" if component.role == "scheduler" else "config.json"
+        _write_json(target / name, model.config_of(component.name))
+        if component.has_weights:
+            weights = _streamed(model, component.name)
+            write_streamed(target / weights_name(model, component.name), weights, {"format": "pt"})
     index = json.loads((model.path / "model_index.json").read_text(encoding="utf-8"))
     index["scheduler"] = ["diffusers", model.config_of("scheduler")["_class_name"]]
     _write_json(folder / "model_index.json", index)

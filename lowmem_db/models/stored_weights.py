@@ -9,17 +9,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowmem_db.errors import ModelError
-from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_text_encoder_2, load_unet
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import META
+from lowmem_db.models.names import published_name
 from lowmem_db.storage.tensor_stream import dtype_of_name
 
-_META = torch.device("meta")
-_LOADERS = {
-    "unet": load_unet,
-    "vae": load_autoencoder,
-    "text_encoder": load_text_encoder,
-    "text_encoder_2": load_text_encoder_2,
-}
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_NAME = re.compile(r"(mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
 
@@ -73,8 +67,8 @@ def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor
     """
     folder = model.path / component
     found: dict[str, StoredTensor] = {}
-    for file in _files(model, folder, weights_name(component).removesuffix(".safetensors")):
-        found |= {_published(name, component): tensor for name, tensor in read_header(file)[0].items()}
+    for file in _files(model, folder, weights_name(model, component).removesuffix(".safetensors")):
+        found |= {_published(model, component, name): tensor for name, tensor in read_header(file)[0].items()}
     expected = expected_shapes(model, component)
     for name, shape in expected.items():
         if name not in found or _matrix(found[name].shape) != _matrix(shape):
@@ -83,15 +77,16 @@ def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor
     return {name: found[name] for name in expected}
 
 
-def weights_name(component: str) -> str:
-    """Return the name of a component's weight file."""
-    return "model.safetensors" if component.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
+def weights_name(model: ModelFolder, component: str) -> str:
+    """Return the name of a component's weight file: transformers has one, diffusers another."""
+    is_of_text = model.family.component(component).role == "text_encoder"
+    return "model.safetensors" if is_of_text else "diffusion_pytorch_model.safetensors"
 
 
 def expected_shapes(model: ModelFolder, component: str) -> dict[str, tuple[int, ...]]:
     """Return the published names and the shapes of a component's tensors, from its configuration alone."""
-    module = _LOADERS[component](model, _META)
-    return {_published(name, component): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    state = model.load(component, META).state_dict()
+    return {_published(model, component, name): tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -99,12 +94,10 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-def _published(name: str, component: str) -> str:
-    if component.startswith("text_encoder"):
-        return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
-    if component == "vae":
+def _published(model: ModelFolder, component: str, name: str) -> str:
+    if model.family.component(component).role == "autoencoder":
         return _OLD_NAME.sub(lambda match: f"{match[1]}.{_OLD_ATTENTION[match[2]]}.", name)
-    return name
+    return published_name(component, name)
 
 
 def _files(model: ModelFolder, folder: Path, stem: str) -> list[Path]:

@@ -1,51 +1,43 @@
-"""All tokenizers and text encoders of a model, whatever its family: one, or the two of SDXL."""
+"""Prompts through all tokenizers and text encoders of a model, whatever its family."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from lowmem_db.models.conditioning import embed, tokenize
-from lowmem_db.models.loading import CPU, load_text_encoder, load_text_encoder_2, load_tokenizer
-from lowmem_db.models.source import ModelFolder
-from lowmem_db.records import Conditioning
-
-
-@dataclass(frozen=True)
-class TextEncoders:
-    """The text encoders of a model in memory; the second is None where it has one."""
-
-    first: CLIPTextModel
-    second: CLIPTextModelWithProjection | None
-
-    def modules(self) -> Mapping[str, nn.Module]:
-        """Return them by the name of their component."""
-        modules = {"text_encoder": self.first, "text_encoder_2": self.second}
-        return {name: module for name, module in modules.items() if module is not None}
-
-    @torch.no_grad()
-    def embed(self, conditioning: Conditioning) -> Conditioning:
-        """Return conditioning with the embeddings of its token ids, without gradients."""
-        return embed(self.first, self.second, conditioning)
+from lowmem_db.data.batches import PromptTable
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import CPU
 
 
 def load_text_encoders(
     model: ModelFolder, device: torch.device = CPU, dtype: torch.dtype = torch.float32
-) -> TextEncoders:
-    """Load the text encoders in evaluation mode, frozen."""
-    has_second = model.family.has_text_encoder_2
-    return TextEncoders(
-        load_text_encoder(model, device=device, dtype=dtype),
-        load_text_encoder_2(model, device=device, dtype=dtype) if has_second else None,
-    )
+) -> dict[str, nn.Module]:
+    """Load the text encoders in evaluation mode, frozen, by the names of their components."""
+    return {name: model.load(name, device, dtype) for name in model.family.text_encoders}
 
 
-def tokenize_prompts(model: ModelFolder, prompts: Sequence[str]) -> Conditioning:
-    """Return the token ids of prompts by every tokenizer of a model, each with its own padding."""
-    has_second = model.family.has_text_encoder_2
-    return Conditioning(
-        input_ids=tokenize(load_tokenizer(model), prompts),
-        input_ids_2=tokenize(load_tokenizer(model, "tokenizer_2"), prompts) if has_second else None,
-    )
+def tokenize_prompts(model: ModelFolder, prompts: Sequence[str]) -> PromptTable:
+    """Return a table of prompts with what the model's tokenizers make of them, and no embeddings."""
+    tokens = model.family.tokenize(model, prompts)
+    return PromptTable.of(prompts, tokens, zeroes_empty_prompt=model.family.zeroes_empty_prompt(model))
+
+
+def num_cut_tokens(tokenizer: Any, prompt: str) -> int:
+    """Return how many tokens of a prompt the model will not see."""
+    return max(0, len(tokenizer(prompt, verbose=False).input_ids) - tokenizer.model_max_length)
+
+
+@torch.no_grad()
+def embed_prompts(model: ModelFolder, text_encoders: Mapping[str, nn.Module], prompts: Sequence[str]) -> PromptTable:
+    """Return a table of prompts with their embeddings on the host, made in one batch without gradients.
+
+    Args:
+        model: Where the tokenizers are.
+        text_encoders: The text encoders in memory.
+        prompts: The prompts.
+    """
+    table = tokenize_prompts(model, prompts)
+    embeds = model.family.encode(text_encoders, table.conditioning(prompts).tokens)
+    return table.with_embeds(prompts, {name: rows.cpu() for name, rows in embeds.items()})

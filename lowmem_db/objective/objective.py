@@ -1,28 +1,25 @@
 """Equation 2 of DreamBooth (arXiv:2208.12242) on one batch of instance and prior samples."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
-from lowmem_db_kernels import DiffusionLoss, NoiseTables, diffusion_loss, noise, noise_tables
+from jaxtyping import Float, Int, Real
+from lowmem_db_kernels import DiffusionLoss, diffusion_loss, noise
 from torch import Tensor
 
 from lowmem_db.config.schema import ObjectiveConfig
-from lowmem_db.objective.weights import timestep_weights
+from lowmem_db.objective.process import NoiseProcess
 from lowmem_db.randomness import generator
 from lowmem_db.records import Batch
-
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoisedBatch:
-    """What the denoiser gets, and what it shall predict; fp32."""
+    """What the denoiser gets, and what it must predict; latents and target are fp32."""
 
     noisy_latents: Float[Tensor, "b c h w"]
     target: Float[Tensor, "b c h w"]
-    timesteps: Int[Tensor, " b"]
+    timesteps: Real[Tensor, " b"]
     num_instance: int
 
 
@@ -31,61 +28,51 @@ class Objective:
 
     Args:
         config: The section ``objective``.
-        alphas_cumprod: The noise schedule of the model.
-        prediction_type: What the model predicts: ``epsilon``, ``v_prediction`` or ``sample``.
+        process: The noise process of the model.
         prior_loss_weight: Lambda of Equation 2.
         seed: The run's seed.
         device: Where the model is.
 
     Raises:
-        ConfigError: The weights are infinite somewhere; see :func:`timestep_weights`.
+        ConfigError: The process does not have the weights that are asked for; see :meth:`NoiseProcess.weighting`.
     """
 
     def __init__(
         self,
         config: ObjectiveConfig,
         *,
-        alphas_cumprod: Float[Tensor, " t"],
-        prediction_type: PredictionType,
+        process: NoiseProcess,
         prior_loss_weight: float,
         seed: int,
         device: torch.device,
     ) -> None:
         self.config = config
-        self.prediction_type: PredictionType = prediction_type
+        self.process = process.to(device)
         self.prior_loss_weight = prior_loss_weight
         self.seed = seed
-        self.num_train_timesteps = len(alphas_cumprod)
-        self.weights = timestep_weights(
-            alphas_cumprod, prediction_type, snr_gamma=config.snr_gamma, debiased=config.debiased
-        ).to(device)
-        tables = noise_tables(alphas_cumprod.double())
-        self.tables = NoiseTables(*(table.to(device) for table in tables))
+        self.device = device
+        self._weights_of = self.process.weighting(snr_gamma=config.snr_gamma, debiased=config.debiased)
 
-    def timesteps(self, step: int, sample_ids: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """Draw a timestep for each sample, uniformly and independently."""
+    def timesteps(self, step: int, sample_ids: Int[Tensor, " b"]) -> Real[Tensor, " b"]:
+        """Draw a timestep for each sample, independently."""
         draws = [
-            torch.randint(self.num_train_timesteps, (), generator=generator(self.seed, "timesteps", step, sample))
-            for sample in sample_ids.tolist()
-        ]
+            self.process.draw(generator(self.seed, "timesteps", step, sample)) for sample in sample_ids.tolist()
+        ]  # fmt: skip
         return torch.stack(draws)
 
     def noise(self, batch: Batch, step: int) -> NoisedBatch:
-        """Draw latents, timesteps and noise; return noisy latents (arXiv:2006.11239, Eq. 4) and target.
+        """Draw latents, timesteps and noise; return noisy latents and target, as the process mixes them.
 
         All arithmetic is fp32, whatever the model computes in.
         """
-        device = self.weights.device
-        timesteps = self.timesteps(step, batch.sample_ids).to(device)
+        timesteps = self.timesteps(step, batch.sample_ids).to(self.device)
         noisy_latents, target = noise(
-            batch.latent_mean.to(device),
-            timesteps,
-            self.tables,
-            std=batch.latent_std.to(device),
+            batch.latent_mean.to(self.device),
+            self.process.coefficients(timesteps),
+            std=batch.latent_std.to(self.device),
             seed=self.seed,
             step=step,
-            sample_ids=batch.sample_ids.to(device),
-            prediction_type=self.prediction_type,
+            sample_ids=batch.sample_ids.to(self.device),
             noise_offset=self.config.noise_offset,
             input_perturbation=self.config.input_perturbation,
         )
@@ -98,8 +85,7 @@ class Objective:
         return diffusion_loss(
             prediction,
             noised.target,
-            noised.timesteps,
-            self.weights,
+            self._weights_of(noised.timesteps),
             num_instance=noised.num_instance,
             prior_loss_weight=self.prior_loss_weight,
             kind=self.config.loss,

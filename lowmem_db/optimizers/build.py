@@ -26,7 +26,7 @@ _LARGEST_SMALL = 4095  # elements; bitsandbytes keeps fp32 states up to this siz
 
 
 def build_optimizer(config: Config, modules: Mapping[str, nn.Module], device: torch.device) -> OptimizerHandle:
-    """Build the optimizer of a configuration, a group for each module.
+    """Build the optimizer of a configuration, a group for each module in which something trains.
 
     Args:
         config: The configuration, resolved; the modules have its kind of weights.
@@ -34,7 +34,7 @@ def build_optimizer(config: Config, modules: Mapping[str, nn.Module], device: to
         device: Where the modules are.
 
     Raises:
-        ConfigError: A module has nothing to train.
+        ConfigError: Nothing trains.
         ValueError: The configuration leaves a field open.
     """
     check_resolved(config)
@@ -78,9 +78,8 @@ def _units(config: Config, rule: UpdateRule, modules: Mapping[str, nn.Module], d
 
 def _trained_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     trained = {name: parameter for name, parameter in named_parameters(modules).items() if parameter.requires_grad}
-    for component in modules:
-        if not any(name.startswith(f"{component}.") for name in trained):
-            raise ConfigError(f"{component}: has no parameter that trains")
+    if not trained:
+        raise ConfigError(f"{', '.join(modules)}: nothing in them trains")
     return trained
 
 

@@ -11,7 +11,8 @@ from lowmem_db.config.schema import Config
 from lowmem_db.engine.build import build_ema, build_step
 from lowmem_db.engine.step import train_step
 from lowmem_db.environment import GIB
-from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.models.finding import model_of
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.output import as_json
 from lowmem_db.planning.phases import training_batches, weights_of
 from lowmem_db.planning.plan import Plan
@@ -50,7 +51,7 @@ def verify(plan: Plan) -> Verified:
     """
     predicted = next(phase.parts.total for phase in plan.phases if phase.name == "train")
     device = environment.resolve_device(plan.config.device)
-    model = find_model(**plan.config.model.model_dump())
+    model = model_of(plan.config)
     return Verified(predicted, measure_train(plan.config, model, device))
 
 

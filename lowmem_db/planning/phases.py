@@ -10,24 +10,21 @@ from torch import Tensor, nn
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import autocast, changed
 from lowmem_db.engine.build import build_ema, build_step
-from lowmem_db.engine.samples import load_decoder, sample_prompt
+from lowmem_db.engine.samples import evaluating, load_decoder, sample_artist, sample_job
 from lowmem_db.engine.step import train_step
-from lowmem_db.models.conditioning import encode_prompt, encode_prompt_with_two
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.latents import decode_latents, downscaling, encode_moments
-from lowmem_db.models.loading import load_autoencoder, load_text_encoder, load_text_encoder_2
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import CPU, META
 from lowmem_db.models.saving import DTYPES
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.text_encoders import load_text_encoders
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.planning.cards import Card
 from lowmem_db.planning.costs import CostRecorder, Costs
 from lowmem_db.planning.timeline import BlockFigures, Timeline
 from lowmem_db.planning.tracing import real_paths
 from lowmem_db.planning.tracker import CUDA_ROUNDING, AllocationTracker
-from lowmem_db.preparation.class_images import draw_latents, load_frozen_unet
+from lowmem_db.preparation.class_images import class_artist, class_job, load_frozen_denoiser
 from lowmem_db.records import Batch, Conditioning, MemoryParts
-
-META = torch.device("meta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,38 +67,37 @@ class TracedRun:
 
 
 def trace_class_images(run: TracedRun) -> Traced:
-    """Trace the generation of one batch of class images: the UNet, and after it the autoencoder on one of them."""
+    """Trace the generation of one batch of class images: the denoiser, and after it what decodes them."""
     config, model = _short(run.config), run.model
     dtype = DTYPES[config.prior.precision or ("fp32" if run.card.is_cpu else "fp16")]
     count = min(config.prior.sample_batch_size, config.prior.num_class_images)
     size = (config.data.resolution, config.data.resolution)
     with run.tracing() as (tracker, costs), torch.no_grad():
-        embeds, pooled = _embeds(model, 2, dtype)
-        ids = torch.zeros(2, _num_tokens(model), dtype=torch.int64)
-        conditioning = Conditioning(input_ids=ids, prompt_embeds=embeds, pooled_embeds=pooled)
+        conditioning = Conditioning(tokens={}, embeds=model.family.blank_embeds(model, 2, META, dtype))
         with tracker.new_tensors_are("weights"):
-            unet = load_frozen_unet(config, model, META, dtype)
+            denoiser = load_frozen_denoiser(config, model, META, dtype)
+        job = class_job(config, range(count), size)
         tracker.reset_peak()
         with tracker.new_tensors_are("activations"):
-            latents = draw_latents(config, model, unet, range(count), conditioning, size)
-        del unet
+            latents = class_artist(config, model).latents(denoiser, conditioning, job)
+        del denoiser
         with tracker.new_tensors_are("weights"):
-            autoencoder = load_autoencoder(model, device=META, dtype=dtype)
+            codec = model.space.load(META, dtype)
         with tracker.new_tensors_are("activations"):
-            pixels = decode_latents(autoencoder, latents)
+            pixels = codec.decode(latents)
         del pixels
         return _found(tracker, costs)
 
 
 def trace_encode_images(run: TracedRun) -> Traced:
-    """Trace the autoencoder on one picture, in fp32."""
+    """Trace what encodes on one picture, in fp32."""
     resolution = run.config.data.resolution
     with run.tracing() as (tracker, costs):
         with tracker.new_tensors_are("weights"):
-            autoencoder = load_autoencoder(run.model, device=META)
+            codec = run.model.space.load(META)
         tracker.reset_peak()
         with tracker.new_tensors_are("activations"):
-            moments = encode_moments(autoencoder, torch.zeros(1, 3, resolution, resolution))
+            moments = codec.encode(torch.zeros(1, 3, resolution, resolution))
         del moments
         return _found(tracker, costs)
 
@@ -109,14 +105,13 @@ def trace_encode_images(run: TracedRun) -> Traced:
 def trace_encode_text(run: TracedRun) -> Traced:
     """Trace the text encoders on one prompt, in fp32."""
     model = run.model
-    ids = torch.zeros(1, _num_tokens(model), dtype=torch.int64)
+    tokens = model.family.blank_tokens(model, 1)
     with run.tracing() as (tracker, costs), torch.no_grad():
         with tracker.new_tensors_are("weights"):
-            first = load_text_encoder(model, device=META)
-            second = load_text_encoder_2(model, device=META) if model.family.has_text_encoder_2 else None
+            text_encoders = load_text_encoders(model, META)
         tracker.reset_peak()
         with tracker.new_tensors_are("activations"):
-            made = encode_prompt(first, ids) if second is None else encode_prompt_with_two(first, second, ids, ids)
+            made = model.family.encode(text_encoders, tokens)
         del made
         return _found(tracker, costs)
 
@@ -135,7 +130,7 @@ def trace_train(run: TracedRun) -> Traced:
         timeline = Timeline(tracker, costs)
         tracker.reset_peak()
         costs.clear()
-        with timeline.recorded(denoiser.modules()), tracker.new_tensors_are("activations"):
+        with timeline.recorded(denoiser.blocks()), tracker.new_tensors_are("activations"):
             with tracker.gradients_of(optimizer.parameters()):
                 train_step(denoiser, objective, optimizer, batches, 1)
             if ema is not None:
@@ -172,11 +167,12 @@ def trace_sample(run: TracedRun) -> Traced:
         conditioning = _conditioning(model, denoiser, 2)
         tracker.reset_peak()
         with tracker.new_tensors_are("activations"):
-            latents = sample_prompt(config, model, denoiser, conditioning)
+            with evaluating(denoiser):
+                latents = sample_artist(config, model).latents(denoiser, conditioning, sample_job(config, ""))
             with tracker.new_tensors_are("weights"):
-                autoencoder = load_decoder(config, model, denoiser)
-            pixels = decode_latents(autoencoder, latents)
-        del latents, pixels, autoencoder
+                codec = load_decoder(config, model, denoiser)
+            pixels = codec.decode(latents)
+        del latents, pixels, codec
         return _found(tracker, costs)
 
 
@@ -213,8 +209,8 @@ def weights_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
 def training_batches(config: Config, model: ModelFolder, denoiser: Denoiser) -> list[Batch]:
     """Return batches of the shapes of a step, on the host; more than two need no more memory than two."""
     count = config.training.train_batch_size * (2 if config.prior.enabled else 1)
-    size = config.data.resolution // downscaling(model.config_of("vae"))
-    moments = torch.zeros(count, denoiser.unet.config["in_channels"], size, size)
+    size = config.data.resolution // model.space.cell
+    moments = torch.zeros(count, model.space.channels, size, size)
     batch = Batch(
         latent_mean=moments,
         latent_std=moments,
@@ -227,29 +223,10 @@ def training_batches(config: Config, model: ModelFolder, denoiser: Denoiser) -> 
 
 
 def _conditioning(model: ModelFolder, denoiser: Denoiser, count: int) -> Conditioning:
-    """Return token ids on the host, and what frozen text encoders have made."""
-    ids = torch.zeros(count, _num_tokens(model), dtype=torch.int64)
-    is_frozen, has_two = denoiser.text_encoder is None, model.family.has_text_encoder_2
-    embeds, pooled = _embeds(model, count, torch.float32, torch.device("cpu"))
+    """Return tokens on the host, and what frozen text encoders have made."""
+    family, is_frozen = model.family, not denoiser.text_encoders()
     return Conditioning(
-        input_ids=ids,
-        prompt_embeds=embeds if is_frozen else None,
-        input_ids_2=ids if has_two else None,
-        pooled_embeds=pooled if is_frozen else None,
-        time_ids=torch.zeros(count, 6) if has_two else None,
+        tokens=family.blank_tokens(model, count),
+        embeds=family.blank_embeds(model, count, CPU, torch.float32) if is_frozen else {},
+        picture=family.describe_pictures(torch.zeros(count, 6)),
     )
-
-
-def _embeds(
-    model: ModelFolder, count: int, dtype: torch.dtype, device: torch.device = META
-) -> tuple[Tensor, Tensor | None]:
-    """Return what text encoders make of prompts: embeddings, and the pooled ones of SDXL."""
-    width = model.config_of("unet")["cross_attention_dim"]
-    embeds = torch.zeros(count, _num_tokens(model), width, dtype=dtype, device=device)
-    if not model.family.has_text_encoder_2:
-        return embeds, None
-    return embeds, torch.zeros(count, model.config_of("text_encoder_2")["projection_dim"], dtype=dtype, device=device)
-
-
-def _num_tokens(model: ModelFolder) -> int:
-    return model.config_of("text_encoder")["max_position_embeddings"]

@@ -9,10 +9,10 @@ from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import StrategyField, changed, describe, effort_of, open_paths
 from lowmem_db.environment import GIB
 from lowmem_db.errors import BudgetError
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.finding import model_of
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.allowance import allowance_bytes
 from lowmem_db.planning.candidates import candidates, open_choices
-from lowmem_db.planning.models import find_configuration
 from lowmem_db.planning.needs import Needs
 from lowmem_db.planning.phases import TracedRun
 from lowmem_db.planning.predictor import Predictor
@@ -36,7 +36,7 @@ def plan(config: Config, target: Target, *, model: ModelFolder | None = None) ->
         ConfigError: A rule refuses every strategy.
         ModelError: The model's configuration files are nowhere.
     """
-    run = TracedRun(config=config, model=model or find_configuration(config.model), card=target.card)
+    run = TracedRun(config=config, model=model or model_of(config, weights=False), card=target.card)
     return Planner(run).plan(target.budget_bytes, notes=target.notes)
 
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowmem_db.memory import checkpointing
+from lowmem_db.models.families.blocks import Block
 from lowmem_db.planning.costs import CostRecorder
 from lowmem_db.planning.tracker import AllocationTracker
 
@@ -49,14 +49,13 @@ class Timeline:
         self._running_backward = END
 
     @contextmanager
-    def recorded(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    def recorded(self, blocks: Mapping[str, Block]) -> Iterator[None]:
         """Record what runs inside the ``with`` block."""
         handles = []
-        for name in checkpointing.block_names(modules):
-            component, _, path = name.partition(".")
-            block = modules[component].get_submodule(path)
-            handles.append(block.register_forward_pre_hook(lambda *_, name=name: self._costs.start_block(name)))
-            handles.append(block.register_forward_hook(lambda _, __, made, name=name: self._after_forward(name, made)))
+        for name, block in blocks.items():
+            part = block.module
+            handles.append(part.register_forward_pre_hook(lambda *_, name=name: self._costs.start_block(name)))
+            handles.append(part.register_forward_hook(lambda _, __, made, name=name: self._after_forward(name, made)))
         self._tracker.end_interval()
         self._start_bytes = self._tracker.live_bytes
         try:

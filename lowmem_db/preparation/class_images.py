@@ -6,41 +6,33 @@ belongs to the user and is used as it is.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from PIL.Image import Image
+from torch import nn
 
 from lowmem_db import environment, fingerprint
 from lowmem_db.adaptation.quantized import quantize
 from lowmem_db.config.schema import Config
-from lowmem_db.console import say, track
+from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
+from lowmem_db.engine.draw import Artist, Job, draw, loaded_for_use
+from lowmem_db.engine.manifest import MANIFEST, differences, write_manifest
 from lowmem_db.errors import DataError
-from lowmem_db.models.conditioning import whole_picture_time_ids
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.latents import decode_latents, downscaling
-from lowmem_db.models.loading import (
-    CPU,
-    UNet2DConditionModel,
-    load_autoencoder,
-    load_noise_schedule,
-    load_unet,
-)
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import CPU
 from lowmem_db.models.saving import DTYPES
-from lowmem_db.models.source import ModelFolder
-from lowmem_db.models.text_encoders import load_text_encoders, tokenize_prompts
+from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders
 from lowmem_db.randomness import generator
-from lowmem_db.records import Conditioning, Size
-from lowmem_db.sampling.images import to_images
-from lowmem_db.sampling.latents import SamplingSettings, sample_prompt
+from lowmem_db.records import Size
+from lowmem_db.sampling.latents import SamplingSettings
 from lowmem_db.storage.atomic import write_file
-from lowmem_db.storage.run_folder import read_json, write_json
 
-MANIFEST = "manifest.json"
 _FORMAT_VERSION = 1
 _IMAGES_PER_LOAD = 32  # what a killed run loses at most
 
@@ -125,7 +117,7 @@ def _set(config: Config, model: ModelFolder, device: torch.device, size: Size, c
 def _manifest(config: Config, model: ModelFolder, device: torch.device, resolution: int | list[int]) -> dict[str, Any]:
     return {
         "format_version": _FORMAT_VERSION,
-        "model": model.content_key(*model.family.components),
+        "model": model.whole_key,
         "prompt": config.subject.class_prompt,
         **asdict(_settings(config)),
         "resolution": resolution,
@@ -158,98 +150,74 @@ def _is_users_own(folder: Path) -> bool:
 
 
 def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
-    if not (folder / MANIFEST).is_file():
-        return
-    found = read_json(folder / MANIFEST) or {}
-    differing = [
-        f"{name} {found.get(name)!r}, not {value!r}" for name, value in wanted.items() if found.get(name) != value
-    ]
-    if differing:
+    if found := differences(folder, wanted):
+        differing = "; ".join(f"{name} {before!r}, not {now!r}" for name, (before, now) in found.items())
         raise DataError(
-            f"prior.class_dir: {folder} holds class images drawn otherwise ({'; '.join(differing)}); "
+            f"prior.class_dir: {folder} holds class images drawn otherwise ({differing}); "
             "choose another folder, delete this one, or leave prior.class_dir out"
         )
 
 
 def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequence[_Set]) -> None:
-    """Draw what is missing of some sets; the UNet and the autoencoder are in memory one after the other."""
+    """Draw what is missing of some sets; the denoiser and what decodes are in memory one after the other."""
     dtype = DTYPES.get(sets[0].wanted["precision"], torch.float16)
-    conditioning = _embed(config, model, device, dtype)
+    table = _embed(config, model, device, dtype)
     environment.release_memory(device)
     for one in sets:
-        write_json(one.folder / MANIFEST, one.wanted)
-    jobs = [(one, indices) for one in sets for indices in _whole_batches(one.missing(), config.prior.sample_batch_size)]
-    at_once = max(1, _IMAGES_PER_LOAD // config.prior.sample_batch_size)
-    for first in track(range(0, len(jobs), at_once), "class images", -(-len(jobs) // at_once)):
-        some = jobs[first : first + at_once]
-        unet = load_frozen_unet(config, model, device, dtype)
-        latents = [draw_latents(config, model, unet, indices, conditioning, one.size) for one, indices in some]
-        del unet
-        environment.release_memory(device)
-        autoencoder = load_autoencoder(model, device=device, dtype=dtype)
-        for (one, indices), drawn in zip(some, latents, strict=True):
-            _save_missing(one, indices, decode_latents(autoencoder, drawn))
-        del autoencoder
-        environment.release_memory(device)
+        write_manifest(one.folder, one.wanted)
+    batches = [
+        (one, indices) for one in sets for indices in _whole_batches(one.missing(), config.prior.sample_batch_size)
+    ]
+    drawn = draw(
+        class_artist(config, model),
+        table,
+        [class_job(config, indices, one.size) for one, indices in batches],
+        loaded_for_use(partial(load_frozen_denoiser, config, model, device, dtype), device),
+        loaded_for_use(partial(model.space.load, device, dtype), device),
+        jobs_at_once=max(1, _IMAGES_PER_LOAD // config.prior.sample_batch_size),
+        progress="class images",
+    )
+    for (one, indices), images in zip(batches, drawn, strict=True):
+        _save_missing(one, indices, images)
 
 
-def load_frozen_unet(
-    config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype
-) -> UNet2DConditionModel:
-    """Load the UNet that draws class images; in 8 or 4 bits where a LoRA run has its frozen weights so."""
-    if config.lora.base_weights == "int8" or config.lora.base_weights == "nf4":
-        unet = load_unet(model, device if device.type == "meta" else CPU, dtype)
-        quantize([unet], config.lora.base_weights, dtype)
-        nn.Module.to(unet, device)
-        return unet
-    return load_unet(model, device, dtype)
+def load_frozen_denoiser(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> Denoiser:
+    """Load the denoiser that draws class images; in 8 or 4 bits where a LoRA run has its frozen weights so."""
+    family, kind = model.family, config.lora.base_weights
+    if kind == "int8" or kind == "nf4":
+        module = model.load(family.denoiser, device if device.type == "meta" else CPU, dtype)
+        quantize([module], kind, dtype)
+        nn.Module.to(module, device)
+    else:
+        module = model.load(family.denoiser, device, dtype)
+    return Denoiser(family, {family.denoiser: module})
 
 
-def _save_missing(one: _Set, indices: Sequence[int], pixels: Float[Tensor, "b 3 h w"]) -> None:
+def class_artist(config: Config, model: ModelFolder) -> Artist:
+    """Return what draws class images: the model as it was before training."""
+    return Artist(model=model, settings=_settings(config))
+
+
+def class_job(config: Config, indices: Sequence[int], size: Size) -> Job:
+    """Return the class images of some numbers, each with its own noise, of a height and a width in pixels."""
+    height, width = size
+    stream = "class_images" if height == width else f"class_images {width}x{height}"
+    generators = [generator(config.seed, stream, index) for index in indices]
+    return Job(prompts=[str(config.subject.class_prompt)], size=size, generators=generators)
+
+
+def _save_missing(one: _Set, indices: Sequence[int], images: Sequence[Image]) -> None:
     missing = one.missing()
-    for index, image in zip(indices, to_images(pixels), strict=True):
+    for index, image in zip(indices, images, strict=True):
         if index in missing:
             write_file(_image_file(one.folder, index), lambda path, image=image: image.save(path, format="PNG"))
 
 
-def draw_latents(
-    config: Config,
-    model: ModelFolder,
-    unet: UNet2DConditionModel,
-    indices: Sequence[int],
-    conditioning: Conditioning,
-    size: Size,
-) -> Float[Tensor, "b c x y"]:
-    """Return the latents of the class images of some numbers, on the host.
-
-    Args:
-        config: The configuration.
-        model: Where the noise schedule is.
-        unet: The frozen UNet.
-        indices: Numbers of the images; each has its own noise.
-        conditioning: A row for the class prompt and one for the empty prompt, with embeddings.
-        size: Height and width in pixels.
-    """
-    height, width = size
-    latent_pixel = downscaling(model.config_of("vae"))
-    stream = "class_images" if height == width else f"class_images {width}x{height}"
-    return sample_prompt(
-        Denoiser(unet, None),
-        load_noise_schedule(model),
-        _settings(config),
-        replace(conditioning, time_ids=whole_picture_time_ids(height, width, 2)),
-        latent_size=(height // latent_pixel, width // latent_pixel),
-        generators=[generator(config.seed, stream, index) for index in indices],
-    ).to(CPU if unet.device.type == "cuda" else unet.device)
-
-
-def _embed(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> Conditioning:
-    """Return a row for the class prompt and one for the empty prompt."""
-    prompts = [str(config.subject.class_prompt), ""]
-    text_encoders = load_text_encoders(model, device=device, dtype=dtype)
-    embedded = text_encoders.embed(tokenize_prompts(model, prompts))
-    table = PromptTable.of(prompts, embedded, zeroes_empty_prompt=model.zeroes_empty_prompt)
-    return table.conditioning(prompts)
+def _embed(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> PromptTable:
+    """Return the embeddings of the class prompt and of the empty prompt."""
+    return embed_prompts(
+        model, load_text_encoders(model, device=device, dtype=dtype), [str(config.subject.class_prompt), ""]
+    )
 
 
 def _whole_batches(missing: Iterable[int], size: int) -> list[list[int]]:

@@ -15,12 +15,10 @@ from lowmem_db import fingerprint
 from lowmem_db.config.schema import Config, DataConfig
 from lowmem_db.console import say, track
 from lowmem_db.data.batches import EncodedImage, PromptTable
-from lowmem_db.data.crops import crop_time_ids, load_pixels, num_distinct_crops
-from lowmem_db.models.latents import encode_moments
-from lowmem_db.models.loading import load_autoencoder
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.data.crops import crop_facts, load_pixels, num_distinct_crops
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.text_encoders import load_text_encoders, tokenize_prompts
-from lowmem_db.records import Conditioning, ImageRecord, Size
+from lowmem_db.records import ImageRecord, Size
 from lowmem_db.storage.run_folder import read_json, write_json
 from lowmem_db.storage.tensors import TensorStore
 
@@ -32,31 +30,31 @@ _Loaded = TypeVar("_Loaded")
 def encode_images(
     config: Config, model: ModelFolder, device: torch.device, records: Sequence[ImageRecord], sizes: Sequence[Size]
 ) -> list[EncodedImage]:
-    """Return the latent moments of pictures, from the cache where they are there.
+    """Return the moments of pictures in the space of the denoiser, from the cache where they are there.
 
-    The autoencoder is loaded when the first picture needs it, and computes in fp32.
+    What encodes is loaded when the first picture needs it, and computes in fp32.
 
     Args:
         config: The configuration.
-        model: Where the autoencoder is.
+        model: Where the autoencoder is, if there is one.
         device: Where it computes.
         records: The pictures.
         sizes: Height and width in pixels that each is cropped to.
     """
     store = TensorStore(config.cache_dir / "latents")
-    autoencoder_key = model.content_key("vae")
+    space_key = model.space.content_key()
     crops = [_Crops(record, size, config.data) for record, size in zip(records, sizes, strict=True)]
-    keys = [picture.key(autoencoder_key) for picture in crops]
+    keys = [picture.key(space_key) for picture in crops]
     missing = [picture for picture, key in zip(crops, keys, strict=True) if _read_moments(store, key) is None]
     _say_reused(config, crops, keys, missing)
     if missing:
-        autoencoder = load_autoencoder(model, device=device)
+        codec = model.space.load(device)
         for picture in track(missing, "encoding pictures", len(missing)):
-            moments = [encode_moments(autoencoder, picture.pixels(index)[None]) for index in range(picture.count)]
+            moments = [codec.encode(picture.pixels(index)[None]) for index in range(picture.count)]
             mean, std = (torch.cat(parts).cpu() for parts in zip(*moments, strict=True))
-            tensors = {"mean": mean, "std": std, "time_ids": picture.time_ids()}
-            store.write(picture.key(autoencoder_key), tensors)
-    return [_encoded(store, record, key) for record, key in zip(records, keys, strict=True)]
+            tensors = {"mean": mean, "std": std, "time_ids": picture.facts()}
+            store.write(picture.key(space_key), tensors)
+    return [_encoded(model, store, record, key) for record, key in zip(records, keys, strict=True)]
 
 
 def encode_prompts(config: Config, model: ModelFolder, device: torch.device, prompts: Iterable[str]) -> PromptTable:
@@ -65,33 +63,23 @@ def encode_prompts(config: Config, model: ModelFolder, device: torch.device, pro
     The text encoders are loaded when the first prompt needs them, and compute in fp32.
     """
     unique = sorted({"", *prompts})
-    tokens = PromptTable.of(unique, tokenize_prompts(model, unique), zeroes_empty_prompt=model.zeroes_empty_prompt)
+    tokens = tokenize_prompts(model, unique)
     if config.training.train_text_encoder:
         return tokens
     store = TensorStore(config.cache_dir / "prompts")
-    second = ("text_encoder_2", "tokenizer_2") * model.family.has_text_encoder_2
-    encoder_key = model.content_key("text_encoder", "tokenizer", *second)
+    encoder_key = model.content_key(*model.family.names_of("text_encoder", "tokenizer"))
     text_encoders = _lazily(lambda: load_text_encoders(model, device=device))
     embeds: dict[str, dict[str, Tensor]] = {}
     for prompt in unique:
         key = fingerprint.of_values("prompt", _PROMPT_FORMAT_VERSION, encoder_key, prompt)
         stored = store.read(key)
         if stored is None:
-            stored = _embeddings(text_encoders().embed(tokens.conditioning([prompt])))
+            with torch.no_grad():
+                made = model.family.encode(text_encoders(), tokens.conditioning([prompt]).tokens)
+            stored = {name: rows[0].cpu() for name, rows in made.items()}
             store.write(key, stored)
         embeds[prompt] = stored
-    has_pooled = model.family.has_text_encoder_2
-    return replace(
-        tokens,
-        prompt_embeds={prompt: tensors["embeds"] for prompt, tensors in embeds.items()},
-        pooled_embeds={prompt: tensors["pooled"] for prompt, tensors in embeds.items()} if has_pooled else None,
-    )
-
-
-def _embeddings(conditioning: Conditioning) -> dict[str, Tensor]:
-    """Return the embeddings of one prompt, to be stored."""
-    found = {"embeds": conditioning.prompt_embeds, "pooled": conditioning.pooled_embeds}
-    return {name: rows[0].cpu() for name, rows in found.items() if rows is not None}
+    return replace(tokens, embeds=embeds)
 
 
 @dataclass(frozen=True)
@@ -115,18 +103,15 @@ class _Crops:
     def pixels(self, index: int) -> Tensor:
         return load_pixels(self.record, size=self.size, crop=self.config.crop, index=index)
 
-    def time_ids(self) -> Tensor:
+    def facts(self) -> Tensor:
         return torch.stack(
-            [
-                crop_time_ids(self.record, size=self.size, crop=self.config.crop, index=index)
-                for index in range(self.count)
-            ]
+            [crop_facts(self.record, size=self.size, crop=self.config.crop, index=index) for index in range(self.count)]
         )
 
-    def key(self, autoencoder_key: str) -> str:
+    def key(self, space_key: str) -> str:
         has_crop_s_shape = self.record.width * self.size[0] == self.record.height * self.size[1]
         return fingerprint.of_values(
-            "moments", _FORMAT_VERSION, self.record.content_key, autoencoder_key, list(self.size),
+            "moments", _FORMAT_VERSION, self.record.content_key, space_key, list(self.size),
             "whole" if has_crop_s_shape else self.config.crop, self.count,
         )  # fmt: skip
 
@@ -136,10 +121,11 @@ def _read_moments(store: TensorStore, key: str) -> dict[str, Tensor] | None:
     return moments if moments is not None and {"mean", "std", "time_ids"} <= moments.keys() else None
 
 
-def _encoded(store: TensorStore, record: ImageRecord, key: str) -> EncodedImage:
+def _encoded(model: ModelFolder, store: TensorStore, record: ImageRecord, key: str) -> EncodedImage:
     moments = _read_moments(store, key)
     assert moments is not None, f"{store.path(key)} was written and is not there"
-    return EncodedImage(record=record, mean=moments["mean"], std=moments["std"], time_ids=moments["time_ids"])
+    picture = model.family.describe_pictures(moments["time_ids"])
+    return EncodedImage(record=record, mean=moments["mean"], std=moments["std"], picture=picture)
 
 
 def _say_reused(config: Config, crops: Sequence[_Crops], keys: Sequence[str], missing: Sequence[_Crops]) -> None:

@@ -9,10 +9,8 @@ from lowmem_db.data.batches import BatchSource
 from lowmem_db.data.buckets import share_out, sizes_of
 from lowmem_db.data.identifiers import identifier_warnings
 from lowmem_db.data.photos import photo_warnings, scan_photos
-from lowmem_db.models.conditioning import num_cut_tokens
-from lowmem_db.models.latents import downscaling
-from lowmem_db.models.loading import load_tokenizer
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.text_encoders import num_cut_tokens
 from lowmem_db.preparation.class_images import ClassImages, prepare_class_images
 from lowmem_db.preparation.encode import encode_images, encode_prompts
 from lowmem_db.records import ImageRecord, Size
@@ -42,12 +40,15 @@ def check_photos(config: Config) -> list[ImageRecord]:
 
 def check_prompts(config: Config, model: ModelFolder, photos: list[ImageRecord]) -> None:
     """Warn where a prompt does not tell the model what its writer thinks."""
-    tokenizer = load_tokenizer(model)
-    for prompt in sorted({photo.prompt for photo in photos} | {config.subject.class_prompt or ""}):
-        if cut := num_cut_tokens(tokenizer, prompt):
-            warn(f"the model reads {tokenizer.model_max_length} tokens and does not see the last {cut} of {prompt!r}")
-    for message in identifier_warnings(config.subject.instance_prompt, config.subject.class_prompt, tokenizer):
-        warn(message)
+    prompts = sorted({photo.prompt for photo in photos} | {config.subject.class_prompt or ""})
+    for name in model.family.names_of("tokenizer")[:1]:  # all of them read the same words
+        tokenizer = model.load(name)
+        for prompt in prompts:
+            if cut := num_cut_tokens(tokenizer, prompt):
+                read = tokenizer.model_max_length
+                warn(f"the model reads {read} tokens and does not see the last {cut} of {prompt!r}")
+        for message in identifier_warnings(config.subject.instance_prompt, config.subject.class_prompt, tokenizer):
+            warn(message)
 
 
 def prepare(config: Config, model: ModelFolder, device: torch.device, photos: list[ImageRecord]) -> BatchSource:
@@ -56,7 +57,7 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
     Raises:
         DataError: The class images cannot be used.
     """
-    sizes = sizes_of(config.data, photos, least_step=_least_bucket_step(model))
+    sizes = sizes_of(config.data, photos, least_step=model.family.size_step(model))
     _say_sizes(config, sizes)
     class_pictures = _class_images(config, model, device, sizes) if config.prior.enabled else []
     instance_images = encode_images(config, model, device, photos, sizes)
@@ -103,12 +104,6 @@ def _class_records(config: Config, images: ClassImages) -> list[ImageRecord]:
             say(f"class images: {images.folder} holds {len(records)} of {config.prior.num_class_images} asked for")
         return records[: config.prior.num_class_images]
     return [record for record in records if record.path in set(images.files)]
-
-
-def _least_bucket_step(model: ModelFolder) -> int:
-    """Return the pixels that the lowest level of the UNet stands for, along one side."""
-    num_levels = len(model.config_of("unet")["block_out_channels"])
-    return downscaling(model.config_of("vae")) * 2 ** (num_levels - 1)
 
 
 def _say_sizes(config: Config, sizes: list[Size]) -> None:

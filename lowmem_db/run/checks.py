@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 
 from lowmem_db import environment
-from lowmem_db.adaptation import layers, quantized
+from lowmem_db.adaptation.finding import find_adaptation
 from lowmem_db.config.schema import Config, Weights
-from lowmem_db.engine.build import on_meta
+from lowmem_db.engine.build import count_on_meta
 from lowmem_db.errors import StorageError
 from lowmem_db.memory import techniques
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.storage import hub
 from lowmem_db.storage.run_folder import RunFolder
 
@@ -29,9 +29,7 @@ def check_machine(config: Config, device: torch.device) -> None:
     environment.check_precision(config.training.mixed_precision or "no", device)
     techniques.check(config, device)
     environment.check_kernels()
-    if config.lora.enabled:
-        environment.require("peft")
-        quantized.check_device(config.lora.base_weights, device)
+    find_adaptation(config).check_machine(device)
     if config.logging.tensorboard:
         environment.require("tensorboard")
     if config.final.push_to_hub:
@@ -62,21 +60,12 @@ def _bytes_to_be_replaced(output_dir: Path) -> int:
 
 def disk_bytes(config: Config, model: ModelFolder) -> int:
     """Return the most bytes that checkpoints and the final model of a run take on the disk at once."""
-    if config.lora.enabled:
-        parameters = sum(layers.count_trained(on_meta(config, model).modules()).values())
-        whole_model = parameters * 4
-    else:
-        names = ["unet", *(model.family.text_encoders if config.training.train_text_encoder else ())]
-        parameters = sum(model.num_parameters(name) for name in names)
-        whole_model = sum(model.num_parameters(name) for name in model.family.with_weights) * 4
-    per_parameter = (
-        _WEIGHT_BYTES[config.memory.weights or "fp32"]
-        + _STATE_BYTES[config.optimizer.name]
-        + (4 if config.ema.enabled else 0)
-    )
+    adaptation, trained = find_adaptation(config), count_on_meta(config, model)
+    of_checkpoint = adaptation.values_in_checkpoint(model, trained) * _WEIGHT_BYTES[config.memory.weights or "fp32"]
+    of_checkpoint += sum(trained.values()) * (_STATE_BYTES[config.optimizer.name] + 4 * config.ema.enabled)
     at_once = min(config.checkpointing.keep or config.training.max_train_steps, _num_checkpoints(config)) + 1
     at_once += config.evaluation.every is not None and config.evaluation.keep_best
-    return int(parameters * per_parameter * at_once + whole_model)
+    return int(of_checkpoint * at_once + 4 * adaptation.values_in_final(model, trained))
 
 
 def _num_checkpoints(config: Config) -> int:

@@ -6,13 +6,10 @@ from pathlib import Path
 
 import torch
 
-from lowmem_db.adaptation import low_rank
-from lowmem_db.adaptation.lora_file import LORA_FILE, lora_file, write_lora
 from lowmem_db.console import say
-from lowmem_db.models.saving import DTYPES, save_model
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.storage import hub
-from lowmem_db.storage.atomic import write_folder
+from lowmem_db.storage.checksums import write_checked_folder
 from lowmem_db.training.trainer import Trainer
 
 
@@ -22,31 +19,15 @@ def write_final(trainer: Trainer, model: ModelFolder) -> None:
     Raises:
         StorageError: The disk is full, or the upload failed.
     """
-    write_folder(trainer.run.final_dir, partial(_save_final, trainer, model))
+    write_checked_folder(trainer.run.final_dir, partial(_save_final, trainer, model))
     if trainer.config.final.push_to_hub:
         model_id = trainer.config.final.hub_model_id or trainer.config.output_dir.absolute().name
         say(f"uploaded to {hub.upload_model(trainer.run.final_dir, model_id)}")
 
 
 def _save_final(trainer: Trainer, model: ModelFolder, folder: Path) -> None:
-    config, modules = trainer.config, trainer.denoiser.modules()
-    dtype = DTYPES[config.final.precision]
     extra_bits = trainer.optimizer.extra_bits()
     if trainer.ema is not None:  # the average has all bits of what it averages
         extra_bits = {name: bits for name, bits in extra_bits.items() if name not in trainer.ema.parameters}
     with nullcontext() if trainer.ema is None else trainer.ema.applied(torch.float32):
-        if config.lora.enabled:
-            base = config.model.model_dump()
-            write_lora(
-                folder / LORA_FILE, lora_file(modules, low_rank.peft_settings(config.lora), dtype=dtype, base=base)
-            )
-        else:
-            save_model(
-                folder,
-                model,
-                modules,
-                dtype=dtype,
-                prediction_type=config.objective.prediction_type,
-                zero_terminal_snr=config.objective.zero_terminal_snr,
-                extra_bits=extra_bits,
-            )
+        trainer.adaptation.write(folder, model, trainer.trained_modules, extra_bits)

@@ -1,12 +1,12 @@
 """A run as a function: what ``lowmem_db.train`` and ``lowmem-db train`` do, from the first check to ``final/``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-from PIL.Image import Image
 
 from lowmem_db import environment
+from lowmem_db.adaptation.finding import find_adaptation
 from lowmem_db.adaptation.layers import count_trained
 from lowmem_db.config.loading import to_yaml
 from lowmem_db.config.schema import Config
@@ -15,8 +15,8 @@ from lowmem_db.data.batches import BatchSource
 from lowmem_db.engine.build import build_ema, build_step, set_arithmetic
 from lowmem_db.engine.samples import draw_images, draw_samples
 from lowmem_db.evaluation.during_training import Scorer
-from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.models.finding import model_of
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.measured import write_measured, write_plan, write_trained
 from lowmem_db.planning.output import summary
 from lowmem_db.planning.plan import plan as plan_run
@@ -28,15 +28,17 @@ from lowmem_db.run.final import write_final
 from lowmem_db.run.resuming import check_run_folder, with_choices_of_run
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.run_folder import RunFolder, write_json
+from lowmem_db.training.observers import ConsoleBar, MetricsFiles, Observer, Samples, ScoreKeeper
 from lowmem_db.training.trainer import Trainer
 
 
-def train(config: Config, *, resume: bool = False) -> RunFolder:
+def train(config: Config, *, resume: bool = False, observers: Sequence[Observer] = ()) -> RunFolder:
     """Check, plan, prepare and train a run; return its folder, with the final model in it.
 
     Args:
         config: The configuration.
         resume: Continue the newest complete checkpoint of ``output_dir``, or start where there is none.
+        observers: Are told what happens while it trains, after the run's own.
 
     Raises:
         LowmemDbError: What the user can mend; each class says what.
@@ -45,8 +47,24 @@ def train(config: Config, *, resume: bool = False) -> RunFolder:
     run = RunFolder(config.output_dir)
     with run.locked():
         config, model, device, photos = _check_and_plan(run, config, resume=resume)
-        _train(run, config, model, device, photos, resume=resume)
+        _train(run, config, model, device, photos, resume=resume, observers=observers)
     return run
+
+
+def prepare_data(config: Config) -> BatchSource:
+    """Fill the caches of a run: class images, latents, text embeddings; return its batches.
+
+    Args:
+        config: The configuration.
+
+    Raises:
+        LowmemDbError: What the user can mend; each class says what.
+    """
+    device = environment.resolve_device(config.device)
+    photos = check_photos(config)
+    model = model_of(config)
+    check_prompts(config, model, photos)
+    return prepare(config, model, device, photos)
 
 
 def _check_and_plan(
@@ -58,7 +76,7 @@ def _check_and_plan(
     device = environment.resolve_device(config.device)
     check_machine(config, device)
     photos = check_photos(config)
-    model = find_model(**config.model.model_dump())
+    model = model_of(config)
     plan = plan_run(config, target_of_device(config, device), model=model)
     config = plan.config
     say(summary(plan))
@@ -71,19 +89,28 @@ def _check_and_plan(
 
 
 def _train(
-    run: RunFolder, config: Config, model: ModelFolder, device: torch.device, photos: list[ImageRecord], *, resume: bool
+    run: RunFolder,
+    config: Config,
+    model: ModelFolder,
+    device: torch.device,
+    photos: list[ImageRecord],
+    *,
+    resume: bool,
+    observers: Sequence[Observer],
 ) -> None:
     """Prepare the data, train, and leave the final model."""
     scorer = Scorer(config, [photo.path for photo in photos]) if config.evaluation.every else None
     batches = prepare(config, model, device, photos)
-    trainer = build_trainer(config, model, device, batches, run, scorer)
+    trainer = build_trainer(config, model, device, batches, run)
+    trainer.observers = [*_own_observers(trainer, model, scorer), *observers]
     write_trained(run, count_trained(trainer.denoiser.modules()))
+    _say_what_trains(model, trainer, device)
     if resume:
         trainer.resume()
     trainer.train()
     if device.type == "cuda":
         write_measured(run, trainer.peak_step_bytes)
-    best = trainer.best_step()
+    best = trainer.step_to_keep()
     if best is not None and best != trainer.step:
         say(f"the final model is that of step {best}, which scored best")
         del trainer
@@ -91,46 +118,41 @@ def _train(
         trainer = build_trainer(config, model, device, batches, run)
         trainer.resume(best)
     write_final(trainer, model)
-    made = "LoRA" if config.lora.enabled else "model"
-    say(f"done: {run.final_dir} is the {made}; draw from it with: lowmem-db generate {run.root}")
+    say(f"done: {run.final_dir} is the {trainer.adaptation.noun}; draw from it with: lowmem-db generate {run.root}")
 
 
 def build_trainer(
-    config: Config,
-    model: ModelFolder,
-    device: torch.device,
-    batches: BatchSource,
-    run: RunFolder,
-    score_images: Callable[[Mapping[str, list[Image]]], Mapping[str, float]] | None = None,
+    config: Config, model: ModelFolder, device: torch.device, batches: BatchSource, run: RunFolder
 ) -> Trainer:
-    """Load what trains onto the device and put the trainer together.
+    """Load what trains onto the device and put the trainer together; nobody observes it yet.
 
     Args:
-        config: The configuration.
+        config: The resolved configuration.
         model: The model.
         device: Where it trains.
         batches: All batches of the run.
         run: The run folder.
-        score_images: Called with images of each prompt when ``evaluation.every`` says so; returns what
-            :meth:`lowmem_db.training.scores.Scores.add` takes.
     """
     set_arithmetic(config, device)
     denoiser, objective, optimizer = build_step(config, model, device)
     ema = build_ema(config, denoiser, optimizer)
-    _say_what_trains(model, denoiser, device)
-    sampler = partial(draw_samples, config, model, denoiser, batches.prompts, run)
-
-    def score() -> Mapping[str, float]:
-        assert score_images is not None
-        return score_images(dict(draw_images(config, model, denoiser, batches.prompts, sorted(config.prompts_scored))))
-
-    return Trainer(
-        config, run, denoiser, objective, optimizer, batches, ema, sampler, None if score_images is None else score
-    )
+    return Trainer(config, run, denoiser, find_adaptation(config), objective, optimizer, batches, ema)
 
 
-def _say_what_trains(model: ModelFolder, denoiser: Denoiser, device: torch.device) -> None:
-    trained = ", ".join(f"{name} {count:,}" for name, count in count_trained(denoiser.modules()).items())
+def _own_observers(trainer: Trainer, model: ModelFolder, scorer: Scorer | None) -> Iterator[Observer]:
+    config, run, prompts = trainer.config, trainer.run, trainer.batches.prompts
+    yield ConsoleBar()
+    yield MetricsFiles()
+    yield Samples(config, run, partial(draw_samples, config, model, trainer.denoiser, prompts, run))
+    if scorer is not None:
+        scored = sorted(config.prompts_scored)
+        yield ScoreKeeper(
+            config, run, lambda: dict(draw_images(config, model, trainer.denoiser, prompts, scored)), scorer
+        )
+
+
+def _say_what_trains(model: ModelFolder, trainer: Trainer, device: torch.device) -> None:
+    trained = ", ".join(f"{name} {count:,}" for name, count in count_trained(trainer.denoiser.modules()).items())
     if (note := environment.reference_paths()) is not None:
         say(note)
     say(f"training {model.name} ({model.family.name}) on {device}: {trained} parameters train")

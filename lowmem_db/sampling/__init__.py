@@ -1,1 +1,1 @@
-"""Images from a loaded model, grids of them, and the paper's prompts."""
+"""From noise to latents, pictures in grids, and the prompts of the paper."""

@@ -10,9 +10,21 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lowmem_db.errors import StorageError
+from lowmem_db.errors import DiskFullError, StorageError
+from lowmem_db.storage.disk import (
+    flush_file,
+    flush_folder,
+    flush_tree,
+    is_too_long,
+    rename_folder,
+    replace_file,
+    set_mode,
+    usual_mode,
+)
+from lowmem_db.storage.leftovers import sweep_writes_of, temporary_name
 
 _FAILURES = (OSError, SafetensorError)
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -21,13 +33,15 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         StorageError: The disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(temporary_name(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        mode = usual_mode(path.parent)
         write(temporary)
-        _flush(temporary)
-        temporary.replace(path)
-        _flush(path.parent)
+        set_mode(temporary, mode)
+        flush_file(temporary)
+        replace_file(temporary, path)
+        flush_folder(path.parent)
     except _FAILURES as error:
         raise as_storage_error(error, path) from error
     finally:
@@ -36,8 +50,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write a text file, whole or not at all; its lines end in a line feed on every system."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
@@ -48,17 +62,22 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         StorageError: The disk is full; what stood at ``path`` still stands.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = path.with_name(temporary_name(path))
     try:
-        temporary.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep_writes_of(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        mode = usual_mode(path.parent)
         write(temporary)
-        for file in sorted(temporary.rglob("*")):
-            _flush(file)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                set_mode(file, mode)
+        flush_tree(temporary)
         _replace_folder(path, temporary)
-        _flush(path.parent)
+        flush_folder(path.parent)
     except StorageError as error:  # of a file in it: name the place the user knows
-        raise StorageError(str(error).replace(str(temporary), str(path))) from error
+        raise type(error)(str(error).replace(str(temporary), str(path))) from error
     except _FAILURES as error:
         raise as_storage_error(error, path) from error
     finally:
@@ -68,8 +87,13 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 def as_storage_error(error: OSError | SafetensorError, path: Path) -> StorageError:
     """Say in one line what went wrong while ``path`` was written."""
     number = error.errno if isinstance(error, OSError) else _number_in(str(error))
-    if number in {errno.ENOSPC, errno.EDQUOT}:
-        return StorageError(f"{path}: the disk is full; free some space, then run the same command again")
+    if number in _DISK_FULL:
+        return DiskFullError(f"{path}: the disk is full; free some space, then run the same command again")
+    if isinstance(error, OSError) and is_too_long(path, error):
+        return StorageError(
+            f"{path}: the name or the path is longer than this system takes ({len(str(path))} characters); choose a "
+            "shorter one"
+        )
     reason = os.strerror(number) if number else str(error)
     return StorageError(f"{path}: cannot be written ({reason}); check the folder and its permissions")
 
@@ -82,25 +106,15 @@ def _number_in(message: str) -> int | None:
 
 def _replace_folder(path: Path, new: Path) -> None:
     """Rename ``new`` to ``path``; what stands there is deleted afterwards, and put back where the renaming fails."""
-    old = path.with_name(f".{path.name}.old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
     if not path.exists():
-        new.rename(path)
+        rename_folder(new, path)
         return
-    path.rename(old)
+    old = new.with_name(new.name.removesuffix(".tmp") + ".old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    rename_folder(path, old)
     try:
-        new.rename(path)
+        rename_folder(new, path)
     except BaseException:
-        old.rename(path)
+        rename_folder(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
-    with suppress(PermissionError):  # folders cannot be opened on Windows
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

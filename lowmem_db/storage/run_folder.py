@@ -3,22 +3,26 @@
 A checkpoint exists only when its marker ``COMPLETE``, written last, exists.
 """
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lowmem_db.errors import CheckpointError
+from lowmem_db.errors import CheckpointError, StorageError
 from lowmem_db.storage.atomic import as_storage_error, write_folder, write_text
+from lowmem_db.storage.checksums import manifest_text, of_folder
+from lowmem_db.storage.disk import check_path, flush_file
+from lowmem_db.storage.leftovers import sweep
 
 MARKER = "COMPLETE"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
-_LEFT_BEHIND = re.compile(r"step-\d+|\.step-\d+(\.old)?\.tmp")
 
 
 class RunFolder:
@@ -40,12 +44,13 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder.
+        """Keep other runs out of the folder, and clear away what killed ones left half written.
 
         Raises:
             CheckpointError: Another run writes to it now.
-            StorageError: The folder cannot be made.
+            StorageError: The folder cannot be made, or its disk knows no locks.
         """
+        check_path(self.root.absolute(), "output_dir")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -59,6 +64,12 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise as_storage_error(error, self.root) from error
+        except NotImplementedError as error:
+            raise StorageError(
+                f"output_dir: {self.root} lies on a disk that knows no locks, so two runs could write to it at once; "
+                "choose an output_dir on another disk, and copy the run there afterwards"
+            ) from error
+        sweep(self.root, idle_seconds=0.0)
         try:
             yield
         finally:
@@ -80,7 +91,9 @@ class RunFolder:
         return sorted(int(match[1]) for match, folder in found if match and (folder / MARKER).is_file())
 
     def write_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Write a checkpoint: temporary folder, flush, rename, marker.
+        """Write a checkpoint: temporary folder, flush, rename, marker with the checksums of its files.
+
+        The rows of the steps up to it are forced to the disk before it counts.
 
         Args:
             step: Optimizer steps done.
@@ -92,9 +105,36 @@ class RunFolder:
         path = self.checkpoint_dir(step)
         if (path / MARKER).is_file():  # the same step of the same run: the same bytes
             return path
-        write_folder(path, write)
-        write_text(path / MARKER, f"{step}\n")
+        checksums: dict[str, str] = {}
+
+        def write_and_sum(folder: Path) -> None:
+            write(folder)
+            checksums.update(of_folder(folder))
+
+        write_folder(path, write_and_sum)
+        self.flush_rows()
+        write_text(path / MARKER, manifest_text(checksums, step=step))
         return path
+
+    def flush_rows(self) -> None:
+        """Force the rows of metrics and scores to the disk.
+
+        Raises:
+            StorageError: The disk is full or broken.
+        """
+        for file in (self.metrics_file, self.scores_file):
+            try:
+                if file.is_file():
+                    flush_file(file)
+            except OSError as error:
+                raise as_storage_error(error, file) from error
+
+    def make_room(self, keep: int | None, also: int | None = None) -> list[int]:
+        """Delete the checkpoints that the next one will make superfluous, but never the newest; return their steps."""
+        complete = self.complete_steps()
+        if keep is not None:
+            self.prune_checkpoints(max(1, keep - 1), also)
+        return sorted({*complete} - {*self.complete_steps()})
 
     def prune_checkpoints(self, keep: int | None, also: int | None = None) -> None:
         """Delete all but the newest ``keep`` complete checkpoints, and what killed runs left behind.
@@ -106,9 +146,10 @@ class RunFolder:
         steps = {*(complete if keep is None else complete[-keep:]), *(() if also is None else (also,))}
         kept = {self.checkpoint_dir(step) for step in steps}
         for folder in list(self.checkpoints_dir.iterdir()):
-            if folder not in kept and _LEFT_BEHIND.fullmatch(folder.name):
+            if folder not in kept and _STEP_FOLDER.fullmatch(folder.name):
                 (folder / MARKER).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
+        sweep(self.checkpoints_dir, idle_seconds=0.0)
 
     def truncate_rows(self, step: int) -> None:
         """Drop the rows of metrics and scores after a step, and last rows that were not written whole."""
@@ -118,14 +159,22 @@ class RunFolder:
 
 
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
-    """Append the row of a step.
+    """Append the row of a step, whole or not at all.
 
     Raises:
-        StorageError: The disk is full.
+        StorageError: The disk is full, or the folder has vanished.
     """
+    line = (json.dumps(row) + "\n").encode()
     try:
-        with file.open("a", encoding="utf-8") as opened:
-            opened.write(json.dumps(row) + "\n")
+        with file.open("ab", buffering=0) as opened:
+            start = opened.tell()
+            try:
+                if opened.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with suppress(OSError):
+                    opened.truncate(start)
+                raise
     except OSError as error:
         raise as_storage_error(error, file) from error
 
@@ -147,13 +196,13 @@ def read_json(path: Path) -> Any | None:
     """Return what a JSON file holds, or None where it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
 def _parse_row(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

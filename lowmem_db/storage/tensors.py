@@ -4,7 +4,8 @@ A file that cannot be read whole is as good as missing: the store says so, and t
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowmem_db.console import say
 from lowmem_db.errors import StorageError
 from lowmem_db.storage.atomic import write_file
+from lowmem_db.storage.checksums import check_file, of_bytes
+from lowmem_db.storage.locks import locked
+from lowmem_db.storage.run_folder import MARKER
 
+_CHECKSUM = "checksum"
+_LOCKS = ".locks"  # one for all keys that begin alike: their number is bounded, so none needs to be deleted
 _Identity = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 
 
@@ -36,14 +43,38 @@ class TensorStore:
     def read(self, key: str) -> dict[str, Tensor] | None:
         """Return the tensors of a key, or None where there are none or the file is damaged."""
         try:
-            mapped, _ = read_tensors(self.path(key))
+            mapped, metadata = read_tensors(self.path(key))
         except StorageError:
             return None
-        return {name: tensor.clone() for name, tensor in mapped.items()}  # what is mapped dies with its file
+        found = {name: tensor.clone() for name, tensor in mapped.items()}  # what is mapped dies with its file
+        if _CHECKSUM not in metadata:
+            _say_once(f"{self.root}: holds files of an older version, which have no checksums and are not checked")
+        elif metadata[_CHECKSUM] != _checksum(found):
+            return None
+        return found
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write the tensors of a key, whole or not at all."""
-        write_tensors(self.path(key), tensors)
+        """Write the tensors of a key with their checksum, whole or not at all."""
+        write_tensors(self.path(key), tensors, {_CHECKSUM: _checksum(tensors)})
+
+    def read_or_make(self, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the tensors of a key, made where they are missing or damaged, by one process alone.
+
+        Args:
+            key: Their content key.
+            make: Makes them; called while other processes wait for this key.
+        """
+        found = self.read(key)
+        if found is not None:
+            return found
+        with locked(self.root / _LOCKS / f"{key[:2]}.lock"):
+            found = self.read(key)  # another process may have made it meanwhile
+            if found is None:
+                self.write(key, make())
+                found = self.read(key)
+        if found is None:
+            raise StorageError(f"{self.path(key)}: was written and cannot be read; check the disk it lies on")
+        return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -96,15 +127,22 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_state` wrote.
+    """Read what :func:`write_state` wrote, in a checkpoint after a look at its checksum.
 
     Raises:
         StorageError: The file is missing or damaged.
     """
+    check_file(path, path.parent / MARKER)
     tensors, metadata = read_tensors(path)
     if "state" not in metadata:
         raise StorageError(f"{path}: holds no state; delete it")
-    return _put_tensors(json.loads(metadata["state"]), tensors)
+    try:
+        state = _put_tensors(json.loads(metadata["state"]), tensors)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StorageError(f"{path}: holds no state that can be read ({_in_a_line(error)}); delete it") from error
+    if not isinstance(state, dict):
+        raise StorageError(f"{path}: holds {type(state).__name__} in place of a state; delete it")
+    return state
 
 
 def _without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -136,11 +174,33 @@ def _take_tensors(value: Any, tensors: dict[str, Tensor], names: dict[_Identity,
 
 
 def _put_tensors(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
-    kind, content = next(iter(skeleton.items()))
+    if not isinstance(skeleton, dict) or len(skeleton) != 1:
+        raise ValueError("its skeleton is odd")
+    ((kind, content),) = skeleton.items()
     if kind == "tensor":
         return tensors[content]
     if kind == "items":
         return {key: _put_tensors(item, tensors) for key, item in content}
     if kind == "list":
         return [_put_tensors(item, tensors) for item in content]
-    return content
+    if kind == "value":
+        return content
+    raise ValueError(f"its skeleton holds {kind!r}")
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return the checksum of tensors on the CPU: their names, types, shapes and bytes."""
+    parts: list[bytes | memoryview] = []
+    for name, tensor in sorted(tensors.items()):
+        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        parts.append(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return of_bytes(parts)
+
+
+@cache
+def _say_once(message: str) -> None:
+    say(message)
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

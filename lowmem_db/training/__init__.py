@@ -1,1 +1,1 @@
-"""One training step, the loop around it, and what a run is continued from. No model family, no memory technique."""
+"""The loop around the training step, what watches it, and what a run is continued from. No model family is known here."""

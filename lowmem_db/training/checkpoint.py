@@ -3,28 +3,18 @@
 Random numbers, the order of the data and the learning rates need no state: they are functions of the step.
 """
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
+from lowmem_db.adaptation.base import Stateful
+from lowmem_db.console import say
 from lowmem_db.errors import CheckpointError, StorageError
-from lowmem_db.storage.run_folder import RunFolder, read_json, write_json
+from lowmem_db.storage.checksums import check_file, check_folder
+from lowmem_db.storage.run_folder import MARKER, RunFolder, read_json, write_json
 from lowmem_db.storage.tensors import read_state, write_state
 
 _STATE_FILE = "state.json"
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Anything with a state that a run depends on."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Return the state."""
-        ...
-
-    def load_state_dict(self, state: Any, /) -> Any:
-        """Take over a state."""
-        ...
 
 
 def save_checkpoint(run: RunFolder, step: int, objects: Mapping[str, Stateful], *, data_key: str) -> Path:
@@ -49,20 +39,55 @@ def restore_checkpoint(run: RunFolder, step: int, objects: Mapping[str, Stateful
         CheckpointError: The checkpoint is damaged, or holds other objects.
     """
     folder = run.checkpoint_dir(step)
-    state = read_json(folder / _STATE_FILE)
-    if state is None or state["step"] != step:
-        raise CheckpointError(f"{folder / _STATE_FILE}: is damaged; delete {folder} to continue from the one before")
-    if state["objects"] != sorted(objects):
+    names, data_key = _read_list(run, step)
+    if names != sorted(objects):
         raise CheckpointError(
-            f"{folder}: holds {', '.join(state['objects'])}, this run has {', '.join(sorted(objects))}; resume with "
+            f"{folder}: holds {', '.join(names)}, this run has {', '.join(sorted(objects))}; resume with "
             f"the settings in {run.config_file}, or choose another output_dir"
         )
     try:
         for name, stateful in objects.items():
             stateful.load_state_dict(read_state(folder / f"{name}.safetensors"))
-    except (StorageError, KeyError, ValueError, RuntimeError) as error:
+    except StorageError as error:
+        raise CheckpointError(f"{error}; {_way_out(run, step)}") from error
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{folder}: cannot be restored ({reason}); delete it to continue from the one before"
-        ) from error
-    return state["data_key"]
+        raise CheckpointError(f"{folder}: cannot be restored ({reason}); {_way_out(run, step)}") from error
+    return data_key
+
+
+def _read_list(run: RunFolder, step: int) -> tuple[list[str], str]:
+    """Return the names of the objects in a checkpoint, and the key of the data."""
+    folder = run.checkpoint_dir(step)
+    file = folder / _STATE_FILE
+    try:
+        if not check_file(file, folder / MARKER):
+            say(f"{folder}: was written by an older version, without checksums; its files are not checked")
+    except StorageError as error:
+        raise CheckpointError(f"{error}; {_way_out(run, step)}") from error
+    state = read_json(file)
+    if not isinstance(state, dict) or state.get("step") != step:
+        raise CheckpointError(f"{file}: is damaged; {_way_out(run, step)}")
+    names, data_key = state.get("objects"), state.get("data_key")
+    if not isinstance(names, list) or not isinstance(data_key, str) or not all(isinstance(n, str) for n in names):
+        raise CheckpointError(f"{file}: is damaged; {_way_out(run, step)}")
+    return names, data_key
+
+
+def _way_out(run: RunFolder, damaged: int) -> str:
+    """Say what to delete, and the command that goes on from the last checkpoint that is whole."""
+    older = [step for step in run.complete_steps() if step < damaged]
+    whole = next((step for step in reversed(older) if _is_whole(run, step)), None)
+    in_the_way = [step for step in run.complete_steps() if (-1 if whole is None else whole) < step <= damaged]
+    delete = " and ".join(str(run.checkpoint_dir(step)) for step in in_the_way)
+    command = f"lowmem-db train {shlex.quote(str(run.config_file))} --resume"
+    goes_on = "starts anew" if whole is None else f"goes on after step {whole}, the last one that is whole"
+    return f"delete {delete}, then this command {goes_on}: {command}"
+
+
+def _is_whole(run: RunFolder, step: int) -> bool:
+    try:
+        check_folder(run.checkpoint_dir(step), MARKER)
+    except StorageError:
+        return False
+    return True

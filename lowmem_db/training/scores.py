@@ -4,6 +4,7 @@ Both follow from the rows of ``scores.jsonl`` alone, so a run that is resumed de
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from lowmem_db.console import say
 from lowmem_db.storage.run_folder import RunFolder, append_row, read_rows
@@ -23,7 +24,7 @@ class Scores:
 
     def has(self, step: int) -> bool:
         """Return whether a step has its score."""
-        return any(row["step"] == step for row in read_rows(self._file))
+        return any(row["step"] == step for row in self._rows())
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write down what a step scored: ``score``, the greater the better, and the metrics behind it.
@@ -37,11 +38,14 @@ class Scores:
 
     def best_step(self) -> int | None:
         """Return the step of the greatest score, of equal ones the first; None before the first."""
-        rows = read_rows(self._file)
+        rows = self._rows()
         return max(rows, key=lambda row: row["score"])["step"] if rows else None
 
     def out_of_patience(self) -> bool:
         """Return whether the last ``patience`` scores had no new best."""
         if self._patience is None or (best := self.best_step()) is None:
             return False
-        return sum(row["step"] > best for row in read_rows(self._file)) >= self._patience
+        return sum(row["step"] > best for row in self._rows()) >= self._patience
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [row for row in read_rows(self._file) if isinstance(row.get("score"), int | float)]

@@ -1,38 +1,93 @@
-"""Ctrl-C and SIGTERM: the step in progress is finished, a checkpoint is saved, and then the run stops."""
+"""A signal while a model trains: the step in progress is finished, a checkpoint is saved, and then the run stops."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from lowmem_db.console import say
 from lowmem_db.errors import RunInterrupted
+from lowmem_db.interruption import handling
+from lowmem_db.storage.run_folder import RunFolder
 
 
 class StopRequest:
-    """Whether the run was asked to stop."""
+    """Whether the run was asked to stop.
 
-    def __init__(self) -> None:
+    Args:
+        run: The run folder.
+        step: Returns the optimizer steps done.
+    """
+
+    def __init__(self, run: RunFolder, step: Callable[[], int]) -> None:
         self.signal_name: str | None = None
+        self._run, self._step = run, step
+        self._after_checkpoint: str | None = None
 
     def __bool__(self) -> bool:
         return self.signal_name is not None
 
+    @contextmanager
+    def after_checkpoint(self, what: str) -> Iterator[None]:
+        """Mark what is done after a checkpoint of this step and before the next one: the run stops when it is done.
+
+        Args:
+            what: Its name in messages: ``samples``, ``scores``.
+
+        Raises:
+            RunInterrupted: The run was asked to stop; there is nothing left to save.
+        """
+        self._after_checkpoint = what
+        try:
+            yield
+        finally:
+            self._after_checkpoint = None
+        if self:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the run, whose checkpoint stands.
+
+        Raises:
+            RunInterrupted: Always.
+        """
+        raise RunInterrupted(f"{self.signal_name}: stopped after step {self._step()}; continue with --resume")
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Note the first signal; on a second one stop at once, and say what that costs."""
+        name = signal.Signals(number).name
+        if self:
+            raise RunInterrupted(f"{name}: {self._what_is_given_up()}; continue with --resume")
+        self.signal_name = name
+        if self._after_checkpoint:
+            say(
+                f"{name}: the checkpoint of step {self._step()} is saved; stopping after its {self._after_checkpoint}; "
+                "once more to give them up"
+            )
+        else:
+            say(f"{name}: saving a checkpoint after this step; once more to stop at once ({self._steps_lost()})")
+
+    def _what_is_given_up(self) -> str:
+        if self._after_checkpoint:
+            return f"gave up the {self._after_checkpoint} of step {self._step()}, which --resume makes up for"
+        return f"stopped at once; {self._steps_lost()}"
+
+    def _steps_lost(self) -> str:
+        complete = self._run.complete_steps()
+        newest = complete[-1] if complete else 0
+        lost = self._step() + 1 - newest  # the step in progress too
+        since = f"since the checkpoint of step {newest}" if complete else "since the start"
+        return f"{lost} step{'s' * (lost != 1)} {since} lost"
+
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first signal into a request; a second one stops at once, without a checkpoint."""
-    request = StopRequest()
+def stop_on_signals(run: RunFolder, step: Callable[[], int]) -> Iterator[StopRequest]:
+    """Turn the first signal into a request; a second one stops at once, without a checkpoint.
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if request:
-            raise RunInterrupted("stopped at once; continue from the newest checkpoint with --resume")
-        request.signal_name = signal.Signals(number).name
-        say(f"{request.signal_name}: saving a checkpoint after this step; once more to stop at once")
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    Args:
+        run: The run folder.
+        step: Returns the optimizer steps done.
+    """
+    request = StopRequest(run, step)
+    with handling(request.handle):
         yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

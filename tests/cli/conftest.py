@@ -13,6 +13,7 @@ import pytest
 
 from lowmem_db.cli.main import main
 from lowmem_db.config.loading import load_config, write_yaml
+from lowmem_db.interruption import stop_signals
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -34,7 +35,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     """Run a command in this process, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in stop_signals()}
+    hook = sys.unraisablehook
     logger = logging.getLogger("lowmem_db")
     log_handlers = list(logger.handlers)
 
@@ -48,6 +50,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
     yield run_command
     logger.handlers[:] = log_handlers
+    sys.unraisablehook = hook
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

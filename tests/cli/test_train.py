@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors import SafetensorError
 
 from lowmem_db import environment
+from lowmem_db.interruption import stop_signals
 from lowmem_db.storage import tensors
 from lowmem_db.storage.run_folder import RunFolder
+from lowmem_db.training import samples
 from tests.cli.conftest import Run
 
 
@@ -183,7 +186,7 @@ def test_signal_saves_a_checkpoint_and_ends_with_130(
     endless = ("training.max_train_steps=100000", "checkpointing.every=100000")
     processes = {
         number: start("train", config_file, f"output_dir={tmp_path / number.name}", *endless)
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in stop_signals()[-2:]
     }
     try:
         for number, process in processes.items():
@@ -205,9 +208,36 @@ def test_signal_saves_a_checkpoint_and_ends_with_130(
             process.communicate()
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_signal_among_samples_stops_without_another_step(
+    run: Run, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    def draw(*_: object) -> list[tuple[str, list[Image.Image]]]:
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+        return [("a zx dog", [Image.new("RGB", (8, 8))])]
+
+    monkeypatch.setattr(samples, "draw_images", draw)
+    arguments = (
+        "train",
+        config_file,
+        "training.max_train_steps=9",
+        "checkpointing.every=2",
+        "sampling.prompts=[a dog]",
+    )
+    outcome = run(*arguments)
+    assert outcome.code == 130
+    folder = RunFolder(tmp_path / "run")
+    assert folder.complete_steps() == [2]
+    assert len(folder.metrics_file.read_text().splitlines()) == 2
+    assert folder.samples_dir(2).is_dir() == (times == 1)
+    said = {1: "SIGINT: stopped after step 2; continue with --resume", 2: "SIGINT: gave up the samples of step 2"}
+    assert outcome.err.splitlines()[-1].startswith(said[times])
+
+
 def wait_for_first_step(process: subprocess.Popen, folder: RunFolder) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not (folder.metrics_file.is_file() and folder.metrics_file.read_text()):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no step in a minute and a half"
+        assert time.monotonic() < deadline, "no step in five minutes"
         time.sleep(0.05)

@@ -14,15 +14,17 @@ from lowmem_db.records import ImageRecord
 def image(name: str, prompt: str, *, crops: int = 1) -> EncodedImage:
     record = ImageRecord(path=Path(name), content_key=name, width=8, height=8, prompt=prompt)
     values = torch.arange(crops, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
-    return EncodedImage(record=record, mean=values, std=torch.zeros_like(values), time_ids=torch.zeros(crops, 6))
+    return EncodedImage(
+        record=record, mean=values, std=torch.zeros_like(values), picture={"facts": torch.zeros(crops, 6)}
+    )
 
 
 def source(**changes: object) -> BatchSource:
-    ids = {prompt: torch.full((3,), index) for index, prompt in enumerate(["", "a zx dog", "a dog"])}
+    ids = {prompt: {"input_ids": torch.full((3,), index)} for index, prompt in enumerate(["", "a zx dog", "a dog"])}
     fields: dict[str, object] = {
         "instance_images": [image(f"i{index}", "a zx dog", crops=3) for index in range(3)],
         "class_images": [image(f"c{index}", "a dog") for index in range(5)],
-        "prompts": PromptTable(input_ids=ids),
+        "prompts": PromptTable(tokens=ids),
         "seed": 1,
         "train_batch_size": 2,
         "gradient_accumulation_steps": 1,
@@ -35,7 +37,7 @@ def test_instance_samples_come_first_and_prior_samples_match_them_in_number() ->
     assert [name[0] for name in batch.sources] == ["i", "i", "c", "c"]
     assert batch.num_instance == 2
     assert batch.sample_ids.tolist() == [0, 1, 2, 3]
-    assert batch.conditioning.input_ids[:, 0].tolist() == [1, 1, 2, 2]
+    assert batch.conditioning.tokens["input_ids"][:, 0].tolist() == [1, 1, 2, 2]
 
 
 def test_every_photo_is_seen_once_in_an_epoch() -> None:
@@ -66,7 +68,11 @@ def test_crops_vary_and_repeat_with_the_step() -> None:
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0.0), (1.0, 1.0), (0.3, 0.3)])
 def test_conditioning_dropout_gives_the_empty_prompt(share: float, expected: float) -> None:
     batches = source(conditioning_dropout=share)
-    empty = [int(row) == 0 for step in range(200) for row in batches.batches_at(step)[0].conditioning.input_ids[:, 0]]
+    empty = [
+        int(row) == 0
+        for step in range(200)
+        for row in batches.batches_at(step)[0].conditioning.tokens["input_ids"][:, 0]
+    ]
     assert sum(empty) / len(empty) == pytest.approx(expected, abs=0.06)
 
 
@@ -84,7 +90,7 @@ def in_buckets(shapes: list[tuple[int, int]], **changes: object) -> BatchSource:
     def with_shape(name: str, prompt: str, shape: tuple[int, int]) -> EncodedImage:
         one = image(name, prompt)
         values = torch.zeros(1, 1, *shape)
-        return EncodedImage(record=one.record, mean=values, std=values, time_ids=one.time_ids)
+        return EncodedImage(record=one.record, mean=values, std=values, picture=one.picture)
 
     return source(
         instance_images=[with_shape(f"i{number}", "a zx dog", shape) for number, shape in enumerate(shapes)],

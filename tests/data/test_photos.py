@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin, features
+from PIL.PngImagePlugin import PngInfo
 
 from lowmem_db import environment
 from lowmem_db.data import photos
@@ -59,6 +60,36 @@ class TestScan:
         save(tmp_path / "b.png")
         (tmp_path / "a.txt").write_bytes("\ufeff  a sks dog\n on a café table \n".encode())
         assert [record.prompt for record in scan(tmp_path)] == ["a sks dog on a café table", "a sks dog"]
+
+    def test_captions_are_counted_and_what_is_left_over_is_named(self, tmp_path, caplog, capfd):
+        for name in ("a.png", "b.png", "c.png"):
+            save(tmp_path / name)
+        for name in ("A.TXT", "b.caption", "c1.txt"):
+            (tmp_path / name).write_text(f"a sks dog, {name}")
+        (tmp_path / "notes.md").touch()
+        assert [record.prompt for record in scan(tmp_path)] == ["a sks dog, A.TXT", "a sks dog, b.caption", "a sks dog"]
+        assert "subject.instance_dir: c1.txt is the caption of no photo; is it that of c.png?" in caplog.text
+        said = capfd.readouterr().err
+        assert "captions: 2 of 3 photos have their own; the others have the prompt 'a sks dog'" in said
+        assert "subject.instance_dir: not read: notes.md (is no picture)" in said
+
+    def test_a_dangling_link_is_no_photo_less(self, tmp_path):
+        save(tmp_path / "a.png")
+        (tmp_path / "b.png").symlink_to("gone.png")
+        with pytest.raises(DataError, match=r"b\.png: is a link to gone\.png, which is not there; allowed: pictures"):
+            scan(tmp_path)
+
+    @pytest.mark.parametrize(("head", "kind"), [
+        (b"<!DOCTYPE html><html>", "a web page and no picture"), (b"\x00\x00\x00\x20ftypmp42....", r"a video \(MP4\)"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"), (b"%PDF-1.7", "a PDF document"),
+        (b"8BPS\x00\x01", "a Photoshop document"), (b"PK\x03\x04....", "a ZIP archive"), (b"\xff\x0a....", "JPEG XL"),
+        (b"II*\x00\x10\x00\x00\x00CR\x02\x00", "a camera's raw file"), (b"  <svg xmlns=", "an SVG drawing"),
+        (b"RIFF\x00\x00\x00\x00AVI ....", r"a video \(AVI\)"), (b"\x00\x00\x00\x0cjP  \r\n\x87\n", "JPEG 2000"),
+    ])  # fmt: skip
+    def test_what_a_file_is_is_said_by_its_name(self, tmp_path, head, kind):
+        (tmp_path / "a.jpg").write_bytes(head + b"." * 100)
+        with pytest.raises(DataError, match=rf"a\.jpg: is {kind}.*allowed: JPEG, PNG"):
+            scan(tmp_path)
 
     def test_a_size_is_that_of_the_upright_picture(self, tmp_path):
         save(tmp_path / "a.jpg", exif=_orientation(6))
@@ -208,6 +239,33 @@ class TestModes:
         options = {"lossless": True} if image_format == "WEBP" else {}
         frames[0].save(tmp_path / "a", image_format, save_all=True, append_images=frames[1:], **options)
         assert corner(tmp_path / "a") == RED
+
+    @pytest.mark.parametrize("image_format", ["GIF", "PNG", "TIFF"])
+    def test_further_frames_are_told_once(self, tmp_path, caplog, image_format):
+        frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
+        frames[0].save(tmp_path / "a", image_format, save_all=True, append_images=frames[1:])
+        for _ in range(2):
+            read_photo(tmp_path / "a")
+        assert caplog.text.count("a: has 3 pictures; the first one is read") == 1
+
+    @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+    @pytest.mark.parametrize("name", ["a.avif", "a.jpg"])
+    def test_avif_whatever_its_name(self, tmp_path, name):
+        save(tmp_path / name, format="AVIF", quality=100)
+        (record,) = scan(tmp_path, resolution=64)
+        assert (record.width, record.height) == (96, 80)
+
+    def test_avif_that_pillow_does_not_read(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(features, "check", lambda name: False)
+        (tmp_path / "a.jpg").write_bytes(b"\x00\x00\x00\x20ftypavif" + b"." * 100)
+        with pytest.raises(DataError, match=r"a\.jpg: is AVIF, .*pip install -U pillow, or save it as PNG"):
+            scan(tmp_path)
+
+    def test_a_png_with_a_workflow_of_megabytes(self, tmp_path):
+        info = PngInfo()
+        info.add_text("workflow", '{"a": 1}' * 400_000, zip=True)
+        assert corner(save(tmp_path / "a.png", pnginfo=info)) == RED
+        assert PngImagePlugin.MAX_TEXT_CHUNK < 1 << 26
 
     @given(array=st.integers(0, 65535).map(lambda value: np.full((1, 1), value, np.uint16)))
     def test_16_bits_lose_at_most_half_a_step(self, array):

@@ -9,7 +9,9 @@ from lowmem_db.config.strategy import resolve
 from lowmem_db.engine.step import train_step
 from lowmem_db.errors import NonFiniteError
 from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.models.families.stable_diffusion import SD_OF_ANY_WIDTH
 from lowmem_db.objective.objective import Objective
+from lowmem_db.objective.process import Diffusion
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.records import Batch
@@ -23,11 +25,10 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def parts() -> tuple[Denoiser, Objective, OptimizerHandle]:
     torch.manual_seed(0)
-    denoiser = Denoiser(tiny_unet(), tiny_text_encoder())
+    denoiser = Denoiser(SD_OF_ANY_WIDTH, {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()})
     objective = Objective(
         ObjectiveConfig(),
-        alphas_cumprod=ALPHAS_CUMPROD,
-        prediction_type="epsilon",
+        process=Diffusion(ALPHAS_CUMPROD, "epsilon"),
         prior_loss_weight=1.0,
         seed=0,
         device=CPU,
@@ -58,7 +59,7 @@ def test_non_finite_loss_names_the_sample_and_leaves_the_weights(parts) -> None:
 def test_non_finite_gradient_leaves_the_weights(parts, monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser, objective, optimizer = parts
     before = weights(optimizer)
-    denoiser.unet.conv_out.bias.register_hook(lambda gradient: gradient * float("inf"))
+    denoiser.module.conv_out.bias.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NonFiniteError, match="the gradient's norm is"):
         train_step(denoiser, objective, optimizer, [make_batch()], 0)
     assert all(torch.equal(one, other) for one, other in zip(before, weights(optimizer), strict=True))

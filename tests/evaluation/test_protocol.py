@@ -27,8 +27,7 @@ from lowmem_db.evaluation.protocol import (
     without_identifier,
 )
 from lowmem_db.evaluation.report import evaluate
-from lowmem_db.models.loading import load_unet
-from lowmem_db.models.source import find_model
+from lowmem_db.models.finding import find_model
 from tests.evaluation.conftest import CPU
 
 ALL = Shard()
@@ -197,7 +196,7 @@ def test_changed_adapters_of_a_lora_run_are_noticed(
     config = load_config(None, list((tiny_fields | {"lora.enabled": True}).items()))
     write_yaml(config, folder / "config.yaml")
     for seed in (0, 1):
-        unet = load_unet(find_model(str(tiny_model)))
+        unet = find_model(str(tiny_model)).load("unet")
         lora.attach({"unet": unet}, config.lora, seed=seed)
         made = lora_file({"unet": unet}, lora.peft_settings(config.lora), dtype=torch.float32, base={})
         write_lora(folder / "final" / LORA_FILE, made)

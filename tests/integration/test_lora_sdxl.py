@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lowmem_db.adaptation.lora_file import LORA_FILE, put_into, read_lora
 from lowmem_db.cli.train import train
-from lowmem_db.engine.generate import find_source
-from lowmem_db.export.export import Request, export_model
+from lowmem_db.engine.source import find_source
+from lowmem_db.exporting.request import Request, export_model
 
 
 def load(folder: Path) -> StableDiffusionXLPipeline:

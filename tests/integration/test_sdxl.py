@@ -15,18 +15,20 @@ from lowmem_db.cli.train import train
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.strategy import resolve
 from lowmem_db.engine.build import build_step
-from lowmem_db.engine.generate import embed_for, find_source, generate_images
+from lowmem_db.engine.draw import Artist, Job
+from lowmem_db.engine.generate import generate_images
+from lowmem_db.engine.source import find_source
 from lowmem_db.errors import ConfigError
 from lowmem_db.evaluation.folders import Limits
 from lowmem_db.evaluation.protocol import Drawing, PromptChoice, Shard, draw_runs, find_runs
-from lowmem_db.models.conditioning import whole_picture_time_ids
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.loading import load_noise_schedule, load_tokenizer, load_unet
-from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.models.finding import find_model
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import load_noise_schedule
 from lowmem_db.preparation import encode
 from lowmem_db.preparation.prepare import check_photos, prepare
 from lowmem_db.run.checks import disk_bytes
-from lowmem_db.sampling.latents import SamplingSettings, sample_prompt
+from lowmem_db.sampling.latents import SamplingSettings
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_tensors
 from tests.evaluation.test_protocol import write_run
@@ -65,7 +67,7 @@ def arguments(fields: dict[str, object]) -> list[str]:
 def test_conditioning_and_loss_are_those_of_diffusers(
     fields: dict[str, object], model: ModelFolder, pipeline: StableDiffusionXLPipeline, trains: bool
 ) -> None:
-    assert load_tokenizer(model, "tokenizer_2").pad_token_id == 0
+    assert model.load("tokenizer_2").pad_token_id == 0
     chosen = fields | ({"training.train_text_encoder": True} if trains else {})
     config = load_config(None, list((chosen | {"training.train_batch_size": 3}).items()))
     batches = prepare(config, model, CPU, check_photos(config))
@@ -76,7 +78,7 @@ def test_conditioning_and_loss_are_those_of_diffusers(
         ours = denoiser.predict(noised.noisy_latents, noised.timesteps, batch.conditioning)
         prompts = ["a zx dog"] * 3 + ["a dog"] * 3
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=CPU, do_classifier_free_guidance=False)
-        sizes = [tuple(map(int, row)) for row in batch.conditioning.time_ids]
+        sizes = [tuple(map(int, row)) for row in batch.conditioning.picture["time_ids"]]
         time_ids = torch.cat(
             [
                 pipeline._get_add_time_ids(
@@ -97,14 +99,14 @@ def test_conditioning_and_loss_are_those_of_diffusers(
 def test_sizes_and_crops_are_recorded_with_the_latents(fields: dict[str, object], model: ModelFolder) -> None:
     config = load_config(None, list((fields | {"data.crop": "center"}).items()))
     batches = prepare(config, model, CPU, check_photos(config))
-    square, wide, high = (image.time_ids.tolist() for image in batches.instance_images)
+    square, wide, high = (image.picture["time_ids"].tolist() for image in batches.instance_images)
     assert square == [[96, 96, 0, 0, 32, 32]]
     assert wide == [[80, 120, 0, 8, 32, 32]]  # 48 x 32 once resized: 8 pixels are left of the crop
     assert high == [[128, 80, 10, 0, 32, 32]]  # 32 x 51.2: 9.6 above it
-    assert all(image.time_ids.tolist() == [[32, 32, 0, 0, 32, 32]] for image in batches.class_images)
+    assert all(image.picture["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] for image in batches.class_images)
     again = prepare(config, model, CPU, check_photos(config))
     assert all(
-        torch.equal(one.time_ids, other.time_ids)
+        torch.equal(one.picture["time_ids"], other.picture["time_ids"])
         for one, other in zip(batches.instance_images, again.instance_images, strict=True)
     )
 
@@ -116,11 +118,12 @@ def test_embeddings_of_frozen_text_encoders_are_made_once(
     first = prepare(config, model, CPU, check_photos(config)).prompts
     monkeypatch.setattr(encode, "load_text_encoders", lambda *_: pytest.fail("the text encoders were loaded again"))
     second = prepare(config, model, CPU, check_photos(config)).prompts
-    for one, other in [(first.prompt_embeds, second.prompt_embeds), (first.pooled_embeds, second.pooled_embeds)]:
-        assert one is not None
-        assert other is not None
-        assert one.keys() == other.keys() == {"", "a zx dog", "a dog"}
-        assert all(torch.equal(one[prompt], other[prompt]) for prompt in one)
+    assert first.embeds is not None
+    assert second.embeds is not None
+    assert first.embeds.keys() == second.embeds.keys() == {"", "a zx dog", "a dog"}
+    for prompt, rows in first.embeds.items():
+        assert rows.keys() == {"embeds", "pooled"}
+        assert all(torch.equal(tensor, second.embeds[prompt][name]) for name, tensor in rows.items())
 
 
 @pytest.mark.parametrize("zeroes", [False, True])
@@ -129,21 +132,19 @@ def test_drawn_latents_are_those_of_the_pipeline(
 ) -> None:
     """With the empty prompt as zeros, and as a prompt: ``force_zeros_for_empty_prompt``."""
     pipeline.register_to_config(force_zeros_for_empty_prompt=zeroes)
-    table = embed_for(find_source(str(model.path)), ["a dog", ""], device=CPU, dtype=torch.float32)
+    table = find_source(str(model.path)).embed(["a dog", ""], CPU, torch.float32)
     table = replace(table, zeroes_empty_prompt=zeroes)
     latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(3))
     pipeline.scheduler = DDIMScheduler.from_config(load_noise_schedule(model).config)
     theirs = pipeline(
         "a dog", height=32, width=48, latents=latents, num_inference_steps=3, guidance_scale=4.0, output_type="latent"
     ).images
-    ours = sample_prompt(
-        Denoiser(load_unet(model), None),
-        load_noise_schedule(model),
-        SamplingSettings(sampler="ddim", num_inference_steps=3, guidance_scale=4.0),
-        table.conditioning(["a dog", ""], whole_picture_time_ids(32, 48, 2)),
-        latent_size=(16, 24),
-        generators=[torch.Generator().manual_seed(3)],
+    artist = Artist(
+        model=model,
+        settings=SamplingSettings(sampler="ddim", num_inference_steps=3, guidance_scale=4.0),
     )
+    job = Job(prompts=["a dog"], size=(32, 48), generators=[torch.Generator().manual_seed(3)])
+    ours = artist.latents(Denoiser(model.family, {"unet": model.load("unet")}), table.conditioning(["a dog", ""]), job)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -155,11 +156,10 @@ def test_dropped_prompts_are_zeros_where_the_model_was_trained_so(
         config = load_config(None, list(chosen.items()))
         (batch,) = prepare(config, model, CPU, check_photos(config)).batches_at(0)
         denoiser, _, _ = build_step(resolve(config), model, CPU)
-        embeds, added = denoiser.embeds_and_added(batch.conditioning)
-        assert added is not None
-        assert not embeds.any()
-        assert not added["text_embeds"].any()
-        assert added["time_ids"].any()
+        told = denoiser.told(batch.conditioning)
+        assert not told.embeds["embeds"].any()
+        assert not told.embeds["pooled"].any()
+        assert told.picture["time_ids"].any()
 
 
 VARIANTS = {

@@ -14,12 +14,15 @@ from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config, ObjectiveConfig
 from lowmem_db.config.strategy import resolve
 from lowmem_db.engine.build import build_step
-from lowmem_db.engine.generate import find_source, generate_images
+from lowmem_db.engine.generate import generate_images
+from lowmem_db.engine.source import find_source
 from lowmem_db.errors import ConfigError
+from lowmem_db.models.finding import find_model
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import load_noise_schedule
-from lowmem_db.models.source import ModelFolder, find_model
 from lowmem_db.objective.objective import Objective
-from lowmem_db.sampling.latents import _SAMPLERS, SamplingSettings
+from lowmem_db.objective.process import Diffusion
+from lowmem_db.sampling.latents import SamplingSettings
 from tests.objective.test_objective import make_batch
 from tests.tiny_models import write_tiny_model
 
@@ -65,8 +68,7 @@ def test_last_timestep_is_noise_alone_and_its_velocity_is_the_picture(
     schedule = load_noise_schedule(model, zero_terminal_snr=True)
     objective = Objective(
         ObjectiveConfig(**fields),
-        alphas_cumprod=schedule.alphas_cumprod,
-        prediction_type="v_prediction",
+        process=Diffusion(schedule.alphas_cumprod, "v_prediction"),
         prior_loss_weight=1.0,
         seed=0,
         device=CPU,
@@ -130,7 +132,8 @@ def test_every_sampler_starts_at_the_last_timestep(tmp_path: Path, sampler: str)
     )
     low, high = picture.convert("L").getextrema()
     assert low < high
-    scheduler = _SAMPLERS[sampler].from_config(load_noise_schedule(find_model(str(folder))).config)
+    model = find_model(str(folder))
+    scheduler = model.family.sampler(model, sampler)
     scheduler.set_timesteps(4)
     assert scheduler.timesteps[0] == 999
 

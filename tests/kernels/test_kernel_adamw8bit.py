@@ -3,7 +3,6 @@ import torch
 from lowmem_db_kernels import (
     AdamW8bitState,
     adamw8bit_step,
-    adamw8bit_step_flat,
     from_bitsandbytes,
     init_state,
     pack_extra_bits_eager,
@@ -11,7 +10,6 @@ from lowmem_db_kernels import (
     unpack_extra_bits_eager,
 )
 from lowmem_db_kernels.codec import decode_eager, dynamic_map
-from torch.utils._python_dispatch import TorchDispatchMode
 
 STEPS = 200
 
@@ -200,56 +198,6 @@ def test_channels_last_weights_keep_their_layout():
     assert torch.equal(sums, expected)
     assert state.absmax1 is not None
     assert torch.equal(state.absmax1, other.absmax1)
-
-
-def test_small_parameters_step_in_one_call():
-    params = [draw(5, 7, seed=1), draw(3, seed=2), draw(600, seed=3)]
-    grads = [draw(*param.shape, seed=9) for param in params]
-    single = [param.clone() for param in params]
-    total = sum(
-        adamw8bit_step(param, grad, init_state(param), lr=1e-3, step=1)
-        for param, grad in zip(single, grads, strict=True)
-    )
-    flat = init_state(torch.zeros(sum(param.numel() for param in params)))
-    sums = adamw8bit_step_flat(params, grads, flat, lr=1e-3, step=1)
-    assert all(torch.equal(param, expected) for param, expected in zip(params, single, strict=True))
-    torch.testing.assert_close(sums, total)
-
-
-class Names(TorchDispatchMode):
-    """Collects the names of the operations that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function._schema.name.split("::")[1])
-        return function(*args, **(kwargs or {}))
-
-
-def in_one_buffer(tensors, gap):
-    """Copy tensors into one buffer, so many elements apart."""
-    buffer, start, copies = torch.zeros(2000), 0, []
-    for tensor in tensors:
-        copies.append(buffer[start : start + tensor.numel()].view_as(tensor).copy_(tensor))
-        start += tensor.numel() + gap
-    return copies
-
-
-@pytest.mark.parametrize("gap", [0, 1])
-def test_small_parameters_of_one_buffer_are_stepped_where_they_lie(gap):
-    shapes = [(5, 7), (3,), (600,)]
-    params = [draw(*shape, seed=1) for shape in shapes]
-    grads = [draw(*shape, seed=9) for shape in shapes]
-    joined, joined_grads = in_one_buffer(params, gap), in_one_buffer(grads, gap)
-    expected, got = init_state(torch.zeros(638)), init_state(torch.zeros(638))
-    adamw8bit_step_flat(params, grads, expected, lr=1e-3, step=1)
-    with Names() as ran:
-        adamw8bit_step_flat(joined, joined_grads, got, lr=1e-3, step=1)
-    assert all(torch.equal(param, other) for param, other in zip(joined, params, strict=True))
-    assert torch.equal(got.state1, expected.state1)
-    assert ("cat" in ran.names) == ("_foreach_copy_" in ran.names) == bool(gap)
 
 
 @pytest.mark.parametrize("scales", [{"grad_scale": torch.tensor(0.5)}, {"update_scale": torch.tensor(0.0)}])

@@ -15,8 +15,11 @@ from lowmem_db_kernels import (
 )
 from lowmem_db_kernels.adamw8bit_eager import adamw8bit_step_eager
 from lowmem_db_kernels.adamw8bit_native import adamw8bit_step_native
+from lowmem_db_kernels.adamw8bit_state import StepOperands
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lowmem_db.planning.tracker import AllocationTracker
 
 NAMES = ("param", "extra_bits", "grad", "state1", "state2", "absmax1", "absmax2")
 FORMATS = ("fp32", "stochastic", "extra_bits")
@@ -64,10 +67,11 @@ def run(serve, tensors, *, dry_run=False, grad_scale=None, update_scale=None, st
     copies = {name: None if tensor is None else tensor.clone() for name, tensor in tensors.items()}
     count = torch.tensor(step)
     corrections = bias_corrections(count, (BETA1, BETA2))
-    sums = serve(
+    operands = StepOperands(
         *copies.values(), torch.tensor(1e-3), count, corrections, grad_scale, update_scale, BETA1, BETA2, EPS, 0.01, 11,
         -22, dry_run,
     )  # fmt: skip
+    sums = serve(operands)
     return {name: tensor for name, tensor in copies.items() if tensor is not None} | {"sums": sums}
 
 
@@ -163,11 +167,32 @@ def test_temporaries_of_the_eager_twin_do_not_grow_with_the_parameter(monkeypatc
     tensors = list(problem(64 * 1024, "stochastic").values())
     step = torch.tensor(7)
     corrections = bias_corrections(step, (BETA1, BETA2))
+    operands = StepOperands(
+        *tensors, torch.tensor(1e-3), step, corrections, None, None, BETA1, BETA2, EPS, 0.01, 11, -22, False
+    )
     with LargestAllocation([tensor for tensor in tensors if tensor is not None]) as largest:
-        adamw8bit_step_eager(
-            *tensors, torch.tensor(1e-3), step, corrections, None, None, BETA1, BETA2, EPS, 0.01, 11, -22, False
-        )
+        adamw8bit_step_eager(operands)
     assert 0 < largest.num_bytes <= 8 * 1024
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_temporaries_of_the_eager_twin_on_a_device_stay_below_100_mib(weight_format):
+    """It serves CUDA devices without Triton, where 2^24 elements at a time take 1 GiB."""
+    tensors = problem(300, weight_format, wide=False)
+    size = 2560 * 1280 * 9
+    tensors = {name: x if x is None else x.new_empty(size, device="meta") for name, x in tensors.items()}
+    tensors |= {name: torch.empty(-(-size // 256), device="meta") for name in ("absmax1", "absmax2")}
+    step = torch.tensor(7, device="meta")
+    corrections = torch.empty(2, device="meta")
+    operands = StepOperands(
+        *tensors.values(), torch.empty((), device="meta"), step, corrections, None, None, BETA1, BETA2, EPS, 0.01, 1, 2,
+        False,
+    )  # fmt: skip
+    tracker = AllocationTracker()
+    tracker.register([tensor for tensor in tensors.values() if tensor is not None], "weights")
+    with tracker.tracking():
+        adamw8bit_step_eager(operands)
+    assert 16 * 2**20 < tracker.peak.other < 100 * 2**20
 
 
 @both
@@ -209,7 +234,7 @@ def test_nothing_is_written_outside_the_tensors(serve, weight_format):
         storages.append(storage)
     step = torch.tensor(7)
     arguments = torch.tensor(1e-3), step, bias_corrections(step, (0.9, 0.999)), None, None, 0.9, 0.999, 1e-8, 0.01
-    serve(*inner.values(), *arguments, 1, 2, False)
+    serve(StepOperands(*inner.values(), *arguments, 1, 2, False))
     for storage in storages:
         assert bool((storage[:guard] == 0xAB).all())
         assert bool((storage[-guard:] == 0xAB).all())

@@ -133,7 +133,7 @@ def test_package_works_without_triton():
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, lowmem_db_kernels as k\n"
-        "tables = k.noise_tables(torch.linspace(0.9, 0.1, 4))\n"
-        "k.noise(torch.ones(1, 4, 2, 2), torch.tensor([1]), tables, seed=1, step=1, sample_ids=torch.tensor([0]))\n"
+        "coefficients = k.NoiseCoefficients(*torch.ones(4, 1))\n"
+        "k.noise(torch.ones(1, 4, 2, 2), coefficients, seed=1, step=1, sample_ids=torch.tensor([0]))\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=os.environ)

@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 
 import lowmem_db.models
 from lowmem_db.memory import checkpointing
+from lowmem_db.models.families.unet_blocks import find_blocks
 from tests.memory.device_trace import traced
 from tests.memory.models import sdxl_like_unet
 
@@ -48,7 +49,7 @@ def trace(unet: UNet2DConditionModel, placement: str, *, offload: bool) -> Bytes
                 unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
             )
             added = {"text_embeds": torch.empty(2, pooled_dim, dtype=dtype), "time_ids": torch.empty(2, 6, dtype=dtype)}
-    undo = checkpointing.apply({"unet": unet}, placement, offload=offload)
+    undo = checkpointing.apply(find_blocks({"unet": unet}), placement, offload=offload)
     with traced(unet, latents, text, timesteps) as trace:
         loss = unet(latents, timesteps, text, added_cond_kwargs=added).sample.float().square().mean()
         kept = trace.live
@@ -128,7 +129,7 @@ def test_order_where_transformers_have_many_blocks() -> None:
 def test_a_placement_of_one_block_saves_in_proportion(sd15: dict[tuple[str, bool], Bytes], block: str) -> None:
     """The planner may spend what it has on blocks that need not be recomputed."""
     unet = on_meta(UNet2DConditionModel.load_config(SD15))
-    names = checkpointing.block_names({"unet": unet})
+    names = list(find_blocks({"unet": unet}))
     one = trace(unet, dict.fromkeys([f"unet.{block}"], "segments"), offload=False)
     others = trace(unet, {name: "segments" for name in names if name != f"unet.{block}"}, offload=False)
     none, every = sd15["none", False], sd15["segments", False]

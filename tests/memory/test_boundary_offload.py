@@ -10,6 +10,7 @@ from lowmem_db.host_memory import observed
 from lowmem_db.memory import boundary_offload, checkpointing
 from lowmem_db.memory.boundary_offload import BoundaryOffload
 from lowmem_db.memory.segments import Segment
+from lowmem_db.models.families.unet_blocks import find_blocks
 from tests.memory.models import assert_same_bits, build, clones, loss_and_gradients, loss_of
 
 LIMIT = 4096
@@ -163,7 +164,7 @@ def test_copies_that_run_late_change_no_bits(placement: str, monkeypatch: pytest
     monkeypatch.setattr(boundary_offload, "_Host", lambda device: hosts.append(LateHost(device)) or hosts[-1])
     modules = build("sdxl_like")
     plain = clones(modules)
-    checkpointing.apply(modules, placement, offload=True)
+    checkpointing.apply(find_blocks(modules), placement, offload=True)
     for step in range(3):
         assert_same_bits(loss_and_gradients(modules, step), loss_and_gradients(plain, step))
     assert hosts[0].num_waits > 30
@@ -173,7 +174,7 @@ def test_copies_that_run_late_change_no_bits(placement: str, monkeypatch: pytest
 def test_host_memory_is_allocated_in_the_first_step_alone(placement: str) -> None:
     modules = build("sdxl_like")
     plain = clones(modules)
-    checkpointing.apply(modules, placement, offload=True)
+    checkpointing.apply(find_blocks(modules), placement, offload=True)
     allocated: list[Tensor] = []
     with observed(allocated.append):
         loss_and_gradients(modules)
@@ -190,7 +191,7 @@ def test_segments_inside_a_segment_keep_nothing(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(checkpointing, "BoundaryOffload", lambda: offload)
     kept = {}
     for placement in ("segments", "nested"):
-        undo = checkpointing.apply(modules, placement, offload=True)
+        undo = checkpointing.apply(find_blocks(modules), placement, offload=True)
         loss = loss_of(modules)
         kept[placement] = offload.num_bytes_kept()
         loss.backward()
@@ -202,7 +203,7 @@ def test_segments_inside_a_segment_keep_nothing(monkeypatch: pytest.MonkeyPatch,
 def test_two_forward_passes_before_backward() -> None:
     modules = build("tiny")
     plain = clones(modules)
-    checkpointing.apply(modules, "segments", offload=True)
+    checkpointing.apply(find_blocks(modules), "segments", offload=True)
     for either in (modules, plain):
         (loss_of(either, 1) + loss_of(either, 2)).backward()
     for new, old in zip(modules["unet"].parameters(), plain["unet"].parameters(), strict=True):
@@ -225,8 +226,8 @@ def test_the_same_bits_on_a_gpu(placement: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     modules = {name: module.cuda() for name, module in build("sdxl_like").items()}
     plain = clones(modules)
-    checkpointing.apply(plain, placement)
-    checkpointing.apply(modules, placement, offload=True)
+    checkpointing.apply(find_blocks(plain), placement)
+    checkpointing.apply(find_blocks(modules), placement, offload=True)
     for step in range(4):
         loss = loss_of(modules, step)
         scratch = [torch.full((2048,), float("nan"), device="cuda") for _ in range(200)]  # where tensors lay before

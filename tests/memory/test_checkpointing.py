@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lowmem_db.memory import boundary_offload, checkpointing, fused_layers
-from lowmem_db.memory.segments import Concatenation, Segment
+from lowmem_db.memory.segments import Segment
+from lowmem_db.models.families.unet_blocks import Concatenation, find_blocks
 from tests.memory.models import (
     UNETS,
     assert_same_bits,
@@ -39,7 +40,7 @@ def expected(name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", UNETS)
 def test_the_same_bits(name: str, placement: str, offload: bool) -> None:
     modules = build(name)
-    checkpointing.apply(modules, placement, offload=offload)
+    checkpointing.apply(find_blocks(modules), placement, offload=offload)
     assert_same_bits(loss_and_gradients(modules), expected(name))
     assert_same_bits(loss_and_gradients(modules), expected(name))
 
@@ -50,7 +51,7 @@ def test_the_same_bits(name: str, placement: str, offload: bool) -> None:
 def test_the_same_weights_where_parameters_step_in_backward(name: str, placement: str, offload: bool) -> None:
     modules = build(name)
     plain = clones(modules)
-    checkpointing.apply(modules, placement, offload=offload)
+    checkpointing.apply(find_blocks(modules), placement, offload=offload)
     for either in (modules, plain):
         step_in_backward(either)
     for step in range(3):
@@ -85,7 +86,7 @@ def test_the_same_bits_under_autocast(placement: str, cache_enabled: bool, offlo
     plain = values()
     for module in modules.values():
         module.zero_grad()
-    checkpointing.apply(modules, placement, offload=offload)
+    checkpointing.apply(find_blocks(modules), placement, offload=offload)
     assert_same_bits(values(), plain)
 
 
@@ -94,7 +95,7 @@ def test_odd_sizes(placement: str) -> None:
     """Sizes that are no multiple of what the UNet halves: upsamplers get the size of the skip connections."""
     modules = build("tiny")
     plain = loss_and_gradients(modules, size=(15, 11))
-    checkpointing.apply(modules, placement, offload=True)
+    checkpointing.apply(find_blocks(modules), placement, offload=True)
     assert_same_bits(loss_and_gradients(modules, size=(15, 11)), plain)
 
 
@@ -103,7 +104,7 @@ def test_a_text_encoder_that_does_not_train(placement: str) -> None:
     modules = build("tiny")
     modules["text_encoder"].requires_grad_(False)
     plain = loss_and_gradients(modules)
-    checkpointing.apply(modules, placement)
+    checkpointing.apply(find_blocks(modules), placement)
     assert_same_bits(loss_and_gradients(modules), plain)
 
 
@@ -117,7 +118,7 @@ def test_dropout_draws_the_same_numbers_again(placement: str) -> None:
         layer.self_attn.dropout = 0.3
     torch.manual_seed(1)
     plain = loss_and_gradients(modules)
-    checkpointing.apply(modules, placement)
+    checkpointing.apply(find_blocks(modules), placement)
     torch.manual_seed(1)
     assert_same_bits(loss_and_gradients(modules), plain)
     torch.manual_seed(2)
@@ -130,7 +131,7 @@ def test_hidden_states_of_a_text_encoder(placement: str) -> None:
     modules = build("tiny")
     encode = lambda: modules["text_encoder"](torch.arange(16)[None], output_hidden_states=True).hidden_states  # noqa: E731
     plain = encode()
-    undo = checkpointing.apply(modules, placement)
+    undo = checkpointing.apply(find_blocks(modules), placement)
     for state, expected_state in zip(encode(), plain, strict=True):
         assert torch.equal(state, expected_state)
     undo()
@@ -163,7 +164,7 @@ def test_what_each_placement_recomputes() -> None:
     }
     counts = {}
     for placement in checkpointing.PLACEMENTS:
-        undo = checkpointing.apply(modules, placement)
+        undo = checkpointing.apply(find_blocks(modules), placement)
         counts[placement] = {name: calls_per_step(modules, part) for name, part in parts.items()}
         undo()
     once = dict.fromkeys(parts, 1)
@@ -180,7 +181,7 @@ def test_what_each_placement_recomputes() -> None:
 def test_attentions_are_nested_where_a_transformer_has_one_block() -> None:
     modules = build("tiny")
     block = modules["unet"].mid_block.attentions[0].transformer_blocks[0]
-    checkpointing.apply(modules, "nested")
+    checkpointing.apply(find_blocks(modules), "nested")
     assert calls_per_step(modules, block.norm1) == 2
     assert calls_per_step(modules, block.attn1.to_q) == 3
     assert calls_per_step(modules, block.ff) == 2
@@ -190,7 +191,7 @@ def test_a_placement_per_block() -> None:
     modules = build("tiny")
     unet = modules["unet"]
     chosen = {"unet.down_blocks.1": "layers", "unet.up_blocks.0": "segments", "unet.mid_block": "nested"}
-    checkpointing.apply(modules, chosen | {"text_encoder": "none"}, offload=True)
+    checkpointing.apply(find_blocks(modules), chosen | {"text_encoder": "none"}, offload=True)
     recomputed = {name: calls_per_step(modules, unet.get_submodule(name).resnets[0].norm1) == 2 for name in BLOCKS}
     assert recomputed == {name: f"unet.{name}" in chosen for name in BLOCKS}
     assert calls_per_step(modules, modules["text_encoder"].encoder.layers[0].mlp) == 1
@@ -201,7 +202,7 @@ def test_a_placement_per_block() -> None:
 
 def test_names_of_blocks() -> None:
     modules = build("tiny")
-    assert checkpointing.block_names(modules) == [*(f"unet.{name}" for name in BLOCKS), "text_encoder"]
+    assert list(find_blocks(modules)) == [*(f"unet.{name}" for name in BLOCKS), "text_encoder"]
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
@@ -210,30 +211,30 @@ def test_undo_restores_the_modules(placement: str, offload: bool) -> None:
     modules = build("sdxl_like")
     before = {name: set(part.__dict__) for module in modules.values() for name, part in module.named_modules()}
     states = {component: list(module.state_dict()) for component, module in modules.items()}
-    undo = checkpointing.apply(modules, placement, offload=offload)
+    undo = checkpointing.apply(find_blocks(modules), placement, offload=offload)
     assert {component: list(module.state_dict()) for component, module in modules.items()} == states
     undo()
     assert {name: set(part.__dict__) for module in modules.values() for name, part in module.named_modules()} == before
     assert_same_bits(loss_and_gradients(modules), expected("sdxl_like"))
-    checkpointing.apply(modules, "layers")
+    checkpointing.apply(find_blocks(modules), "layers")
 
 
 @pytest.mark.parametrize("second", RECOMPUTING)
 @pytest.mark.parametrize("first", RECOMPUTING)
 def test_applying_twice_is_refused(first: str, second: str) -> None:
     modules = build("sdxl_like")
-    checkpointing.apply(modules, first)
+    checkpointing.apply(find_blocks(modules), first)
     with pytest.raises(ValueError, match="checkpointing is applied already to unet, text_encoder; undo it first"):
-        checkpointing.apply(modules, second)
+        checkpointing.apply(find_blocks(modules), second)
 
 
 def test_applying_to_another_block_later_is_refused() -> None:
     modules = build("tiny")
-    undo = checkpointing.apply(modules, {"unet.up_blocks.1": "segments"})
+    undo = checkpointing.apply(find_blocks(modules), {"unet.up_blocks.1": "segments"})
     with pytest.raises(ValueError, match="is applied already"):
-        checkpointing.apply(modules, {"unet.mid_block": "layers"})
+        checkpointing.apply(find_blocks(modules), {"unet.mid_block": "layers"})
     undo()
-    checkpointing.apply(modules, {"unet.mid_block": "layers"})
+    checkpointing.apply(find_blocks(modules), {"unet.mid_block": "layers"})
 
 
 def test_a_forward_that_somebody_else_replaced_is_used_and_restored() -> None:
@@ -242,7 +243,7 @@ def test_a_forward_that_somebody_else_replaced_is_used_and_restored() -> None:
     calls, original = [], resnet.forward
     replaced = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]  # noqa: E731
     resnet.forward = replaced
-    undo = checkpointing.apply(modules, "segments")
+    undo = checkpointing.apply(find_blocks(modules), "segments")
     assert_same_bits(loss_and_gradients(modules), expected("tiny"))
     assert len(calls) == 2
     undo()
@@ -253,7 +254,7 @@ def test_fused_layers_go_with_it() -> None:
     modules = build("tiny")
     fused_layers.apply(modules["unet"])
     plain = loss_and_gradients(modules)
-    undo = checkpointing.apply(modules, "nested", offload=True)
+    undo = checkpointing.apply(find_blocks(modules), "nested", offload=True)
     assert_same_bits(loss_and_gradients(modules), plain)
     undo()
     assert_same_bits(loss_and_gradients(modules), plain)
@@ -261,13 +262,13 @@ def test_fused_layers_go_with_it() -> None:
 
 def test_an_unknown_block_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'unet.middle' is no block; the blocks are unet.down_blocks.0, .*encoder"):
-        checkpointing.apply(build("tiny"), {"unet.middle": "layers"})
+        checkpointing.apply(find_blocks(build("tiny")), {"unet.middle": "layers"})
 
 
 @pytest.mark.parametrize("placement", ["all", {"unet.mid_block": "all"}], ids=["one", "per block"])
 def test_an_unknown_placement_is_refused(placement: str | dict[str, str]) -> None:
     with pytest.raises(ValueError, match="'all' is no placement; choose none, layers, segments, nested"):
-        checkpointing.apply(build("tiny"), placement)
+        checkpointing.apply(find_blocks(build("tiny")), placement)
 
 
 @pytest.mark.parametrize("placement", ["segments", "nested"])
@@ -275,21 +276,21 @@ def test_a_block_of_another_kind_is_refused_and_nothing_is_changed(placement: st
     unet = sdxl_like_unet(down_block_types=("DownBlock2D", "SimpleCrossAttnDownBlock2D"))
     refusal = f"unet.down_blocks.1: '{placement}' does not know SimpleCrossAttnDownBlock2D; choose another placement"
     with pytest.raises(ValueError, match=refusal):
-        checkpointing.apply({"unet": unet}, placement)
+        checkpointing.apply(find_blocks({"unet": unet}), placement)
     assert not any("forward" in part.__dict__ for part in unet.modules())
-    checkpointing.apply({"unet": unet}, {"unet.down_blocks.0": placement, "unet.down_blocks.1": "layers"})
+    checkpointing.apply(find_blocks({"unet": unet}), {"unet.down_blocks.0": placement, "unet.down_blocks.1": "layers"})
 
 
 @pytest.mark.parametrize("placement", RECOMPUTING)
 def test_a_model_of_another_kind_is_refused(placement: str) -> None:
     with pytest.raises(ValueError, match=f"of vae: '{placement}' does not know Linear"):
-        checkpointing.apply({"vae": nn.Linear(1, 1)}, placement)
+        checkpointing.apply(find_blocks({"vae": nn.Linear(1, 1)}), placement)
 
 
 @pytest.mark.parametrize("placement", RECOMPUTING)
 def test_images_are_drawn_as_before(placement: str) -> None:
     modules = build("sdxl_like")
-    checkpointing.apply(modules, placement, offload=True)
+    checkpointing.apply(find_blocks(modules), placement, offload=True)
     with torch.no_grad():
         assert torch.equal(loss_of(modules), expected("sdxl_like")["loss"])
 

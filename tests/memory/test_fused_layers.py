@@ -2,8 +2,14 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem_db.memory import fused_layers
+from lowmem_db.config.loading import load_config
+from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.memory import checkpointing, fused_layers
+from lowmem_db.optimizers.build import build_optimizer
+from lowmem_db.optimizers.weights import apply as split_weights
+from tests.config.test_rules import NEEDED
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -150,3 +156,107 @@ def test_a_block_with_scale_and_shift_is_left_alone(unet):
         block.time_embedding_norm = "scale_shift"
     fused_layers.apply(unet)
     assert all("forward" not in block.norm1.__dict__ for block in blocks)
+
+
+@pytest.mark.parametrize("placement", ["layers", "segments", "nested"])
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_recomputing_gives_the_same_bits(unet, placement, fused_first):
+    expected = copy.deepcopy(unet)
+    fused_layers.apply(expected)
+    expected = loss_and_gradients(expected)
+    techniques = [lambda: fused_layers.apply(unet), lambda: checkpointing.apply({"unet": unet}, placement)]
+    for technique in techniques if fused_first else techniques[::-1]:
+        technique()
+    got = loss_and_gradients(unet)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_is_undone_before_or_after_checkpointing(unet):
+    expected = loss_and_gradients(unet)
+    for order in (1, -1):
+        undo = [fused_layers.apply(unet), checkpointing.apply({"unet": unet}, "segments")]
+        for each in undo[::order]:
+            each()
+        got = loss_and_gradients(unet)
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def in_backward(unet):
+    """An optimizer that steps 24-bit weights in the backward pass."""
+    fields = {"optimizer.name": "adamw8bit", "memory.weights": "bf16_extra_bits", "memory.optimizer_in_backward": True}
+    config = load_config(None, list((NEEDED | fields).items()))
+    extra_bits = split_weights({"unet": unet}, "bf16_extra_bits")
+    optimizer = build_optimizer(config, plain_strategy(config), {"unet": unet}, torch.device("cpu"))
+    for name, bits in optimizer.extra_bits().items():
+        bits.copy_(extra_bits[name])
+    optimizer.set_learning_rates({"unet": 1e-3})
+    return optimizer
+
+
+@pytest.mark.parametrize("placement", ["none", "segments", "nested"])
+def test_24_bit_weights_step_in_the_backward_pass(placement):
+    """The weights are other ones when a later layer is recomputed; each layer must see its own of the forward pass."""
+    results = []
+    for where in ("none", placement):
+        unet = build_unet()
+        names = list(unet.state_dict())
+        optimizer = in_backward(unet)
+        fused_layers.apply(unet)
+        checkpointing.apply({"unet": unet}, where)
+        losses = []
+        for step in range(4):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(unet, step)
+            optimizer.backward(loss)
+            optimizer.step()
+            losses.append(loss.detach())
+        assert list(unet.state_dict()) == names
+        results.append([*losses, *unet.state_dict().values(), *optimizer.extra_bits().values()])
+    assert all(torch.equal(got, expected) for got, expected in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast_it_is_as_good_as_unfused(unet, weights):
+    exact = loss_and_gradients(copy.deepcopy(unet).to(weights).double())
+    unet.to(weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager = loss_and_gradients(unet)
+        fused_layers.apply(unet)
+        fused = loss_and_gradients(unet)
+    assert error(fused, exact) <= 1.5 * error(eager, exact)
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_trace_on_meta_sees_the_operators_of_a_real_step(unet):
+    seen = {}
+    for device in ("cpu", "meta"):
+        model = copy.deepcopy(unet).to(device)
+        fused_layers.apply(model)
+        latents, timesteps, text, _ = (tensor.to(device) for tensor in batch())
+        with Operators() as operators:
+            model(latents, timesteps, text).sample.sum().backward()
+        seen[device] = [name for name in operators.names if name.startswith("lowmem_db_kernels::")]
+        assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+    assert seen["cpu"] == seen["meta"]
+    assert {name.removeprefix("lowmem_db_kernels::") for name in seen["meta"]} == {
+        f"{name}{way}" for name in ("group_norm_silu", "geglu") for way in ("", "_backward")
+    }
+
+
+def test_operators_and_the_way_around_them_give_the_same_bits(unet):
+    fused_layers.apply(unet)
+    plain = loss_and_gradients(unet)
+    with Operators():
+        watched = loss_and_gradients(unet)
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)

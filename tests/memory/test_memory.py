@@ -10,10 +10,9 @@ from torch import Tensor
 from lowmem_db import environment
 from lowmem_db.errors import DependencyError
 from lowmem_db.memory import attention, checkpointing
-from lowmem_db.models.conditioning import tokenize
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.loading import load_text_encoder, load_tokenizer, load_unet
-from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.models.finding import find_model
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.records import Conditioning
 
 CPU = torch.device("cpu")
@@ -26,7 +25,7 @@ def model(tiny_model: Path) -> ModelFolder:
 
 @pytest.fixture
 def denoiser(model: ModelFolder) -> Denoiser:
-    denoiser = Denoiser(load_unet(model), load_text_encoder(model))
+    denoiser = Denoiser(model.family, {name: model.load(name) for name in ("unet", "text_encoder")})
     for module in denoiser.modules().values():
         module.train().requires_grad_(True)
     return denoiser
@@ -34,7 +33,7 @@ def denoiser(model: ModelFolder) -> Denoiser:
 
 def loss_and_gradients(model: ModelFolder, denoiser: Denoiser) -> tuple[Tensor, dict[str, Tensor]]:
     torch.manual_seed(0)
-    conditioning = Conditioning(input_ids=tokenize(load_tokenizer(model), ["a dog", "a cat"]))
+    conditioning = Conditioning(tokens=model.family.tokenize(model, ["a dog", "a cat"]))
     loss = denoiser.predict(torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), conditioning).square().mean()
     loss.backward()
     gradients = {}
@@ -52,10 +51,10 @@ def test_recomputed_activations_give_the_same_bits(
 ) -> None:
     denoiser.autocast_dtype = autocast_dtype
     calls = []
-    denoiser.unet.mid_block.resnets[0].norm1.register_forward_hook(lambda *_: calls.append(1))
+    denoiser.module.mid_block.resnets[0].norm1.register_forward_hook(lambda *_: calls.append(1))
     loss, gradients = loss_and_gradients(model, denoiser)
     assert len(calls) == 1
-    undo = checkpointing.apply(denoiser.modules(), "layers")
+    undo = checkpointing.apply(denoiser.blocks(), "layers")
     recomputed_loss, recomputed_gradients = loss_and_gradients(model, denoiser)
     assert len(calls) == 3
     assert torch.equal(recomputed_loss, loss)
@@ -67,9 +66,9 @@ def test_recomputed_activations_give_the_same_bits(
 
 
 def test_recomputing_goes_with_a_text_encoder_that_stopped_training(model: ModelFolder, denoiser: Denoiser) -> None:
-    denoiser.text_encoder.requires_grad_(False)
+    denoiser.text_encoders()["text_encoder"].requires_grad_(False)
     loss, gradients = loss_and_gradients(model, denoiser)
-    checkpointing.apply(denoiser.modules(), "layers")
+    checkpointing.apply(denoiser.blocks(), "layers")
     recomputed_loss, recomputed_gradients = loss_and_gradients(model, denoiser)
     assert torch.equal(recomputed_loss, loss)
     for name, gradient in gradients.items():
@@ -77,7 +76,7 @@ def test_recomputing_goes_with_a_text_encoder_that_stopped_training(model: Model
 
 
 def test_sdpa_is_what_the_model_has_already(model: ModelFolder) -> None:
-    unet = load_unet(model)
+    unet = model.load("unet")
     before = dict(unet.attn_processors)
     undo = attention.apply(unet, "sdpa", CPU)
     undo()
@@ -86,7 +85,7 @@ def test_sdpa_is_what_the_model_has_already(model: ModelFolder) -> None:
 
 def test_xformers_on_the_cpu_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch, model: ModelFolder) -> None:
     monkeypatch.setattr(environment, "require", lambda name: None)  # as if it were installed
-    unet = load_unet(model)
+    unet = model.load("unet")
     before = dict(unet.attn_processors)
     for refused in (lambda: attention.check("xformers", CPU), lambda: attention.apply(unet, "xformers", CPU)):
         with pytest.raises(DependencyError, match=r"'xformers' has no operator .* 'cpu'; use memory\.attention=sdpa"):

@@ -14,20 +14,16 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lowmem_db import models
 from lowmem_db.errors import ModelError
-from lowmem_db.models.loading import (
-    load_autoencoder,
-    load_noise_schedule,
-    load_text_encoder,
-    load_text_encoder_2,
-    load_tokenizer,
-    load_unet,
-)
+from lowmem_db.models.families import find_family
+from lowmem_db.models.files import ModelFiles
+from lowmem_db.models.finding import find_model
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import load_noise_schedule
 from lowmem_db.models.saving import DTYPES, published_state, save_model
-from lowmem_db.models.source import ModelFolder, find_family, find_model
 from tests.tiny_models import write_tiny_model
 
 CONFIGS = Path(__file__).parents[1] / "assets" / "model_configs"
-LOADERS = {"unet": load_unet, "text_encoder": load_text_encoder, "vae": load_autoencoder}
+WITH_WEIGHTS = ("unet", "text_encoder", "vae")
 
 
 def changed(module: nn.Module) -> nn.Module:
@@ -50,19 +46,19 @@ def test_saved_model_loads_as_a_pipeline_with_every_tensor_equal(
     tiny_model: Path, tmp_path: Path, precision: str
 ) -> None:
     source, dtype = find_model(str(tiny_model)), DTYPES[precision]
-    trained = {"unet": changed(load_unet(source)), "text_encoder": changed(load_text_encoder(source))}
+    trained = {"unet": changed(source.load("unet")), "text_encoder": changed(source.load("text_encoder"))}
     save_model(tmp_path, source, trained, dtype=dtype)
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=dtype, local_files_only=True)
     assert_same_weights(pipeline.unet, trained["unet"].to(dtype))
     assert_same_weights(pipeline.text_encoder, trained["text_encoder"].to(dtype))
-    assert_same_weights(pipeline.vae, load_autoencoder(source, dtype=dtype))
+    assert_same_weights(pipeline.vae, source.load("vae", dtype=dtype))
     assert pipeline.safety_checker is None
     assert pipeline("a dog", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
 
 
 def test_saved_model_holds_safetensors_in_the_asked_precision(tiny_model: Path, tmp_path: Path) -> None:
     source = find_model(str(tiny_model))
-    unet = load_unet(source)
+    unet = source.load("unet")
     save_model(tmp_path, source, {"unet": unet}, dtype=torch.float16)
     assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} <= {".safetensors", ".json", ".txt"}
     weights = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
@@ -70,20 +66,20 @@ def test_saved_model_holds_safetensors_in_the_asked_precision(tiny_model: Path, 
     assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
     assert (
         load_file(tmp_path / "text_encoder" / "model.safetensors").keys()
-        == published_state(load_text_encoder(source), torch.float32).keys()
+        == published_state("text_encoder", source.load("text_encoder"), torch.float32).keys()
     )
 
 
 def test_saved_model_can_be_trained_again(tiny_model: Path, tmp_path: Path) -> None:
     source = find_model(str(tiny_model))
-    unet = changed(load_unet(source))
+    unet = changed(source.load("unet"))
     save_model(tmp_path, source, {"unet": unet}, dtype=torch.float32)
-    assert_same_weights(load_unet(find_model(str(tmp_path))), unet)
+    assert_same_weights(find_model(str(tmp_path)).load("unet"), unet)
 
 
 def test_names_of_the_text_encoder_are_the_published_ones(tiny_model: Path, tmp_path: Path) -> None:
     source = find_model(str(tiny_model))
-    save_model(tmp_path, source, {"text_encoder": load_text_encoder(source)}, dtype=torch.float32)
+    save_model(tmp_path, source, {"text_encoder": source.load("text_encoder")}, dtype=torch.float32)
     names = load_file(tmp_path / "text_encoder" / "model.safetensors").keys()
     assert all(name.startswith("text_model.") for name in names)
     assert "text_model.encoder.layers.0.self_attn.q_proj.weight" in names
@@ -93,14 +89,14 @@ def test_names_of_the_text_encoder_are_the_published_ones(tiny_model: Path, tmp_
 def test_source_with_pickles_gives_a_model_without_them(
     model_copy: Path, pickle_weights: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    for component in LOADERS:
+    for component in WITH_WEIGHTS:
         pickle_weights(model_copy / component)
     source = find_model(str(model_copy), allow_pickle=True)
     final = tmp_path / "final"
-    save_model(final, source, {"unet": load_unet(source)}, dtype=torch.float32)
+    save_model(final, source, {"unet": source.load("unet")}, dtype=torch.float32)
     assert not list(final.rglob("*.bin"))
-    for load in LOADERS.values():
-        assert_same_weights(load(find_model(str(final))), load(source))
+    for name in WITH_WEIGHTS:
+        assert_same_weights(find_model(str(final)).load(name), source.load(name))
 
 
 def test_source_with_a_variant_gives_a_model_without_one(model_copy: Path, tmp_path: Path) -> None:
@@ -108,18 +104,18 @@ def test_source_with_a_variant_gives_a_model_without_one(model_copy: Path, tmp_p
         file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
     source = find_model(str(model_copy), variant="fp16")
     final = tmp_path / "final"
-    save_model(final, source, {"unet": load_unet(source)}, dtype=torch.float32)
+    save_model(final, source, {"unet": source.load("unet")}, dtype=torch.float32)
     pipeline = StableDiffusionPipeline.from_pretrained(final, local_files_only=True)
-    assert_same_weights(pipeline.vae, load_autoencoder(source))
+    assert_same_weights(pipeline.vae, source.load("vae"))
 
 
-@pytest.mark.parametrize("component", LOADERS)
+@pytest.mark.parametrize("component", WITH_WEIGHTS)
 def test_pickled_weights_load_where_they_are_allowed(
     tiny_model: Path, model_copy: Path, pickle_weights: Callable[[Path], None], component: str
 ) -> None:
     pickle_weights(model_copy / component)
-    loaded = LOADERS[component](find_model(str(model_copy), allow_pickle=True))
-    assert_same_weights(loaded, LOADERS[component](find_model(str(tiny_model))))
+    loaded = find_model(str(model_copy), allow_pickle=True).load(component)
+    assert_same_weights(loaded, find_model(str(tiny_model)).load(component))
 
 
 class RunsCode:
@@ -132,7 +128,7 @@ class RunsCode:
         return os.mkdir, (str(self.folder),)
 
 
-@pytest.mark.parametrize("component", LOADERS)
+@pytest.mark.parametrize("component", WITH_WEIGHTS)
 def test_pickles_that_run_code_are_refused(
     model_copy: Path, pickle_weights: Callable[[Path], None], tmp_path: Path, component: str
 ) -> None:
@@ -140,11 +136,11 @@ def test_pickles_that_run_code_are_refused(
     (file,) = (model_copy / component).glob("*.bin")
     torch.save({"weight": RunsCode(tmp_path / "was here")}, file)
     with pytest.raises(ModelError, match=rf"{component}: cannot be loaded"):
-        LOADERS[component](find_model(str(model_copy), allow_pickle=True))
+        find_model(str(model_copy), allow_pickle=True).load(component)
     assert not (tmp_path / "was here").exists()
 
 
-@pytest.mark.parametrize("component", LOADERS)
+@pytest.mark.parametrize("component", WITH_WEIGHTS)
 @pytest.mark.parametrize("kept", [0, 100, 5000])
 def test_damaged_weights_are_refused_by_the_name_of_their_component(
     model_copy: Path, component: str, kept: int
@@ -152,13 +148,13 @@ def test_damaged_weights_are_refused_by_the_name_of_their_component(
     (file,) = (model_copy / component).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ModelError, match=rf"{component}: cannot be loaded \(.*\); get the model anew") as refused:
-        LOADERS[component](find_model(str(model_copy)))
+        find_model(str(model_copy)).load(component)
     assert "\n" not in str(refused.value)
 
 
 def test_missing_variant_is_refused(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match=r"unet: cannot be loaded \(.*fp16.*check model\.base and model\.variant"):
-        load_unet(find_model(str(tiny_model), variant="fp16"))
+        find_model(str(tiny_model), variant="fp16").load("unet")
 
 
 @pytest.mark.parametrize("missing", [("*",), ("tokenizer.json", "merges.txt"), ("tokenizer.json", "vocab.json")])
@@ -167,7 +163,7 @@ def test_tokenizer_without_its_files_is_refused(model_copy: Path, missing: tuple
         for file in (model_copy / "tokenizer").glob(pattern):
             file.unlink()
     with pytest.raises(ModelError, match=r"tokenizer: holds neither tokenizer\.json nor vocab\.json and merges\.txt"):
-        load_tokenizer(find_model(str(model_copy)))
+        find_model(str(model_copy)).load("tokenizer")
 
 
 @pytest.mark.parametrize("content", ["", "{"])
@@ -175,20 +171,20 @@ def test_damaged_tokenizer_is_refused(model_copy: Path, content: str) -> None:
     for file in (model_copy / "tokenizer").iterdir():
         file.write_text(content)
     with pytest.raises(ModelError, match="tokenizer: cannot be loaded"):
-        load_tokenizer(find_model(str(model_copy)))
+        find_model(str(model_copy)).load("tokenizer")
 
 
 def test_unknown_autoencoder_is_refused(model_copy: Path) -> None:
     config = model_copy / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "VQModel"}))
     with pytest.raises(ModelError, match="is a VQModel; allowed: AutoencoderKL, AutoencoderTiny, AutoencoderTAEF2"):
-        load_autoencoder(find_model(str(model_copy)))
+        find_model(str(model_copy)).load("vae")
 
 
-@pytest.mark.parametrize("component", LOADERS)
+@pytest.mark.parametrize("component", WITH_WEIGHTS)
 def test_half_precision_files_are_loaded_as_asked_frozen_and_evaluating(tmp_path: Path, component: str) -> None:
     model = find_model(str(write_tiny_model(tmp_path / "half", dtype=torch.float16)))
-    module = LOADERS[component](model)
+    module = model.load(component)
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
     assert not any(parameter.requires_grad for parameter in module.parameters())
     assert not any(part.training for part in module.modules())
@@ -245,13 +241,13 @@ def test_published_models_have_their_published_sizes_and_names(
 
 def test_sdxl_has_its_published_sizes_and_names() -> None:
     folder = Path(models.__file__).parent / "configs" / "sdxl_base"
-    model = ModelFolder(name="sdxl", path=folder, family=find_family(folder))
+    model = ModelFolder(name="sdxl", path=folder, family=find_family(ModelFiles(path=folder)))
     assert model.family.name == "Stable Diffusion XL"
     meta = torch.device("meta")
     built = {
-        "unet": load_unet(model, device=meta),
-        "text_encoder": load_text_encoder(model, device=meta),
-        "text_encoder_2": load_text_encoder_2(model, device=meta),
+        "unet": model.load("unet", device=meta),
+        "text_encoder": model.load("text_encoder", device=meta),
+        "text_encoder_2": model.load("text_encoder_2", device=meta),
     }
     counts = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in built.items()}
     assert counts == {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840}

@@ -8,12 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowmem_db.errors import StorageError
-from lowmem_db.export.single_file import export_single_file
-from lowmem_db.export.source import find_export_source
+from lowmem_db.exporting.single_file import export_single_file
+from lowmem_db.exporting.source import find_export_source
 from lowmem_db.models import single_file_folder
-from lowmem_db.models.loading import load_tokenizer
+from lowmem_db.models.finding import find_model
 from lowmem_db.models.single_file_folder import folder_of_file
-from lowmem_db.models.source import find_model
 from tests.original_models import scheduler_fields, write_original_model
 
 FAMILIES = ["sd1", "sd2", "sdxl"]
@@ -41,7 +40,7 @@ def test_there_and_back_gives_the_same_bytes(family: str, dtype: torch.dtype, ca
     back = find_model(str(export(source, tmp_path / "one.safetensors")))
     assert weights(back.path) == weights(source)
     assert back.family == find_model(str(source)).family
-    for component in back.family.components:
+    for component in (each.name for each in back.family.components):
         expected = find_model(str(source)).config_of(component)
         assert back.config_of(component) == {key: value for key, value in expected.items() if key != "_name_or_path"}
 
@@ -103,8 +102,15 @@ def test_full_disk_leaves_no_folder(cache: Path, tmp_path: Path, monkeypatch: py
 def test_tokenizers_are_those_the_families_were_trained_with(family: str, cache: Path, tmp_path: Path) -> None:
     source = write_original_model(tmp_path / "source", family)
     model = find_model(str(export(source, tmp_path / "one.safetensors")))
-    tokenizer = load_tokenizer(model)
+    tokenizer = model.load("tokenizer")
     ids = tokenizer("a sks dog", padding="max_length", max_length=8).input_ids
     end = 49407
     padding = 0 if family == "sd2" else end
     assert ids == [49406, 320, 48136, 1929, end, padding, padding, padding]
+
+
+def test_cache_of_the_configuration_is_used(cache: Path, tmp_path: Path) -> None:
+    source = write_original_model(tmp_path / "source", "sd1")
+    file = export(source, tmp_path / "one.safetensors")
+    assert find_model(str(file), cache_dir=tmp_path / "own").path.parent == tmp_path / "own" / "models"
+    assert not cache.exists()

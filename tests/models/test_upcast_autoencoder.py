@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowmem_db.config.loading import load_config
-from lowmem_db.models.latents import decode_latents, encode_moments
-from lowmem_db.models.loading import load_autoencoder
-from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.models.families.spaces import LatentSpace
+from lowmem_db.models.finding import find_model
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.cards import find_card
 from lowmem_db.planning.phases import TracedRun, trace_class_images
 from lowmem_db.preparation.prepare import check_photos, prepare
@@ -40,21 +40,21 @@ def set_upcast(model: ModelFolder, value: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_force_upcast_is_obeyed(overflowing: ModelFolder, dtype: torch.dtype) -> None:
     set_upcast(overflowing, True)
-    autoencoder = load_autoencoder(overflowing, dtype=dtype)
-    assert autoencoder.dtype == torch.float32
+    codec = LatentSpace(overflowing).load(dtype=dtype)
+    assert codec.autoencoder.dtype == torch.float32
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    mean, std = encode_moments(autoencoder, pixels)
+    mean, std = codec.encode(pixels)
     assert torch.isfinite(mean).all()
     assert torch.isfinite(std).all()
-    assert torch.isfinite(decode_latents(autoencoder, mean.half())).all()
+    assert torch.isfinite(codec.decode(mean.half())).all()
 
 
 def test_it_would_overflow_otherwise(overflowing: ModelFolder) -> None:
     """Else the test above shows nothing."""
     set_upcast(overflowing, False)
-    autoencoder = load_autoencoder(overflowing, dtype=torch.float16)
-    assert autoencoder.dtype == torch.float16
-    assert not torch.isfinite(decode_latents(autoencoder, torch.randn(1, 4, 16, 16))).all()
+    codec = LatentSpace(overflowing).load(dtype=torch.float16)
+    assert codec.autoencoder.dtype == torch.float16
+    assert not torch.isfinite(codec.decode(torch.randn(1, 4, 16, 16))).all()
 
 
 def test_class_images_drawn_in_fp16_are_pictures(overflowing: ModelFolder, tiny_fields: dict[str, object]) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor
 from lowmem_db.config.schema import ObjectiveConfig
 from lowmem_db.errors import ConfigError
 from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.models.families.stable_diffusion import SD_OF_ANY_WIDTH
 from lowmem_db.objective.objective import NoisedBatch, Objective
+from lowmem_db.objective.process import Diffusion
 from lowmem_db.objective.weights import timestep_weights
 from lowmem_db.records import Batch, Conditioning
 from tests.tiny_models import NUM_TOKENS, tiny_text_encoder, tiny_unet
@@ -36,8 +38,7 @@ TEXT_ENCODER_PARAMETERS = (
 def build(prediction_type: str = "epsilon", *, prior_loss_weight: float = 1.0, **fields: object) -> Objective:
     return Objective(
         ObjectiveConfig.model_validate(fields),
-        alphas_cumprod=ALPHAS_CUMPROD,
-        prediction_type=prediction_type,  # type: ignore[arg-type]
+        process=Diffusion(ALPHAS_CUMPROD, prediction_type),
         prior_loss_weight=prior_loss_weight,
         seed=7,
         device=torch.device("cpu"),
@@ -51,7 +52,9 @@ def make_batch(num_instance: int = 2, num_prior: int = 2, size: int = 8, *, std:
     return Batch(
         latent_mean=mean,
         latent_std=torch.full_like(mean, std),
-        conditioning=Conditioning(input_ids=torch.randint(0, 512, (count, NUM_TOKENS), generator=generator)),
+        conditioning=Conditioning(
+            tokens={"input_ids": torch.randint(0, 512, (count, NUM_TOKENS), generator=generator)}
+        ),
         sample_ids=torch.arange(count),
         num_instance=num_instance,
         sources=tuple(f"{index}.png" for index in range(count)),
@@ -91,20 +94,20 @@ def test_loss_and_gradients_equal_a_plain_reference(
     objective = build(prediction_type, prior_loss_weight=0.7, snr_gamma=gamma, noise_offset=offset)
     noised = objective.noise(batch, step=11)
     if not trains_text_encoder:
-        embeds = text_encoder(batch.conditioning.input_ids)[0].detach()
-        conditioning = Conditioning(input_ids=batch.conditioning.input_ids, prompt_embeds=embeds)
-        text_encoder_or_none, names = None, NAMED_PARAMETERS
+        embeds = text_encoder(batch.conditioning.tokens["input_ids"])[0].detach()
+        conditioning = Conditioning(tokens={}, embeds={"embeds": embeds})
+        modules, names = {"unet": unet}, NAMED_PARAMETERS
     else:
-        conditioning, text_encoder_or_none = batch.conditioning, text_encoder
+        conditioning, modules = batch.conditioning, {"unet": unet, "text_encoder": text_encoder}
         names = (*NAMED_PARAMETERS, *TEXT_ENCODER_PARAMETERS)
     parameters = dict(unet.named_parameters()) | dict(text_encoder.named_parameters())
 
     loss = objective.loss(
-        Denoiser(unet, text_encoder_or_none).predict(noised.noisy_latents, noised.timesteps, conditioning), noised
+        Denoiser(SD_OF_ANY_WIDTH, modules).predict(noised.noisy_latents, noised.timesteps, conditioning), noised
     )
     gradients = torch.autograd.grad(loss.total, [parameters[name] for name in names])
 
-    hidden = text_encoder(batch.conditioning.input_ids)[0]
+    hidden = text_encoder(batch.conditioning.tokens["input_ids"])[0]
     prediction = unet(noised.noisy_latents, noised.timesteps, encoder_hidden_states=hidden).sample
     total, instance, prior_loss = reference_loss(prediction, noised, prediction_type, gamma, 0.7)
     expected = torch.autograd.grad(total, [parameters[name] for name in names])
@@ -143,10 +146,10 @@ def test_noising_is_exact_against_float64_at_every_timestep(prediction_type: str
 
 
 def test_low_precision_model_does_not_touch_the_noising() -> None:
-    """With bf16 tables sqrt(1 - alphas_cumprod) would be 0 at the first timesteps."""
-    objective = build()
-    assert objective.tables.sqrt_one_minus_alphas_cumprod.dtype == torch.float32
-    assert objective.tables.sqrt_one_minus_alphas_cumprod[0] > 0.02
+    """With bf16 coefficients sqrt(1 - alphas_cumprod) would be 0 at the first timesteps."""
+    sigma = build().process.coefficients(torch.tensor([0])).sigma
+    assert sigma.dtype == torch.float32
+    assert sigma[0] > 0.02
 
 
 def test_draws_depend_on_seed_step_and_sample_alone() -> None:
@@ -155,7 +158,7 @@ def test_draws_depend_on_seed_step_and_sample_alone() -> None:
     last = Batch(
         latent_mean=batch.latent_mean[3:],
         latent_std=batch.latent_std[3:],
-        conditioning=Conditioning(input_ids=batch.conditioning.input_ids[3:]),
+        conditioning=Conditioning(tokens={"input_ids": batch.conditioning.tokens["input_ids"][3:]}),
         sample_ids=batch.sample_ids[3:],
         num_instance=0,
         sources=batch.sources[3:],

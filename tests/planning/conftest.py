@@ -2,8 +2,8 @@ import pytest
 
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
+from lowmem_db.models.finding import model_of
 from lowmem_db.planning.cards import ASSUMED, Card
-from lowmem_db.planning.models import find_configuration
 from lowmem_db.planning.phases import TracedRun
 
 FIELDS = {
@@ -24,7 +24,7 @@ def make_config(**fields: object) -> Config:
 
 
 def make_run(config: Config, card: Card = ASSUMED) -> TracedRun:
-    return TracedRun(config=config, model=find_configuration(config.model), card=card)
+    return TracedRun(config=config, model=model_of(config, weights=False), card=card)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from lowmem_db.config.schema import Config
 from lowmem_db.engine.build import build_ema, build_step
 from lowmem_db.engine.step import train_step
-from lowmem_db.models.source import ModelFolder
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.phases import training_batches
 
 CPU = torch.device("cpu")

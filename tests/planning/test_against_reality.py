@@ -7,8 +7,8 @@ from torch import nn
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import changed, resolve
 from lowmem_db.engine import build
+from lowmem_db.models.finding import find_model
 from lowmem_db.models.loading import load_unet
-from lowmem_db.models.source import find_model
 from lowmem_db.planning.cards import CPU
 from lowmem_db.planning.measured import measure_train
 from lowmem_db.planning.phases import TracedRun, trace_train

@@ -7,7 +7,7 @@ import pytest
 
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.strategy import resolve
-from lowmem_db.planning.models import find_configuration
+from lowmem_db.models.finding import model_of
 from lowmem_db.planning.phases import TracedRun, trace_train
 from lowmem_db.planning.plan import plan
 from lowmem_db.planning.target import find_target
@@ -56,7 +56,7 @@ def test_training_stays_within_what_the_configuration_was_made_for(name: str) ->
     file = next(file for file in FILES if file.stem == name)
     config = resolve(load_config(file))
     target = find_target(config, gpu=card_of(file))
-    run = TracedRun(config=config, model=find_configuration(config.model), card=target.card)
+    run = TracedRun(config=config, model=model_of(config, weights=False), card=target.card)
     peak = trace_train(run).peak.total / GIB
     assert peak <= LIMITS[name]
     assert round(peak, 2) == in_header(file)[0]

@@ -7,9 +7,9 @@ import pytest
 from lowmem_db import environment
 from lowmem_db.config.strategy import autocast, open_paths, resolve
 from lowmem_db.errors import BudgetError, ConfigError, ModelError
+from lowmem_db.models.finding import model_of
 from lowmem_db.planning.candidates import candidates, open_choices
 from lowmem_db.planning.cards import ASSUMED, CPU, find_card
-from lowmem_db.planning.models import find_configuration
 from lowmem_db.planning.phases import trace_train
 from lowmem_db.planning.plan import Plan, Planner, plan
 from lowmem_db.planning.target import Target
@@ -57,12 +57,12 @@ def test_larger_budget_is_never_slower(plans):
 
 
 def test_enough_memory_is_spent_on_speed(plans):
-    strategy = plans[0].config
-    assert (strategy.memory.checkpointing, strategy.memory.stream_optimizer_state, strategy.memory.offload_checkpoints) == (
+    memory = plans[0].config.memory
+    assert (memory.checkpointing, memory.stream_optimizer_state, memory.offload_checkpoints) == (
         "none", False, False,
     )  # fmt: skip
-    assert not strategy.memory.optimizer_in_backward
-    assert strategy.training.clipping == "global"
+    assert not memory.optimizer_in_backward
+    assert plans[0].config.training.clipping == "global"
     assert plans[0].refused == ()
 
 
@@ -216,14 +216,14 @@ def test_quantized_weights_and_low_precision_are_refused_where_the_card_has_none
 
 
 def test_unknown_hub_id_says_what_to_do():
-    config = make_config(model__base="somebody/something").model
+    config = make_config(model__base="somebody/something")
     with pytest.raises(ModelError, match=r"somebody/something.*download it .*demo, stable-diffusion-v1-5/"):
-        find_configuration(config)
+        model_of(config, weights=False)
 
 
 def test_folder_without_a_denoiser_is_refused(tmp_path):
     with pytest.raises(ModelError, match="lacks unet"):
-        find_configuration(make_config(model__base=str(tmp_path)).model)
+        model_of(make_config(model__base=str(tmp_path)), weights=False)
 
 
 @pytest.mark.parametrize(

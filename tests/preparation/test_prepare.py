@@ -11,16 +11,17 @@ from PIL import Image
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.data.batches import BatchSource
+from lowmem_db.engine import draw
 from lowmem_db.errors import DataError
-from lowmem_db.models.source import find_model
-from lowmem_db.preparation import class_images, encode
+from lowmem_db.models.finding import find_model, model_of
+from lowmem_db.preparation import encode
 from lowmem_db.preparation.prepare import check_photos, check_prompts, prepare
 
 CPU = torch.device("cpu")
 
 
 def run(config: Config) -> BatchSource:
-    model = find_model(**config.model.model_dump())
+    model = model_of(config)
     return prepare(config, model, CPU, check_photos(config))
 
 
@@ -56,13 +57,13 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the batches of class images that were drawn."""
     sizes: list[int] = []
-    original = class_images.sample_prompt
+    original = draw.sample_latents
 
     def recording(*arguments, **options):
         sizes.append(len(options["generators"]))
         return original(*arguments, **options)
 
-    monkeypatch.setattr(class_images, "sample_prompt", recording)
+    monkeypatch.setattr(draw, "sample_latents", recording)
     return sizes
 
 
@@ -206,19 +207,19 @@ def test_manifest_tells_what_the_images_were_drawn_with(tiny_config: Config) -> 
 def test_embeddings_are_cached_while_the_text_encoder_is_frozen(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run(tiny_config).prompts.prompt_embeds
+    first = run(tiny_config).prompts.embeds
     monkeypatch.setattr(encode, "load_text_encoders", lambda *_: pytest.fail("the text encoder was loaded again"))
-    second = run(tiny_config).prompts.prompt_embeds
+    second = run(tiny_config).prompts.embeds
     assert first is not None
     assert second is not None
     assert first.keys() == second.keys() == {"", "a zx dog", "a dog"}
-    assert all(torch.equal(first[prompt], second[prompt]) for prompt in first)
+    assert all(torch.equal(first[prompt]["embeds"], second[prompt]["embeds"]) for prompt in first)
 
 
 def test_training_text_encoder_gets_token_ids_alone(tiny_fields: dict[str, object]) -> None:
     batches = run(with_fields(tiny_fields, training__train_text_encoder=True))
-    assert batches.prompts.prompt_embeds is None
-    assert batches.batches_at(0)[0].conditioning.prompt_embeds is None
+    assert batches.prompts.embeds is None
+    assert not batches.batches_at(0)[0].conditioning.embeds
 
 
 def test_long_prompt_is_warned_of(tiny_fields: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,13 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from lowmem_db.models.conditioning import encode_prompt, tokenize
-from lowmem_db.models.loading import load_noise_schedule, load_text_encoder, load_tokenizer, load_unet
-from lowmem_db.models.source import ModelFolder, find_model
+from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.models.families.clip import encode_prompt, tokenize
+from lowmem_db.models.finding import find_model
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import load_noise_schedule
 from lowmem_db.randomness import generator
+from lowmem_db.records import Conditioning
 from lowmem_db.sampling.latents import SamplingSettings, sample_latents
 
 SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm_solver": DPMSolverMultistepScheduler}
@@ -40,14 +43,14 @@ def draw(
     schedule: DDPMScheduler | None = None,
     size: int = 16,
 ) -> Tensor:
-    embeds = encode_prompt(load_text_encoder(model), tokenize(load_tokenizer(model), ["a dog", ""]))
+    embeds = encode_prompt(model.load("text_encoder"), tokenize(model.load("tokenizer"), ["a dog", ""]))
+    schedule = schedule or load_noise_schedule(model)
     return sample_latents(
-        load_unet(model),
-        schedule or load_noise_schedule(model),
+        Denoiser(model.family, {"unet": model.load("unet")}),
+        SAMPLERS[sampler].from_config(schedule.config),
         SamplingSettings(sampler=sampler, num_inference_steps=steps, guidance_scale=guidance_scale),
-        prompt_embeds=embeds[:1].expand(len(indices), -1, -1),
-        empty_embeds=embeds[1:],
-        latent_size=size,
+        Conditioning(tokens={}, embeds={"embeds": embeds}),
+        shape=(4, size, size),
         generators=[generator(0, "samples", index) for index in indices],
     )
 

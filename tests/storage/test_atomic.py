@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from lowmem_db.errors import StorageError
 from lowmem_db.storage import atomic
 from lowmem_db.storage.atomic import write_file, write_folder, write_text
+from lowmem_db.storage.leftovers import temporary_name
 
 DISK_FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 DISK_FULL_AS_SAFETENSORS_SAYS_IT = SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
@@ -32,7 +35,8 @@ def break_write(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Callab
 
 
 def break_flush(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Callable[[Path], None]:
-    monkeypatch.setattr(atomic, "_flush", fail(error))
+    for name in ("flush_file", "flush_tree"):
+        monkeypatch.setattr(atomic, name, fail(error))
     return write_new
 
 
@@ -41,7 +45,7 @@ def break_rename(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Calla
     rename = Path.rename
 
     def rename_old_only(self: Path, target: Path) -> Path:
-        if self.name.startswith(".target.tmp"):
+        if self.name == temporary_name(Path("target")):
             raise error
         return rename(self, target)
 
@@ -143,8 +147,19 @@ def test_other_errors_of_the_system_are_said(tmp_path: Path) -> None:
 
 def test_everything_is_flushed_before_the_rename(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     events = []
-    flush, rename = atomic._flush, Path.rename
-    monkeypatch.setattr(atomic, "_flush", lambda path: (events.append(f"flush {path.name}"), flush(path)))
+    fsync, rename = os.fsync, Path.rename
+    names = {}
+    open_ = os.open
+
+    def opening(path: Path, *arguments: int) -> int:
+        descriptor = open_(path, *arguments)
+        names[descriptor] = Path(path).name
+        return descriptor
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (events.append(f"flush {names[descriptor]}"), fsync(descriptor))
+    )
     monkeypatch.setattr(Path, "rename", lambda a, b: (events.append(f"rename to {b.name}"), rename(a, b))[1])
 
     def write(folder: Path) -> None:
@@ -152,4 +167,47 @@ def test_everything_is_flushed_before_the_rename(monkeypatch: pytest.MonkeyPatch
         (folder / "inner" / "file").touch()
 
     write_folder(tmp_path / "target", write)
-    assert events == ["flush inner", "flush file", "rename to target", f"flush {tmp_path.name}"]
+    temporary = temporary_name(tmp_path / "target")
+    assert events == [
+        "flush inner", "flush file", f"flush {temporary}", "rename to target", f"flush {tmp_path.name}",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    """safetensors writes 0600, and a copy has the mode of its original."""
+
+    def write(folder: Path) -> None:
+        (folder / "inner").mkdir()
+        save_file({"a": torch.zeros(1)}, folder / "inner" / "a.safetensors")
+        (folder / "copied").touch(0o400)
+
+    before = os.umask(umask)
+    try:
+        write_folder(tmp_path / "folder", write)
+        write_file(tmp_path / "file", lambda path: save_file({"a": torch.zeros(1)}, path))
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        name: oct(0o666 & ~umask) for name in ("a.safetensors", "copied", "file")
+    }
+
+
+def test_lines_end_in_a_line_feed_on_every_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "linesep", "\r\n")
+    write_text(tmp_path / "text", "one\ntwo\n")
+    assert (tmp_path / "text").read_bytes() == b"one\ntwo\n"
+
+
+def test_a_name_that_leaves_no_room_for_a_temporary_one_can_be_written(tmp_path: Path) -> None:
+    for name in ("x" * 255, "猫" * 85):
+        write_text(tmp_path / name, "text")
+        assert (tmp_path / name).read_text() == "text"
+
+
+def test_names_that_are_too_long_are_said(tmp_path: Path) -> None:
+    for path in (tmp_path / ("x" * 256), tmp_path / "/".join(["x" * 200] * 30) / "file"):
+        with pytest.raises(StorageError, match=r"longer than this system takes .* choose a shorter one"):
+            write_text(path, "text")

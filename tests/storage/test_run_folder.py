@@ -1,13 +1,18 @@
 """The run folder: which checkpoints are complete, what is pruned, and who may write."""
 
+import errno
 import json
 import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from lowmem_db.errors import CheckpointError, StorageError
-from lowmem_db.storage.run_folder import MARKER, RunFolder, read_json, write_json
+from lowmem_db.storage import run_folder
+from lowmem_db.storage.disk import check_path
+from lowmem_db.storage.run_folder import MARKER, RunFolder, append_row, read_json, read_rows, write_json
 
 
 @pytest.fixture
@@ -93,6 +98,33 @@ def test_metrics_after_a_step_and_half_rows_are_dropped(run: RunFolder) -> None:
     assert run.metrics_file.read_text() == ""
 
 
+def test_odd_rows_are_no_rows(run: RunFolder) -> None:
+    run.root.mkdir()
+    odd = ["[]", "7", "null", '{"step": "1"}', '{"step": null}', '{"step": true}', '{"step": 1.5}', "{", "[" * 50_000]
+    run.metrics_file.write_text("\n".join([*odd, '{"step": 1}', "\x00", '{"st']))
+    assert read_rows(run.metrics_file) == [{"step": 1}]
+    run.truncate_rows(5)
+    assert run.metrics_file.read_text() == '{"step": 1}\n'
+
+
+def test_rows_are_on_the_disk_before_a_checkpoint_counts(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    monkeypatch.setattr(run_folder, "flush_file", flushed.append)
+    run.root.mkdir()
+    append_row(run.metrics_file, {"step": 3})
+    write_checkpoint(run, 3)
+    assert flushed == [run.metrics_file]
+    append_row(run.scores_file, {"step": 3})
+    monkeypatch.setattr(run_folder, "flush_file", fail_to_flush)
+    with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written"):
+        write_checkpoint(run, 4)
+    assert run.complete_steps() == [3]
+
+
+def fail_to_flush(file: Path) -> None:
+    raise OSError(errno.EIO, "Input/output error")
+
+
 def test_metrics_need_not_be_there(run: RunFolder) -> None:
     run.truncate_rows(2)
     assert not run.metrics_file.exists()
@@ -138,6 +170,34 @@ def test_output_dir_that_cannot_be_written_is_refused(run: RunFolder) -> None:
     (run.root / ".lock").mkdir(parents=True)
     with pytest.raises(StorageError, match="run: cannot be written"):
         run.locked().__enter__()
+
+
+def test_what_a_killed_run_left_is_cleared_away_by_the_next(run: RunFolder) -> None:
+    left = run.checkpoints_dir / ".step-000004.99999999.tmp"
+    left.mkdir(parents=True)
+    (run.root / ".config.yaml.99999999.tmp").touch()
+    with run.locked():
+        assert not left.exists()
+        assert not (run.root / ".config.yaml.99999999.tmp").exists()
+
+
+def test_disk_without_locks_is_refused(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def acquire(*_: object, **__: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.raises(StorageError, match=r"a disk that knows no locks.*choose an output_dir on another disk"):
+        run.locked().__enter__()
+
+
+def test_name_that_windows_reserves_is_refused_there(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "check_path", partial(check_path, system="nt"))
+    with (
+        pytest.raises(StorageError, match=r"output_dir: .*aux.* a device of Windows"),
+        RunFolder(run.root / "aux").locked(),
+    ):
+        pass
+    assert not run.root.exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "\xff"])

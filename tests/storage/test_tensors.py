@@ -145,6 +145,22 @@ def test_tensors_without_a_state_are_no_state(tmp_path: Path) -> None:
         read_state(tmp_path / "weights.safetensors")
 
 
+ODD_SKELETONS = [
+    "", "null", "3", "[]", "{}", '{"tensor": "7"}', '{"tensor": [1]}', '{"items": 3}', '{"items": [1]}',
+    '{"items": [["a"]]}', '{"items": [[{}, {"value": 1}]]}', '{"list": null}', '{"other": 1}', '{"value": 1, "x": []}',
+    '{"list": [{"value": 1}]}', '{"value": {"a": 1}, "x": 2}', '{"tensor": "0"}', '{"value": 5}', '{"items": {"a": 1}}',
+    '{"list": [' * 3000 + "]}" * 3000, "[" * 100_000, '{"items": [["a", {"tensor": "9"}]]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("skeleton", ODD_SKELETONS)
+def test_odd_skeleton_is_no_state(tmp_path: Path, skeleton: str) -> None:
+    write_tensors(tmp_path / "state.safetensors", {"0": torch.ones(1)}, {"state": skeleton})
+    with pytest.raises(StorageError, match=r"state\.safetensors: holds .*; delete it") as refused:
+        read_state(tmp_path / "state.safetensors")
+    assert "\n" not in str(refused.value)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"nothing\.safetensors: there is no such file"):
         read_tensors(tmp_path / "nothing.safetensors")

@@ -14,11 +14,10 @@ from lowmem_db.adaptation import layers
 from lowmem_db.adaptation import low_rank as lora
 from lowmem_db.cli.train import train
 from lowmem_db.config.loading import load_config
-from lowmem_db.engine import samples
+from lowmem_db.engine import draw
 from lowmem_db.engine.step import train_step
 from lowmem_db.errors import ConfigError, NonFiniteError, StorageError
-from lowmem_db.models.loading import load_text_encoder, load_unet
-from lowmem_db.models.source import find_model
+from lowmem_db.models.finding import find_model
 from lowmem_db.run import checks, run
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_state, read_tensors
@@ -70,17 +69,17 @@ def test_changed_prediction_type_reaches_samples_and_final_model(
     tiny_fields: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    original = samples.sample_latents
+    original = draw.sample_latents
 
-    def recording(unet, noise_schedule, *arguments, **options):
-        if unet.device.type != "meta":  # the planner draws there
-            seen.append(noise_schedule.config["prediction_type"])
-        return original(unet, noise_schedule, *arguments, **options)
+    def recording(denoiser, sampler, *arguments, **options):
+        if denoiser.device.type != "meta":  # the planner draws there
+            seen.append(sampler.config["prediction_type"])
+        return original(denoiser, sampler, *arguments, **options)
 
-    monkeypatch.setattr(samples, "sample_latents", recording)
+    monkeypatch.setattr(draw, "sample_latents", recording)
     changes = {"objective.prediction_type": "v_prediction", "sampling.prompts": ["a dog"]}
     train(arguments(tiny_fields | changes | {"sampling.num_inference_steps": 2}))
-    assert seen == ["v_prediction"]
+    assert seen == ["epsilon", "epsilon", "v_prediction"]  # class images come from the model before training
     scheduler = json.loads((tmp_path / "run" / "final" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == "v_prediction"
 
@@ -112,13 +111,13 @@ def test_samples_come_from_the_moving_average(
     seen: list[torch.Tensor] = []
 
     def recording(config, model, denoiser, prompts, run, step):
-        seen.append(denoiser.unet.conv_in.weight.detach().clone())
+        seen.append(denoiser.module.conv_in.weight.detach().clone())
 
     monkeypatch.setattr(run, "draw_samples", recording)
     fields = tiny_fields | {"sampling.prompts": ["a dog"], "training.max_train_steps": 1}
     train(arguments(fields))
     train(arguments(fields | {"ema.enabled": True, "output_dir": str(tmp_path / "ema")}))
-    base = load_unet(find_model(str(tiny_model))).conv_in.weight
+    base = find_model(str(tiny_model)).load("unet").conv_in.weight
     weights, average = seen
     torch.testing.assert_close(average, base.lerp(weights, 1 - 2 / 11))  # the decay of step 1 is (1 + 1) / (10 + 1)
 
@@ -293,7 +292,7 @@ def test_layers_that_do_not_train_come_out_as_they_went_in(
 def test_disk_of_a_lora_run_is_that_of_its_adapters(tiny_fields: dict[str, object], tiny_model: Path) -> None:
     model = find_model(str(tiny_model))
     config = load_config(None, list((tiny_fields | LORA).items()))
-    modules: dict[str, nn.Module] = {"unet": load_unet(model), "text_encoder": load_text_encoder(model)}
+    modules: dict[str, nn.Module] = {"unet": model.load("unet"), "text_encoder": model.load("text_encoder")}
     lora.attach(modules, config.lora, seed=0)
     count = sum(layers.count_trained(modules).values())
     assert checks.disk_bytes(config, model) == 2 * 12 * count + 4 * count

@@ -9,7 +9,7 @@ from kernel_contract import (
     guarded,
 )
 from lowmem_db_kernels.adamw8bit_eager import adamw8bit_step_eager
-from lowmem_db_kernels.adamw8bit_state import AdamW8bitState, bias_corrections, init_state
+from lowmem_db_kernels.adamw8bit_state import AdamW8bitState, StepOperands, bias_corrections, init_state
 from lowmem_db_kernels.adamw8bit_step import adamw8bit_step
 from lowmem_db_kernels.adamw8bit_triton import adamw8bit_step_triton
 from lowmem_db_kernels.codec import decode_eager, encode_eager
@@ -58,11 +58,12 @@ def run(serve, tensors, fixed, *, dry_run=False, seed=(11, -22)):
     """Step copies of the tensors between guard bands; return them by name, with the sums."""
     with guarded() as guard:
         copies = {name: guard(tensor) for name, tensor in tensors.items()}
-        sums = serve(
+        operands = StepOperands(
             copies["param"], copies["extra_bits"], fixed["grad"], *(copies[name] for name in NAMES[2:]), fixed["lr"],
             fixed["step"], bias_corrections(fixed["step"], (BETA1, BETA2)), fixed["grad_scale"],
             fixed["update_scale"], BETA1, BETA2, EPS, WEIGHT_DECAY, *seed, dry_run,
         )  # fmt: skip
+        sums = serve(operands)
     return {name: copy for name, copy in copies.items() if copy is not None} | {"sums": sums}
 
 

@@ -1,0 +1,59 @@
+"""Operators of torch whose operands stand in one place: the fields of a NamedTuple, which every twin takes whole.
+
+torch's wrapper of a custom operator takes several times as long as a small launch. Where nobody watches, which
+`runs_plainly` says, a caller may hand the operands to what serves them itself.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, get_type_hints
+
+import torch
+from torch._C._functorch import peek_interpreter_stack
+
+from ._ops import add_op_namespace_prefix
+
+
+def custom_op(
+    name: str, serve: Callable[[Any], Any], operands: type, returns: Any, *, mutates: Iterable[str] = ()
+) -> Any:
+    """Register an operator whose flat schema is made of the fields of a NamedTuple.
+
+    Args:
+        name: The operator's own name.
+        serve: Takes the operands whole.
+        operands: The NamedTuple; its fields are of types that a schema of torch knows.
+        returns: What `serve` returns, as a type.
+        mutates: Fields that are written in place.
+
+    Returns:
+        The operator of `torch.library.custom_op`, to be called with the fields one after another.
+    """
+    fields = get_type_hints(operands)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(field, kind, annotation=fields[field]) for field in operands._fields]  # type: ignore[attr-defined]
+
+    def flat(*values: Any) -> Any:
+        return serve(operands(*values))
+
+    flat.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
+    return torch.library.custom_op(add_op_namespace_prefix(name), flat, mutates_args=tuple(mutates))
+
+
+def runs_plainly(tensor: torch.Tensor) -> bool:
+    """Say whether a call may go around the dispatcher: nothing traces, compiles, fakes or counts operators.
+
+    Args:
+        tensor: The operand that decides.
+
+    Returns:
+        False under torch.compile, a dispatch mode or a transform of torch.func, and for subclasses and meta tensors.
+    """
+    if torch.compiler.is_compiling():  # first, for torch.compile cannot read the lines below
+        return False
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not tensor.is_meta
+        and torch._C._len_torch_dispatch_stack() == 0
+        and peek_interpreter_stack() is None
+    )

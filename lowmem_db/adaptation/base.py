@@ -1,0 +1,105 @@
+"""What trains, as one thing: how it gets into a model, what a checkpoint holds of it, and what it leaves."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_db.config.schema import Config
+from lowmem_db.models.folder import ModelFolder
+
+Modules = Mapping[str, nn.Module]
+"""Components by name, the denoiser first."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything with a state that a run depends on."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Take over a state."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attached:
+    """An adaptation inside a model.
+
+    Attributes:
+        undo: Takes it out again and freezes the model.
+        extra_bits: Eight more bits of bf16 weights by ``component.name``, where the weights are of 24 bits.
+    """
+
+    undo: Callable[[], None]
+    extra_bits: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Adaptation(ABC):
+    """A way to train a model; ``find_adaptation`` chooses it from the configuration.
+
+    Attributes:
+        noun: What ``final/`` holds, in messages.
+        config: The resolved configuration.
+    """
+
+    noun: str
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @abstractmethod
+    def check_machine(self, device: torch.device) -> None:
+        """Refuse what this machine cannot do, before a model is looked for.
+
+        Raises:
+            ConfigError: The device cannot serve.
+            DependencyError: A library is missing.
+        """
+
+    @abstractmethod
+    def load_dtype(self) -> torch.dtype:
+        """Return the type that components are loaded in."""
+
+    @abstractmethod
+    def attach(self, modules: Modules) -> Attached:
+        """Let it train, and nothing else; loaded components are changed in place.
+
+        Raises:
+            ConfigError: A field selects nothing of the model.
+        """
+
+    @abstractmethod
+    def state(self, component: str, module: nn.Module) -> Stateful:
+        """Return what a checkpoint holds of a component."""
+
+    @abstractmethod
+    def write(self, folder: Path, model: ModelFolder, modules: Modules, extra_bits: Mapping[str, Tensor]) -> None:
+        """Write ``final/``: what diffusers loads.
+
+        Args:
+            folder: An existing, empty folder.
+            model: The model that training started from.
+            modules: Components that trained.
+            extra_bits: Eight more bits of bf16 weights by ``component.name``.
+        """
+
+    @abstractmethod
+    def values_in_checkpoint(self, model: ModelFolder, trained: Mapping[str, int]) -> int:
+        """Return how many weights a checkpoint holds, those that do not train included.
+
+        Args:
+            model: The model.
+            trained: Number of parameters that train, by component.
+        """
+
+    @abstractmethod
+    def values_in_final(self, model: ModelFolder, trained: Mapping[str, int]) -> int:
+        """Return how many weights ``final/`` holds; arguments as for :meth:`values_in_checkpoint`."""

@@ -1,0 +1,15 @@
+"""From the configuration to what trains: the one place that chooses."""
+
+from lowmem_db.adaptation.adapters import LowRankAdapters
+from lowmem_db.adaptation.base import Adaptation
+from lowmem_db.adaptation.full import FullWeights
+from lowmem_db.config.schema import Config
+
+
+def find_adaptation(config: Config) -> Adaptation:
+    """Return what trains.
+
+    Args:
+        config: The resolved configuration.
+    """
+    return LowRankAdapters(config) if config.lora.enabled else FullWeights(config)

@@ -1,0 +1,62 @@
+"""All weights of a model train, or those of the layers that ``training.layers`` selects."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_db.adaptation.base import Adaptation, Attached, Modules
+from lowmem_db.adaptation.layers import freeze, train_layers
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.saving import DTYPES, save_model
+from lowmem_db.optimizers import weights
+
+
+class FullWeights(Adaptation):
+    """Full fine-tuning, in one of the kinds of weights of :mod:`lowmem_db.optimizers.weights`."""
+
+    noun = "model"
+
+    def check_machine(self, device: torch.device) -> None:
+        """Accept every machine: full fine-tuning needs nothing beside torch."""
+
+    def load_dtype(self) -> torch.dtype:
+        """Return fp32, from which the kind of weights that trains is made."""
+        return torch.float32
+
+    def attach(self, modules: Modules) -> Attached:
+        """Turn the weights into the kind that trains, and let the selected layers train."""
+        extra_bits = weights.apply(modules, self.config.memory.weights or "fp32")
+        train_layers(modules, self.config.training.layers)
+        kept = dict(extra_bits)
+
+        def undo() -> None:
+            weights.undo(modules, kept)
+            freeze(modules)
+
+        return Attached(undo=undo, extra_bits=extra_bits)
+
+    def state(self, component: str, module: nn.Module) -> nn.Module:
+        """Return the module: a checkpoint holds all of its weights."""
+        return module
+
+    def write(self, folder: Path, model: ModelFolder, modules: Modules, extra_bits: Mapping[str, Tensor]) -> None:
+        """Write a whole model: trained components in ``final.precision``, the others as they are."""
+        save_model(
+            folder,
+            model,
+            modules,
+            dtype=DTYPES[self.config.final.precision],
+            prediction_type=self.config.objective.prediction_type,
+            zero_terminal_snr=self.config.objective.zero_terminal_snr,
+            extra_bits=extra_bits,
+        )
+
+    def values_in_checkpoint(self, model: ModelFolder, trained: Mapping[str, int]) -> int:
+        """Count all weights of the components in which something trains."""
+        return sum(model.num_parameters(name) for name, count in trained.items() if count)
+
+    def values_in_final(self, model: ModelFolder, trained: Mapping[str, int]) -> int:
+        """Count every weight of the whole model."""
+        return sum(model.num_parameters(name) for name in model.family.with_weights)

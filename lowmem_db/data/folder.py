@@ -1,0 +1,194 @@
+"""What a folder of photos is: which files are photos, which captions belong to which, and what is left over, and why.
+
+Nothing is decoded here and nothing heavy is imported, so that a wrong folder is known at once.
+"""
+
+import difflib
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowmem_db.errors import DataError
+
+ALLOWED = "JPEG, PNG, WebP, AVIF, HEIC, TIFF, BMP or GIF"
+CAPTION_TABLE = "metadata.jsonl"
+"""Captions of a Hugging Face image folder."""
+
+PHOTO_SUFFIXES = frozenset(
+    (
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".hif", ".tif", ".tiff", ".bmp",
+        ".gif",
+    )
+)  # fmt: skip
+CAPTION_SUFFIXES = frozenset((".txt", ".caption"))
+_REASONS = {
+    ".csv": "captions in CSV are not read: write metadata.jsonl or a text file for each photo",
+    ".npz": "latents of another program are not read",
+    ".json": "is no picture", ".jsonl": "is no picture", ".yaml": "is no picture", ".yml": "is no picture",
+    ".toml": "is no picture", ".md": "is no picture", ".ini": "is no picture", ".db": "is no picture",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LeftOver:
+    """A file or folder that is not read.
+
+    Attributes:
+        name: Its name.
+        reason: Why it is not read.
+        is_expected: Whether nobody will have wanted it to be read.
+    """
+
+    name: str
+    reason: str
+    is_expected: bool = False
+
+
+@dataclass(frozen=True)
+class PhotoFolder:
+    """What belongs together in a folder, and what is left over.
+
+    Attributes:
+        path: The folder.
+        photos: Files that are pictures by their names, in the order of these.
+        captions: For each photo its caption files: one, or several that must agree.
+        table: The table of captions, or None.
+        without_photo: Caption files that belong to no photo.
+        left_over: Everything else.
+        broken: A line for each entry that cannot be read at all, such as a dangling link.
+    """
+
+    path: Path
+    photos: tuple[Path, ...]
+    captions: dict[Path, tuple[Path, ...]]
+    table: Path | None
+    without_photo: tuple[Path, ...]
+    left_over: tuple[LeftOver, ...]
+    broken: tuple[str, ...]
+
+    def remarks(self) -> list[str]:
+        """Return a line for what nobody will miss."""
+        expected = [f"{one.name} ({one.reason})" for one in self.left_over if one.is_expected]
+        return [f"not read: {', '.join(expected)}"] * bool(expected)
+
+    def orphans(self) -> list[str]:
+        """Return a line for each caption that belongs to no photo."""
+        return [f"{file.name} is the caption of no photo{self._nearest(file)}" for file in self.without_photo]
+
+    def unread(self) -> list[str]:
+        """Return a line for each reason why a file is not read that somebody may have wanted to be."""
+        lines: list[str] = []
+        unexpected = [one for one in self.left_over if not one.is_expected]
+        for reason in dict.fromkeys(one.reason for one in unexpected):
+            names = ", ".join(one.name for one in unexpected if one.reason == reason)
+            lines.append(f"not read: {names}; {reason}")
+        return lines
+
+    def _nearest(self, caption: Path) -> str:
+        stems = {photo.stem: photo.name for photo in self.photos if not self.captions[photo]}
+        found = difflib.get_close_matches(caption.stem, stems, n=1)
+        return f"; is it that of {stems[found[0]]}?" if found else ""
+
+
+def look_into(folder: Path, field: str) -> PhotoFolder:
+    """Tell what a folder of photos is; sub-folders are not read.
+
+    Args:
+        folder: The folder.
+        field: The configuration field that named it, for messages.
+
+    Raises:
+        DataError: The folder is missing, may not be read, or has no picture.
+    """
+    files, left_over, broken = _sort(_entries(folder, field))
+    photos = tuple(file for file in files if file.suffix.lower() in PHOTO_SUFFIXES)
+    captions = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES]
+    table = next((file for file in files if file.name == CAPTION_TABLE), None)
+    belonging = {photo: tuple(file for file in captions if _belongs(file, photo)) for photo in photos}
+    used = {file for found in belonging.values() for file in found}
+    others = [file for file in files if file not in {*photos, *captions, table}]
+    if not photos:
+        names = [*(file.name for file in files), *(one.name for one in left_over)]
+        raise DataError("\n".join([*(f"{field}: {line}" for line in broken), _no_photos(field, folder, names)]))
+    return PhotoFolder(
+        path=folder,
+        photos=photos,
+        captions=belonging,
+        table=table,
+        without_photo=tuple(file for file in captions if file not in used),
+        left_over=(*left_over, *map(_left_over, others)),
+        broken=tuple(broken),
+    )
+
+
+def same_name(name: str) -> str:
+    """Return a name in the form in which names are compared: neither case nor Unicode's two ways to write ``é`` count."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _entries(folder: Path, field: str) -> list[Path]:
+    try:
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise DataError(f"{field}: {folder} {what}; allowed: a folder of pictures{_nearest(folder)}")
+        return sorted(folder.iterdir(), key=lambda entry: entry.name)
+    except (OSError, ValueError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise DataError(
+            f"{field}: {str(folder)[:300]} cannot be read ({reason}); allowed: a folder of pictures. Check its "
+            "permissions, or choose another one"
+        ) from error
+
+
+def _sort(entries: Iterable[Path]) -> tuple[list[Path], list[LeftOver], list[str]]:
+    """Return the files, what is left over by its kind, and a line for what cannot be read."""
+    files: list[Path] = []
+    left_over: list[LeftOver] = []
+    broken: list[str] = []
+    for entry in entries:
+        if entry.name.startswith("."):
+            left_over.append(LeftOver(entry.name, "is hidden", is_expected=True))
+        elif entry.is_symlink() and not entry.exists():
+            broken.append(f"{entry}: is a link to {entry.readlink()}, which is not there; allowed: pictures. Remove it")
+        elif entry.is_dir():
+            left_over.append(LeftOver(entry.name, "is a sub-folder", is_expected=True))
+        elif not entry.is_file():
+            left_over.append(LeftOver(entry.name, "is no regular file"))
+        else:
+            files.append(entry)
+    return files, left_over, broken
+
+
+def _belongs(caption: Path, photo: Path) -> bool:
+    """Return whether a caption file is ``dog.txt`` or ``dog.jpg.txt`` beside ``dog.jpg``, whatever the case."""
+    return same_name(caption.stem) in {same_name(photo.stem), same_name(photo.name)}
+
+
+def _left_over(file: Path) -> LeftOver:
+    reason = _REASONS.get(file.suffix.lower())
+    if reason is None:
+        return LeftOver(file.name, f"pictures are {ALLOWED} files")
+    return LeftOver(file.name, reason, is_expected=reason == "is no picture")
+
+
+def _nearest(folder: Path) -> str:
+    """Return a hint at the folder that was probably meant."""
+    parent = folder.absolute().parent
+    names = list(_folders_in(parent)) if parent.is_dir() else []
+    found = difflib.get_close_matches(folder.name, names, n=1)
+    return f"; did you mean {folder.parent / found[0]}?" if found else f"; relative paths start at {Path.cwd()}"
+
+
+def _folders_in(parent: Path) -> Iterator[str]:
+    try:
+        yield from (entry.name for entry in parent.iterdir() if entry.is_dir())
+    except OSError:  # not ours to read: no hint then
+        return
+
+
+def _no_photos(field: str, folder: Path, names: list[str]) -> str:
+    holds = f"holds no picture (only {', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else "is empty"
+    what = "3 to 5 photos of the subject" if field == "subject.instance_dir" else "pictures"
+    return f"{field}: {folder} {holds}; allowed: {ALLOWED} files in the folder itself, not in sub-folders. Put {what} there"

@@ -1,0 +1,127 @@
+"""What images are drawn from: a model on disk, with what a run has trained of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, lora_of_checkpoint, put_into, read_lora
+from lowmem_db.config.loading import load_config
+from lowmem_db.config.schema import Config, ObjectiveConfig
+from lowmem_db.console import say
+from lowmem_db.data.batches import PromptTable
+from lowmem_db.errors import DataError
+from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.models.finding import find_model, model_of
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.text_encoders import embed_prompts
+from lowmem_db.storage.run_folder import RunFolder
+from lowmem_db.storage.tensors import read_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource:
+    """A model to draw from.
+
+    Attributes:
+        model: The folder that holds its components.
+        checkpoint: Checkpoint whose weights replace those of the folder, for a run that is not done; or None.
+        lora: Adapters that the components get; or None.
+        lora_files: Files that hold them.
+        run_config: Configuration of the run it comes from; or None.
+    """
+
+    model: ModelFolder
+    checkpoint: Path | None = None
+    lora: LoraFile | None = None
+    lora_files: tuple[Path, ...] = ()
+    run_config: Config | None = None
+
+    @property
+    def trained_files(self) -> tuple[Path, ...]:
+        """Files that decide what is drawn beside those of the model."""
+        return self.lora_files if self.checkpoint is None else tuple(sorted(self.checkpoint.glob("*.safetensors")))
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side that it draws best: those of its run, or those that the model was made for."""
+        return self.model.resolution if self.run_config is None else self.run_config.data.resolution
+
+    @property
+    def objective(self) -> ObjectiveConfig | None:
+        """What its run has changed about noise and prediction; None: nothing."""
+        return None if self.run_config is None else self.run_config.objective
+
+    def load(self, component: str, device: torch.device, dtype: torch.dtype) -> Any:
+        """Load a component with what was trained of it."""
+        module = self.model.load(component, device, dtype)
+        self._take_trained(module, component)
+        return module
+
+    def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> Denoiser:
+        """Load the denoiser, without text encoders."""
+        family = self.model.family
+        return Denoiser(family, {family.denoiser: self.load(family.denoiser, device, dtype)})
+
+    def embed(self, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> PromptTable:
+        """Return the embeddings of prompts by the text encoders."""
+        text_encoders = {name: self.load(name, device, dtype) for name in self.model.family.text_encoders}
+        return embed_prompts(self.model, text_encoders, prompts)
+
+    def _take_trained(self, module: nn.Module, component: str) -> None:
+        """Put what a run trained into a component: adapters, or the weights of its checkpoint.
+
+        Where the run keeps a moving average, that of the checkpoint counts.
+        """
+        if self.lora is not None:
+            put_into(component, module, self.lora)
+        if self.checkpoint is None or not (self.checkpoint / f"{component}.safetensors").is_file():
+            return
+        module.load_state_dict(read_state(self.checkpoint / f"{component}.safetensors"))
+        if self.run_config is not None and self.run_config.ema.enabled:
+            average = read_state(self.checkpoint / "ema.safetensors")
+            prefix = f"{component}."
+            own = {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
+            module.load_state_dict(own, strict=False)
+
+
+def find_source(source: str) -> ImageSource:
+    """Find what to draw from: the final model of a run, else its newest checkpoint; or any model.
+
+    Raises:
+        DataError: A run folder has neither.
+        ModelError: There is no such model.
+    """
+    run = RunFolder(Path(source))
+    if not run.config_file.is_file():
+        return _lora_source(Path(source)) or ImageSource(model=find_model(source))
+    config = load_config(run.config_file)
+    if (of_lora := _lora_source(run.final_dir, config)) is not None:
+        return of_lora
+    if run.final_dir.is_dir():
+        return ImageSource(model=find_model(str(run.final_dir)), run_config=config)
+    steps = run.complete_steps()
+    if not steps:
+        raise DataError(f"{run.root}: the run has no final model and no complete checkpoint yet; train it first")
+    say(f"the run is not done: drawing from its checkpoint of step {steps[-1]}")
+    model, checkpoint = model_of(config), run.checkpoint_dir(steps[-1])
+    if config.lora.enabled:
+        files = tuple(sorted(checkpoint.glob("*.safetensors")))
+        return ImageSource(
+            model=model, lora=lora_of_checkpoint(checkpoint, config), lora_files=files, run_config=config
+        )
+    return ImageSource(model=model, checkpoint=checkpoint, run_config=config)
+
+
+def _lora_source(folder: Path, run_config: Config | None = None) -> ImageSource | None:
+    """Return the base model and the adapters where a folder holds a LoRA, as ``final/`` of a LoRA run does."""
+    if not (folder / LORA_FILE).is_file():
+        return None
+    lora = read_lora(folder / LORA_FILE)
+    if run_config is None and not lora.base:
+        raise DataError(f"{folder / LORA_FILE}: does not say its base model; draw from the run folder instead")
+    model = find_model(**lora.base) if run_config is None else model_of(run_config)
+    return ImageSource(model=model, lora=lora, lora_files=(folder / LORA_FILE,), run_config=run_config)

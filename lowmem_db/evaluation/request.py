@@ -1,0 +1,83 @@
+"""One request to evaluate, whatever it asks for: a run is drawn and scored, a folder of images is scored."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem_db.evaluation.encoders import EncoderFiles, find_encoders
+from lowmem_db.evaluation.folders import Limits, SubjectFiles, find_subjects
+from lowmem_db.evaluation.protocol import (
+    Drawing,
+    PromptChoice,
+    draw_runs,
+    find_runs,
+    holds_runs,
+    parse_shard,
+    refuse_unused,
+)
+from lowmem_db.evaluation.report import evaluate, write_report
+from lowmem_db.sampling.images import make_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What ``lowmem-db evaluate`` is asked for.
+
+    Attributes:
+        source: A run, a folder of runs, or a folder of images.
+        real: Photos of the subject, or a folder of them for each subject; None: those of the run.
+        class_images: Images of the prompt of the class; of a run they are drawn.
+        encoders: What compares.
+        limits: What makes it smaller.
+        choice: Which prompts are drawn of a run.
+        drawing: How they are drawn.
+        only_for_runs: Values of the options that serve runs alone, by name; None where one is not given.
+        shard: Which part of the images is drawn; None: all, and then they are scored.
+        output: Folder of everything that is written.
+    """
+
+    source: Path
+    real: Path | None
+    class_images: Path | None
+    encoders: tuple[str, ...]
+    limits: Limits
+    choice: PromptChoice
+    drawing: Drawing
+    only_for_runs: Mapping[str, Any]
+    shard: str | None
+    output: Path
+
+
+def evaluate_request(request: Request) -> dict[str, Any]:
+    """Draw what is missing and score it.
+
+    Returns:
+        The report, as ``evaluation.json`` holds it; of a shard, ``{"num_missing": N}``: images of other shards.
+
+    Raises:
+        DataError: Something that is compared cannot be found or read, or an option cannot be used.
+        ModelError: An encoder cannot be found.
+        StorageError: The disk is full.
+    """
+    shard = parse_shard(request.shard)
+    if not holds_runs(request.source):
+        refuse_unused(request.only_for_runs, f"{request.source} holds no run, and nothing is drawn")
+        encoders = find_encoders(list(request.encoders))
+        compared = find_subjects(request.source, request.real, request.class_images, request.limits)
+        make_folder(request.output)
+        return _score(request, compared, encoders)
+    refuse_unused({"--class-images": request.class_images}, f"{request.source} is a run, whose class images are drawn")
+    encoders = find_encoders(list(request.encoders))
+    runs = find_runs(request.source, request.choice, request.limits, request.real)
+    make_folder(request.output)
+    num_missing = draw_runs(runs, request.output, request.drawing, shard)
+    if request.shard is not None:
+        return {"num_missing": num_missing}
+    return _score(request, [run.drawn(request.output, request.drawing) for run in runs], encoders)
+
+
+def _score(request: Request, compared: Sequence[SubjectFiles], encoders: Sequence[EncoderFiles]) -> dict[str, Any]:
+    report = evaluate(compared, encoders, request.drawing.device, seed=request.drawing.seed)
+    write_report(request.output, report, compared)
+    return report

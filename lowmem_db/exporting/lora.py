@@ -1,0 +1,157 @@
+"""LoRAs in the layouts of diffusers / peft and of kohya, which ComfyUI and AUTOMATIC1111 load."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, read_lora, write_lora
+from lowmem_db.config.loading import load_config
+from lowmem_db.config.schema import Config
+from lowmem_db.exporting.casting import cast
+from lowmem_db.exporting.source import refuse_existing
+from lowmem_db.models.families import FAMILIES, find_lora_prefixes
+from lowmem_db.storage.run_folder import RunFolder
+from lowmem_db.storage.tensors import write_tensors
+
+LoraLayout = Literal["lora-diffusers", "lora-kohya"]
+_FACTORS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSource:
+    """A LoRA to be written elsewhere.
+
+    Attributes:
+        name: What it is called: the name of its run or its folder.
+        lora: Its tensors and settings.
+        config: Configuration of the run it comes from; or None.
+    """
+
+    name: str
+    lora: LoraFile
+    config: Config | None = None
+
+
+def find_lora_source(source: str) -> LoraSource | None:
+    """Find the LoRA of a finished run or in a folder, in diffusers' layout; None where there is none.
+
+    Raises:
+        ModelError: The file is no LoRA of this layout.
+        StorageError: It is damaged.
+    """
+    path = Path(source)
+    run = RunFolder(path)
+    name = path.resolve().name
+    if (run.final_dir / LORA_FILE).is_file():
+        config = load_config(run.config_file) if run.config_file.is_file() else None
+        return LoraSource(name=name, lora=read_lora(run.final_dir / LORA_FILE), config=config)
+    if (path / LORA_FILE).is_file():
+        return LoraSource(name=name, lora=read_lora(path / LORA_FILE))
+    return None
+
+
+def export_lora(source: LoraSource, out: Path, layout: LoraLayout, precision: torch.dtype | None = None) -> None:
+    """Write a LoRA as one file.
+
+    Args:
+        source: The LoRA.
+        out: The file to be made.
+        layout: Whose layout.
+        precision: Type of the tensors; None: as they are.
+
+    Raises:
+        ModelError: ``out`` exists, or a value does not fit into the precision.
+        StorageError: The disk is full.
+    """
+    refuse_existing(out)
+    state = {
+        name: cast(name, tensor, precision or tensor.dtype).contiguous() for name, tensor in source.lora.state.items()
+    }
+    lora = replace(source.lora, state=state)
+    if layout == "lora-diffusers":
+        write_lora(out, lora)
+    else:
+        write_tensors(out, kohya_state(lora), kohya_metadata(replace(source, lora=lora)))
+
+
+def kohya_state(lora: LoraFile) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA under the names of kohya's scripts.
+
+    Scale and rank-stabilised scale become one ``alpha`` per layer: ``alpha / rank`` is what the adapter counts.
+    """
+    prefixes = find_lora_prefixes(lora.settings)
+    state: dict[str, Tensor] = {}
+    for name, tensor in lora.state.items():
+        component, _, path = name.partition(".")
+        layer, _, kind = path.partition(".lora_")
+        target = f"{prefixes[component]}_{layer.replace('.', '_')}"
+        if kind.startswith("magnitude_vector"):
+            state[f"{target}.dora_scale"] = _as_column(tensor)
+        else:
+            state[f"{target}.{_FACTORS[f'lora_{kind}']}"] = tensor
+            state[f"{target}.alpha"] = torch.tensor(alpha_of(lora.settings[component]))
+    return state
+
+
+def alpha_of(settings: Mapping[str, Any]) -> float:
+    """Return the alpha by which ``alpha / rank`` is the scale of an adapter."""
+    alpha, rank = float(settings["lora_alpha"]), settings["r"]
+    return alpha * math.sqrt(rank) if settings["use_rslora"] else alpha
+
+
+def kohya_metadata(source: LoraSource) -> dict[str, str]:
+    """Return what kohya's scripts write beside the tensors, as far as it is known here."""
+    settings = next(iter(source.lora.settings.values()))
+    found: dict[str, Any] = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": settings["r"],
+        "ss_network_alpha": alpha_of(settings),
+        "ss_output_name": source.name,
+        "ss_base_model_version": _base_version(source.lora),
+        "ss_sd_model_name": Path(str(source.lora.base.get("base", ""))).name or None,
+    }
+    if settings["lora_dropout"]:
+        found["ss_network_dropout"] = settings["lora_dropout"]
+    if source.config is not None:
+        found |= _of_run(source.config)
+    return {name: str(value) for name, value in found.items() if value is not None} | {"format": "pt"}
+
+
+def _of_run(config: Config) -> dict[str, Any]:
+    training = config.training
+    of_text = training.learning_rate_text_encoder or training.learning_rate
+    return {
+        "ss_unet_lr": training.learning_rate,
+        "ss_learning_rate": training.learning_rate,
+        "ss_text_encoder_lr": of_text if training.train_text_encoder else None,
+        "ss_lr_scheduler": training.lr_scheduler,
+        "ss_lr_warmup_steps": training.lr_warmup_steps,
+        "ss_max_train_steps": training.max_train_steps,
+        "ss_steps": training.max_train_steps,
+        "ss_batch_size_per_device": training.train_batch_size,
+        "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "ss_optimizer": config.optimizer.name,
+        "ss_mixed_precision": training.mixed_precision,
+        "ss_resolution": f"({config.data.resolution}, {config.data.resolution})",
+        "ss_seed": config.seed,
+        "ss_prior_loss_weight": config.prior.loss_weight if config.prior.enabled else None,
+        "ss_min_snr_gamma": config.objective.snr_gamma,
+        "ss_noise_offset": config.objective.noise_offset or None,
+        "ss_tag_frequency": json.dumps({"instance": {config.subject.instance_prompt: 1}}),
+    }
+
+
+def _base_version(lora: LoraFile) -> str | None:
+    """Return what kohya's scripts call the base model, known by its adapters."""
+    return next((family.kohya_version for family in FAMILIES if family.recognises_lora(lora.state)), None)
+
+
+def _as_column(norms: Tensor) -> Tensor:
+    """Return DoRA's norms of the rows of a weight as its first dimension: peft has ``[out]`` or ``[1, out, 1, 1]``."""
+    return norms[:, None] if norms.ndim == 1 else norms.transpose(0, 1)

@@ -1,0 +1,49 @@
+"""A LoRA baked into its base model."""
+
+from pathlib import Path
+
+import torch
+
+from lowmem_db.adaptation.lora_file import put_into
+from lowmem_db.adaptation.low_rank import merge
+from lowmem_db.errors import ModelError
+from lowmem_db.exporting.lora import LoraSource
+from lowmem_db.exporting.source import refuse_existing
+from lowmem_db.models.finding import find_model, model_of
+from lowmem_db.models.saving import save_model
+from lowmem_db.storage.atomic import write_folder
+
+
+def merge_into_folder(source: LoraSource, out: Path, precision: torch.dtype = torch.float32) -> None:
+    """Write the base model of a LoRA as a folder in diffusers' layout, with the LoRA added to its weights in fp32.
+
+    Args:
+        source: The LoRA.
+        out: The folder to be made.
+        precision: Type of the components that have changed.
+
+    Raises:
+        ModelError: The LoRA does not say its base model, that is not there, or ``out`` exists.
+        StorageError: The disk is full.
+    """
+    refuse_existing(out)
+    if source.config is None and not source.lora.base:
+        raise ModelError(f"{source.name}: the LoRA does not say its base model; export --merge from its run folder")
+    model = find_model(**source.lora.base) if source.config is None else model_of(source.config)
+    merged = {}
+    for component in source.lora.settings:
+        merged[component] = model.load(component)
+        put_into(component, merged[component], source.lora)
+        merge(merged[component])
+    objective = None if source.config is None else source.config.objective
+    write_folder(
+        out,
+        lambda folder: save_model(
+            folder,
+            model,
+            merged,
+            dtype=precision,
+            prediction_type=objective.prediction_type if objective is not None else None,
+            zero_terminal_snr=objective.zero_terminal_snr if objective is not None else False,
+        ),
+    )

@@ -1,0 +1,124 @@
+"""One request to export, whatever it asks for."""
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lowmem_db.console import say
+from lowmem_db.errors import ModelError
+from lowmem_db.exporting.diffusers_folder import export_diffusers
+from lowmem_db.exporting.extraction import base_of, extract_lora, total_of
+from lowmem_db.exporting.lora import LoraSource, export_lora, find_lora_source
+from lowmem_db.exporting.merging import merge_into_folder
+from lowmem_db.exporting.single_file import export_single_file
+from lowmem_db.exporting.source import ExportSource, find_export_source, refuse_existing
+from lowmem_db.models.finding import find_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What ``lowmem-db export`` is asked for.
+
+    Attributes:
+        source: A run folder, or whatever ``model.base`` may be.
+        layout: Layout of what is written; None: a single file, or kohya's layout for a LoRA.
+        precision: Type of the weights; None: as they are.
+        out: What is written; None: named after the source, in the working folder.
+        merge: Bake a LoRA into its base model first.
+        extract_rank: Rank of the LoRA that is made from a full fine-tuning; None: none is made.
+        base: The model that a fine-tuning started from; None: that of its run.
+    """
+
+    source: str
+    layout: Literal["single-file", "diffusers", "lora-diffusers", "lora-kohya"] | None = None
+    precision: torch.dtype | None = None
+    out: Path | None = None
+    merge: bool = False
+    extract_rank: int | None = None
+    base: str | None = None
+
+
+def export_model(request: Request) -> Path:
+    """Write what is asked for; return where it is.
+
+    Raises:
+        ModelError: The source is not there, or is not what the request is for.
+        StorageError: The disk is full.
+    """
+    lora = find_lora_source(request.source)
+    if request.extract_rank is not None:
+        if lora is not None or request.merge:
+            raise ModelError(
+                f"--extract-lora: makes a LoRA from a full fine-tuning; {request.source} is none, or leave out --merge"
+            )
+        if request.layout is not None and not _is_of_lora(request):
+            raise ModelError(
+                f"--extract-lora: makes a LoRA, and --format {request.layout} is for whole models; allowed: "
+                "lora-kohya, lora-diffusers"
+            )
+        return _export_extracted(request, find_export_source(request.source), request.extract_rank)
+    if request.base is not None:
+        raise ModelError(f"--base: {request.base} has no use without --extract-lora RANK; set that, or leave it out")
+    if lora is None:
+        if request.merge or _is_of_lora(request):
+            asked = "--merge" if request.merge else f"--format {request.layout}"
+            raise ModelError(
+                f"{request.source}: is no LoRA, which {asked} is for; make one from a full fine-tuning with "
+                f"--extract-lora RANK, or leave {asked} out"
+            )
+        return _export_whole(request, find_export_source(request.source))
+    if request.merge:
+        return _export_merged(request, lora)
+    if request.layout is not None and not _is_of_lora(request):
+        raise ModelError(
+            f"--format: {request.layout} is for whole models, and {request.source} is a LoRA; add --merge to bake it "
+            "into its base model, or use --format lora-kohya or lora-diffusers"
+        )
+    return _export_lora(request, lora)
+
+
+def _is_of_lora(request: Request) -> bool:
+    return request.layout in {"lora-diffusers", "lora-kohya"}
+
+
+def _export_whole(request: Request, source: ExportSource) -> Path:
+    if request.layout == "diffusers":
+        out = request.out or Path(f"{source.name}-diffusers")
+        export_diffusers(source, out, request.precision)
+    else:
+        out = request.out or Path(f"{source.name}.safetensors")
+        export_single_file(source, out, request.precision)
+    return out
+
+
+def _export_lora(request: Request, source: LoraSource) -> Path:
+    layout = "lora-diffusers" if request.layout == "lora-diffusers" else "lora-kohya"
+    out = request.out or Path(f"{source.name}-{layout}.safetensors")
+    export_lora(source, out, layout, request.precision)
+    return out
+
+
+def _export_merged(request: Request, lora: LoraSource) -> Path:
+    if _is_of_lora(request):
+        raise ModelError(f"--merge: makes a whole model, and --format {request.layout} a LoRA; leave one of them out")
+    if request.layout == "diffusers":
+        out = request.out or Path(f"{lora.name}-diffusers")
+        merge_into_folder(lora, out, request.precision or torch.float32)
+        return out
+    out = request.out or Path(f"{lora.name}.safetensors")
+    refuse_existing(out)
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".merging-") as temporary:
+        folder = Path(temporary) / lora.name
+        merge_into_folder(lora, folder, request.precision or torch.float32)
+        merged = ExportSource(name=lora.name, model=find_model(str(folder)), config=lora.config)
+        return _export_whole(replace(request, out=out), merged)
+
+
+def _export_extracted(request: Request, source: ExportSource, rank: int) -> Path:
+    made, kept = extract_lora(source, base_of(source, request.base), rank)
+    for component, norms in {**kept, "all": total_of(kept)}.items():
+        say(f"rank {rank} keeps {norms.share:.1%} of the change of {component} (squared Frobenius norm)")
+    return _export_lora(request, made)

@@ -1,0 +1,56 @@
+"""What is exported: the final model of a run, or any model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowmem_db.config.loading import load_config
+from lowmem_db.config.schema import Config
+from lowmem_db.errors import ModelError
+from lowmem_db.models.finding import find_model
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.storage.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSource:
+    """A model to be written elsewhere.
+
+    Attributes:
+        name: What it is called: the name of its run or its folder.
+        model: Its components.
+        config: Configuration of the run it comes from; or None.
+    """
+
+    name: str
+    model: ModelFolder
+    config: Config | None = None
+
+
+def find_export_source(source: str) -> ExportSource:
+    """Find the final model of a run, or any model.
+
+    Args:
+        source: A run folder, or whatever ``model.base`` may be.
+
+    Raises:
+        ModelError: The run is not done, or there is no such model.
+    """
+    run = RunFolder(Path(source))
+    name = Path(source).resolve().name.removesuffix(".safetensors")
+    if not run.config_file.is_file():
+        return ExportSource(name=name, model=find_model(source))
+    if not run.final_dir.is_dir():
+        raise ModelError(
+            f"{run.root}: the run has no final model yet; end it with: lowmem-db train {run.config_file} --resume"
+        )
+    return ExportSource(name=name, model=find_model(str(run.final_dir)), config=load_config(run.config_file))
+
+
+def refuse_existing(out: Path) -> None:
+    """See that nothing is overwritten.
+
+    Raises:
+        ModelError: Something stands there.
+    """
+    if out.exists():
+        raise ModelError(f"--out: {out} exists and is not overwritten; choose another path, or delete it")

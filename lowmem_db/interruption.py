@@ -1,0 +1,102 @@
+"""Ctrl-C and the other signals that end a run. Light: it is imported before everything that takes time.
+
+Each ends the program with exit code 130 and one line. The trainer puts its own handler in the place of this one while
+there is a model in memory to be saved.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+from lowmem_db.errors import RunInterrupted
+
+Handler = Callable[[int, FrameType | None], object]
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK")
+_IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
+_asked: list[str] = []
+_WAY_OUT = "run the same command again, with --resume where there is a checkpoint"
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals of this platform that ask a run to stop.
+
+    A closed terminal sends SIGHUP, Slurm sends SIGUSR1 before the time is up, Ctrl-Break of Windows is SIGBREAK. SIGHUP
+    is left out where it is ignored, as ``nohup`` wants it.
+    """
+    known = [number for name in _NAMES if (number := getattr(signal, name, None)) is not None]
+    return [number for number in known if number != getattr(signal, "SIGHUP", None) or not _is_ignored(number)]
+
+
+@contextmanager
+def handling(handler: Handler) -> Iterator[None]:
+    """Call ``handler`` on every signal that asks to stop, inside the block.
+
+    Raises:
+        RunInterrupted: A signal came before, and a library swallowed what was raised.
+    """
+    if _asked:
+        raise RunInterrupted(_asked[0])
+    previous: dict[signal.Signals, Any] = {number: signal.signal(number, handler) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+def exit_on_signals() -> None:
+    """End the program on every signal that asks to stop: in order on the first, at once on a second one.
+
+    While something is imported there is nothing to put in order, and what is raised there gets lost or leaves modules
+    half made: the program is left at once then.
+    """
+    _asked.clear()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        message = f"{signal.Signals(number).name}: stopped; {_WAY_OUT}"
+        if _asked or _is_importing(frame):
+            leave_at_once(message)
+        _asked.append(message)
+        raise RunInterrupted(message)
+
+    for number in stop_signals():
+        signal.signal(number, end)
+    shown = sys.unraisablehook
+
+    def leave_where_swallowed(unraisable: Any) -> None:
+        """A callback of the interpreter, such as those of imports, swallows what is raised in it."""
+        if isinstance(unraisable.exc_value, RunInterrupted):
+            leave_at_once(str(unraisable.exc_value))
+        shown(unraisable)
+
+    sys.unraisablehook = leave_where_swallowed
+
+
+def leave_at_once(message: str) -> None:
+    """Print a line and end the program with exit code 130, without waiting for anything."""
+    with suppress(OSError, ValueError):  # the terminal may be gone
+        sys.stderr.write(message + "\n")
+        sys.stderr.flush()
+    os._exit(RunInterrupted.exit_code)
+
+
+def was_asked() -> str | None:
+    """Return what is said of the signal that came, or None where none did."""
+    return _asked[0] if _asked else None
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORT_SYSTEM:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN

@@ -1,0 +1,66 @@
+"""The families of models that can be trained, and how one more is added."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from lowmem_db.errors import ModelError
+from lowmem_db.models.families.base import Component, Family
+from lowmem_db.models.families.stable_diffusion import SD_1, SD_2, SD_OF_ANY_WIDTH
+from lowmem_db.models.families.stable_diffusion_xl import SD_XL, SD_XL_OF_ANY_WIDTH
+from lowmem_db.models.files import ModelFiles
+
+__all__ = ["FAMILIES", "Component", "Family", "families_of", "find_family", "find_lora_prefixes", "register"]
+
+FAMILIES: list[Family] = [SD_1, SD_2, SD_XL, SD_OF_ANY_WIDTH, SD_XL_OF_ANY_WIDTH]
+"""All families; the first that recognises a model is its family."""
+
+
+@contextmanager
+def register(family: Family) -> Iterator[Family]:
+    """Return a context in which a family is known, before all others."""
+    FAMILIES.insert(0, family)
+    try:
+        yield family
+    finally:
+        FAMILIES.remove(family)
+
+
+def families_of(files: ModelFiles) -> list[Family]:
+    """Return the families that a model can be of, by the class of its pipeline where it says one.
+
+    Raises:
+        ModelError: There is none.
+    """
+    if not (files.path / "model_index.json").is_file():
+        return FAMILIES
+    pipeline = files.index.get("_class_name")
+    found = [family for family in FAMILIES if pipeline in family.pipelines]
+    if not found:
+        allowed = sorted({name for family in FAMILIES for name in family.pipelines})
+        raise ModelError(f"is a {pipeline}; allowed: {', '.join(allowed)}")
+    return found
+
+
+def find_family(files: ModelFiles) -> Family:
+    """Return the family of a model in diffusers' layout; its configurations are enough.
+
+    Raises:
+        ModelError: There is none.
+    """
+    found = next((family for family in families_of(files) if family.recognises(files)), None)
+    if found is None:
+        raise ModelError(f"{files.path}: is of no family known here: {', '.join(each.name for each in FAMILIES)}")
+    return found
+
+
+def find_lora_prefixes(components: Iterable[str]) -> Mapping[str, str]:
+    """Return what kohya's scripts call adapters of some components.
+
+    Raises:
+        ModelError: They have no names for them.
+    """
+    names = set(components)
+    for family in FAMILIES:
+        if names <= family.lora_prefixes.keys():
+            return family.lora_prefixes
+    raise ModelError(f"kohya's layout has no names for adapters of {', '.join(sorted(names))}; use lora-diffusers")

@@ -1,0 +1,168 @@
+"""Where a denoiser works: in the latents of an autoencoder, or in the pixels themselves."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from diffusers import AutoencoderKL
+from jaxtyping import Float
+from torch import Tensor
+
+from lowmem_db.models.files import ModelFiles
+from lowmem_db.models.loading import CPU, Autoencoder, load_autoencoder
+
+Moments = tuple[Float[Tensor, "b c x y"], Float[Tensor, "b c x y"]]
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """What turns pictures into what a denoiser works on, and back; in memory."""
+
+    def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Moments:
+        """Return mean and standard deviation of what pictures in [-1, 1] are encoded as, in the denoiser's scale."""
+        ...
+
+    def decode(self, latents: Float[Tensor, "b c x y"]) -> Float[Tensor, "b 3 h w"]:
+        """Return pictures in [-1, 1]."""
+        ...
+
+    def decode_in_tiles(self, num_pixels: int) -> None:
+        """Decode pictures with sides of ``num_pixels`` in parts from now on, where that saves memory."""
+        ...
+
+
+@runtime_checkable
+class Space(Protocol):
+    """The space of a model's pictures, known from its files alone."""
+
+    @property
+    def cell(self) -> int:
+        """How many pixels one of the denoiser's stands for, along one side."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Channels of an encoded picture."""
+        ...
+
+    def content_key(self) -> str:
+        """Return what encoded pictures depend on beside the pictures."""
+        ...
+
+    def load(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Codec:
+        """Load what encodes and decodes."""
+        ...
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """Latents of an autoencoder.
+
+    Attributes:
+        files: The model.
+        component: Folder of the autoencoder.
+    """
+
+    files: ModelFiles
+    component: str = "vae"
+
+    @property
+    def cell(self) -> int:
+        """How many pixels one latent pixel stands for, along one side."""
+        return 2 ** (len(self.files.config_of(self.component)["block_out_channels"]) - 1)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return self.files.config_of(self.component).get("latent_channels", 4)
+
+    def content_key(self) -> str:
+        """Return the key of the autoencoder's files."""
+        return self.files.content_key(self.component)
+
+    def load(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> "LatentCodec":
+        """Load the autoencoder, in ``dtype`` unless it has to compute in fp32."""
+        return LatentCodec(load_autoencoder(self.files, self.component, device, dtype), self.cell)
+
+
+@dataclass(frozen=True)
+class LatentCodec:
+    """An autoencoder in memory; it computes in its own type.
+
+    Attributes:
+        autoencoder: One that diffusers knows, or the demo's.
+        cell: How many pixels one latent pixel stands for, along one side.
+    """
+
+    autoencoder: Autoencoder
+    cell: int
+
+    @torch.no_grad()
+    def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Moments:
+        """Return mean and standard deviation of the latents' posterior, times the autoencoder's scaling factor.
+
+        A deterministic autoencoder has the standard deviation zero.
+        """
+        autoencoder, scale = self.autoencoder, self.scaling_factor
+        encoded: Any = autoencoder.encode(pixels.to(autoencoder.device, autoencoder.dtype))
+        if hasattr(encoded, "latent_dist"):
+            return (encoded.latent_dist.mean * scale).float(), (encoded.latent_dist.std * scale).float()
+        mean = (encoded.latents * scale).float()
+        return mean, torch.zeros_like(mean)
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "b c x y"]) -> Float[Tensor, "b 3 h w"]:
+        """Return pictures in [-1, 1]; decoded one at a time, which bounds the memory by one picture."""
+        decode: Any = self.autoencoder.decode
+        scaled = latents.to(self.autoencoder.device, self.autoencoder.dtype) / self.scaling_factor
+        return torch.cat([decode(latent[None]).sample for latent in scaled]).float().clamp(-1, 1)
+
+    def decode_in_tiles(self, num_pixels: int) -> None:
+        """Decode squares of half a picture's side, which overlap by a quarter and are blended.
+
+        Only ``AutoencoderKL`` has tiles; the others are small.
+        """
+        if isinstance(self.autoencoder, AutoencoderKL):
+            self.autoencoder.enable_tiling()
+            self.autoencoder.tile_sample_min_size = num_pixels // 2
+            self.autoencoder.tile_latent_min_size = num_pixels // 2 // self.cell
+
+    @property
+    def scaling_factor(self) -> float:
+        """What latents are multiplied by before the denoiser sees them."""
+        return self.autoencoder.config.get("scaling_factor", 1.0)
+
+
+@dataclass(frozen=True)
+class PixelSpace:
+    """Pixels in [-1, 1]: nothing is loaded, encoded or decoded."""
+
+    cell: int = 1
+    channels: int = 3
+
+    def content_key(self) -> str:
+        """Return a key that depends on nothing."""
+        return "pixels"
+
+    def load(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> "PixelCodec":
+        """Return what hands pictures through."""
+        return PixelCodec(device)
+
+
+@dataclass(frozen=True)
+class PixelCodec:
+    """Hands pictures through; they have no deviation."""
+
+    device: torch.device
+
+    def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Moments:
+        """Return the pictures and zeros."""
+        mean = pixels.to(self.device, torch.float32)
+        return mean, torch.zeros_like(mean)
+
+    def decode(self, latents: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Return the pictures, their values cut off at -1 and 1."""
+        return latents.to(self.device, torch.float32).clamp(-1, 1)
+
+    def decode_in_tiles(self, num_pixels: int) -> None:
+        """Do nothing: there is nothing to save."""

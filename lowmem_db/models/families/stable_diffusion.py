@@ -1,0 +1,211 @@
+"""Stable Diffusion 1.x and 2.x (arXiv:2112.10752): a UNet on an autoencoder's latents, told by one text encoder."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from lowmem_db.config.schema import ObjectiveConfig
+from lowmem_db.config.schema import Sampler as SamplerName
+from lowmem_db.errors import ConfigError, ModelError
+from lowmem_db.models.families import clip
+from lowmem_db.models.families.base import Component, Family, Sampler, Tensors, token_ids
+from lowmem_db.models.families.blocks import Block
+from lowmem_db.models.families.original_layout import SD1, SD2, Layout, layout_for
+from lowmem_db.models.families.spaces import LatentSpace
+from lowmem_db.models.families.unet_blocks import find_blocks
+from lowmem_db.models.files import ModelFiles
+from lowmem_db.models.loading import load_autoencoder, load_module, load_noise_schedule, load_tokenizer
+from lowmem_db.objective.process import Diffusion
+from lowmem_db.records import Conditioning
+
+CLIP_VOCABULARY = 49408
+_SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm_solver": DPMSolverMultistepScheduler}
+_TO_K = re.compile(r"^model(_ema)?\.diffusion_model.*attn2\.?to_k\.?weight$")
+_EXTRAS = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+class StableDiffusion(Family):
+    """Models of one width of text embeddings.
+
+    Args:
+        name: As it is shown.
+        cross_attention_dim: Width of the text embeddings; None: any.
+        layout: Layout of its published single files; None where there is none.
+        hub_ids: Models on the hub whose configurations are in this package, each with their folder.
+        kohya_version: What kohya's scripts call such a model.
+    """
+
+    components = (
+        Component("unet", "denoiser", partial(load_module, UNet2DConditionModel)),
+        Component("text_encoder", "text_encoder", partial(load_module, CLIPTextModel)),
+        Component("tokenizer", "tokenizer", lambda files, name, *_: load_tokenizer(files, name)),
+        Component("vae", "autoencoder", load_autoencoder),
+        Component("scheduler", "scheduler"),
+    )
+    pipelines = ("StableDiffusionPipeline",)
+    lora_prefixes: Mapping[str, str] = {"unet": "lora_unet", "text_encoder": "lora_te"}
+
+    def __init__(
+        self,
+        name: str,
+        cross_attention_dim: int | None = None,
+        *,
+        layout: Layout | None = None,
+        hub_ids: Mapping[str, str] | None = None,
+        kohya_version: str | None = None,
+    ) -> None:
+        self.name = name
+        self.cross_attention_dim = cross_attention_dim
+        self.layout = layout
+        self.hub_ids = hub_ids or {}
+        self.kohya_version = kohya_version
+
+    def recognises(self, files: ModelFiles) -> bool:
+        """Say whether the UNet is made for text embeddings of this width."""
+        has_second = (files.path / "text_encoder_2").is_dir()
+        return has_second == ("text_encoder_2" in self.text_encoders) and self._has_width(
+            files.config_of("unet").get("cross_attention_dim")
+        )
+
+    def _has_width(self, width: Any) -> bool:
+        return self.cross_attention_dim in {width, None}
+
+    def recognises_file(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Say whether there is a UNet for text embeddings of this width, and a layout for it."""
+        return self.layout is not None and text_width(shapes) == self.cross_attention_dim
+
+    def recognises_lora(self, state: Tensors) -> bool:
+        """Say whether adapters are those of a UNet for text embeddings of this width."""
+        keys = (tensor for name, tensor in state.items() if name.endswith(".attn2.to_k.lora_A.weight"))
+        first = next(keys, None)
+        return first is not None and first.shape[1] == self.cross_attention_dim
+
+    def tokenize(self, files: ModelFiles, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the token ids of prompts."""
+        return {"input_ids": clip.tokenize(load_tokenizer(files, "tokenizer"), prompts)}
+
+    def encode(self, text_encoders: Mapping[str, nn.Module], tokens: Tensors) -> dict[str, Tensor]:
+        """Return the last hidden states of the text encoder."""
+        text_encoder = cast("CLIPTextModel", text_encoders["text_encoder"])
+        return {"embeds": clip.encode_prompt(text_encoder, tokens["input_ids"])}
+
+    def blank_tokens(self, files: ModelFiles, count: int) -> dict[str, Tensor]:
+        """Return token ids of any prompts."""
+        return {"input_ids": token_ids(count, files.config_of("text_encoder")["max_position_embeddings"])}
+
+    def blank_embeds(
+        self, files: ModelFiles, count: int, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Return embeddings of zeros."""
+        length = files.config_of("text_encoder")["max_position_embeddings"]
+        width = files.config_of("unet")["cross_attention_dim"]
+        return {"embeds": torch.zeros(count, length, width, dtype=dtype, device=device)}
+
+    def space(self, files: ModelFiles) -> LatentSpace:
+        """Return the autoencoder's latents."""
+        return LatentSpace(files, "vae")
+
+    def size_step(self, files: ModelFiles) -> int:
+        """Return the pixels that the lowest level of the UNet stands for."""
+        num_levels = len(files.config_of("unet")["block_out_channels"])
+        return self.space(files).cell * 2 ** (num_levels - 1)
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return what the UNet predicts."""
+        embeds = conditioning.embeds["embeds"]
+        added = self.added_conditioning(conditioning)
+        return denoiser(noisy, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
+
+    def added_conditioning(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
+        """Return what the UNet is told beside the embeddings of the prompt."""
+        del conditioning
+        return None
+
+    def process(self, files: ModelFiles, objective: ObjectiveConfig) -> Diffusion:
+        """Return the diffusion the model was trained with, changed as a run says.
+
+        Raises:
+            ConfigError: Epsilon is predicted where a last timestep is all noise.
+        """
+        schedule = load_noise_schedule(files, objective.prediction_type, objective.zero_terminal_snr)
+        prediction_type = schedule.config["prediction_type"]
+        if schedule.config["rescale_betas_zero_snr"] and prediction_type == "epsilon":
+            raise ConfigError(
+                "objective.prediction_type: this model's scheduler says epsilon, and there is none to predict at a "
+                "last timestep that is all noise (zero terminal SNR); set objective.prediction_type=v_prediction, or "
+                "objective.zero_terminal_snr=false"
+            )
+        return Diffusion(schedule.alphas_cumprod, prediction_type)
+
+    def sampler(self, files: ModelFiles, name: SamplerName, objective: ObjectiveConfig | None = None) -> Sampler:
+        """Return one of diffusers' samplers."""
+        if objective is None:
+            schedule = load_noise_schedule(files)
+        else:
+            schedule = load_noise_schedule(files, objective.prediction_type, objective.zero_terminal_snr)
+        return _SAMPLERS[name].from_config(schedule.config)
+
+    def blocks(self, modules: Mapping[str, nn.Module]) -> dict[str, Block]:
+        """Return the blocks of the UNet, and each text encoder as one."""
+        return find_blocks(modules)
+
+    def layout_of(self, files: ModelFiles) -> Layout:
+        """Return the layout of the published file of such a model.
+
+        Raises:
+            ModelError: Its autoencoder or its tokens have no place there.
+        """
+        name = files.config_of("vae").get("_class_name")
+        if name != "AutoencoderKL":
+            raise ModelError(f"{files.path / 'vae'}: is {name}, which no single file holds; export --format diffusers")
+        num_tokens = files.config_of("text_encoder")["vocab_size"]
+        if num_tokens != CLIP_VOCABULARY:
+            raise ModelError(
+                f"{files.path / 'text_encoder'}: has {num_tokens} tokens; a single file has no place for a tokenizer, "
+                f"CLIP's with {CLIP_VOCABULARY} is meant; export --format diffusers"
+            )
+        return layout_for({name: files.config_of(name) for name in self.text_encoders})
+
+    def finished_index(self, index: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what is not part of the folder, so that the pipeline loads without it."""
+        return without_extras(index) | {"requires_safety_checker": False}
+
+
+def text_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return the width of the text embeddings that the UNet in a single file is made for; None: there is no UNet."""
+    return next((shape[1] for name, shape in shapes.items() if _TO_K.match(name)), None)
+
+
+def without_extras(index: dict[str, Any]) -> dict[str, Any]:
+    """Say that a pipeline goes without what it can go without."""
+    return index | {name: [None, None] for name in _EXTRAS if name in index}
+
+
+SD_1 = StableDiffusion(
+    "Stable Diffusion 1.x",
+    768,
+    layout=SD1,
+    hub_ids={
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+        "runwayml/stable-diffusion-v1-5": "sd15",
+        "CompVis/stable-diffusion-v1-4": "sd15",
+    },
+    kohya_version="sd_v1",
+)
+SD_2 = StableDiffusion(
+    "Stable Diffusion 2.x",
+    1024,
+    layout=SD2,
+    hub_ids={
+        "stabilityai/stable-diffusion-2-1": "sd21",
+        "stabilityai/stable-diffusion-2-1-base": "sd21_base",
+    },
+    kohya_version="sd_v2",
+)
+SD_OF_ANY_WIDTH = StableDiffusion("Stable Diffusion architecture")

@@ -1,0 +1,91 @@
+"""The files of a model in diffusers' layout: a folder for each component."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from lowmem_db import fingerprint
+from lowmem_db.errors import ModelError
+
+WEIGHT_SUFFIXES = {".safetensors", ".bin"}
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """Configurations and weights of a model, by component.
+
+    Attributes:
+        path: The folder.
+        variant: Variant of the weight files.
+        allow_pickle: Whether pickled weights may be read.
+    """
+
+    path: Path
+    variant: str | None = None
+    allow_pickle: bool = False
+
+    def config_of(self, component: str) -> dict[str, Any]:
+        """Return the JSON configuration of a component."""
+        kind = component.partition("_")[0]
+        return read_json(self.path / component / _CONFIG_FILES.get(kind, "config.json"))
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """What ``model_index.json`` says."""
+        return read_json(self.path / "model_index.json")
+
+    def num_parameters(self, component: str) -> int:
+        """Return the number of values in a component's weight files, read from their headers.
+
+        Numbered parts belong together; of the same weights in several forms the largest counts.
+        """
+        files = [file for file in (self.path / component).iterdir() if file.suffix in WEIGHT_SUFFIXES]
+        wholes: dict[str, int] = {}
+        for file in files:
+            whole = _SHARD.sub("", file.name)
+            wholes[whole] = wholes.get(whole, 0) + _num_values(file)
+        return max(wholes.values())
+
+    def content_key(self, *components: str) -> str:
+        """Return the key of the bytes of some components, configuration and weights together, in their order."""
+        keys = []
+        for component in components:
+            files = [file for file in sorted((self.path / component).iterdir()) if file.is_file()]
+            keys.append((component, fingerprint.of_files(files)))
+        return fingerprint.of_values(keys, self.variant)
+
+
+_CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a model.
+
+    Raises:
+        ModelError: It is missing, damaged, or holds no mapping.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"holds {type(found).__name__}, no mapping")
+        return found
+    except FileNotFoundError:
+        raise ModelError(f"{path}: is missing; a whole folder in diffusers' layout is needed") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: is damaged ({error}); get the model anew") from error
+
+
+def _num_values(file: Path) -> int:
+    if file.suffix != ".safetensors":
+        return file.stat().st_size // 4
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: is damaged ({error}); get the model anew") from error

@@ -1,0 +1,199 @@
+"""Where a model's files are: the model in this package, a folder in diffusers' layout, a single file, or the hub.
+
+Everything is checked before a weight is read: layout, family, and that the weights are safetensors.
+"""
+
+import difflib
+import re
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from lowmem_db.config.schema import Config
+from lowmem_db.console import say
+from lowmem_db.errors import ModelError
+from lowmem_db.models.families import FAMILIES, families_of, find_family
+from lowmem_db.models.files import WEIGHT_SUFFIXES, ModelFiles
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.single_file import CONFIGS_DIR, recognise
+from lowmem_db.models.single_file_folder import folder_of_file
+
+DEMO_DIR = Path(__file__).parent / "demo" / "base"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w.-]+)/(.+\.safetensors)")
+_NETWORK_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+def find_model(
+    base: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    cache_dir: Path | None = None,
+    weights: bool = True,
+) -> ModelFolder:
+    """Find a model and check its layout; a hub id is downloaded first, a single file becomes a folder of the cache.
+
+    Args:
+        base: ``demo``, a folder in diffusers' layout, a single file in the original layout (``.safetensors``), a hub id
+            such as ``owner/name``, or a single file on the hub such as ``owner/name/file.safetensors``.
+        revision: Branch, tag or commit on the hub.
+        variant: Variant of the weight files, for instance ``fp16``.
+        allow_pickle: Accept ``.bin`` weights where there are no safetensors.
+        cache_dir: Where folders of single files are kept; None: the usual cache.
+        weights: Whether weights are needed. Where not, nothing is downloaded or written: the configuration files are
+            enough, and those of well-known models are in this package.
+
+    Raises:
+        ModelError: It is not there, is of no family known here, or has pickled weights alone.
+    """
+    if not weights:
+        return _find_configuration(base, revision, variant)
+    path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
+    files = ModelFiles(path=path, variant=variant, allow_pickle=allow_pickle)
+    _check_layout(base, files)
+    model = _folder_of(base, files)
+    _check_weights(model)
+    return model
+
+
+def model_of(config: Config, *, weights: bool = True) -> ModelFolder:
+    """Find the model that a run starts from, see :func:`find_model`."""
+    return find_model(**config.model.model_dump(), cache_dir=config.cache_dir, weights=weights)
+
+
+def find_file(base: str, revision: str | None = None) -> Path | None:
+    """Return the single file that ``base`` names here or on the hub, or None where it names something else.
+
+    Raises:
+        ModelError: It cannot be had from the hub.
+    """
+    if Path(base).is_file():
+        return Path(base)
+    on_hub = _HUB_FILE.fullmatch(base)
+    if on_hub is None or Path(base).parent.is_dir():
+        return None
+    try:
+        return Path(hf_hub_download(on_hub[1], on_hub[2], revision=revision))
+    except _NETWORK_ERRORS as error:
+        raise _unreachable(base, error) from error
+
+
+def _find_folder(
+    base: str, revision: str | None, variant: str | None, allow_pickle: bool, cache_dir: Path | None
+) -> Path:
+    if base == "demo":
+        return DEMO_DIR
+    if Path(base).is_dir():
+        return Path(base)
+    if (file := find_file(base, revision)) is not None:
+        if variant is not None:
+            raise ModelError(f"model.variant: {variant}, but {base} is a single file, which has none; leave it out")
+        return folder_of_file(file, cache_dir)
+    if _HUB_ID.fullmatch(base) and not base.startswith(".") and not base.endswith(".safetensors"):
+        return _download(base, revision, variant, allow_pickle)
+    raise ModelError(
+        f"model.base: {base!r} is neither a folder, a file nor a hub id; allowed: demo, a folder, a .safetensors "
+        f"file, owner/name{_near(base)}"
+    )
+
+
+def _folder_of(base: str, files: ModelFiles) -> ModelFolder:
+    return ModelFolder(
+        name=base,
+        path=files.path,
+        family=find_family(files),
+        variant=files.variant,
+        allow_pickle=files.allow_pickle,
+    )
+
+
+def _find_configuration(base: str, revision: str | None, variant: str | None) -> ModelFolder:
+    """Find the configuration of a model: the demo's, a folder's, a file's, one downloaded, or one in this package."""
+    if Path(base).is_file():
+        model = recognise(Path(base))
+        say(model.remark)
+        return model
+    files = ModelFiles(path=_find_folder_of_configuration(base, revision), variant=variant)
+    _refuse_missing(base, files, "a plan needs the configuration files of a folder in diffusers' layout", plans=True)
+    return _folder_of(base, files)
+
+
+def _find_folder_of_configuration(base: str, revision: str | None) -> Path:
+    if base == "demo":
+        return DEMO_DIR
+    if Path(base).is_dir():
+        return Path(base)
+    known = {hub_id: folder for family in FAMILIES for hub_id, folder in family.hub_ids.items()}
+    try:
+        return Path(snapshot_download(base, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        if base in known:
+            return CONFIGS_DIR / known[base]
+    raise ModelError(
+        f"model.base: {base!r} is neither a folder nor a file, is not downloaded, and its configuration is not known "
+        f"here; download it (hf download {base}), name a folder, or plan for one of: demo, " + ", ".join(known)
+    )
+
+
+def _download(hub_id: str, revision: str | None, variant: str | None, allow_pickle: bool) -> Path:
+    patterns = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+    patterns += ["*/*.bin"] if allow_pickle else []
+    ignored = ["safety_checker/*", "vae_1_0/*", "*/flax*", "*/tf_*", "*/openvino*"]
+    ignored += ["*.fp16.*", "*.bf16.*", "*.non_ema.*"] if variant is None else []
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
+    except _NETWORK_ERRORS as error:
+        raise _unreachable(hub_id, error) from error
+
+
+def _unreachable(base: str, error: Exception) -> ModelError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ModelError(
+        f"model.base: {base!r} is not here and cannot be had from the hub ({reason}); check the name, the network and "
+        "`hf auth login`, or give a local folder or file"
+    )
+
+
+def _check_layout(base: str, files: ModelFiles) -> None:
+    if not (files.path / "model_index.json").is_file():
+        components = ", ".join(component.name for component in FAMILIES[0].components)
+        raise ModelError(
+            f"model.base: {base} holds no model_index.json; allowed: a folder in diffusers' layout "
+            f"(model_index.json, {components})"
+        )
+    _refuse_missing(base, files, "a whole folder in diffusers' layout is needed", plans=False)
+
+
+def _refuse_missing(base: str, files: ModelFiles, needed: str, *, plans: bool) -> None:
+    """Refuse a folder without the components of the first family that it may be of; a plan needs no tokenizers."""
+    try:
+        family = families_of(files)[0]
+    except ModelError as error:
+        raise ModelError(f"model.base: {base} {error}") from error
+    names = [component.name for component in family.components if not (plans and component.role == "tokenizer")]
+    if missing := [name for name in names if not (files.path / name).is_dir()]:
+        raise ModelError(f"model.base: {base} lacks {', '.join(missing)}; {needed}")
+
+
+def _check_weights(model: ModelFolder) -> None:
+    for component in model.family.with_weights:
+        folder = model.path / component
+        suffixes = {file.suffix for file in folder.iterdir()} & WEIGHT_SUFFIXES
+        if not suffixes:
+            raise ModelError(f"model.base: {folder} holds no weights; allowed: a .safetensors file")
+        if suffixes == {".bin"} and not model.allow_pickle:
+            raise ModelError(
+                f"model.base: {folder} holds pickled weights alone, which can run code when they are read; "
+                "use a safetensors version, or set model.allow_pickle=true (they are then read with weights_only=True)"
+            )
+
+
+def _near(base: str) -> str:
+    parent = Path(base).parent
+    there = parent.iterdir() if parent.is_dir() else []
+    names = [path.name for path in there if path.is_dir() or path.suffix == ".safetensors"]
+    nearest = difflib.get_close_matches(Path(base).name, ["demo", *names], n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""

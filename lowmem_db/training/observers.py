@@ -1,0 +1,203 @@
+"""What watches a run: the screen, the metrics, samples, scores, and whatever else wants to know.
+
+The trainer tells every observer what has happened, in their order, and asks each of them what it wants. A report or a
+page is one observer more: ``lowmem_db.train(config, observers=[...])``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL.Image import Image
+from rich.progress import Progress, TaskID
+
+from lowmem_db import environment
+from lowmem_db.config.schema import Config
+from lowmem_db.console import progress, say
+from lowmem_db.storage.run_folder import RunFolder
+from lowmem_db.training.metrics import MetricsWriter
+from lowmem_db.training.rescue import write_row_or_save
+from lowmem_db.training.scores import Scores
+
+if TYPE_CHECKING:
+    from lowmem_db.training.trainer import Trainer
+
+Metrics = Mapping[str, float]
+_LINES_WITHOUT_TERMINAL = 20
+
+
+class Observer:
+    """Watches a run; here every method does nothing. An error that one of them raises ends the run."""
+
+    def start(self, trainer: Trainer) -> None:
+        """The run begins, or goes on after ``trainer.step`` steps."""
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """A step is done; ``row`` is its row of ``metrics.jsonl``."""
+
+    def checkpoint(self, step: int) -> None:
+        """A checkpoint of the last step was saved."""
+
+    def samples(self, step: int, folder: Path) -> None:
+        """Samples were drawn into a folder."""
+
+    def score(self, step: int, metrics: Metrics) -> None:
+        """The images of a step were scored."""
+
+    def end(self) -> None:
+        """The run stops, for whatever reason; nothing more is told."""
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether a checkpoint has to be saved after a step."""
+        return False
+
+    def step_to_keep(self) -> int | None:
+        """The step whose checkpoint must not be deleted, or None."""
+        return None
+
+    def reason_to_stop(self) -> str | None:
+        """Why the run should stop before its last step, or None."""
+        return None
+
+
+class ConsoleBar(Observer):
+    """A progress bar; without a terminal, a line from time to time."""
+
+    def start(self, trainer: Trainer) -> None:
+        """Show the bar."""
+        self._total = trainer.config.training.max_train_steps
+        self._bar: Progress = progress("{task.fields[loss]}")
+        self._bar.start()
+        self._task: TaskID = self._bar.add_task("training", total=self._total, completed=trainer.step, loss="")
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Move it on."""
+        prior = "" if row["loss_prior"] is None else f" prior {row['loss_prior']:.4f}"
+        text = f"loss {row['loss']:.4f} instance {row['loss_instance']:.4f}{prior} {row['seconds']:.2f} s/step"
+        self._bar.update(self._task, advance=1, loss=text)
+        step, every = row["step"], max(1, self._total // _LINES_WITHOUT_TERMINAL)
+        if self._bar.disable and (step == 1 or step % every == 0):
+            say(f"step {step}/{self._total} {text}")
+
+    def end(self) -> None:
+        """Take it away."""
+        self._bar.stop()
+
+
+class MetricsFiles(Observer):
+    """Rows of ``metrics.jsonl``, and curves of TensorBoard where it is asked for or installed."""
+
+    def start(self, trainer: Trainer) -> None:
+        """Open the files; rows of steps that are done again are gone."""
+        self._trainer = trainer
+        self._writer = MetricsWriter(
+            trainer.run, tensorboard=trainer.config.logging.tensorboard, start_step=trainer.step
+        )
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Append the row; where the disk refuses it, the model in memory is saved before the run ends."""
+        trainer = self._trainer
+        write_row_or_save(
+            trainer.run,
+            trainer.config,
+            trainer.step,
+            write=lambda: self._writer.write(dict(row)),
+            save=trainer.save_checkpoint,
+        )
+
+    def score(self, step: int, metrics: Metrics) -> None:
+        """Add the scores to the curves; their file is that of :class:`ScoreKeeper`."""
+        self._writer.write_curves({"step": step, **metrics})
+
+    def end(self) -> None:
+        """Close the files."""
+        self._writer.close()
+
+
+class Samples(Observer):
+    """Draws ``sampling.prompts`` when they are due, always after a checkpoint of that step.
+
+    Args:
+        config: The configuration.
+        run: The run folder.
+        draw: Draws the samples of a step into its folder.
+    """
+
+    def __init__(self, config: Config, run: RunFolder, draw: Callable[[int], None]) -> None:
+        self._config, self._run, self._draw = config, run, draw
+
+    def start(self, trainer: Trainer) -> None:
+        """Draw what a run that was killed after a checkpoint still owes."""
+        self._trainer = trainer
+        self.checkpoint(trainer.step)
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether samples are due."""
+        every = self._config.sampling.every or self._config.checkpointing.every
+        return bool(self._config.sampling.prompts) and _is_due(step, every, self._config)
+
+    def checkpoint(self, step: int) -> None:
+        """Draw them, unless they are there."""
+        folder = self._run.samples_dir(step)
+        if self.wants_checkpoint(step) and not folder.is_dir():
+            with self._trainer.weights():
+                self._draw(step)
+            environment.reset_peak_bytes(self._trainer.denoiser.device)
+            self._trainer.tell("samples", step, folder)
+
+
+class ScoreKeeper(Observer):
+    """Scores images when that is due, keeps the best checkpoint, and stops a run that no longer gets better.
+
+    Args:
+        config: The configuration.
+        run: The run folder.
+        draw: Draws what is scored: images by prompt.
+        score: Returns what :meth:`Scores.add` takes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunFolder,
+        draw: Callable[[], Mapping[str, Sequence[Image]]],
+        score: Callable[[Mapping[str, Sequence[Image]]], Metrics],
+    ) -> None:
+        self._config, self._draw, self._score = config, draw, score
+        self._scores = Scores(run, config.evaluation.patience)
+
+    def start(self, trainer: Trainer) -> None:
+        """Score what a run that was killed after a checkpoint still owes."""
+        self._trainer = trainer
+        self.checkpoint(trainer.step)
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether a score is due."""
+        every = self._config.evaluation.every
+        return every is not None and _is_due(step, every, self._config)
+
+    def checkpoint(self, step: int) -> None:
+        """Score the step, unless it has its score."""
+        if not self.wants_checkpoint(step) or self._scores.has(step):
+            return
+        with self._trainer.weights():
+            found = self._score(self._draw())
+        self._scores.add(step, found)
+        environment.reset_peak_bytes(self._trainer.denoiser.device)
+        self._trainer.tell("score", step, found)
+
+    def step_to_keep(self) -> int | None:
+        """The step with the best score, where ``evaluation.keep_best`` says so."""
+        return self._scores.best_step() if self._config.evaluation.keep_best else None
+
+    def reason_to_stop(self) -> str | None:
+        """Whether the last scores had no new best."""
+        if not self._scores.out_of_patience():
+            return None
+        return f"no better score since step {self._scores.best_step()}"
+
+
+def _is_due(step: int, every: int, config: Config) -> bool:
+    return step > 0 and (step % every == 0 or step == config.training.max_train_steps)

@@ -1,0 +1,24 @@
+"""Every file in ``configs/`` is planned as it was before the code was rearranged."""
+
+import json
+
+import pytest
+
+from tests.before.make_plans import CONFIGS, TABLE, plan
+
+EXPECTED = json.loads(TABLE.read_text())
+QUICK = ("demo", "sd15_lora_4gb", "sd15_full_12gb")
+
+
+def test_table_has_every_configuration() -> None:
+    assert EXPECTED.keys() == {file.stem for file in CONFIGS.glob("*.yaml")}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EXPECTED]
+)
+def test_configuration_is_planned_as_before(name: str) -> None:
+    found, expected = plan(CONFIGS / f"{name}.yaml"), EXPECTED[name]
+    # The noise process looks up four numbers of each sample: a few launches more, at 5 microseconds each.
+    assert found.pop("seconds_per_step") == pytest.approx(expected["seconds_per_step"], abs=1e-4)
+    assert found == {field: value for field, value in expected.items() if field != "seconds_per_step"}
