@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_db.config.loading import load_config
-from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.config.strategy import resolve
 from lowmem_db.memory import checkpointing, fused_layers
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.optimizers.weights import apply as split_weights
@@ -186,7 +186,7 @@ def in_backward(unet):
     fields = {"optimizer.name": "adamw8bit", "memory.weights": "bf16_extra_bits", "memory.optimizer_in_backward": True}
     config = load_config(None, list((NEEDED | fields).items()))
     extra_bits = split_weights({"unet": unet}, "bf16_extra_bits")
-    optimizer = build_optimizer(config, plain_strategy(config), {"unet": unet}, torch.device("cpu"))
+    optimizer = build_optimizer(resolve(config), {"unet": unet}, torch.device("cpu"))
     for name, bits in optimizer.extra_bits().items():
         bits.copy_(extra_bits[name])
     optimizer.set_learning_rates({"unet": 1e-3})
