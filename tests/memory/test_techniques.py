@@ -66,14 +66,18 @@ def test_a_block_that_is_not_there_is_named(denoiser: Denoiser, plain: Config) -
 def test_fused_layers_are_refused_where_no_layer_can_be_fused(denoiser: Denoiser, plain: Config) -> None:
     config = changed(plain, {"memory.fused_layers": True})
     techniques.apply(denoiser, config, META)
-    with pytest.raises(ConfigError, match=r"memory\.fused_layers: .* are fused already; set memory\.fused_layers=false"):
+    with pytest.raises(
+        ConfigError, match=r"memory\.fused_layers: .* are fused already; set memory\.fused_layers=false"
+    ):
         techniques.apply(denoiser, config, META)
 
 
 def test_fused_layers_need_compiled_kernels_on_a_card(monkeypatch: pytest.MonkeyPatch, plain: Config) -> None:
     config, cuda = changed(plain, {"memory.fused_layers": True}), torch.device("cuda")
     monkeypatch.setattr(environment, "why_not_compiled", lambda operators, device: "geglu: Triton cannot be imported")
-    with pytest.raises(DependencyError, match=r"fused_layers: true needs compiled kernels on cuda: geglu: Triton .* out"):
+    with pytest.raises(
+        DependencyError, match=r"fused_layers: true needs compiled kernels on cuda: geglu: Triton .* out"
+    ):
         techniques.check(config, cuda)
     techniques.check(config, CPU)
     techniques.check(plain, cuda)
@@ -96,6 +100,4 @@ def kept_bytes() -> Callable[[Config], int]:
     from lowmem_db.planning.cards import ASSUMED
     from lowmem_db.planning.phases import TracedRun, trace_train
 
-    return lambda config: (
-        trace_train(TracedRun(config=config, model=model_of(config), card=ASSUMED)).peak.activations
-    )
+    return lambda config: trace_train(TracedRun(config=config, model=model_of(config), card=ASSUMED)).peak.activations

@@ -12,6 +12,7 @@ from lowmem_db.planning.needs import Needs
 from lowmem_db.planning.plan import Planner, plan
 from lowmem_db.planning.smallest import find_smallest, given_fields, in_the_way, without
 from lowmem_db.planning.target import Target
+from lowmem_db.records import MemoryParts, PhaseMemory
 from tests.planning.conftest import make_config, make_run
 
 GIB = 1 << 30
@@ -57,10 +58,10 @@ def test_the_one_with_the_most_measures_is_not_always_the_smallest():
 
         def phases(self, strategy):
             self.traced.append(strategy.memory.checkpointing)
-            return [strategy]
+            return [PhaseMemory(name=strategy.memory.checkpointing, parts=MemoryParts(0, 0, 0, 0, 0))]
 
         def of_phases(self, phases):
-            return max(self.at_least(phases[0]), self.training(phases[0]))
+            return max(self.needed[phases[0].name])
 
     strategies = Planner(make_run(make_config())).candidates()[0]
     by_placement = {str(each.memory.checkpointing): each for each in strategies}
@@ -111,5 +112,5 @@ def test_class_images_are_planned_with_the_frozen_weights_that_are_chosen(monkey
     assert needed["nf4"] < needed["bf16"]
     found = planner.plan(needed["bf16"] - 1)
     assert found.config.lora.base_weights == "nf4"
-    assert [phase.parts.total for phase in found.phases][0] == max(phase.parts.total for phase in found.phases)
+    assert found.phases[0].parts.total == max(phase.parts.total for phase in found.phases)
     assert any(each.reason.endswith("more than the budget, before training") for each in found.refused)
