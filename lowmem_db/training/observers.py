@@ -7,7 +7,7 @@ page is one observer more: ``lowmem_db.train(config, observers=[...])``.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL.Image import Image
 from rich.progress import Progress, TaskID
@@ -26,6 +26,7 @@ Event = Literal["start", "step", "checkpoint", "samples", "score", "end"]
 _LINES_WITHOUT_TERMINAL = 20
 
 
+@runtime_checkable
 class Training(Protocol):
     """What an observer may ask of a run, which is a :class:`lowmem_db.training.trainer.Trainer`.
 
