@@ -14,6 +14,7 @@ from torch import Tensor
 from lowmem_db.planning.costs import Row, row_of
 
 _CANNOT = -1
+_PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout}
 
 
 class _New(NamedTuple):
@@ -72,6 +73,9 @@ def _describe(value: Any) -> Any:
     Raises:
         _UnknownError: It depends on data.
     """
+    kind = value.__class__
+    if kind in _PLAIN:  # most arguments are numbers
+        return (kind, value)
     if isinstance(value, Tensor):
         if not value.is_meta:
             raise _UnknownError
@@ -80,7 +84,7 @@ def _describe(value: Any) -> Any:
         return tuple(map(_describe, value))
     if isinstance(value, torch.Generator):
         raise _UnknownError
-    return (value.__class__, value)
+    return (kind, value)
 
 
 def _remember(args: tuple[Any, ...], made: Any, row: Row | None) -> _Known | None:
