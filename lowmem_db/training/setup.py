@@ -28,7 +28,7 @@ from lowmem_db.optimizers.ema import ExponentialMovingAverage
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.optimizers.weights import named_parameters
 from lowmem_db.storage import hub
-from lowmem_db.storage.checksums import write_checked_folder
+from lowmem_db.storage.atomic import write_folder
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.samples import draw_images, draw_samples
 from lowmem_db.training.trainer import Trainer
@@ -250,7 +250,7 @@ def write_final(trainer: Trainer, model: ModelFolder) -> None:
     Raises:
         StorageError: The disk is full, or the upload failed.
     """
-    write_checked_folder(trainer.run.final_dir, partial(_save_final, trainer, model))
+    write_folder(trainer.run.final_dir, partial(_save_final, trainer, model))
     if trainer.config.final.push_to_hub:
         model_id = trainer.config.final.hub_model_id or trainer.config.output_dir.absolute().name
         say(f"uploaded to {hub.upload_model(trainer.run.final_dir, model_id)}")

@@ -82,7 +82,7 @@ def files() -> Iterator[tuple[str, bytes]]:
     yield from (
         ("NUL", text) for text in (b"\0", b"seed: 1\0", b'subject: {class_prompt: "a\\0dog"}', b'cache_dir: "a\\0b"')
     )
-    yield "not UTF-8", b"subject: {class_prompt: caf\xe9}"
+    yield "not UTF-8", b"subject: {class_prompt: na\xe9}"
     yield "not UTF-8", b"\xff\xfe" + "seed: 1".encode("utf-16-le")
     yield "not UTF-8", "seed: 1".encode("utf-16")
     yield "not UTF-8", "seed: 1".encode("utf-16-be")
@@ -147,7 +147,7 @@ def arguments() -> Iterator[tuple[str, str]]:
         for value in ODD_ARGUMENTS:
             yield "no number", f"{field}={value}"
     for field in (*TEXTS, *PATHS):
-        for value in ("a\0b", "caf\udce9", "x" * 70_000):
+        for value in ("a\0b", "na\udce9", "x" * 70_000):
             yield "no text", f"{field}={value}"
     yield from (("long path", f"{field}={value}") for field in PATHS for value in ("x" * 256, "a/" * 3000))
     for name in ODD_NAMES:
