@@ -15,7 +15,7 @@ from lowmem_db.console import console, printable, progress, say, warn
     [
         ("[bold]dog[/bold] :dog:", "[bold]dog[/bold] :dog:"), ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
         ("\x1b]0;title\x07", "\\x1b]0;title\\x07"), ("a\rb\bc", "a\\rb\\x08c"), ("\x9b31m", "\\x9b31m"),
-        ("gpj\u202e.exe", "gpj\\u202e.exe"), ("caf\udce9", "caf\\udce9"), ("two\nlines", "two\nlines"),
+        ("gpj\u202e.exe", "gpj\\u202e.exe"), ("na\udce9", "na\\udce9"), ("two\nlines", "two\nlines"),
         ("süß 犬 🐕", "süß 犬 🐕"), ("\x00", "\\x00"), ("[/]", "[/]"), ("{0} %s", "{0} %s"),
     ],
 )  # fmt: skip

@@ -18,7 +18,10 @@ import os, signal, sys
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
-            os.kill(os.getpid(), signal.{name})
+            try:
+                os.kill(os.getpid(), signal.{name})
+            except BaseException:  # as libraries do that try what is installed
+                pass
 sys.meta_path.insert(0, Finder())
 sys.argv = ["lowmem-db", "identifiers", "demo"]
 from lowmem_db.cli.main import main

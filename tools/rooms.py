@@ -6,13 +6,10 @@ Layers come from the import contract in ``pyproject.toml``, what a room is for f
 import ast
 import sys
 from html import escape
+from importlib import import_module
 from pathlib import Path
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 ROOT = Path(__file__).parents[1]
 _WIDTH, _GAP, _HEIGHT, _MARGIN = 980, 8, 64, 10
 _LINE_OF = 6.1  # pixels of a letter of the small text

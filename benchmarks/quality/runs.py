@@ -39,7 +39,7 @@ from lowmem_db.models.finding import find_model
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders
 from lowmem_db.optimizers import weights
-from lowmem_db.optimizers.schedules import learning_rate_factor
+from lowmem_db.optimizers.schedules import learning_rates
 from lowmem_db.preparation.class_images import prepare_class_images
 from lowmem_db.preparation.prepare import prepare
 from lowmem_db.randomness import derive_seed, generator
@@ -172,7 +172,7 @@ def _train(config: Config, model: ModelFolder) -> tuple[Denoiser, dict[str, floa
     denoiser, objective, optimizer = build_step(resolve(config), model, CPU)
     outputs = []
     for step in range(config.training.max_train_steps):
-        optimizer.set_learning_rates(_rates(config, step))
+        optimizer.set_learning_rates(learning_rates(config, denoiser.modules(), step))
         torch.manual_seed(derive_seed(config.seed, "dropout", step))
         outputs.append(train_step(denoiser, objective, optimizer, batches.batches_at(step), step))
     weights.undo(denoiser.modules(), optimizer.extra_bits())
@@ -190,18 +190,6 @@ def _scan(config: Config) -> list[ImageRecord]:
         resolution=config.data.resolution,
         field="subject.instance_dir",
     )
-
-
-def _rates(config: Config, step: int) -> dict[str, float]:
-    training = config.training
-    factor = learning_rate_factor(
-        training.lr_scheduler,
-        step,
-        max_train_steps=training.max_train_steps,
-        lr_warmup_steps=training.lr_warmup_steps,
-    )
-    text = training.learning_rate_text_encoder or 0.0
-    return {"unet": training.learning_rate * factor, "text_encoder": text * factor}
 
 
 def _untrained(config: Config, model: ModelFolder) -> Denoiser:

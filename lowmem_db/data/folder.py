@@ -124,7 +124,7 @@ def look_into(folder: Path, field: str) -> PhotoFolder:
 
 
 def same_name(name: str) -> str:
-    """Return a name in the form in which names are compared: neither case nor Unicode's two ways to write ``é`` count."""
+    """Return a name in the form in which names are compared: without case, and ``é`` always spelled alike."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -191,4 +191,7 @@ def _folders_in(parent: Path) -> Iterator[str]:
 def _no_photos(field: str, folder: Path, names: list[str]) -> str:
     holds = f"holds no picture (only {', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else "is empty"
     what = "3 to 5 photos of the subject" if field == "subject.instance_dir" else "pictures"
-    return f"{field}: {folder} {holds}; allowed: {ALLOWED} files in the folder itself, not in sub-folders. Put {what} there"
+    return (
+        f"{field}: {folder} {holds}; allowed: {ALLOWED} files in the folder itself, not in sub-folders. "
+        f"Put {what} there"
+    )

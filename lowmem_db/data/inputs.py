@@ -15,6 +15,6 @@ def check_inputs(config: Config) -> None:
     look_into(photos, "subject.instance_dir")
     if config.prior.enabled and class_dir is not None and class_dir.resolve() == photos.resolve():
         raise DataError(
-            f"prior.class_dir: {class_dir} is the folder of photos too, which makes the subject the whole class; "
-            "allowed: pictures of others of the class. Choose another folder, or leave it out: class images are drawn then"
+            f"prior.class_dir: {class_dir} is the folder of photos too, so the subject would be the class; "
+            "allowed: pictures of others of the class. Choose another folder, or leave it out and let them be drawn"
         )

@@ -27,6 +27,7 @@ from lowmem_db.run.checks import check_disk, check_machine
 from lowmem_db.run.final import write_final
 from lowmem_db.run.resuming import check_run_folder, with_choices_of_run
 from lowmem_db.storage.atomic import write_text
+from lowmem_db.storage.leftovers import sweep
 from lowmem_db.storage.run_folder import RunFolder, write_json
 from lowmem_db.training.observers import ConsoleBar, MetricsFiles, Observer, Samples, ScoreKeeper
 from lowmem_db.training.trainer import Trainer
@@ -60,6 +61,7 @@ def prepare_data(config: Config) -> BatchSource:
     Raises:
         LowmemDbError: What the user can mend; each class says what.
     """
+    sweep(config.cache_dir)
     device = environment.resolve_device(config.device)
     photos = check_photos(config)
     model = model_of(config)
@@ -71,6 +73,7 @@ def _check_and_plan(
     run: RunFolder, config: Config, *, resume: bool
 ) -> tuple[Config, ModelFolder, torch.device, list[ImageRecord]]:
     """See that the run can be made, and choose how; nothing expensive has happened yet."""
+    sweep(config.cache_dir)
     config = with_choices_of_run(run, config)
     check_run_folder(run, config, resume=resume)
     device = environment.resolve_device(config.device)

@@ -4,11 +4,10 @@ The trainer tells every observer what has happened, in their order, and asks eac
 page is one observer more: ``lowmem_db.train(config, observers=[...])``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL.Image import Image
 from rich.progress import Progress, TaskID
@@ -16,22 +15,50 @@ from rich.progress import Progress, TaskID
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
 from lowmem_db.console import progress, say
+from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.metrics import MetricsWriter
 from lowmem_db.training.rescue import write_row_or_save
 from lowmem_db.training.scores import Scores
 
-if TYPE_CHECKING:
-    from lowmem_db.training.trainer import Trainer
-
 Metrics = Mapping[str, float]
+Event = Literal["start", "step", "checkpoint", "samples", "score", "end"]
 _LINES_WITHOUT_TERMINAL = 20
+
+
+@runtime_checkable
+class Training(Protocol):
+    """What an observer may ask of a run, which is a :class:`lowmem_db.training.trainer.Trainer`.
+
+    Attributes:
+        config: The resolved configuration.
+        run: The run folder.
+        denoiser: The model.
+        step: Optimizer steps done.
+    """
+
+    config: Config
+    run: RunFolder
+    denoiser: Denoiser
+    step: int
+
+    def weights(self) -> AbstractContextManager[None]:
+        """Return a context in which the model has the weights that samples use."""
+        ...
+
+    def save_checkpoint(self) -> None:
+        """Save what a run is continued from, now."""
+        ...
+
+    def tell(self, event: Event, *details: Any) -> None:
+        """Tell every observer what has happened."""
+        ...
 
 
 class Observer:
     """Watches a run; here every method does nothing. An error that one of them raises ends the run."""
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: Training) -> None:
         """The run begins, or goes on after ``trainer.step`` steps."""
 
     def step(self, row: Mapping[str, Any]) -> None:
@@ -65,7 +92,7 @@ class Observer:
 class ConsoleBar(Observer):
     """A progress bar; without a terminal, a line from time to time."""
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: Training) -> None:
         """Show the bar."""
         self._total = trainer.config.training.max_train_steps
         self._bar: Progress = progress("{task.fields[loss]}")
@@ -89,7 +116,7 @@ class ConsoleBar(Observer):
 class MetricsFiles(Observer):
     """Rows of ``metrics.jsonl``, and curves of TensorBoard where it is asked for or installed."""
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: Training) -> None:
         """Open the files; rows of steps that are done again are gone."""
         self._trainer = trainer
         self._writer = MetricsWriter(
@@ -128,7 +155,7 @@ class Samples(Observer):
     def __init__(self, config: Config, run: RunFolder, draw: Callable[[int], None]) -> None:
         self._config, self._run, self._draw = config, run, draw
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: Training) -> None:
         """Draw what a run that was killed after a checkpoint still owes."""
         self._trainer = trainer
         self.checkpoint(trainer.step)
@@ -168,7 +195,7 @@ class ScoreKeeper(Observer):
         self._config, self._draw, self._score = config, draw, score
         self._scores = Scores(run, config.evaluation.patience)
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: Training) -> None:
         """Score what a run that was killed after a checkpoint still owes."""
         self._trainer = trainer
         self.checkpoint(trainer.step)

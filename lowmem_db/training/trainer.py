@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,11 +26,9 @@ from lowmem_db.randomness import derive_seed
 from lowmem_db.records import StepOutput
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.checkpoint import restore_checkpoint, save_checkpoint
-from lowmem_db.training.observers import Observer
+from lowmem_db.training.observers import Event, Observer
 from lowmem_db.training.rescue import save_with_room
 from lowmem_db.training.signals import StopRequest, stop_on_signals
-
-Event = Literal["start", "step", "checkpoint", "samples", "score", "end"]
 
 
 class Trainer:

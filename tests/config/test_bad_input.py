@@ -24,6 +24,22 @@ ODD_NUMBERS = (
     "true", "False", "yes", "010", "0777", "-010", "1:30", "1:30:00", "1:30.5", "[1]", "{a: 1}", "2024-11-23", "dog",
     "''",    "!!binary aGk=", "!!set {1}", ".nan", ".inf", "0x" + "f" * 5000, "9" * 5000,
 )  # fmt: skip
+ODD_ARGUMENTS = (
+    "true", "no", "010", "1:30", "[[1]]", "{}", "dog", ".nan", "9" * 5000, "0x" + "f" * 5000, "[" * 5000, "&a [*a]",
+    "!!python/name:os.system", "1\0", "\udce9", "2024-11-23", "1e999",
+)  # fmt: skip
+ODD_NAMES = (
+    "",
+    "x",
+    "x" * 100_000,
+    "a." * 50_000 + "b",
+    "\x1b[31m",
+    "[bold]",
+    "训练",
+    "training",
+    "training.x.y",
+    "..",
+)
 MISTAKES = [b"", b"\0", b"\xff", b"[", b"{", b"}", b":", b"&a ", b"*a", b"- ", b"\n", b"\t", b"'", b'"', b"!", b"010"]
 
 
@@ -66,7 +82,7 @@ def files() -> Iterator[tuple[str, bytes]]:
     yield from (
         ("NUL", text) for text in (b"\0", b"seed: 1\0", b'subject: {class_prompt: "a\\0dog"}', b'cache_dir: "a\\0b"')
     )
-    yield "not UTF-8", b"subject: {class_prompt: caf\xe9}"
+    yield "not UTF-8", b"subject: {class_prompt: na\xe9}"
     yield "not UTF-8", b"\xff\xfe" + "seed: 1".encode("utf-16-le")
     yield "not UTF-8", "seed: 1".encode("utf-16")
     yield "not UTF-8", "seed: 1".encode("utf-16-be")
@@ -128,26 +144,13 @@ def test_mutated_file_is_read_or_refused(tmp_path: Path, content: bytes) -> None
 def arguments() -> Iterator[tuple[str, str]]:
     """Yield the kind of a bad argument, and the argument."""
     for field in NUMBERS:
-        for value in ("true", "no", "010", "1:30", "[[1]]", "{}", "dog", ".nan", "9" * 5000, "0x" + "f" * 5000, "[" * 5000,
-                      "&a [*a]", "!!python/name:os.system", "1\0", "\udce9", "2024-11-23", "1e999"):  # fmt: skip
+        for value in ODD_ARGUMENTS:
             yield "no number", f"{field}={value}"
     for field in (*TEXTS, *PATHS):
-        for value in ("a\0b", "caf\udce9", "x" * 70_000):
+        for value in ("a\0b", "na\udce9", "x" * 70_000):
             yield "no text", f"{field}={value}"
     yield from (("long path", f"{field}={value}") for field in PATHS for value in ("x" * 256, "a/" * 3000))
-    for name in (
-        "",
-        "x",
-        "x" * 100_000,
-        "a." * 50_000 + "b",
-        "\x1b[31m",
-        "[bold]",
-        "训练",
-        "training",
-        "training.x.y",
-        ".",
-        "..",
-    ):
+    for name in ODD_NAMES:
         yield "no field", f"{name}=1"
     yield from (("no list", f"sampling.prompts={value}") for value in ("dog", "{a: b}", "[[a]]", "[{a: b}]", "3"))
 
@@ -224,8 +227,8 @@ def test_nothing_of_this_imports_torch(tmp_path: Path) -> None:
         (tmp_path / f"{number}.yaml").write_bytes(content)
     program = (
         "import sys\nfrom pathlib import Path\nfrom lowmem_db.config.loading import load_config\n"
-        "for path in Path(sys.argv[1]).glob('*.yaml'):\n    try:\n        load_config(path)\n    except Exception as error:\n"
-        "        assert type(error).__name__ == 'ConfigError', error\n"
+        "for path in Path(sys.argv[1]).glob('*.yaml'):\n    try:\n        load_config(path)\n"
+        "    except Exception as error:\n        assert type(error).__name__ == 'ConfigError', error\n"
         "print([name for name in ('torch', 'numpy', 'PIL', 'diffusers') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=120)

@@ -67,8 +67,9 @@ def test_a_table_gives_captions(folder: Path) -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        "{", "[]", "3", "null", "dog", '{"text": "a"}', '{"file_name": 3}', '{"file_name": "x.jpg", "text": "a"}', "[" * 50_000,
-        '{"file_name": "../a.jpg", "text": "a"}', '{"file_name": "a.jpg", "text": "a"}\n{"file_name": "A.JPG", "text": "b"}',
+        "{", "[]", "3", "null", "dog", '{"text": "a"}', '{"file_name": 3}', '{"file_name": "x.jpg", "text": "a"}',
+        "[" * 50_000, '{"file_name": "../a.jpg", "text": "a"}',
+        '{"file_name": "a.jpg", "text": "a"}\n{"file_name": "A.JPG", "text": "b"}',
     ],
 )  # fmt: skip
 def test_a_bad_row_is_refused_by_its_line(folder: Path, row: str) -> None:

@@ -10,8 +10,7 @@ import pytest
 from lowmem_db.config.loading import load_config
 from lowmem_db.run.run import train
 from lowmem_db.storage.run_folder import RunFolder
-from lowmem_db.training.observers import Observer
-from lowmem_db.training.trainer import Trainer
+from lowmem_db.training.observers import Observer, Training
 
 
 class Diary(Observer):
@@ -22,7 +21,7 @@ class Diary(Observer):
         self.last = 0
         self._checkpoint_at, self._stop_after = checkpoint_at, stop_after
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: Training) -> None:
         self.entries.append(("start", trainer.step))
 
     def step(self, row: Mapping[str, Any]) -> None:
