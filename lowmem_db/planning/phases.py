@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lowmem_db.adaptation.layers import that_train
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import autocast, changed
 from lowmem_db.engine.build import build_ema, build_step
@@ -150,7 +149,7 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
             del optimizer
             tracker.reset_peak()
             with tracker.new_tensors_are("optimizer_state"):
-                optimizer = build_optimizer(strategy, that_train(denoiser.modules()), META)
+                optimizer = build_optimizer(strategy, denoiser.modules(), META)
             with tracker.new_tensors_are("other"):
                 ema = build_ema(strategy, denoiser, optimizer)
             trained_bytes = sum(parameter.nbytes for parameter in optimizer.parameters())
