@@ -69,6 +69,6 @@ def test_photos_that_serve_as_class_images_are_refused(tiny_config: Config, tmp_
     for folder in (photos, link, photos / ".." / photos.name):
         tree = tiny_config.model_dump(mode="json")
         config = load_config(None, [*tree.items(), ("prior", {**tree["prior"], "class_dir": str(folder)})])
-        with pytest.raises(DataError, match=r"prior\.class_dir: .* is the folder of photos too"):
+        with pytest.raises(DataError, match=r"prior\.class_dir: .* is also the photo folder"):
             check_inputs(config)
     check_inputs(tiny_config)

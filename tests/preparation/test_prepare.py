@@ -102,7 +102,7 @@ def test_changed_photo_is_encoded_anew_and_no_other(
     capsys.readouterr()
     run(config)
     assert set(encoded) == {"photo1.png"}
-    assert "photo1.png is encoded anew: the file has changed" in capsys.readouterr().err
+    assert "encoding photo1.png again: the file has changed" in capsys.readouterr().err
 
 
 def test_truncated_cache_file_is_made_anew(

@@ -92,7 +92,7 @@ def test_a_folder_that_is_open_for_a_moment_is_replaced(tmp_path: Path, monkeypa
 def test_nobody_waits_for_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = busy(monkeypatch, "replace", 99)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(StorageError, match="the folder may not be written"):
+    with pytest.raises(StorageError, match="the folder is not writable"):
         write_text(tmp_path / "target", "new")
     assert len(failed) == 1
 
