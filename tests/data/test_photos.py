@@ -112,7 +112,7 @@ class TestScan:
         assert all(line.startswith(f"subject.instance_dir: {tmp_path}") and "allowed: " in line for line in lines)
         for name, reason in {
             "tiny.png": "300 x 63 pixels", "empty.jpg": "0 bytes", "text.png": "cannot be decoded",
-            "cut.jpg": "cut off", "mute.txt": "is empty", "latin.txt": "UTF-8",
+            "cut.jpg": "truncated", "mute.txt": "is empty", "latin.txt": "UTF-8",
         }.items():  # fmt: skip
             assert any(name in line and reason in line for line in lines), name
 
@@ -373,7 +373,7 @@ class TestDamagedFiles:
             raise error("broken\ndata stream")
 
         monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
-        with pytest.raises(DataError, match=r"a.png: cannot be decoded, .*\(broken data stream\)"):
+        with pytest.raises(DataError, match=r"a.png: cannot be decoded; .*\(broken data stream\)"):
             read_photo(save(tmp_path / "a.png"))
 
     @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

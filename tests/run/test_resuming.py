@@ -72,10 +72,10 @@ def test_a_run_without_a_checkpoint_leaves_open_what_is_open(tmp_path: Path) -> 
     assert with_choices_of_run(RunFolder(tmp_path), config) == config
 
 
-def test_fields_that_came_after_the_run_was_begun_are_no_change(run: RunFolder) -> None:
+def test_fields_that_are_newer_than_the_run_have_not_changed(run: RunFolder) -> None:
     before = run.config_file.read_text()
     assert "  aspect_ratio_buckets: false\n" in before
     run.config_file.write_text(before.replace("  aspect_ratio_buckets: false\n", ""))
     check_run_folder(run, with_choices_of_run(run, config_of({})), resume=True)
-    with pytest.raises(CheckpointError, match=r"data\.resolution was 512, is 64"):
+    with pytest.raises(CheckpointError, match=r"data\.resolution from 512 to 64"):
         check_run_folder(run, with_choices_of_run(run, config_of({"data.resolution": 64})), resume=True)

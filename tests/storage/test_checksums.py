@@ -50,7 +50,7 @@ def test_a_flipped_bit_in_any_file_of_a_folder_is_found(folder: Path) -> None:
         for bit in some_bits(folder / name, 16):
             flip(folder / name, bit)
             with pytest.raises(
-                StorageError, match=rf"{name}: is damaged: its checksum is crc32:\w+, that in {MANIFEST}"
+                StorageError, match=rf"{name}: is damaged: its checksum is crc32:\w+, but {MANIFEST} has"
             ):
                 check_folder(folder)
             flip(folder / name, bit)

@@ -109,7 +109,7 @@ def test_odd_list_is_refused(run: RunFolder, objects: dict[str, nn.Module], cont
 
 
 def test_other_objects_are_refused_with_the_way_out(run: RunFolder, objects: dict[str, nn.Module]) -> None:
-    with pytest.raises(CheckpointError, match=r"holds optimizer, unet, this run has ema, optimizer, unet; resume with"):
+    with pytest.raises(CheckpointError, match=r"optimizer, unet, but this run has ema, optimizer, unet; resume with"):
         restore_checkpoint(run, 3, {**objects, "ema": nn.Linear(1, 1)})
 
 
