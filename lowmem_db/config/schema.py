@@ -95,7 +95,7 @@ class DataConfig(Section):
     num_crops: PositiveInt = 4
     """Number of random crops per image that are encoded; images that need no cropping have one."""
     aspect_ratio_buckets: bool = False
-    """Train each image nearly at its own aspect ratio, with about ``resolution`` squared pixels, instead of in a square.
+    """Train each image close to its own aspect ratio, with about ``resolution`` squared pixels, not in a square.
     All images in a batch have the same size; class images are drawn at the sizes of the photos."""
     bucket_step: PositiveInt | None = None
     """Sides of buckets are multiples of this. Default: 64 for 512 pixels and more, else the model's smallest step."""

@@ -109,7 +109,7 @@ def autocast(config: Config) -> Literal["no", "fp16", "bf16"]:
 
 def _weights_in_words(config: Config) -> str:
     base, compute_type = config.lora.base_weights, autocast(config)
-    weights = f"{config.memory.weights}" if base is None else f"LoRA with {base} base weights"
+    weights = f"{config.memory.weights}" if base is None else f"LoRA on {base} weights"
     return weights + (f" with {compute_type} autocast" if compute_type != "no" else "")
 
 

@@ -84,23 +84,23 @@ def prepare_class_images(
         say(f"class images: using the pictures in {own} as they are")
         return [ClassImages(folder=own, size=size, files=None) for size in counts]
     sets = [_set(config, model, device, size, count) for size, count in counts.items()]
-    for one in sets:
-        _check_manifest(one.folder, one.wanted)
-    to_draw = [one for one in sets if one.missing()]
-    for one in sets:
-        if one in to_draw:
-            say(f"class images: drawing {len(one.missing())} of {one.count} into {one.folder}")
+    for group in sets:
+        _check_manifest(group.folder, group.wanted)
+    to_draw = [group for group in sets if group.missing()]
+    for group in sets:
+        if group in to_draw:
+            say(f"class images: drawing {len(group.missing())} of {group.count} into {group.folder}")
         else:
-            say(f"class images: found all {one.count} in {one.folder}")
+            say(f"class images: found all {group.count} in {group.folder}")
     if to_draw:
         _draw(config, model, device, to_draw)
     return [
         ClassImages(
-            folder=one.folder,
-            size=one.size,
-            files=tuple(_image_file(one.folder, index) for index in range(one.count)),
+            folder=group.folder,
+            size=group.size,
+            files=tuple(_image_file(group.folder, index) for index in range(group.count)),
         )
-        for one in sets
+        for group in sets
     ]
 
 
@@ -163,22 +163,24 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequen
     dtype = DTYPES.get(sets[0].wanted["precision"], torch.float16)
     table = _embed(config, model, device, dtype)
     environment.release_memory(device)
-    for one in sets:
-        write_manifest(one.folder, one.wanted)
+    for group in sets:
+        write_manifest(group.folder, group.wanted)
     batches = [
-        (one, indices) for one in sets for indices in _whole_batches(one.missing(), config.prior.sample_batch_size)
+        (group, indices)
+        for group in sets
+        for indices in _whole_batches(group.missing(), config.prior.sample_batch_size)
     ]
     drawn = draw(
         class_artist(config, model),
         table,
-        [class_job(config, indices, one.size) for one, indices in batches],
+        [class_job(config, indices, group.size) for group, indices in batches],
         loaded_for_use(partial(load_frozen_denoiser, config, model, device, dtype), device),
         loaded_for_use(partial(model.space.load, device, dtype), device),
         jobs_at_once=max(1, _IMAGES_PER_LOAD // config.prior.sample_batch_size),
         progress="class images",
     )
-    for (one, indices), images in zip(batches, drawn, strict=True):
-        _save_missing(one, indices, images)
+    for (group, indices), images in zip(batches, drawn, strict=True):
+        _save_missing(group, indices, images)
 
 
 def load_frozen_denoiser(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> Denoiser:
@@ -206,11 +208,11 @@ def class_job(config: Config, indices: Sequence[int], size: Size) -> Job:
     return Job(prompts=[str(config.subject.class_prompt)], size=size, generators=generators)
 
 
-def _save_missing(one: _Set, indices: Sequence[int], images: Sequence[Image]) -> None:
-    missing = one.missing()
+def _save_missing(group: _Set, indices: Sequence[int], images: Sequence[Image]) -> None:
+    missing = group.missing()
     for index, image in zip(indices, images, strict=True):
         if index in missing:
-            write_file(_image_file(one.folder, index), lambda path, image=image: image.save(path, format="PNG"))
+            write_file(_image_file(group.folder, index), lambda path, image=image: image.save(path, format="PNG"))
 
 
 def _embed(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> PromptTable:

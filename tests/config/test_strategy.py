@@ -167,7 +167,7 @@ def test_choices_fill_what_is_open_alone():
 def test_frozen_weights_of_a_lora_run_are_part_of_the_strategy():
     config = resolve(config_of({"lora.enabled": True, "lora.base_weights": "nf4"}))
     assert (config.memory.weights, config.lora.base_weights, autocast(config)) == ("fp32", "nf4", "bf16")
-    assert describe(config).startswith("LoRA beside nf4 weights with bf16 autocast, ")
+    assert describe(config).startswith("LoRA on nf4 weights with bf16 autocast, ")
     assert resolve(config_of({"lora.enabled": True})).lora.base_weights == "fp32"
     assert resolve(config_of({})).lora == LoraConfig()
 
