@@ -1,7 +1,6 @@
 """Predictions from shapes alone, against real steps: tensors that are followed, and the profiler's allocations."""
 
 import pytest
-import torch
 from torch import nn
 
 from lowmem_db.config.schema import Config
