@@ -118,4 +118,4 @@ def test_folder_that_cannot_be_made_is_refused_before_drawing(run: Run, tiny_mod
 def test_nothing_by_that_name_is_refused(run: Run, tmp_path: Path) -> None:
     outcome = run("generate", tmp_path / "nothing", *QUICK)
     assert outcome.code == 2
-    assert "neither a folder, a file nor a hub id" in outcome.err
+    assert "not a folder, a file or a hub id" in outcome.err

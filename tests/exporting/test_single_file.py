@@ -157,7 +157,7 @@ def test_model_whose_tokenizer_is_not_clips_is_refused(tiny_model: Path, tmp_pat
 
 
 def test_demo_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is AutoencoderTAEF2, which no single file holds; export --format"):
+    with pytest.raises(ModelError, match="a single file cannot hold AutoencoderTAEF2; export --format"):
         export_single_file(find_export_source("demo"), tmp_path / "one.safetensors")
 
 
@@ -168,7 +168,7 @@ def test_folder_whose_weights_are_not_those_of_its_configuration_is_refused(dama
     tensors = load_file(file)
     bias = tensors.pop("conv_in.bias")
     save_file(tensors if damage == "missing" else tensors | {"conv_in.bias": bias[:-1]}, file)
-    with pytest.raises(ModelError, match=r"unet: conv_in\.bias is (missing|\[7\]), its config\.json asks for \[8\]"):
+    with pytest.raises(ModelError, match=r"unet: conv_in\.bias is (missing|\[7\]), but config\.json needs \[8\]"):
         export(model, tmp_path / "one.safetensors")
 
 
