@@ -94,7 +94,7 @@ def test_run_that_is_not_done_is_refused(run: Run, config_file: Path, tmp_path: 
     shutil.rmtree(RunFolder(tmp_path / "run").final_dir)
     refused = run("export", "run")
     assert refused.code == 2
-    assert "error: run: the run has no final model yet; end it with: lowmem-db train run/config.yaml" in refused.err
+    assert "error: run: the run has no final model yet; finish it with: lowmem-db train run/config.yaml" in refused.err
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_run_and_its_checkpoint_draw_the_same(run: Run, config_file: Path, tmp_p
     shutil.rmtree(folder.final_dir)
     half = run("generate", folder.root, *QUICK, "-o", tmp_path / "b")
     assert half.code == 0
-    assert "the run is not done: drawing from its checkpoint of step 2" in half.err
+    assert "the run is not finished: drawing from its checkpoint of step 2" in half.err
     assert pictures(tmp_path / "a") == pictures(tmp_path / "b")
     shutil.rmtree(folder.checkpoints_dir)
     nothing = run("generate", folder.root, *QUICK)

@@ -134,7 +134,7 @@ def test_weights_in_numbered_parts_are_joined(models: dict[str, Path], tmp_path:
 
 def test_nothing_is_overwritten(models: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "there.safetensors").write_text("mine")
-    with pytest.raises(ModelError, match=r"--out: .*there\.safetensors exists and is not overwritten"):
+    with pytest.raises(ModelError, match=r"--out: .*there\.safetensors exists and will not be overwritten"):
         export(models["sd1"], tmp_path / "there.safetensors")
     assert (tmp_path / "there.safetensors").read_text() == "mine"
 
@@ -145,7 +145,7 @@ def test_weight_beyond_half_precision_is_refused(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["conv_in.bias"][0] = 1e6
     save_file(tensors, file)
-    with pytest.raises(ModelError, match=r"--precision: model\.diffusion_model\.input_blocks\.0\.0\.bias holds values"):
+    with pytest.raises(ModelError, match=r"--precision: model\.diffusion_model\.input_blocks\.0\.0\.bias has values"):
         export(model, tmp_path / "one.safetensors", torch.float16)
     assert not (tmp_path / "one.safetensors").exists()
     export(model, tmp_path / "one.safetensors", torch.bfloat16)
