@@ -94,7 +94,7 @@ def test_suites_are_listed(run: Run) -> None:
     ("arguments", "part"),
     [
         ((), "there is nothing to draw"),
-        (("--suite", "objects"), "say --identifier sks --class-noun dog"),
+        (("--suite", "objects"), "add --identifier sks --class-noun dog"),
         (("--suite", "nothing"), "--suite: "),
         (("--prompt-file", "nothing.txt"), "nothing.txt: cannot be read"),
         (("--prompt", "x", "--resolution", 33), "--resolution: 33 is not a multiple of 2, the size of a latent pixel"),

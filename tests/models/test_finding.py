@@ -69,9 +69,7 @@ def test_sdxl_without_its_second_text_encoder_is_refused(tiny_sdxl: Path, tmp_pa
 
 
 def test_missing_folder_names_its_neighbour(tiny_model: Path) -> None:
-    with pytest.raises(
-        ModelError, match=rf"is not a folder, a file or a hub id; .*; did you mean {tiny_model.name}\?"
-    ):
+    with pytest.raises(ModelError, match=rf"is not a folder, a file or a hub id; .*; did you mean {tiny_model.name}\?"):
         find_model(str(tiny_model.with_name(tiny_model.name + "x")))
 
 
@@ -94,7 +92,9 @@ def test_missing_single_file_is_not_looked_for_on_the_hub(tmp_path: Path, monkey
 
 
 def test_single_file_on_the_hub_cannot_be_reached(hub_cache: Path) -> None:
-    with pytest.raises(ModelError, match=r"'owner/name/folder/model\.safetensors' does not exist here and cannot be downloaded"):
+    with pytest.raises(
+        ModelError, match=r"'owner/name/folder/model\.safetensors' does not exist here and cannot be downloaded"
+    ):
         find_model("owner/name/folder/model.safetensors")
 
 

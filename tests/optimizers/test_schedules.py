@@ -29,14 +29,17 @@ def test_factors_of_a_whole_run(scheduler: str, warmup: int, factors: list[float
 @pytest.mark.parametrize("scheduler", ["linear", "cosine"])
 def test_factor_is_zero_after_the_last_step_and_stays_there(scheduler: str) -> None:
     for step in (10, 11, 1000):
-        assert learning_rate_factor(scheduler, step, max_train_steps=10, lr_warmup_steps=3) == pytest.approx(0, abs=1e-12)
+        assert learning_rate_factor(scheduler, step, max_train_steps=10, lr_warmup_steps=3) == pytest.approx(
+            0, abs=1e-12
+        )
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine"])
 def test_no_step_of_a_run_is_lost_to_a_rate_of_zero(scheduler: str) -> None:
     for steps, warmup in [(1, 0), (2, 1), (800, 0), (800, 799)]:
         factors = [
-            learning_rate_factor(scheduler, step, max_train_steps=steps, lr_warmup_steps=warmup) for step in range(steps)
+            learning_rate_factor(scheduler, step, max_train_steps=steps, lr_warmup_steps=warmup)
+            for step in range(steps)
         ]
         assert min(factors) > 0
         assert max(factors) == 1
