@@ -101,6 +101,7 @@ def inject(module: nn.Module, paths: Iterable[str], settings: Mapping[str, Any])
     peft.inject_adapter_in_model(peft.LoraConfig(**settings, target_modules=list(paths)), module)
     for _, layer in _adapted_layers(module):
         layer.cast_input_dtype_enabled = False  # autocast does it, without an fp32 copy in between
+    module.train(module.training)  # peft's layers are made in training mode, in which their dropout is active
 
 
 def merge(module: nn.Module) -> None:

@@ -125,7 +125,7 @@ def _holds_text(kind: Any) -> bool:
 def _set(tree: Tree, field: str, value: Any) -> str | None:
     """Set a dotted path in the tree; return what is wrong, or None."""
     *sections, name = field.split(".")
-    if len(sections) > 1:  # no section holds another
+    if len(sections) > 1 and sections != ["memory", "techniques"]:  # no other section holds one
         return _unknown(field)
     for section in sections:
         child = tree.setdefault(section, {})

@@ -170,7 +170,8 @@ def _compute_types(config: Config) -> set[str | None]:
 
 
 def _unregistered(config: Config) -> set[str]:
-    return {name for name in config.memory.techniques if not strategy.is_registered(name)}
+    is_used = {name: value for name, value in config.memory.techniques.items() if value not in (None, False)}
+    return {name for name in is_used if not strategy.is_registered(name)}
 
 
 def _checkpoints_nothing(config: Config) -> bool:

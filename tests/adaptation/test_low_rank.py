@@ -181,3 +181,11 @@ def _of_another_width() -> LoraFile:
     unet = trained({"unet": tiny_unet()}, config_of())["unet"]
     state = {f"unet.{name}": torch.zeros(3, 3) for name in adapters_of("unet", unet)}
     return LoraFile(state=state, settings={"unet": peft_settings(config_of())}, base={}, metadata={})
+
+
+def test_adapters_take_the_mode_of_their_model_so_that_dropout_is_off_where_images_are_drawn() -> None:
+    drawing, training = tiny_unet().eval(), tiny_unet().train()
+    for unet in (drawing, training):
+        attach({"unet": unet}, config_of(dropout=0.5), seed=0)
+    assert not any(module.training for module in drawing.modules())
+    assert all(module.training for module in training.modules())

@@ -25,7 +25,6 @@ from tests.before.records import (
 from tests.cli.conftest import Run
 
 LEVELS = 3  # of 255 that a pixel may differ where arithmetic rounds otherwise
-UNSTEADY = {"lora_xl": 1}  # levels that these pixels differed from process to process when they were written
 
 
 def skip_bits_of_another_machine(record: dict[str, Any]) -> None:
@@ -38,7 +37,7 @@ def without_bits(files: dict[str, dict[str, str]]) -> dict[str, str]:
 
 
 def assert_drawn_as_before(found: Path, expected: Path, record: dict[str, Any]) -> None:
-    allowed = UNSTEADY.get(expected.name, 0) if machine() == record["machine"] else LEVELS
+    allowed = 0 if machine() == record["machine"] else LEVELS
     names = sorted(file.name for file in expected.glob("*.png"))
     assert names
     assert sorted(file.name for file in found.iterdir() if file.name != "grid.png") == names

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import ObjectiveConfig
-from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.config.strategy import resolve
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.engine.build import build_step
 from lowmem_db.engine.draw import Artist, Job
@@ -246,7 +246,7 @@ def test_noise_target_and_sampler_belong_together(
 ) -> None:
     """A denoiser that knows the picture has no loss, and a sampler finds the picture with it."""
     model, config = find_model(str(toy_model)), load_config(None, list(fields.items()))
-    denoiser, objective, _ = build_step(config, plain_strategy(config), model, CPU)
+    denoiser, objective, _ = build_step(resolve(config), model, CPU)
     picture = torch.rand(2, 3, RESOLUTION, RESOLUTION) * 2 - 1
 
     def knowing(family: Family, module: nn.Module, noisy: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:

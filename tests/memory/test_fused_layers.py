@@ -5,8 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_db.config.loading import load_config
-from lowmem_db.config.strategy import plain_strategy
+from lowmem_db.config.strategy import resolve
 from lowmem_db.memory import checkpointing, fused_layers
+from lowmem_db.models.families.unet_blocks import find_blocks
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.optimizers.weights import apply as split_weights
 from tests.config.test_rules import NEEDED
@@ -164,7 +165,7 @@ def test_recomputing_gives_the_same_bits(unet, placement, fused_first):
     expected = copy.deepcopy(unet)
     fused_layers.apply(expected)
     expected = loss_and_gradients(expected)
-    techniques = [lambda: fused_layers.apply(unet), lambda: checkpointing.apply({"unet": unet}, placement)]
+    techniques = [lambda: fused_layers.apply(unet), lambda: checkpointing.apply(find_blocks({"unet": unet}), placement)]
     for technique in techniques if fused_first else techniques[::-1]:
         technique()
     got = loss_and_gradients(unet)
@@ -174,7 +175,7 @@ def test_recomputing_gives_the_same_bits(unet, placement, fused_first):
 def test_is_undone_before_or_after_checkpointing(unet):
     expected = loss_and_gradients(unet)
     for order in (1, -1):
-        undo = [fused_layers.apply(unet), checkpointing.apply({"unet": unet}, "segments")]
+        undo = [fused_layers.apply(unet), checkpointing.apply(find_blocks({"unet": unet}), "segments")]
         for each in undo[::order]:
             each()
         got = loss_and_gradients(unet)
@@ -186,7 +187,7 @@ def in_backward(unet):
     fields = {"optimizer.name": "adamw8bit", "memory.weights": "bf16_extra_bits", "memory.optimizer_in_backward": True}
     config = load_config(None, list((NEEDED | fields).items()))
     extra_bits = split_weights({"unet": unet}, "bf16_extra_bits")
-    optimizer = build_optimizer(config, plain_strategy(config), {"unet": unet}, torch.device("cpu"))
+    optimizer = build_optimizer(resolve(config), {"unet": unet}, torch.device("cpu"))
     for name, bits in optimizer.extra_bits().items():
         bits.copy_(extra_bits[name])
     optimizer.set_learning_rates({"unet": 1e-3})
@@ -202,7 +203,7 @@ def test_24_bit_weights_step_in_the_backward_pass(placement):
         names = list(unet.state_dict())
         optimizer = in_backward(unet)
         fused_layers.apply(unet)
-        checkpointing.apply({"unet": unet}, where)
+        checkpointing.apply(find_blocks({"unet": unet}), where)
         losses = []
         for step in range(4):
             with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -6,9 +6,9 @@ from torch import nn
 
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import changed, resolve
-from lowmem_db.engine import build
 from lowmem_db.models.finding import find_model
-from lowmem_db.models.loading import load_unet
+from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import META
 from lowmem_db.planning.cards import CPU
 from lowmem_db.planning.measured import measure_train
 from lowmem_db.planning.phases import TracedRun, trace_train
@@ -74,7 +74,8 @@ def test_peak_of_a_model_of_the_size_of_sd15(placement, monkeypatch):
     )  # fmt: skip
     run = make_run(resolved(config, {"checkpointing": placement}), CPU)
     predicted = trace_train(run).peak.total
-    monkeypatch.setattr(build, "load_unet", lambda model, device: _zeros(load_unet(model, device=torch.device("meta"))))
+    load = ModelFolder.load
+    monkeypatch.setattr(ModelFolder, "load", lambda model, name, device, dtype: _zeros(load(model, name, META, dtype)))
     assert predicted == pytest.approx(profiled_train_peak(run.config, run.model), rel=0.03)
 
 
