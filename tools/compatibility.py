@@ -54,9 +54,9 @@ def render() -> str:
     lines = [
         "# What can be combined",
         "",
-        "Generated from the code by `python -m tools.compatibility docs/memory/compatibility.md`. A refused combination",
-        "stops the command before anything is loaded, with the message below the table. The optimizer is 8-bit AdamW",
-        "unless the column says otherwise.",
+        "Generated from the code by `python -m tools.compatibility docs/memory/compatibility.md`.",
+        "A refused combination stops the command before anything is loaded, with the message below the table. The",
+        "optimizer is 8-bit AdamW unless the column says otherwise.",
         "",
         _row(head),
         _row(["---"] * len(head)),
