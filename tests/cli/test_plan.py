@@ -66,7 +66,7 @@ def test_budget_that_is_too_small_is_exit_code_3(run: Run, config_file: Path) ->
         (("--gpu", "T4", "--verify"), "--gpu: 'T4' cannot be verified here"),
         (
             ("model.base=nowhere/at-all",),
-            "model.base: 'nowhere/at-all' is neither a folder nor a file, is not downloaded",
+            "model.base: 'nowhere/at-all' is not a folder or a file, has not been downloaded",
         ),
     ],
 )

@@ -76,7 +76,7 @@ def test_two_configuration_files_are_refused(run: Run, config_file: Path) -> Non
 @pytest.mark.parametrize(
     ("argument", "parts"),
     [
-        ("model.base=nowhere/at/all", ("model.base: ", "neither a folder, a file nor a hub id")),
+        ("model.base=nowhere/at/all", ("model.base: ", "not a folder, a file or a hub id")),
         ("subject.instance_dir=nowhere", ("subject.instance_dir: ", "nowhere")),
         ("device=cuda:9", ("device: 'cuda:9' is not there",)),
         ("memory.attention=xformers", ("xformers",)),
