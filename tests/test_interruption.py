@@ -63,7 +63,7 @@ def test_signal_while_anything_else_is_imported(module: str) -> None:
 
 def assert_interrupted(name: str, ended: subprocess.CompletedProcess[str]) -> None:
     assert ended.returncode == 130
-    assert ended.stderr == (f"{name}: stopped; run the same command again, with --resume where there is a checkpoint\n")
+    assert ended.stderr == (f"{name}: stopped; run the same command again, with --resume if there is a checkpoint\n")
     assert ended.stdout == ""
 
 

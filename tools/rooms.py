@@ -12,7 +12,7 @@ from pathlib import Path
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 ROOT = Path(__file__).parents[1]
 _WIDTH, _GAP, _HEIGHT, _MARGIN = 980, 8, 64, 10
-_LINE_OF = 6.1  # pixels of a letter of the small text
+_LETTER_WIDTH = 6.1  # pixels, in the small text
 _COLOURS = 'fill="#eef4fb" stroke="#9db8d6"'
 
 
@@ -49,7 +49,7 @@ def render() -> str:
 
 
 def _box(room: str, left: float, top: float, width: float) -> list[str]:
-    lines = _wrapped(purpose(room), int((width - 16) / _LINE_OF))[:3]
+    lines = _wrapped(purpose(room), int((width - 16) / _LETTER_WIDTH))[:3]
     return [
         f'<rect x="{left:.0f}" y="{top}" width="{width:.0f}" height="{_HEIGHT}" rx="6" {_COLOURS}/>',
         f'<text x="{left + 8:.0f}" y="{top + 16}" font-size="13" font-weight="bold" fill="#1f2328">{room}</text>',

@@ -1,7 +1,7 @@
-"""Fused kernels of a low-memory diffusion trainer: Triton where it serves, plain PyTorch everywhere.
+"""Fused kernels for a low-memory diffusion trainer: Triton where it is available, plain PyTorch everywhere.
 
-Every operator has an eager twin of the same signature. `status` says what serves each and why; the environment variable
-`LOWMEM_DB_KERNELS` (`auto`, `triton`, `eager`, `interpret`) decides otherwise.
+Every operator has an eager twin with the same signature. `status` says which implementation each one uses and why; the
+environment variable `LOWMEM_DB_KERNELS` (`auto`, `triton`, `native`, `eager`, `interpret`) selects another.
 """
 
 from .adamw8bit_state import (

@@ -1,6 +1,6 @@
 """The namespace of the package's torch operators.
 
-The Kernel Hub's builder replaces this file by one with a namespace per build, so every operator is named through it.
+The Kernel Hub's builder replaces this file with one that has a namespace per build, so every operator is named here.
 """
 
 NAMESPACE = "lowmem_db_kernels"

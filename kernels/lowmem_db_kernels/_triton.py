@@ -1,9 +1,9 @@
 # ruff: noqa: ANN001, ANN202 -- the arguments of a Triton function have no Python type
 # pyright: reportInvalidTypeForm=false
-"""The one place that imports Triton, and the few device functions every kernel shares.
+"""The only module that imports Triton, and the few device functions that all kernels share.
 
-Without Triton the package still imports: `jit` returns the function as it is and `tl` is a stand-in that has what the
-signatures of the kernels need. Whether a kernel may be launched is decided by `dispatch`, never here.
+Without Triton the package can still be imported: `jit` returns the function unchanged and `tl` is a stand-in with what
+the signatures of the kernels need. `dispatch` decides whether a kernel may be launched.
 """
 
 import os
@@ -32,8 +32,8 @@ else:
 HAS_TRITON = triton is not None
 INTERPRETED = HAS_TRITON and not isinstance(tl.sum, triton.runtime.jit.JITFunction)
 
-# Off, and said explicitly at each launch: Triton 3.10 changes the default. Without contraction the kernel, the
-# interpreter and the eager twin round alike.
+# Off, and passed explicitly at each launch, because Triton 3.10 changes the default. Without contraction the kernel,
+# the interpreter and the eager twin round in the same way.
 FP_FUSION = False
 
 
@@ -41,11 +41,11 @@ def jit(function: Any = None, *, unspecialized: tuple[str, ...] = ()) -> Any:
     """Mark a function as a Triton kernel or device function.
 
     Args:
-        function: The function; a decorator is returned where it is left out.
-        unspecialized: Integer arguments that change from call to call; no value of theirs gets a kernel of its own.
+        function: The function; if left out, a decorator is returned.
+        unspecialized: Integer arguments that change from call to call and must not be specialized on.
 
     Returns:
-        The Triton function, or `function` itself where Triton is absent.
+        The Triton function, or `function` itself without Triton.
     """
     if function is None:
         return lambda function: jit(function, unspecialized=unspecialized)
@@ -60,7 +60,7 @@ def cdiv(numerator: int, denominator: int) -> int:
         denominator: Positive.
 
     Returns:
-        The smallest integer that is not below the quotient.
+        The smallest integer at or above the quotient.
     """
     return -(-numerator // denominator)
 
@@ -72,20 +72,20 @@ def next_power_of_2(value: int) -> int:
         value: Positive.
 
     Returns:
-        The smallest power of two that is not below `value`.
+        The smallest power of two at or above `value`.
     """
     return 1 << (value - 1).bit_length()
 
 
 def or_dummy(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """Return the tensor, or another one as the pointer that a switched-off branch never reads.
+    """Return the tensor, or a stand-in whose pointer is never read because the branch is switched off.
 
     Args:
         tensor: An optional argument of a kernel.
         stand_in: Any tensor on the same device.
 
     Returns:
-        `tensor` where it is given.
+        `tensor` if it is given, otherwise `stand_in`.
     """
     return stand_in if tensor is None else tensor
 
@@ -110,7 +110,7 @@ def round_to_bf16(x):
 
 @jit
 def load_fp32(pointers, mask):
-    """Load and widen: no arithmetic is done in 16 bits anywhere."""
+    """Load as fp32: no arithmetic is done in 16 bits anywhere."""
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 

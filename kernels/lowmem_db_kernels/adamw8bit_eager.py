@@ -1,4 +1,4 @@
-"""`adamw8bit_step` in plain PyTorch: what its kernels are compared with, and what serves where they cannot."""
+"""`adamw8bit_step` in plain PyTorch: the reference for its kernels, and the fallback without them."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from .codec import BLOCK_SIZE, decode_eager, encode_eager
 from .rounding import pack_extra_bits_eager, round_stochastically_eager, rounding_key_eager, unpack_extra_bits_eager
 
 _TINY = torch.finfo(torch.float32).tiny
-# Elements at a time, in whole quantization blocks. On a CPU the temporaries of 1 MiB stay in the cache; a device wants
-# few launches, and its temporaries, about 67 bytes an element, count against its budget. No result depends on it.
+# Elements at a time, in whole quantization blocks. On a CPU, temporaries of 1 MiB stay in the cache; a device needs few
+# launches, and its temporaries, about 67 bytes per element, count against its budget. No result depends on it.
 CPU_CHUNK = 2**18
 DEVICE_CHUNK = 2**20
 
@@ -22,7 +22,7 @@ def adamw8bit_step_eager(operands: StepOperands) -> Tensor:
     param, size = operands.param, operands.param.numel()
     seed = (operands.seed_low & 0xFFFFFFFF) | (operands.seed_high & 0xFFFFFFFF) << 32
     key = rounding_key_eager(seed, operands.step)
-    # A partial sum per quantization block, so that the size of a chunk does not change the order of a sum.
+    # One partial sum per quantization block, so that the chunk size does not change the order of a sum.
     partial_sums = param.new_empty((2, cdiv(size, BLOCK_SIZE)), dtype=torch.float32)
     chunk_size = CPU_CHUNK if param.device.type == "cpu" else DEVICE_CHUNK
     for start in range(0, size, chunk_size):
@@ -33,7 +33,7 @@ def adamw8bit_step_eager(operands: StepOperands) -> Tensor:
 
 
 def _chunk_of(operands: StepOperands, elements: slice, blocks: slice) -> StepOperands:
-    """Return the operands with flat views of some whole blocks."""
+    """Return the operands with flat views of a range of blocks."""
     per_element = {name: getattr(operands, name) for name in ("param", "extra_bits", "grad", "state1", "state2")}
     pieces: dict[str, Any] = {
         name: _flat(tensor)[elements] for name, tensor in per_element.items() if tensor is not None
@@ -44,7 +44,7 @@ def _chunk_of(operands: StepOperands, elements: slice, blocks: slice) -> StepOpe
 
 
 def _step_chunk(chunk: StepOperands, key: Tensor, start: int) -> Tensor:
-    """Step flat views of whole blocks and return the sums of each block, `(2, blocks)`."""
+    """Update flat views of whole blocks and return the sums of each block, `(2, blocks)`."""
     raw, beta1, beta2 = chunk.grad.to(torch.float32), chunk.beta1, chunk.beta2
     m_old = _load_moment(chunk.state1, chunk.absmax1, signed=True)
     v_old = _load_moment(chunk.state2, chunk.absmax2, signed=False)
@@ -71,18 +71,18 @@ def _step_chunk(chunk: StepOperands, key: Tensor, start: int) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """View a dense tensor in storage order."""
+    """Return a flat view of a dense tensor, in storage order."""
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def _blocks(flat: Tensor) -> Tensor:
-    """Cut into rows of 256, the last one padded with zeros."""
+    """Split into rows of 256, the last one padded with zeros."""
     rest = -flat.numel() % BLOCK_SIZE
     return (torch.nn.functional.pad(flat, (0, rest)) if rest else flat).view(-1, BLOCK_SIZE)
 
 
 def _root(x: Tensor) -> Tensor:
-    """Return the square root rounded to nearest, which torch's own is not on every CPU; taken in float64, it is."""
+    """Return the correctly rounded square root, via float64: torch's fp32 root is not exact on every CPU."""
     return x.to(torch.float64).sqrt_().to(torch.float32) if x.device.type == "cpu" else x.sqrt()
 
 
@@ -94,7 +94,7 @@ def _load_moment(state: Tensor, absmax: Tensor | None, *, signed: bool) -> Tenso
 
 
 def _store_moment(moment: Tensor, state: Tensor, absmax: Tensor | None, has_usable: Tensor, *, signed: bool) -> None:
-    """Write a moment; a block that no element has changed keeps its codes, which encoding again could move."""
+    """Write a moment; a block without changed elements keeps its codes, which re-encoding could alter."""
     if absmax is None:
         state.copy_(moment)
         return

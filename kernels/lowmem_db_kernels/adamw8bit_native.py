@@ -1,4 +1,4 @@
-"""The compiled form of `adamw8bit_step` for a CPU: every bit but those of the sums is that of the eager twin."""
+"""The compiled form of `adamw8bit_step` for CPUs: all results except the sums equal the eager twin's bit for bit."""
 
 import ctypes
 
@@ -13,7 +13,7 @@ _FORMATS = ("fp32", "stochastic", "extra_bits")
 
 
 class _Arguments(ctypes.Structure):
-    """Arguments of the C++ file, laid out alike."""
+    """Arguments of the C++ function, in the same layout."""
 
     _fields_ = (
         ("num_elements", ctypes.c_int64),
@@ -33,7 +33,7 @@ def adamw8bit_step_native(operands: StepOperands) -> Tensor:
     """Compiled twin of `adamw8bit_step_eager` for fp32 and bf16 gradients.
 
     Raises:
-        NativeUnavailableError: It cannot be compiled here.
+        NativeUnavailableError: It cannot be compiled on this machine.
     """
     param, grad = operands.param, operands.grad
     stochastic = "stochastic" if operands.extra_bits is None else "extra_bits"

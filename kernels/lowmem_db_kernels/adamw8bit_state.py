@@ -1,4 +1,4 @@
-"""State of `adamw8bit_step`, that of bitsandbytes: blocks of 256 codes with an fp32 maximum; and its operands."""
+"""State of `adamw8bit_step`, in bitsandbytes' format (blocks of 256 codes with an fp32 maximum), and its operands."""
 
 import math
 from typing import NamedTuple
@@ -16,10 +16,10 @@ class AdamW8bitState(NamedTuple):
     """The state of one parameter, in storage order.
 
     Attributes:
-        state1: First moments: uint8 codes, or fp32 for a small parameter; strides of the parameter.
-        state2: Second moments, alike.
+        state1: First moments: uint8 codes, or fp32 for a small parameter; with the parameter's strides.
+        state2: Second moments, in the same form.
         absmax1: fp32 absolute maximum of each block of 256 first moments; None for a small parameter.
-        absmax2: The same of the second moments.
+        absmax2: The same for the second moments.
     """
 
     state1: Tensor
@@ -33,21 +33,21 @@ class StepOperands(NamedTuple):
 
     Attributes:
         param: As in `adamw8bit_step`.
-        extra_bits: See there.
-        grad: See there.
+        extra_bits: As in `adamw8bit_step`.
+        grad: As in `adamw8bit_step`.
         state1: As in `AdamW8bitState`.
-        state2: See there.
-        absmax1: See there.
-        absmax2: See there.
+        state2: As in `AdamW8bitState`.
+        absmax1: As in `AdamW8bitState`.
+        absmax2: As in `AdamW8bitState`.
         lr: fp32 scalar.
         step: int64 scalar.
         corrections: From `bias_corrections`.
         grad_scale: As in `adamw8bit_step`.
-        update_scale: See there.
+        update_scale: As in `adamw8bit_step`.
         beta1: First of the betas.
         beta2: Second of the betas.
         eps: As in `adamw8bit_step`.
-        weight_decay: See there.
+        weight_decay: As in `adamw8bit_step`.
         seed_low: Low word of the rounding seed, as a signed integer.
         seed_high: High word of the rounding seed, as a signed integer.
         dry_run: As in `adamw8bit_step`.
@@ -80,7 +80,7 @@ class StepOperands(NamedTuple):
 
 
 def init_state(param: Tensor) -> AdamW8bitState:
-    """Make the state of a parameter before its first step.
+    """Return the state of a parameter before its first step.
 
     Args:
         param: The parameter.
@@ -92,17 +92,17 @@ def init_state(param: Tensor) -> AdamW8bitState:
         zeros = torch.zeros_like(param, dtype=torch.float32)
         return AdamW8bitState(zeros, zeros.clone(), None, None)
     absmax = torch.zeros(cdiv(param.numel(), BLOCK_SIZE), dtype=torch.float32, device=param.device)
-    # Code 127 is the signed zero; bitsandbytes starts from code 0, whose block maximum of 0 makes it the same.
+    # Code 127 is zero in the signed map; bitsandbytes starts with code 0, which a block maximum of 0 makes zero too.
     codes = torch.zeros_like(param, dtype=torch.uint8)
     return AdamW8bitState(codes, codes.clone(), absmax, absmax.clone())
 
 
 def to_bitsandbytes(state: AdamW8bitState, step: int) -> dict[str, Tensor | int]:
-    """Write a state as bitsandbytes keeps it in `optimizer.state[parameter]`.
+    """Convert a state to what bitsandbytes keeps in `optimizer.state[parameter]`.
 
     Args:
         state: The state of a contiguous parameter.
-        step: Steps taken.
+        step: Number of steps taken.
 
     Returns:
         The entries of an 8-bit blockwise state, or of a 32-bit state.
@@ -116,16 +116,16 @@ def to_bitsandbytes(state: AdamW8bitState, step: int) -> dict[str, Tensor | int]
 
 
 def from_bitsandbytes(entries: dict) -> tuple[AdamW8bitState, int]:
-    """Read a state that bitsandbytes wrote.
+    """Convert a state of bitsandbytes.
 
     Args:
-        entries: `optimizer.state[parameter]` of AdamW8bit.
+        entries: `optimizer.state[parameter]` of `AdamW8bit`.
 
     Returns:
         The state, sharing the tensors, and the number of steps taken.
 
     Raises:
-        ValueError: The state is in another 8-bit map.
+        ValueError: The state uses another 8-bit map.
     """
     for name, signed in (("qmap1", True), ("qmap2", False)):
         if name in entries and not torch.equal(entries[name].cpu(), dynamic_map(signed=signed)):
@@ -135,7 +135,7 @@ def from_bitsandbytes(entries: dict) -> tuple[AdamW8bitState, int]:
 
 
 def bias_corrections(step: Tensor, betas: tuple[float, float]) -> Tensor:
-    """Compute the bias corrections of one step, in float64 and without reading the step back.
+    """Compute the bias corrections of one step, in float64 and without synchronization.
 
     Args:
         step: Number of the step, from 1: an integer scalar.

@@ -6,10 +6,10 @@ elements. All arithmetic is fp32. With g the scaled gradient, c1 and c2 the bias
     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  u = (m / c1) / (sqrt(v / c2) + eps),
     p = p - lr (update_scale u + weight_decay p),
 
-so that the decay of a small learning rate is not rounded away on its own; u is computed as bitsandbytes does,
-m (sqrt(c2) / c1) / (sqrt(v) + eps sqrt(c2)), with one division for each element. An element whose gradient is not
-finite keeps its weight and states; the sum of squares tells. Elements are taken in storage order, whatever the memory
-format.
+so that a small decay is not rounded away by itself; u is computed as in bitsandbytes,
+m (sqrt(c2) / c1) / (sqrt(v) + eps sqrt(c2)), with one division per element. An element with an infinite or NaN gradient
+keeps its weight and states, and the sum of squares shows it. Elements are processed in storage order, whatever the
+memory format.
 
 References: Loshchilov and Hutter 2019, arXiv:1711.05101, Algorithm 2; Dettmers et al. 2022, arXiv:2110.02861.
 """
@@ -56,7 +56,7 @@ def adamw8bit_step(
     update_scale: Tensor | None = None,
     dry_run: bool = False,
 ) -> Tensor:
-    """Take one AdamW step in place, reading nothing back to the host.
+    """Take one AdamW step in place, without synchronization.
 
     Args:
         param: fp32, or bf16 with either `extra_bits` or `rounding_seed`.
@@ -69,17 +69,17 @@ def adamw8bit_step(
         weight_decay: Decoupled decay.
         extra_bits: int8 of the parameter's shape and strides; the weight is a 24-bit float (`rounding`).
         rounding_seed: 64-bit seed of stochastic rounding, different for each parameter.
-        corrections: From `bias_corrections`, made here if not given; make it once for all parameters of a step.
-        grad_scale: fp32 scalar on the device that multiplies the gradient (clipping by `global` or `lagged` norm).
-        update_scale: fp32 scalar on the device that multiplies the update (clipping by `update_rms`).
-        dry_run: Write nothing and return the sums only, from which `update_rms` makes its scale.
+        corrections: From `bias_corrections`, computed here if not given; compute it once for all parameters of a step.
+        grad_scale: fp32 scalar on the device, factor for the gradient (clipping by `global` or `lagged` norm).
+        update_scale: fp32 scalar on the device, factor for the update (clipping by `update_rms`).
+        dry_run: Write nothing and only return the sums, from which `update_rms` computes its scale.
 
     Returns:
-        fp32 `(2,)`: the sum of squares of the unscaled gradient, not finite where that is not, and of the update
-        before `update_scale`.
+        fp32 `(2,)`: the sum of squares of the unscaled gradient, infinite or NaN if the gradient is, and that of the
+        update before `update_scale`.
 
     Raises:
-        ValueError: The tensors do not fit each other, or the weights could not keep small updates.
+        ValueError: The tensors do not match, or the weights would lose small updates.
     """
     _check(param, grad, extra_bits, rounding_seed)
     _check_state(param, state)
@@ -105,30 +105,30 @@ def adamw8bit_step(
 
 def _check(param: Tensor, grad: Tensor, extra_bits: Tensor | None, rounding_seed: int | None) -> None:
     if param.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{param.dtype} weights cannot be stepped; keep them in fp32 or bf16")
+        raise ValueError(f"{param.dtype} weights are not supported; keep them in fp32 or bf16")
     helpers = (extra_bits is not None) + (rounding_seed is not None)
     if param.dtype == torch.bfloat16 and helpers != 1:
-        raise ValueError("bf16 weights round small updates away: give either extra_bits or rounding_seed")
+        raise ValueError("bf16 weights lose small updates by rounding; pass either extra_bits or rounding_seed")
     if param.dtype == torch.float32 and helpers:
-        raise ValueError("extra_bits and rounding_seed belong to bf16 weights, and the weights are fp32")
+        raise ValueError("extra_bits and rounding_seed are for bf16 weights, but these are fp32")
     if not _is_dense(param):
-        raise ValueError(f"a parameter of strides {param.stride()} is not dense")
+        raise ValueError(f"a parameter with strides {param.stride()} is not dense")
     for name, tensor in (("grad", grad), ("extra_bits", extra_bits)):
         if tensor is not None and (tensor.shape != param.shape or not _same_order(tensor, param)):
-            raise ValueError(f"{name} differs from the parameter in shape or strides; lay it out alike")
+            raise ValueError(f"{name} must have the shape and strides of the parameter")
 
 
 def _check_state(param: Tensor, state: AdamW8bitState) -> None:
     quantized = state.absmax1 is not None
     if quantized != (state.absmax2 is not None):
-        raise ValueError("absmax1 and absmax2 of a state are both given, or neither")
+        raise ValueError("a state must have both absmax1 and absmax2, or neither")
     num_blocks = cdiv(param.numel(), BLOCK_SIZE)
     moment = torch.uint8 if quantized else torch.float32
     expected = (moment, moment, torch.float32, torch.float32), (param.numel(),) * 2 + (num_blocks,) * 2
     for name, tensor, dtype, size in zip(AdamW8bitState._fields, state, *expected, strict=True):
         if tensor is not None and (tensor.dtype != dtype or tensor.numel() != size or not _is_dense(tensor)):
             raise ValueError(
-                f"{name} is {tensor.dtype} with {tensor.numel()} elements of strides {tensor.stride()}; this parameter"
+                f"{name} is {tensor.dtype} with {tensor.numel()} elements, strides {tensor.stride()}; this parameter"
                 f" needs {size} dense elements of {dtype}"
             )
 
@@ -146,7 +146,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _same_order(first: Tensor, second: Tensor) -> bool:
-    """Say whether two tensors of one shape have their elements in the same order; strides of size 1 mean nothing."""
+    """Return whether tensors of one shape have the same element order; strides of dimensions of size 1 do not count."""
     pairs = zip(first.stride(), second.stride(), first.shape, strict=True)
     return all(a == b for a, b, size in pairs if size != 1)
 
@@ -172,7 +172,7 @@ def _(param: Tensor, *arguments: object) -> Tensor:
 
 
 def _results(serve: Callable[..., Tensor], weight_format: str, device: torch.device) -> dict[str, Tensor]:
-    """Take one step of a small problem and return what it wrote, by name."""
+    """Take one step of a small problem and return its results, by name."""
     weight = torch.linspace(-1, 1, 5000, device=device)
     grad = torch.linspace(-1e-3, 2e-3, 5000, device=device)
     extra_bits = None
@@ -196,7 +196,7 @@ def _self_test(device: torch.device) -> None:
     got = _results(adamw8bit_step_triton, "extra_bits", device)
     expected = _results(adamw8bit_step_eager, "extra_bits", device)
     for name in expected:
-        # A code may fall to the other side of a tie.
+        # A code may fall on the other side of a tie.
         rtol, atol = (0.0, 1.0) if expected[name].dtype == torch.uint8 else (1e-4, 1e-7)
         _assert_close(name, got[name], expected[name], rtol, atol)
 

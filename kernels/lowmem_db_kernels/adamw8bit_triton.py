@@ -20,7 +20,7 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @jit
 def _inverse_maximum(absmax):
-    """Return the inverse of a block's maximum, finite where that is 0."""
+    """Return the inverse of a block's maximum; finite even if that is 0."""
     return tl.div_rn(1.0, tl.maximum(absmax, TINY))
 
 
@@ -104,7 +104,7 @@ def _step_kernel(
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Step chunks of whole quantization blocks, one row each; `partial` is `(2, rows)`, grid `(programs,)`."""
+    """Update chunks of whole quantization blocks, one row each; `partial` is `(2, rows)`, grid `(programs,)`."""
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     if REVERSE:
@@ -144,7 +144,7 @@ def _step_kernel(
                 update = update * tl.load(update_scale_ptr)
             moved = tl.where(usable, weight - lr * (update + weight_decay * weight), weight)
             _store_weight(param_ptr, extra_ptr, moved, elements, inside, key, WEIGHTS)
-            # A block that no element has changed keeps its codes, which encoding again could move.
+            # A block without changed elements keeps its codes, which re-encoding could alter.
             changed = tl.max((usable & inside).to(tl.int32), axis=1) != 0
             inside = inside & changed[:, None]
             _store_moment(state1_ptr, absmax1_ptr, m, elements, inside, rows, changed, True, QUANTIZED)

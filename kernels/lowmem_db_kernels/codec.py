@@ -1,13 +1,13 @@
 # ruff: noqa: ANN001, ANN201, ANN202 -- the arguments of a Triton function have no Python type
 # pyright: reportInvalidTypeForm=false
-"""The dynamic 8-bit map of bitsandbytes as arithmetic: no table, no search.
+"""The dynamic 8-bit map of bitsandbytes as arithmetic, without a table or a search.
 
 A code has a sign, a decade and a linear fraction. With a magnitude d in 1 ... 2^7 (signed map) or 2 ... 2^8 (unsigned
 map), j = floor(log2 d), L = 2^j and f = d - L, the value is
 
     10^(j - top) * (0.1 + 0.9 (f + 1/2) / L) = 5^j (18 d - 16 L + 9) * unit,
 
-with top and unit of the map; the highest code is 1, the lowest magnitude 0. Encoding inverts this: the decade by
+with the map's top and unit; the highest code is 1, the lowest magnitude 0. Encoding inverts this: the decade by
 comparison with the midpoints between decades, the fraction by a floor.
 
 Reference: Dettmers et al. 2022, arXiv:2110.02861, section 2 (dynamic tree quantization, blocks).
@@ -64,10 +64,10 @@ BELOW_TWO = tl.constexpr(2.0 - 2.0**-23)
 
 
 def dynamic_map(signed: bool) -> Tensor:
-    """Build the table that bitsandbytes stores beside its states.
+    """Build the table that bitsandbytes stores with its states.
 
     Args:
-        signed: The map of the first moment, else of the second.
+        signed: Whether it is the map of first moments; otherwise that of second moments.
 
     Returns:
         256 fp32 values, ascending.
@@ -84,7 +84,7 @@ def dynamic_map(signed: bool) -> Tensor:
 
 @lru_cache
 def _decoded(signed: bool, device: torch.device) -> Tensor:
-    """Return the value of every code by the arithmetic of `decode`: a look-up is the quicker twin on a CPU."""
+    """Return the value of every code by the arithmetic of `decode`: on a CPU a look-up is faster."""
     unit, top, _ = _SIGNED if signed else _UNSIGNED
     code = torch.arange(256)
     magnitude = (code - 127).abs() if signed else code + 1
@@ -97,7 +97,7 @@ def _decoded(signed: bool, device: torch.device) -> Tensor:
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    """Return `table[index]`, many times sooner on a CPU than by indexing."""
+    """Return `table[index]`, much faster on a CPU than by indexing."""
     return table.index_select(0, index.flatten()).view(index.shape)
 
 
@@ -106,7 +106,7 @@ def decode_eager(codes: Tensor, *, signed: bool) -> Tensor:
 
     Args:
         codes: uint8, any shape.
-        signed: The map of the first moment, else of the second.
+        signed: Whether it is the map of first moments; otherwise that of second moments.
 
     Returns:
         fp32 in [-1, 1], to be multiplied by the block's absolute maximum.
@@ -119,7 +119,7 @@ def encode_eager(values: Tensor, *, signed: bool) -> Tensor:
 
     Args:
         values: fp32 in [-1, 1], already divided by the block's absolute maximum.
-        signed: The map of the first moment, else of the second.
+        signed: Whether it is the map of first moments; otherwise that of second moments.
 
     Returns:
         uint8, of the same shape.
@@ -140,12 +140,12 @@ def encode_eager(values: Tensor, *, signed: bool) -> Tensor:
     return codes.to(torch.uint8)
 
 
-# --- device functions: the same numbers by fewer instructions ---
+# --- device functions: the same numbers with fewer instructions ---
 
 
 @jit
 def decode(codes, SIGNED: tl.constexpr):
-    """Decode 8-bit codes, as `decode_eager`."""
+    """Decode 8-bit codes, like `decode_eager`."""
     # 0x4B000000 is 2^23, whose last bit is worth one: the code becomes a float without a conversion.
     shifted = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
     position = shifted - (8388608.0 + 127.0 if SIGNED else 8388608.0 - 1.0)
@@ -180,7 +180,7 @@ def _decade(size, T0, T1, T2, T3, T4, T5, T6):
 
 @jit
 def encode(values, SIGNED: tl.constexpr):
-    """Encode to the nearest code, as `encode_eager`.
+    """Encode to the nearest code, like `encode_eager`.
 
     With d = 1 ... 7 the decade, 0 that of zero, and y = (10^(8-d) size + 8) / 9 in [1, 2), the magnitude is the whole
     part of 2^(d-1) y (2^d y in the unsigned map): y's leading bits, and for zero 0 (1) whatever y is.

@@ -7,8 +7,8 @@ With w_b the weight of a sample, n its elements and r the elementwise loss of pr
     loss_b = w_b / n * sum_i r_i,    instance = mean of loss_b over the first num_instance samples,
     prior = mean over the others,    total = instance + prior_loss_weight * prior,
 
-Eq. 2 of Ruiz et al. 2022, arXiv:2208.12242. The operator knows no scheme of weights and no timesteps. Nothing is read
-back to the host and nothing is added atomically: equal inputs give equal bits.
+Eq. 2 of Ruiz et al. 2022, arXiv:2208.12242. Weighting schemes and timesteps are up to the caller. Nothing is read back
+to the host and nothing is added atomically: equal inputs give equal bits.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ HUBER = tl.constexpr(1)
 
 @dataclass(frozen=True)
 class DiffusionLoss:
-    """What `diffusion_loss` returns: views of one fp32 tensor on the device.
+    """The result of `diffusion_loss`: views of one fp32 tensor on the device.
 
     Attributes:
         packed: `(total, instance, prior, finite, loss of each sample ...)`, without gradient.
@@ -46,17 +46,17 @@ class DiffusionLoss:
 
     @property
     def instance(self) -> Tensor:
-        """Mean loss of the instance samples; 0 without any."""
+        """Mean loss of the instance samples; 0 if there are none."""
         return self.packed[1]
 
     @property
     def prior(self) -> Tensor:
-        """Mean loss of the prior samples, without `prior_loss_weight`; 0 without any."""
+        """Mean loss of the prior samples, without `prior_loss_weight`; 0 if there are none."""
         return self.packed[2]
 
     @property
     def finite(self) -> Tensor:
-        """1 where the loss and every element of the stored gradient are finite, else 0."""
+        """1 if the loss and every element of the stored gradient are finite, else 0."""
         return self.packed[3]
 
     @property
@@ -66,15 +66,10 @@ class DiffusionLoss:
 
 
 class LossOperands(NamedTuple):
-    """Operands of the operator and of its twins: those of `diffusion_loss`.
+    """Operands of the operator and of its twins; those not listed are as in `diffusion_loss`.
 
     Attributes:
-        prediction: See there, and so are the rest.
-        target: See there.
-        weights: See there.
         huber_c: fp32 `(B,)`; None for the other kinds.
-        num_instance: See there.
-        prior_loss_weight: See there.
         kind: Index into `LOSS_KINDS`.
     """
 
@@ -97,22 +92,22 @@ def diffusion_loss(
     kind: LossKind = "mse",
     huber_c: float | Tensor | None = None,
 ) -> DiffusionLoss:
-    """Compute the loss of a batch of instance and prior samples, and its gradient with it.
+    """Compute the loss of a batch of instance and prior samples, together with its gradient.
 
     Args:
         prediction: `(B, C, ...)`; with `2 C` channels the second half is a learned variance and gets a zero gradient.
         target: `(B, C, ...)`.
         weights: fp32 `(B,)`, the weight of each sample's loss.
-        num_instance: The first so many samples are instance samples, the rest prior samples.
+        num_instance: Number of instance samples, which come first; the rest are prior samples.
         prior_loss_weight: Lambda of Eq. 2.
         kind: `mse` d^2; `huber` 2 c (sqrt(d^2 + c^2) - c); `l1` |d|.
         huber_c: c of the pseudo-Huber loss: a number, or fp32 `(B,)`.
 
     Returns:
-        The losses; `total` has a gradient where the prediction requires one.
+        The losses; `total` has a gradient if the prediction requires one.
 
     Raises:
-        ValueError: An argument is out of its range or the shapes do not fit.
+        ValueError: An argument is out of range or the shapes do not match.
     """
     _check(prediction, target, weights, num_instance, kind, huber_c)
     c = torch.full_like(weights, huber_c) if isinstance(huber_c, int | float) else huber_c
@@ -127,7 +122,7 @@ def _check(
     if kind not in LOSS_KINDS:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(LOSS_KINDS)}")
     if (kind == "huber") != (huber_c is not None):
-        raise ValueError("huber_c belongs to kind='huber', and is needed there")
+        raise ValueError("huber_c is required for kind='huber', and not allowed for others")
     if not 0 <= num_instance <= prediction.shape[0]:
         raise ValueError(f"num_instance={num_instance} is outside [0, {prediction.shape[0]}]")
     batch, channels, *spatial = target.shape
@@ -135,7 +130,7 @@ def _check(
         raise ValueError(f"prediction {tuple(prediction.shape)} does not fit target {tuple(target.shape)}")
     for name, tensor in (("weights", weights), ("huber_c", huber_c)):
         if isinstance(tensor, Tensor) and tensor.shape != (batch,):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {(batch,)}: a number for each sample")
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {(batch,)}: one number for each sample")
 
 
 def _serve(operands: LossOperands) -> tuple[Tensor, Tensor]:
@@ -167,7 +162,7 @@ _loss_op.register_autograd(_scale_gradient, setup_context=_save_gradient)
 
 
 def _part_weight(prior_loss_weight: float, num_samples: int, num_instance: int) -> tuple[float, float]:
-    """Return what one instance and one prior sample count in the total."""
+    """Return the weights of one instance and one prior sample in the total."""
     num_prior = num_samples - num_instance
     return 1.0 / max(num_instance, 1), prior_loss_weight / max(num_prior, 1)
 

@@ -1,11 +1,11 @@
-"""Which implementation serves an operator: one decision, logged once, with its reason.
+"""Choosing the implementation of an operator: one decision, logged once, with its reason.
 
 `LOWMEM_DB_KERNELS` is one of
 
-* `auto` (default): Triton on a CUDA device of compute capability 7.5 or more, compiled C++ on a CPU for the operators
-  that have it, each once its self-test passed; else eager,
+* `auto` (default): Triton on a CUDA device of compute capability 7.5 or more, compiled C++ on a CPU for operators that
+  have it, if their self-tests pass; otherwise eager,
 * `triton`: Triton, or `KernelUnavailableError`,
-* `native`: compiled C++, or `KernelUnavailableError`, for the operators that have it; the others are eager,
+* `native`: compiled C++, or `KernelUnavailableError`, for operators that have it; eager for the others,
 * `eager`: the plain PyTorch twin,
 * `interpret`: the Triton kernels in Triton's interpreter, on the CPU; set it before Python starts.
 """
@@ -30,7 +30,7 @@ FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 _logger = logging.getLogger("lowmem_db_kernels")
-# What a kernel that does not suit a machine raises: the compiler, its subprocesses, the driver, or a wrong result.
+# What an unsuitable kernel raises: from the compiler, its subprocesses, the driver, or because of a wrong result.
 _FAILURES: tuple[type[Exception], ...] = (
     RuntimeError, ImportError, OSError, ValueError, TypeError, AttributeError, AssertionError,
     subprocess.SubprocessError,
@@ -40,11 +40,11 @@ if HAS_TRITON:
 
 
 class KernelUnavailableError(RuntimeError):
-    """An implementation was asked for by name and cannot serve."""
+    """An implementation was requested explicitly but cannot be used."""
 
 
 class Choice(NamedTuple):
-    """What serves an operator, and why.
+    """The implementation of an operator, and why.
 
     Attributes:
         backend: `triton`, `native`, `interpret` or `eager`.
@@ -57,12 +57,12 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator the dispatcher knows.
+    """A registered operator.
 
     Attributes:
         name: Its name in the namespace.
         self_test: Compares kernel and twin on a device; raises `AssertionError` on a mismatch.
-        native_self_test: The same for the compiled form, where there is one; it compiles it.
+        native_self_test: The same for the compiled form, if there is one; compiles it.
     """
 
     name: str
@@ -75,7 +75,7 @@ class OperatorStatus(NamedTuple):
 
     Attributes:
         op: Name of the operator.
-        backend: What serves it.
+        backend: Its implementation.
         reason: Why.
     """
 
@@ -95,7 +95,7 @@ def register(
     *,
     native_self_test: Callable[[torch.device], None] | None = None,
 ) -> None:
-    """Make an operator known.
+    """Register an operator.
 
     Args:
         name: Its name.
@@ -112,32 +112,32 @@ def requested_mode() -> str:
         One of `MODES`.
 
     Raises:
-        KernelUnavailableError: The value is none of them.
+        KernelUnavailableError: The value is not allowed.
     """
     mode = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if mode not in MODES:
-        raise KernelUnavailableError(f"{ENVIRONMENT_VARIABLE}={mode} is not one of {', '.join(MODES)}")
+        raise KernelUnavailableError(f"{ENVIRONMENT_VARIABLE}={mode}; allowed: {', '.join(MODES)}")
     return mode
 
 
 def uses_kernel(op: str, tensor: Tensor) -> bool:
-    """Say whether the Triton kernel serves a call.
+    """Return whether a call uses the Triton kernel.
 
     Args:
         op: Name of the operator.
         tensor: The argument whose device and dtype decide.
 
     Returns:
-        False where the eager twin serves it.
+        False if it uses the eager twin.
 
     Raises:
-        KernelUnavailableError: The environment asks for an implementation that cannot serve.
+        KernelUnavailableError: The environment variable requests an implementation that cannot be used.
     """
     return choose(op, tensor.device, tensor.dtype).backend != "eager"
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
-    """Choose what serves an operator, and log the choice when it is made.
+    """Choose the implementation of an operator, and log the choice.
 
     Args:
         op: Name of the operator.
@@ -145,10 +145,10 @@ def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
         dtype: Type of its main tensor.
 
     Returns:
-        The choice, remembered per mode, operator, device and dtype.
+        The choice, cached per mode, operator, device and dtype.
 
     Raises:
-        KernelUnavailableError: The environment asks for an implementation that cannot serve.
+        KernelUnavailableError: The environment variable requests an implementation that cannot be used.
     """
     key = (requested_mode(), op, device, dtype)
     if key not in _choices:
@@ -159,10 +159,10 @@ def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
 
 
 def status(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> list[OperatorStatus]:
-    """List every operator, what serves it on a device and why.
+    """List every operator with its implementation on a device, and why.
 
     Args:
-        device: The device; the first CUDA device where there is one, else the CPU, if not given.
+        device: The device. Default: the first CUDA device, or the CPU if there is none.
         dtype: Type of the operators' main tensors.
 
     Returns:
@@ -179,7 +179,7 @@ def self_test(device: torch.device | str) -> dict[str, str | None]:
         device: A CUDA device, or the CPU under the interpreter.
 
     Returns:
-        For each operator None, or what was wrong.
+        For each operator, None or what was wrong.
     """
     where = torch.device(device)
     return {op: _verify(op, where) for op in registry}
@@ -207,7 +207,7 @@ def _choose(mode: str, op: str, device: torch.device, dtype: torch.dtype) -> Cho
     if mode == "auto":
         return Choice("eager", reason)
     raise KernelUnavailableError(
-        f"{ENVIRONMENT_VARIABLE}={mode}, but {op} cannot be served so: {reason}; set it to auto or eager"
+        f"{ENVIRONMENT_VARIABLE}={mode}, but this is not possible for {op}: {reason}; set it to auto or eager"
     )
 
 
@@ -215,9 +215,9 @@ def _why_not_interpret(op: str, device: torch.device, dtype: torch.dtype) -> str
     if not HAS_TRITON:
         return f"Triton cannot be imported ({IMPORT_ERROR})"
     if not INTERPRETED:
-        return "Triton was imported before the interpreter was asked for; set the variable before Python starts"
+        return "Triton was imported before the interpreter was requested; set the variable before Python starts"
     if device.type != "cpu":
-        return f"the interpreter serves the CPU and the tensor is on {device}"
+        return f"the interpreter needs a CPU tensor, but this one is on {device}"
     return None if dtype in FLOATING_DTYPES else f"no kernel for {dtype}"
 
 
@@ -238,7 +238,7 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | 
 
 def _why_not_native(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
-        return f"the native form serves the CPU and the tensor is on {device}"
+        return f"the native form needs a CPU tensor, but this one is on {device}"
     if dtype not in NATIVE_DTYPES:
         return f"no native form for {dtype}"
     return _verify(op, device, native=True)

@@ -1,8 +1,8 @@
 # ruff: noqa: ANN001, ANN202 -- the arguments of a Triton function have no Python type
 # pyright: reportInvalidTypeForm=false
-"""GEGLU with the exact error function, as diffusers computes it: only the packed input is kept for backward.
+"""GEGLU with the exact error function, as in diffusers; only the packed input is kept for backward.
 
-With the packed input cut into hidden and gate along its last dimension, the output is hidden * gelu(gate) and
+With the packed input split into hidden and gate along its last dimension, the output is hidden * gelu(gate) and
 gelu(x) = x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2.
 
 References: Shazeer 2020, arXiv:2002.05202; Hendrycks and Gimpel 2016, arXiv:1606.08415.
@@ -80,7 +80,7 @@ _geglu_op.register_autograd(_backward, setup_context=_save_packed)
 
 
 class _GEGLU(torch.autograd.Function):
-    """The way around torch's wrapper of the operator; the same bits, and the same is kept."""
+    """Bypasses torch's wrapper of the operator; computes the same bits and keeps the same tensors."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor) -> Tensor:

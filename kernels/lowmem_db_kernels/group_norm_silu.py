@@ -42,7 +42,7 @@ def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, ep
         ValueError: The groups do not divide the channels, or the parameters do not fit.
     """
     if x.shape[1] % num_groups:
-        raise ValueError(f"{x.shape[1]} channels cannot be cut into {num_groups} groups")
+        raise ValueError(f"{x.shape[1]} channels cannot be divided into {num_groups} groups")
     if weight.shape != (x.shape[1],) or bias.shape != (x.shape[1],):
         raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit {x.shape[1]} channels")
     if runs_plainly(x):
@@ -96,7 +96,7 @@ _forward_op.register_autograd(_backward, setup_context=_save_input)
 
 
 class _GroupNormSiLU(torch.autograd.Function):
-    """The way around torch's wrapper of the operator; the same bits, and the same is kept."""
+    """Bypasses torch's wrapper of the operator; computes the same bits and keeps the same tensors."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:

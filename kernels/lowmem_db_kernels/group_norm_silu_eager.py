@@ -1,4 +1,4 @@
-"""`group_norm_silu` in plain PyTorch: what its kernels are compared with, and what serves where they cannot."""
+"""`group_norm_silu` in plain PyTorch: the reference for its kernels, and the fallback without them."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from .layout import dense, like
 
 
 def _per_channel(x: Tensor, values: Tensor) -> Tensor:
-    """Shape `(N, G)` or `(C,)` values so that they multiply x."""
+    """Reshape `(N, G)` or `(C,)` values so that they broadcast against x."""
     if values.ndim == 2:
         values = values.repeat_interleave(x.shape[1] // values.shape[1], dim=1)
     return values.to(torch.float32).reshape(-1, x.shape[1], *[1] * (x.ndim - 2))
@@ -20,7 +20,7 @@ def group_norm_silu_eager(
     x = dense(x)
     parameters = (weight.to(torch.float32), bias.to(torch.float32))
     sizes = (x.shape[0], x.shape[1], x.shape[2:].numel(), num_groups)
-    # In channels_last the CPU routine takes the variance as a difference of squares.
+    # For channels_last the CPU routine computes the variance as a difference of squares.
     wide = x.to(torch.float32).contiguous()
     z, mean, rstd = torch.native_group_norm(wide, *parameters, *sizes, eps)
     return like(torch.nn.functional.silu(z).to(x.dtype), x), mean, rstd

@@ -7,7 +7,7 @@ from ._triton import jit, load_fp32, store_rounded, tl
 
 @jit
 def _offsets(sample, channels, positions, num_channels, spatial_size, CHANNELS_LAST: tl.constexpr):
-    """Return where a tile of channels (rows) and positions (columns) lies, contiguous along the stored order."""
+    """Return the offsets of a tile of channels (rows) and positions (columns), contiguous in storage order."""
     start = sample.to(tl.int64) * num_channels * spatial_size
     if CHANNELS_LAST:
         offsets = start + positions[None, :] * num_channels + channels[:, None]
@@ -32,7 +32,7 @@ def _statistics_kernel(
 ):
     """Write the sum and the squared distance from the mean of each channel and chunk, `(N, C, chunks)`.
 
-    Grid `(programs, tiles of channels, N)`; a program takes every so many chunks.
+    Grid `(programs, tiles of channels, N)`; a program processes several chunks with a fixed stride.
     """
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
@@ -86,7 +86,7 @@ def _merge_statistics_kernel(
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_partials, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        # The chunks of a channel are full but for the last one.
+        # All chunks of a channel except the last one are full.
         count = tl.minimum(spatial_size - index % num_chunks * CHUNK, CHUNK).to(tl.float32)
         shift = tl.load(partial_sum_ptr + first + index, mask=index < num_partials, other=0.0) / count - mean
         inner = tl.load(partial_distance_ptr + first + index, mask=index < num_partials, other=0.0)

@@ -16,7 +16,7 @@ _TILES_PER_CHUNK = 8
 
 
 class _Plan(NamedTuple):
-    """Sizes of one call: what the kernels are launched with."""
+    """Sizes of one call, with which the kernels are launched."""
 
     num_samples: int
     num_channels: int
@@ -28,10 +28,10 @@ class _Plan(NamedTuple):
 
 
 def _plan(config: LaunchConfig, x: Tensor, *, half_tiles: bool = False) -> _Plan:
-    """Cut positions into tiles and fixed chunks of tiles, on which sums depend, and channels into what fills a tile.
+    """Split positions into tiles and fixed chunks of tiles, on which sums depend, and channels to fill a tile.
 
-    In channels_last a tile is wide in channels, so it takes several to keep the partial sums few beside the input.
-    `half_tiles` makes it half as wide there.
+    For channels_last a tile is wide in channels, so a chunk has several tiles to limit the number of partial sums.
+    `half_tiles` makes tiles half as wide there.
     """
     num_samples, num_channels = x.shape[:2]
     spatial_size = x[0, 0].numel()
@@ -54,11 +54,11 @@ def group_norm_silu_triton(
     """Launch the three forward kernels.
 
     Args:
-        x: As in `group_norm_silu`, and so are the rest.
-        num_groups: See there.
-        weight: See there.
-        bias: See there.
-        eps: See there.
+        x: As in `group_norm_silu`.
+        num_groups: As in `group_norm_silu`.
+        weight: As in `group_norm_silu`.
+        bias: As in `group_norm_silu`.
+        eps: As in `group_norm_silu`.
 
     Returns:
         The output, and fp32 mean and inverse deviation `(N, G)`.
@@ -113,7 +113,7 @@ def group_norm_silu_backward_triton(
         return grad_x, grad_weight.zero_(), grad_bias.zero_()
     config = launch_config("group_norm_silu", x)
     plan = _plan(config, x)
-    # The sums keep five values per channel in registers; half a tile leaves room for as many programs as elsewhere.
+    # The sums keep five values per channel in registers; half a tile leaves room for as many programs as usual.
     sums_plan = _plan(config, x, half_tiles=True)
     num_groups = mean.shape[1]
     partial = x.new_empty((2, plan.num_samples, plan.num_channels, plan.num_chunks), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Launch configurations: read from JSON per device name, never tuned while a program runs."""
+"""Launch configurations, read from JSON per device name and never tuned at run time."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class LaunchConfig:
     Attributes:
         block: Elements per chunk; partial sums are kept per chunk, so it decides the order of a sum.
         num_warps: Warps per program.
-        programs: Upper limit of programs on the first grid axis, each taking several chunks; None launches one per
+        programs: Upper limit of programs on the first grid axis, each processing several chunks; None launches one per
             chunk. It never changes a result.
         reverse: Run the programs backwards, for tests of order.
     """
@@ -54,7 +54,7 @@ def launch_config(op: str, tensor: Tensor) -> LaunchConfig:
         tensor: Any tensor on the device.
 
     Returns:
-        The entry of `configs/<device name>.json`, else of `configs/default.json`.
+        The entry in `configs/<device name>.json`, or else in `configs/default.json`.
     """
     name = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else "default"
     config = LaunchConfig(**_table(name)[op])

@@ -1,4 +1,4 @@
-"""Layers without constructor or state, for `kernels.kernelize`: their forward takes the place of a model's own."""
+"""Layers without constructor or state, for `kernels.kernelize`: their forward replaces a model's own."""
 
 from torch import Tensor, nn
 

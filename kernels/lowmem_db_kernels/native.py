@@ -1,8 +1,8 @@
-"""Compile a C++ source of this package on first use, and keep the library in a cache by its content.
+"""Compile a C++ source of this package on first use, and cache the library by its content.
 
-Only a plain C interface is compiled, with the system's compiler and without torch's headers: a second or two, once. The
-key is made of the source, the flags and every macro that the compiler predefines, which name its version and the
-instructions of the processor.
+Only a plain C interface is compiled, with the system's compiler and without torch's headers; this takes a second or
+two, once. The key is made of the source, the flags and all macros that the compiler predefines, which include its
+version and the processor's instruction set.
 """
 
 import ctypes
@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 
 COMPILERS = ("c++", "g++", "clang++")
-# Without contraction, and without any flag that lets arithmetic change: results are compared bit for bit. The last two
-# only drop errno and floating-point exceptions, which would forbid vector instructions.
+# Without contraction or any flag that changes arithmetic: results are compared bit for bit. The last two only drop
+# errno and floating-point exceptions, which would prevent vector instructions.
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC",
 )  # fmt: skip
@@ -26,11 +26,11 @@ _SOURCES = Path(__file__).parent
 
 
 class NativeUnavailableError(RuntimeError):
-    """A native library cannot be compiled or loaded here."""
+    """A native library cannot be compiled or loaded on this machine."""
 
 
 def cache_folder() -> Path:
-    """Return where compiled libraries are kept.
+    """Return the folder of compiled libraries.
 
     Returns:
         `lowmem_db_kernels` in the environment's `XDG_CACHE_HOME`, or in `~/.cache`.
@@ -40,7 +40,7 @@ def cache_folder() -> Path:
 
 @lru_cache
 def load(source_name: str) -> ctypes.CDLL:
-    """Load a library, compiling it where the cache does not have it.
+    """Load a library, compiling it if it is not in the cache.
 
     Args:
         source_name: Name of a C++ file of this package.
@@ -71,7 +71,7 @@ def _content_key(compiler: str, source: Path) -> str:
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:
-    """Compile beside the library and rename, so that another process never loads half a file."""
+    """Compile to a temporary file and rename it, so that another process never loads an incomplete one."""
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         output = Path(folder) / library.name
@@ -83,7 +83,7 @@ def _run(*command: str) -> str:
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{command[0]} did not end in {_TIMEOUT_SECONDS} s") from error
+        raise RuntimeError(f"{command[0]} did not finish within {_TIMEOUT_SECONDS} s") from error
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"compile failed: {command[0]}: {error.stderr.strip()[-500:]}") from error
     return run.stdout

@@ -2,13 +2,14 @@
 # pyright: reportInvalidTypeForm=false
 """Noisy latents and training target in one pass, with noise that is a function of (seed, step, sample id).
 
-With e the noise, x the clean latents and four numbers of each sample,
+With e the noise, x the clean latents and four coefficients per sample,
 
     noisy = alpha x + sigma e,    target = target_latents x + target_noise e,
 
-so that the operator knows no noise process by name. Of a diffusion (Ho et al. 2020, arXiv:2006.11239, Eq. 4) the target
-e is (0, 1), x is (1, 0) and the velocity (Salimans and Ho 2022, arXiv:2202.00512) is (-sigma, alpha); of a rectified
-flow (Liu et al. 2022, arXiv:2209.03003, Eq. 1) it is (-1, 1), with alpha = 1 - t and sigma = t.
+so that the operator works for any noise process. For a diffusion (Ho et al. 2020, arXiv:2006.11239, Eq. 4) the target
+coefficients are (0, 1) for e, (1, 0) for x and (-sigma, alpha) for the velocity (Salimans and Ho 2022,
+arXiv:2202.00512); for a rectified flow (Liu et al. 2022, arXiv:2209.03003, Eq. 1) they are (-1, 1), with alpha = 1 - t
+and sigma = t.
 """
 
 from typing import Any, NamedTuple
@@ -29,13 +30,13 @@ STREAM_PERTURBATION = tl.constexpr(int(Stream.PERTURBATION))
 
 
 class NoiseCoefficients(NamedTuple):
-    """What each sample's latents and noise are multiplied by; fp32 `(B,)` each.
+    """Coefficients of each sample's latents and noise; fp32 `(B,)` each.
 
     Attributes:
-        alpha: Of the clean latents, in the noisy ones.
-        sigma: Of the noise, in the noisy latents.
-        target_latents: Of the clean latents, in the target.
-        target_noise: Of the noise, in the target.
+        alpha: Coefficient of the clean latents in the noisy latents.
+        sigma: Coefficient of the noise in the noisy latents.
+        target_latents: Coefficient of the clean latents in the target.
+        target_noise: Coefficient of the noise in the target.
     """
 
     alpha: Tensor
@@ -45,7 +46,7 @@ class NoiseCoefficients(NamedTuple):
 
 
 class NoiseOperands(NamedTuple):
-    """Operands of the operator and of its twins: those of `noise`, the seed as two signed words."""
+    """Operands of the operator and of its twins: those of `noise`, with the seed as two signed words."""
 
     latents: Tensor
     alpha: Tensor
@@ -72,34 +73,35 @@ def noise(
     noise_offset: float = 0.0,
     input_perturbation: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Noise latents and form the training target.
+    """Compute noisy latents and the training target.
 
     With e the noise and x the clean latents, the noisy latents are alpha x + sigma (e + input_perturbation e'). The
-    target of coefficients (0, 1) is e itself and that of (1, 0) is x itself, bit for bit, whatever the other one is.
+    target with coefficients (0, 1) is e itself and that with (1, 0) is x itself, bit for bit, even if the other is not
+    finite.
 
     Args:
-        latents: Clean latents `(B, C, ...)`, already scaled; the posterior's means where `std` is given.
-        coefficients: Of each sample, contiguous and on the same device.
-        std: The posterior's standard deviations, scaled like the latents; x is then drawn here.
+        latents: Clean latents `(B, C, ...)`, already scaled; the posterior's means if `std` is given.
+        coefficients: Coefficients of each sample, contiguous and on the same device.
+        std: The posterior's standard deviations, scaled like the latents, from which x is then drawn.
         seed: 64-bit seed.
         step: Training step in [0, 2^32).
         sample_ids: int64 `(B,)` in [0, 2^56).
         noise_offset: Adds this times one normal per sample and channel to the noise.
-        input_perturbation: Adds this times fresh normals to what the model sees, not to the target
+        input_perturbation: Adds this times new normals to the noise in the noisy latents, not in the target
             (Ning et al. 2023, arXiv:2301.11706).
 
     Returns:
         Noisy latents and target, both fp32 and contiguous.
 
     Raises:
-        ValueError: The step is out of its range, or a coefficient is not one fp32 number for each sample.
+        ValueError: The step is out of range, or a coefficient is not one fp32 number for each sample.
     """
     if not 0 <= step < 2**32:
         raise ValueError(f"step={step} is outside [0, 2^32)")
     for name, values in coefficients._asdict().items():
         if values.dtype != torch.float32 or values.shape != latents.shape[:1]:
             raise ValueError(
-                f"{name} is {values.dtype} of shape {tuple(values.shape)}; it needs one fp32 number for each of the "
+                f"{name} is {values.dtype} with shape {tuple(values.shape)}; it needs one fp32 number for each of the "
                 f"{latents.shape[0]} samples"
             )
     seed_low, seed_high = split_seed(seed)
@@ -195,7 +197,7 @@ def _noise_kernel(
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Noise one chunk of one sample; grid `(chunks, B)`."""
+    """Compute one chunk of one sample; grid `(chunks, B)`."""
     chunk = program_index(REVERSE)
     sample = tl.program_id(1)
     elements = chunk * BLOCK + tl.arange(0, BLOCK)

@@ -1,7 +1,7 @@
-"""Operators of torch whose operands stand in one place: the fields of a NamedTuple, which every twin takes whole.
+"""torch operators whose operands are declared once, as the fields of a NamedTuple that every twin takes.
 
-torch's wrapper of a custom operator takes several times as long as a small launch. Where nobody watches, which
-`runs_plainly` says, a caller may hand the operands to what serves them itself.
+torch's wrapper of a custom operator takes several times as long as a small launch. If `runs_plainly` says that nothing
+observes operators, a caller may pass the operands directly to the implementation.
 """
 
 import inspect
@@ -17,13 +17,13 @@ from ._ops import add_op_namespace_prefix
 def custom_op(
     name: str, serve: Callable[[Any], Any], operands: type, returns: Any, *, mutates: Iterable[str] = ()
 ) -> Any:
-    """Register an operator whose flat schema is made of the fields of a NamedTuple.
+    """Register an operator whose flat schema is made from the fields of a NamedTuple.
 
     Args:
         name: The operator's own name.
-        serve: Takes the operands whole.
-        operands: The NamedTuple; its fields are of types that a schema of torch knows.
-        returns: What `serve` returns, as a type.
+        serve: The implementation; takes the operands as one NamedTuple.
+        operands: The NamedTuple; its fields must have types that torch's schemas support.
+        returns: The return type of `serve`.
         mutates: Fields that are written in place.
 
     Returns:
@@ -41,7 +41,7 @@ def custom_op(
 
 
 def runs_plainly(tensor: torch.Tensor) -> bool:
-    """Say whether a call may go around the dispatcher: nothing traces, compiles, fakes or counts operators.
+    """Return whether a call may bypass the dispatcher, because nothing traces, compiles, fakes or counts operators.
 
     Args:
         tensor: The operand that decides.
@@ -49,7 +49,7 @@ def runs_plainly(tensor: torch.Tensor) -> bool:
     Returns:
         False under torch.compile, a dispatch mode or a transform of torch.func, and for subclasses and meta tensors.
     """
-    if torch.compiler.is_compiling():  # first, for torch.compile cannot read the lines below
+    if torch.compiler.is_compiling():  # first, because torch.compile does not support the lines below
         return False
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)

@@ -1,12 +1,12 @@
 # ruff: noqa: ANN001, ANN201 -- the arguments of a Triton function have no Python type
 # pyright: reportInvalidTypeForm=false
-"""Counter-based random numbers: Philox4x32-10 and standard normals from it, on the device and in plain PyTorch.
+"""Counter-based random numbers: Philox4x32-10 and standard normals, on the device and in plain PyTorch.
 
-A number is a function of (seed, step, sample id, stream, element) alone. The counter of element `e` of a sample is
+A number is a function of (seed, step, sample id, stream, element) only. The counter of element `e` of a sample is
 
     (e // 4, sample id mod 2^32, step, stream + 256 * (sample id // 2^32)),     the key is the 64-bit seed,
 
-and the element takes word `e % 4` of the four that one call returns, after the Box-Muller transform of the word pairs.
+and the element is word `e % 4` of the four that one call returns, after the Box-Muller transform of the word pairs.
 
 Reference: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", doi:10.1145/2063384.2063405.
 """
@@ -48,7 +48,7 @@ HALF_UNIT = tl.constexpr(_HALF_UNIT)
 
 
 class Stream(IntEnum):
-    """What a random number is for: streams never share a counter."""
+    """The purpose of a random number; different streams never share a counter."""
 
     NOISE = 0
     POSTERIOR = 1
@@ -69,7 +69,7 @@ def split_seed(seed: int) -> tuple[int, int]:
 
 
 def as_int32(word: int) -> int:
-    """Reinterpret an unsigned word as the signed integer of the same bits, so that a launch always sees an int32.
+    """Reinterpret an unsigned word as the signed integer with the same bits, so that a launch always gets an int32.
 
     Args:
         word: In [0, 2^32).
@@ -84,7 +84,7 @@ def as_int32(word: int) -> int:
 
 
 def _multiply(multiplier: int, words: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the high and low word of a 64-bit product; it wraps in int64, which keeps every bit."""
+    """Return the high and low word of a 64-bit product; int64 wraps around, which keeps every bit."""
     product = words * multiplier
     return (product >> 32) & _WORD, product & _WORD
 
@@ -93,7 +93,7 @@ def philox_4x32_eager(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int)
     """Apply Philox4x32-10.
 
     Args:
-        counter: Four int64 tensors of words in [0, 2^32) that broadcast together.
+        counter: Four int64 tensors of words in [0, 2^32), of broadcastable shapes.
         seed: The key, 64 bits.
 
     Returns:
@@ -134,7 +134,7 @@ def standard_normal_eager(num_elements: int, sample_ids: Tensor, *, seed: int, s
         sample_ids: int64, shape `(B,)`, in [0, 2^56).
         seed: 64-bit seed.
         step: Step, in [0, 2^32).
-        stream: What they are for.
+        stream: One of `Stream`.
 
     Returns:
         fp32 of shape `(B, num_elements)`.
@@ -197,5 +197,5 @@ def normal_block(first_quad, sample_id, step, seed_low, seed_high, STREAM: tl.co
     w0, w1, w2, w3 = philox_4x32(quads, c1, step.to(tl.uint32, bitcast=True), c3, k0, k1)
     n0, n1 = polar(w0, w1)
     n2, n3 = polar(w2, w3)
-    # Joined so, lane 2i + j of a quad is word 2i + j, and a thread's lanes are contiguous: stores of 128 bits.
+    # Joined this way, lane 2i + j of a quad is word 2i + j, and a thread's lanes are contiguous: stores of 128 bits.
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (BLOCK,))

@@ -1,9 +1,9 @@
 # ruff: noqa: ANN001, ANN201 -- the arguments of a Triton function have no Python type
 # pyright: reportInvalidTypeForm=false
-"""bf16 weights that do not lose small updates: stochastic rounding, and eight extra bits; all in integers.
+"""bf16 weights that do not lose small updates: stochastic rounding, or eight extra bits.
 
-In integers, because then the interpreter, every card and the eager twin agree bit for bit, and a card without bf16
-arithmetic needs nothing.
+All arithmetic is on integers, so that the interpreter, all cards and the eager twin agree bit for bit, and cards
+without bf16 arithmetic work too.
 """
 
 import torch
@@ -19,7 +19,7 @@ _QUIET_NAN = 0x7FC00000
 
 
 def mix_eager(words: Tensor) -> Tensor:
-    """Hash 32-bit words: a bijection with nearly no bias.
+    """Hash 32-bit words with a bijection that has almost no bias.
 
     Reference: C. Wellons, "Prospecting for hash functions" (lowbias32).
 
@@ -61,10 +61,10 @@ def _as_bf16(words: Tensor) -> Tensor:
 
 
 def round_stochastically_eager(x: Tensor, key: Tensor, start: int = 0) -> Tensor:
-    """Round fp32 to one of the two neighbouring bf16, the nearer one more often; the mean is exact.
+    """Round fp32 to one of the two neighbouring bf16 values, with probabilities that make the mean exact.
 
     Args:
-        x: fp32, flat; the position is the counter of the noise.
+        x: fp32, flat; an element's position is the counter of its noise.
         key: From `rounding_key_eager`.
         start: Position of the first element.
 
@@ -74,14 +74,14 @@ def round_stochastically_eager(x: Tensor, key: Tensor, start: int = 0) -> Tensor
     index = torch.arange(start, start + x.numel(), device=x.device)
     noise = mix_eager((index & _WORD) ^ key) & 0xFFFF
     bits = _bits(x)
-    # Inf has no neighbour to round to.
+    # Infinity has no neighbour to round to.
     return _as_bf16(torch.where(x.isfinite(), bits + noise, bits) >> 16)
 
 
 def pack_extra_bits_eager(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Split fp32 into the nearest bf16 and the next eight bits: a float of 24 bits.
+    """Split fp32 into the nearest bf16 and the next eight bits: a 24-bit float.
 
-    It is rounded to 24 bits first, so a tie between two bf16 may go to either.
+    It is rounded to 24 bits first, so a tie between two bf16 values may go to either.
 
     Args:
         x: fp32.

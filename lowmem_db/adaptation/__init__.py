@@ -1,1 +1,1 @@
-"""What trains: all weights, or low-rank adapters beside frozen ones."""
+"""What trains: all weights, or low-rank adapters on frozen ones."""

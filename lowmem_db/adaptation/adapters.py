@@ -1,4 +1,4 @@
-"""Low-rank adapters train beside frozen weights."""
+"""Training low-rank adapters on frozen weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,32 +17,32 @@ from lowmem_db.models.saving import DTYPES
 
 
 class LowRankAdapters(Adaptation):
-    """LoRA (arXiv:2106.09685) or DoRA (arXiv:2402.09353), in fp32 beside weights of ``lora.base_weights``."""
+    """LoRA (arXiv:2106.09685) or DoRA (arXiv:2402.09353), in fp32, on frozen weights of type ``lora.base_weights``."""
 
     noun = "LoRA"
 
     def check_machine(self, device: torch.device) -> None:
-        """Refuse a run without peft, and quantized weights where bitsandbytes cannot serve."""
+        """Refuse a run without peft, and quantized weights if bitsandbytes cannot be used."""
         environment.require("peft")
         quantized.check_device(self.config.lora.base_weights, device)
 
     def load_dtype(self) -> torch.dtype:
-        """Return the type of the frozen weights, or the one that quantized weights are multiplied in."""
+        """Return the type of the frozen weights or, if they are quantized, the type they are multiplied in."""
         base = str(self.config.lora.base_weights)
         return DTYPES.get(base) or AUTOCAST_TYPES[autocast(self.config)] or torch.float32
 
     def attach(self, modules: Modules) -> Attached:
-        """Freeze the model, quantize it where that is asked for, and give it adapters."""
+        """Freeze the model, quantize it if asked to, and add adapters."""
         quantized.quantize_where_asked(modules.values(), self.config.lora.base_weights, self.load_dtype())
         low_rank.attach(modules, self.config.lora, seed=self.config.seed)
         return Attached(undo=lambda: low_rank.detach(modules))
 
     def state(self, component: str, module: nn.Module) -> low_rank.AdapterState:
-        """Return the adapters: the frozen weights are those of the base model."""
+        """Return the adapters only: the frozen weights are in the base model."""
         return low_rank.AdapterState(component, module)
 
     def write(self, folder: Path, model: ModelFolder, modules: Modules, extra_bits: Mapping[str, Tensor]) -> None:
-        """Write one file of adapters, for ``load_lora_weights``."""
+        """Write the adapters as one file for ``load_lora_weights``."""
         lora = lora_file(
             modules,
             low_rank.peft_settings(self.config.lora),
@@ -52,9 +52,9 @@ class LowRankAdapters(Adaptation):
         write_lora(folder / LORA_FILE, lora)
 
     def values_in_checkpoint(self, model: ModelFolder, trained: Mapping[str, int]) -> int:
-        """Count the adapters alone."""
+        """Count the adapters only."""
         return sum(trained.values())
 
     def values_in_final(self, model: ModelFolder, trained: Mapping[str, int]) -> int:
-        """Count the adapters alone."""
+        """Count the adapters only."""
         return sum(trained.values())

@@ -1,4 +1,4 @@
-"""What trains, as one thing: how it gets into a model, what a checkpoint holds of it, and what it leaves."""
+"""The interface of what trains: how it is put into a model, what a checkpoint and ``final/`` hold."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -18,14 +18,14 @@ Modules = Mapping[str, nn.Module]
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Anything with a state that a run depends on."""
+    """Anything with state that a checkpoint must hold."""
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return the state."""
         ...
 
     def load_state_dict(self, state: Any, /) -> Any:
-        """Take over a state."""
+        """Load a state."""
         ...
 
 
@@ -34,8 +34,8 @@ class Attached:
     """An adaptation inside a model.
 
     Attributes:
-        undo: Takes it out again and freezes the model.
-        extra_bits: Eight more bits of bf16 weights by ``component.name``, where the weights are of 24 bits.
+        undo: Removes it again and freezes the model.
+        extra_bits: Eight more bits of bf16 weights, by ``component.name``, if the weights have 24 bits.
     """
 
     undo: Callable[[], None]
@@ -46,7 +46,7 @@ class Adaptation(ABC):
     """A way to train a model; ``find_adaptation`` chooses it from the configuration.
 
     Attributes:
-        noun: What ``final/`` holds, in messages.
+        noun: Word for what ``final/`` holds, in messages.
         config: The resolved configuration.
     """
 
@@ -57,23 +57,23 @@ class Adaptation(ABC):
 
     @abstractmethod
     def check_machine(self, device: torch.device) -> None:
-        """Refuse what this machine cannot do, before a model is looked for.
+        """Refuse what this machine cannot do, before looking for a model.
 
         Raises:
-            ConfigError: The device cannot serve.
+            ConfigError: The device cannot be used.
             DependencyError: A library is missing.
         """
 
     @abstractmethod
     def load_dtype(self) -> torch.dtype:
-        """Return the type that components are loaded in."""
+        """Return the type to load components in."""
 
     @abstractmethod
     def attach(self, modules: Modules) -> Attached:
-        """Let it train, and nothing else; loaded components are changed in place.
+        """Put it into loaded components, in place, so that it trains and nothing else does.
 
         Raises:
-            ConfigError: A field selects nothing of the model.
+            ConfigError: A field selects nothing in the model.
         """
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Adaptation(ABC):
 
     @abstractmethod
     def values_in_checkpoint(self, model: ModelFolder, trained: Mapping[str, int]) -> int:
-        """Return how many weights a checkpoint holds, those that do not train included.
+        """Return how many weights a checkpoint holds, including those that do not train.
 
         Args:
             model: The model.

@@ -1,4 +1,4 @@
-"""From the configuration to what trains: the one place that chooses."""
+"""Choosing what trains from the configuration; no other place does."""
 
 from lowmem_db.adaptation.adapters import LowRankAdapters
 from lowmem_db.adaptation.base import Adaptation

@@ -1,4 +1,4 @@
-"""All weights of a model train, or those of the layers that ``training.layers`` selects."""
+"""Training all weights of a model, or those of the layers that ``training.layers`` selects."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,19 +14,19 @@ from lowmem_db.optimizers import weights
 
 
 class FullWeights(Adaptation):
-    """Full fine-tuning, in one of the kinds of weights of :mod:`lowmem_db.optimizers.weights`."""
+    """Full fine-tuning, in one of the weight formats of :mod:`lowmem_db.optimizers.weights`."""
 
     noun = "model"
 
     def check_machine(self, device: torch.device) -> None:
-        """Accept every machine: full fine-tuning needs nothing beside torch."""
+        """Accept every machine: full fine-tuning needs only torch."""
 
     def load_dtype(self) -> torch.dtype:
-        """Return fp32, from which the kind of weights that trains is made."""
+        """Return fp32, from which the weights are converted to their training format."""
         return torch.float32
 
     def attach(self, modules: Modules) -> Attached:
-        """Turn the weights into the kind that trains, and let the selected layers train."""
+        """Convert the weights to their training format, and make the selected layers trainable."""
         extra_bits = weights.apply(modules, self.config.memory.weights or "fp32")
         train_layers(modules, self.config.training.layers)
         kept = dict(extra_bits)
@@ -42,7 +42,7 @@ class FullWeights(Adaptation):
         return module
 
     def write(self, folder: Path, model: ModelFolder, modules: Modules, extra_bits: Mapping[str, Tensor]) -> None:
-        """Write a whole model: trained components in ``final.precision``, the others as they are."""
+        """Write a complete model: trained components in ``final.precision``, the others unchanged."""
         save_model(
             folder,
             model,
@@ -58,5 +58,5 @@ class FullWeights(Adaptation):
         return sum(model.num_parameters(name) for name, count in trained.items() if count)
 
     def values_in_final(self, model: ModelFolder, trained: Mapping[str, int]) -> int:
-        """Count every weight of the whole model."""
+        """Count all weights of the model."""
         return sum(model.num_parameters(name) for name in model.family.with_weights)

@@ -1,7 +1,7 @@
-"""Layers of a model by name, and which of them shell patterns select.
+"""Layers of a model by name, and selecting them by shell patterns.
 
-A layer is called ``component.path``. Those of text encoders are called as in published files, with ``text_model.``,
-which transformers 5 leaves out in memory.
+A layer is called ``component.path``. Text encoders use the names of published files, with ``text_model.``, which
+transformers 5 leaves out in memory.
 """
 
 import difflib
@@ -17,7 +17,7 @@ _NUM_EXAMPLES = 3
 
 
 def named_layers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return all layers that hold parameters of their own.
+    """Return all layers that have parameters of their own.
 
     Args:
         modules: Components by name.
@@ -34,20 +34,20 @@ def select(patterns: Iterable[str], names: Sequence[str], *, field: str, allowed
     """Return the names that patterns select.
 
     Args:
-        patterns: Shell patterns of whole names: ``unet.*.attn2.*``.
+        patterns: Shell patterns that match whole names, such as ``unet.*.attn2.*``.
         names: The names that exist.
         field: The field that holds the patterns, for messages.
-        allowed: What the field allows beside patterns, for messages; may be empty.
+        allowed: What the field allows besides patterns, for messages; may be empty.
 
     Raises:
-        ConfigError: A pattern selects nothing; the message names names that exist.
+        ConfigError: A pattern selects nothing; the message gives names that exist.
     """
     chosen: set[str] = set()
     for pattern in patterns:
         found = {name for name in names if fnmatchcase(name, pattern)}
         if not found:
             raise ConfigError(
-                f"{field}: {pattern!r} selects no layer; allowed: {allowed}shell patterns of names such as "
+                f"{field}: {pattern!r} selects no layer; allowed: {allowed}shell patterns for names such as "
                 f"{', '.join(_examples(pattern, names))}"
             )
         chosen |= found
@@ -55,10 +55,10 @@ def select(patterns: Iterable[str], names: Sequence[str], *, field: str, allowed
 
 
 def train_layers(modules: Mapping[str, nn.Module], patterns: Sequence[str]) -> None:
-    """Let the parameters of the layers that ``training.layers`` selects train, and no others; no pattern: all.
+    """Make the layers that ``training.layers`` selects trainable, and no others; without patterns, all layers.
 
     Raises:
-        ConfigError: A pattern selects no layer, or a text encoder that trains has no layer that is selected.
+        ConfigError: A pattern selects no layer, or no layer of a text encoder that should train is selected.
     """
     for module in modules.values():
         module.requires_grad_(not patterns)
@@ -71,18 +71,18 @@ def train_layers(modules: Mapping[str, nn.Module], patterns: Sequence[str]) -> N
 
 
 def freeze(modules: Mapping[str, nn.Module]) -> None:
-    """Let nothing train."""
+    """Make everything untrainable."""
     for module in modules.values():
         module.requires_grad_(False)
 
 
 def that_train(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the components in which something trains."""
+    """Return the components that have trainable parameters."""
     return {name: modules[name] for name, count in count_trained(modules).items() if count}
 
 
 def count_trained(modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Return how many parameters of each component train."""
+    """Return the number of trainable parameters of each component."""
     return {
         component: sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         for component, module in modules.items()
@@ -90,23 +90,23 @@ def count_trained(modules: Mapping[str, nn.Module]) -> dict[str, int]:
 
 
 def check_components(modules: Mapping[str, nn.Module], chosen: Iterable[str], *, field: str) -> None:
-    """Refuse a choice without a layer of a text encoder that ``training.train_text_encoder`` asks for.
+    """Refuse a selection without a layer of a text encoder that ``training.train_text_encoder`` asks for.
 
-    The denoiser, which comes first, may stay as it is: then the text encoders train alone.
+    The denoiser, which comes first, may be left out: then only the text encoders train.
 
     Raises:
-        ConfigError: With the way out.
+        ConfigError: A text encoder has no selected layer.
     """
     _, *text_encoders = modules
     missing = set(text_encoders) - {name.partition(".")[0] for name in chosen}
     for component in sorted(missing):
         raise ConfigError(
-            f"{field}: selects no layer of {component}, which training.train_text_encoder=true lets train; add a "
+            f"{field}: selects no layer of {component}, which training.train_text_encoder=true trains; add a "
             "pattern, or set training.train_text_encoder=false"
         )
 
 
 def _examples(pattern: str, names: Sequence[str]) -> list[str]:
-    """Return names near a pattern, and others where there are not enough."""
+    """Return names similar to a pattern, filled up with others."""
     near = difflib.get_close_matches(pattern, names, n=_NUM_EXAMPLES, cutoff=0.3)
     return list(dict.fromkeys([*near, *names[:: max(1, len(names) // _NUM_EXAMPLES)]]))[:_NUM_EXAMPLES]

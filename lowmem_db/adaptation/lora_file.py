@@ -1,6 +1,6 @@
-"""A LoRA as one file in the layout of diffusers and peft, which ``load_lora_weights`` takes.
+"""A LoRA as one file in the layout of diffusers and peft, for ``load_lora_weights``.
 
-Its metadata holds what the tensors do not say: scale and kind of the adapters as peft calls them, and the base model.
+Its metadata holds what the tensors do not say: peft's settings of the adapters, such as the scale, and the base model.
 """
 
 import json
@@ -18,19 +18,19 @@ from lowmem_db.errors import ModelError
 from lowmem_db.storage.tensors import read_state, read_tensors, write_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-_ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' key; its fields are called ``component.field``
+_ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' key; its fields are ``component.field``
 _BASE = "lowmem_db_base"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
-    """What a file holds.
+    """The content of a LoRA file.
 
     Attributes:
         state: Tensors by ``component.path.lora_A.weight``, ``lora_B.weight`` and, for DoRA,
             ``lora_magnitude_vector``.
-        settings: What the adapters of each component compute, as peft calls it.
-        base: Fields of ``model`` that find the base model; empty where the file does not say.
+        settings: peft's settings of each component's adapters.
+        base: The fields of ``model`` that name the base model; empty if the file does not say.
         metadata: All metadata of the file.
     """
 
@@ -40,7 +40,7 @@ class LoraFile:
     metadata: Mapping[str, str]
 
     def of_component(self, component: str) -> dict[str, Tensor]:
-        """Return a component's tensors, without its name."""
+        """Return a component's tensors, without the component in their names."""
         prefix = f"{component}."
         return {name.removeprefix(prefix): tensor for name, tensor in self.state.items() if name.startswith(prefix)}
 
@@ -48,13 +48,13 @@ class LoraFile:
 def lora_file(
     modules: Mapping[str, nn.Module], settings: Mapping[str, Any], *, dtype: torch.dtype, base: Mapping[str, Any]
 ) -> LoraFile:
-    """Return the adapters of a model as what a file holds.
+    """Return the adapters of a model as the content of a file.
 
     Args:
         modules: Components with adapters, by name.
-        settings: What the adapters compute, see :func:`lowmem_db.models.lora.peft_settings`.
+        settings: See :func:`lowmem_db.adaptation.low_rank.peft_settings`.
         dtype: Type of the tensors.
-        base: Fields of ``model`` that find the base model.
+        base: The fields of ``model`` that name the base model.
     """
     state = {
         f"{component}.{name}": tensor.to("cpu", dtype).contiguous()
@@ -65,7 +65,7 @@ def lora_file(
 
 
 def write_lora(file: Path, lora: LoraFile) -> None:
-    """Write a file that diffusers' ``load_lora_weights`` takes."""
+    """Write a file for diffusers' ``load_lora_weights``."""
     fields = {
         f"{component}.{name}": value
         for component, settings in lora.settings.items()
@@ -80,12 +80,12 @@ def read_lora(file: Path) -> LoraFile:
     """Read what :func:`write_lora` wrote.
 
     Raises:
-        ModelError: The file is no LoRA of this layout.
+        ModelError: The file is not a LoRA in this layout.
         StorageError: It is missing or damaged.
     """
     state, metadata = read_tensors(file)
     if _ADAPTER_METADATA not in metadata:
-        raise ModelError(f"{file}: is no LoRA in diffusers' layout with its metadata ({_ADAPTER_METADATA})")
+        raise ModelError(f"{file}: is not a LoRA in diffusers' layout with its metadata ({_ADAPTER_METADATA})")
     fields = json.loads(metadata[_ADAPTER_METADATA])
     base = json.loads(metadata.get(_BASE, "{}"))
     settings: dict[str, dict[str, Any]] = {}
@@ -97,7 +97,7 @@ def read_lora(file: Path) -> LoraFile:
 
 
 def lora_of_checkpoint(folder: Path, config: Config) -> LoraFile:
-    """Return the adapters of a checkpoint, those of the moving average where the run keeps one.
+    """Return the adapters of a checkpoint, or their moving average if the run keeps one.
 
     Args:
         folder: The checkpoint.
@@ -116,10 +116,10 @@ def lora_of_checkpoint(folder: Path, config: Config) -> LoraFile:
 
 
 def put_into(component: str, module: nn.Module, lora: LoraFile) -> None:
-    """Give a component the adapters of a file, where the file has some for it.
+    """Put the adapters of a file into a component, if the file has any for it.
 
     Raises:
-        ModelError: The adapters are those of another model.
+        ModelError: The adapters belong to a different model.
     """
     if component not in lora.settings:
         return
@@ -136,7 +136,7 @@ def put_into(component: str, module: nn.Module, lora: LoraFile) -> None:
 
 
 def _targets(state: Mapping[str, Tensor]) -> list[str]:
-    """Return the paths of the adapted layers; without ``text_model.`` they fit every version of transformers."""
+    """Return the paths of the adapted layers, without ``text_model.`` so that they fit every transformers version."""
     return sorted({name.partition(".lora_")[0].removeprefix("text_model.") for name in state})
 
 

@@ -1,7 +1,7 @@
 """Low-rank adapters through peft: LoRA (arXiv:2106.09685) and DoRA (arXiv:2402.09353).
 
-Adapters are put into a model in place. Its own weights are frozen then, and of the type they were loaded in; adapters
-are fp32. What adapters are called in files is what diffusers and peft call them.
+Adapters are put into a model in place. Its own weights are then frozen and keep the type they were loaded in; the
+adapters are fp32. In files they have the names that diffusers and peft use.
 """
 
 import math
@@ -26,15 +26,15 @@ _IN_MEMORY = ".default"  # peft's name of an adapter, inside the names of its pa
 
 
 def attach(modules: Mapping[str, nn.Module], config: LoraConfig, *, seed: int) -> None:
-    """Freeze models and give them adapters, which change nothing before they are trained.
+    """Freeze models and add adapters, which have no effect until they are trained.
 
     Args:
         modules: Components by name; changed in place.
-        config: What gets adapters, and of what kind.
-        seed: Seed of the run; the adapters' first factors are drawn from it.
+        config: The section ``lora``.
+        seed: The run's seed; the adapters' first factors are drawn from it.
 
     Raises:
-        ConfigError: ``lora.targets`` selects nothing, or nothing of a component.
+        ConfigError: ``lora.targets`` selects nothing, or nothing in a component.
         DependencyError: peft is missing.
     """
     targets = find_targets(modules, config.targets)
@@ -51,7 +51,7 @@ def find_targets(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> di
     """Return the paths of the layers that get adapters, by component.
 
     Raises:
-        ConfigError: One of the targets selects nothing, or all of them nothing of a component.
+        ConfigError: One of the targets selects nothing, or together they select nothing in a component.
     """
     layers = {
         f"{component}.{published_name(component, path)}": (component, path, layer)
@@ -75,7 +75,7 @@ def find_targets(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> di
 
 
 def peft_settings(config: LoraConfig) -> dict[str, Any]:
-    """Return what peft calls the fields that say what an adapter computes; files hold it too."""
+    """Return the settings of adapters under peft's names, as files hold them too."""
     return {
         "r": config.rank,
         "lora_alpha": config.rank if config.alpha is None else config.alpha,
@@ -86,7 +86,7 @@ def peft_settings(config: LoraConfig) -> dict[str, Any]:
 
 
 def inject(module: nn.Module, paths: Iterable[str], settings: Mapping[str, Any]) -> None:
-    """Freeze a module and put adapters beside some of its layers; they are of the type of the layers.
+    """Freeze a module and add adapters, of the layers' type, to some of its layers.
 
     Args:
         module: Changed in place.
@@ -100,15 +100,15 @@ def inject(module: nn.Module, paths: Iterable[str], settings: Mapping[str, Any])
     module.requires_grad_(False)
     peft.inject_adapter_in_model(peft.LoraConfig(**settings, target_modules=list(paths)), module)
     for _, layer in _adapted_layers(module):
-        layer.cast_input_dtype_enabled = False  # autocast does it, without a copy in fp32 between
+        layer.cast_input_dtype_enabled = False  # autocast does it, without an fp32 copy in between
     module.train(module.training)  # peft's layers are made in training mode, in which their dropout is active
 
 
 def merge(module: nn.Module) -> None:
-    """Add a module's adapters to its weights and take them out, in place.
+    """Add a module's adapters to its weights and remove them, in place.
 
     Raises:
-        ValueError: A weight would not be finite.
+        ValueError: A weight would become infinite or NaN.
     """
     for path, layer in _adapted_layers(module):
         layer.merge(safe_merge=True)
@@ -117,7 +117,7 @@ def merge(module: nn.Module) -> None:
 
 
 def detach(modules: Mapping[str, nn.Module]) -> None:
-    """Take the adapters out again, in place, without adding them to the weights, which stay frozen."""
+    """Remove the adapters, in place, without adding them to the weights, which stay frozen."""
     for module in modules.values():
         for path, layer in _adapted_layers(module):
             parent, _, name = path.rpartition(".")
@@ -125,17 +125,17 @@ def detach(modules: Mapping[str, nn.Module]) -> None:
 
 
 def adapters_of(component: str, module: nn.Module) -> dict[str, Tensor]:
-    """Return a component's adapters under their names in files, without that of the component."""
+    """Return a component's adapters under their names in files, without the component."""
     return {name_in_files(component, name): parameter.detach() for name, parameter in _adapters(module)}
 
 
 @torch.no_grad()
 def load_adapters(component: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Take over adapters that :func:`adapters_of` returned.
+    """Load adapters that :func:`adapters_of` returned.
 
     Raises:
         KeyError: An adapter is missing.
-        ValueError: There are others.
+        ValueError: There are unknown ones.
     """
     own = {name_in_files(component, name): parameter for name, parameter in _adapters(module)}
     if unknown := state.keys() - own.keys():
@@ -145,9 +145,9 @@ def load_adapters(component: str, module: nn.Module, state: Mapping[str, Tensor]
 
 
 def name_in_files(component: str, name: str) -> str:
-    """Return what an adapter's parameter is called in files: without peft's name of the adapter.
+    """Return the name of an adapter's parameter in files, without peft's name of the adapter.
 
-    peft leaves ``.weight`` of DoRA's norms out there; transformers 5 finds those of a text encoder with it alone.
+    peft leaves out ``.weight`` for DoRA's norms in files; transformers 5 finds those of a text encoder only with it.
     """
     name = published_name(component, name.replace(_IN_MEMORY, "", 1))
     loses_suffix = not component.startswith("text_encoder") and ".lora_magnitude_vector." in name
@@ -155,7 +155,7 @@ def name_in_files(component: str, name: str) -> str:
 
 
 class AdapterState:
-    """The adapters of a component as what a checkpoint holds: the frozen weights are those of the base model.
+    """The adapters of a component, for checkpoints: the frozen weights are in the base model.
 
     Args:
         component: Name of the component.
@@ -171,12 +171,12 @@ class AdapterState:
         return adapters_of(self._component, self._module)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the adapters of :meth:`state_dict`."""
+        """Load the adapters of :meth:`state_dict`."""
         load_adapters(self._component, self._module, state)
 
 
 def _adapted_layers(module: nn.Module) -> list[tuple[str, Any]]:
-    """Return the layers that peft has put in the place of the adapted ones, by path."""
+    """Return the layers with which peft has replaced the adapted ones, by path."""
     kind: Any = environment.require("peft").tuners.lora.LoraLayer
     return [(path, layer) for path, layer in module.named_modules() if isinstance(layer, kind)]
 
@@ -192,5 +192,5 @@ def _adapters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _draw(parameter: nn.Parameter, random: torch.Generator) -> None:
-    """Draw the first factor of an adapter as peft does (the second one is zero), from a generator of its own."""
+    """Draw the first factor of an adapter as peft does, but from its own generator; the second factor is zero."""
     nn.init.kaiming_uniform_(parameter.data, a=math.sqrt(5), generator=random)

@@ -1,6 +1,6 @@
 """Frozen linear layers in 8 or 4 bits through bitsandbytes: LLM.int8 (arXiv:2208.07339) and NF4 (arXiv:2305.14314).
 
-On the meta device, where bitsandbytes cannot serve, layers of the same bytes stand in: a plan needs no more.
+On the meta device, where bitsandbytes does not work, layers of the same size stand in: that is all a plan needs.
 """
 
 from collections.abc import Iterable
@@ -18,10 +18,10 @@ _NF4_BLOCK = 64  # weights that share an fp32 scale
 
 
 def check_device(kind: str | None, device: torch.device) -> None:
-    """Refuse quantized weights where they do not serve.
+    """Refuse quantized weights on a device that cannot use them.
 
     Raises:
-        ConfigError: The device is no CUDA device.
+        ConfigError: The device is not a CUDA device.
         DependencyError: bitsandbytes is missing.
     """
     if kind not in {"int8", "nf4"}:
@@ -29,17 +29,17 @@ def check_device(kind: str | None, device: torch.device) -> None:
     environment.require("bitsandbytes")
     if device.type != "cuda":
         raise ConfigError(
-            f"lora.base_weights: {kind!r} needs a CUDA device, and this run is on {device.type!r}; allowed here: fp32, "
+            f"lora.base_weights: {kind!r} needs a CUDA device, but this run is on {device.type!r}; allowed here: fp32, "
             "fp16, bf16"
         )
 
 
 def quantize(modules: Iterable[nn.Module], kind: Kind, compute_dtype: torch.dtype) -> None:
-    """Put quantized layers in the place of linear ones; their weights are packed when they move to the device.
+    """Replace linear layers with quantized ones; their weights are packed when they are moved to the device.
 
     Args:
         modules: Changed in place.
-        kind: Kind of quantization.
+        kind: Quantization format.
         compute_dtype: Type that nf4 weights are multiplied in.
 
     Raises:
@@ -54,7 +54,7 @@ def quantize(modules: Iterable[nn.Module], kind: Kind, compute_dtype: torch.dtyp
 
 
 def quantize_where_asked(modules: Iterable[nn.Module], kind: str | None, compute_dtype: torch.dtype) -> None:
-    """Quantize where the type of the frozen weights is one of :data:`Kind`; see :func:`quantize`."""
+    """Quantize if the type of the frozen weights is one of :data:`Kind`; see :func:`quantize`."""
     if kind == "int8" or kind == "nf4":
         quantize(modules, kind, compute_dtype)
 
@@ -77,7 +77,7 @@ def _with_bitsandbytes(layer: nn.Linear, kind: Kind, compute_dtype: torch.dtype)
 
 
 class _StandIn(nn.Linear):
-    """Takes the memory of a quantized layer on the meta device."""
+    """Stands in for a quantized layer on the meta device, with the same size."""
 
     def __init__(self, layer: nn.Linear, kind: Kind, compute_dtype: torch.dtype) -> None:
         super().__init__(1, 1, bias=False, device="meta")
@@ -90,13 +90,13 @@ class _StandIn(nn.Linear):
         self.scales = nn.Parameter(torch.empty(scales, device="meta"), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Multiply with weights that are unpacked for the moment, forward and backward."""
+        """Multiply with weights that are unpacked temporarily, in both passes."""
         computed = input.to(self.compute_dtype) if self.kind == "nf4" else input
         return _Unpacked.apply(computed, self.bias, self.out_features, self.kind == "int8").to(input.dtype)
 
 
 class _Unpacked(torch.autograd.Function):
-    """A product with weights that exist only while it is computed."""
+    """A product with weights that exist only during the computation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, out_features: int, keeps_input: bool) -> Tensor:

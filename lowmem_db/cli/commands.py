@@ -1,4 +1,4 @@
-"""The commands. Nothing here imports torch."""
+"""The list of commands. Nothing here imports torch."""
 
 import logging
 
@@ -28,7 +28,7 @@ app.command("doctor")(doctor.doctor)
 
 
 def run_command() -> None:
-    """Run the command of the arguments; what the packages log is shown."""
+    """Run the command line, and show what the packages log."""
     environment.quiet_libraries()
     logging.getLogger("lowmem_db").addHandler(_WarningHandler())
     app()

@@ -1,1 +1,1 @@
-"""What runs a model: one training step, one drawing loop, and how both are built in a memory strategy."""
+"""Running a model: one training step, one drawing loop, and building both for a memory strategy."""

@@ -1,4 +1,4 @@
-"""From a configuration to what one training step needs: the model in its memory strategy, the loss, the optimizer."""
+"""Building what a training step needs from a configuration: the model, the loss and the optimizer."""
 
 import torch
 
@@ -22,9 +22,9 @@ def build_step(config: Config, model: ModelFolder, device: torch.device) -> tupl
     """Build what one training step needs.
 
     Args:
-        config: The configuration, resolved: see :mod:`lowmem_db.config.strategy`.
+        config: The resolved configuration, see :mod:`lowmem_db.config.strategy`.
         model: The model; on the meta device its configuration files are enough.
-        device: Where the step runs.
+        device: Device of the step.
 
     Raises:
         ConfigError: ``memory.checkpointing`` names a block that the model does not have, or another field
@@ -33,7 +33,7 @@ def build_step(config: Config, model: ModelFolder, device: torch.device) -> tupl
     """
     check_resolved(config)
     _check_fields(config, model)
-    # What trains is made on the host, so that the device never holds weights of a type that does not train.
+    # Weights are converted on the host, so that the device never holds them in another type.
     denoiser = _load_denoiser(config, model, device if device.type == "meta" else CPU)
     attached = find_adaptation(config).attach(denoiser.modules())
     for module in denoiser.modules().values():
@@ -45,12 +45,12 @@ def build_step(config: Config, model: ModelFolder, device: torch.device) -> tupl
     for name, bits in optimizer.extra_bits().items():
         bits.copy_(extra_bits.pop(name))
     if device.type != "meta":
-        optimizer.keep_extra_bits(extra_bits)  # of layers that do not train: the final model has them again
+        optimizer.keep_extra_bits(extra_bits)  # of layers that do not train: the final model needs them
     return denoiser, _build_objective(config, model, device), optimizer
 
 
 def count_on_meta(config: Config, model: ModelFolder) -> dict[str, int]:
-    """Return how many parameters of each component will train, without reading a weight."""
+    """Return how many parameters of each component will train, without reading weights."""
     resolved = resolve(config)
     denoiser = _load_denoiser(resolved, model, torch.device("meta"))
     find_adaptation(resolved).attach(denoiser.modules())
@@ -65,11 +65,11 @@ def _load_denoiser(config: Config, model: ModelFolder, device: torch.device) -> 
 
 
 def _check_fields(config: Config, model: ModelFolder) -> None:
-    """Refuse what the rules of the configuration cannot see: fields that this model has no use for."""
+    """Refuse what the rules of the configuration cannot know: fields that have no effect on this model."""
     rate = config.training.learning_rate_text_encoder_2
     if rate is not None and len(model.family.text_encoders) < 2:
         raise ConfigError(
-            f"training.learning_rate_text_encoder_2: {rate} has no use with {model.family.name}, which has no second "
+            f"training.learning_rate_text_encoder_2: {rate} has no effect on {model.family.name}, which has no second "
             "text encoder; leave it out"
         )
 
@@ -85,7 +85,7 @@ def _build_objective(config: Config, model: ModelFolder, device: torch.device) -
 
 
 def build_ema(config: Config, denoiser: Denoiser, optimizer: OptimizerHandle) -> ExponentialMovingAverage | None:
-    """Build the moving average of the weights, where the configuration asks for it."""
+    """Build the moving average of the weights, if the configuration asks for it."""
     if not config.ema.enabled:
         return None
     named = named_parameters(denoiser.modules())
@@ -94,11 +94,11 @@ def build_ema(config: Config, denoiser: Denoiser, optimizer: OptimizerHandle) ->
 
 
 def set_arithmetic(config: Config, device: torch.device) -> None:
-    """Let CUDA compute the same bits each time, in TF32 only where that is asked for."""
+    """Make CUDA deterministic, and allow TF32 only if the configuration does."""
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.training.allow_tf32
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # Else every new tensor is filled before it is written.
+        # Otherwise every new tensor would be filled before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""The one loop that draws images: from what a model is told through latents to pictures.
+"""The one loop that draws images: from conditioning through latents to pictures.
 
-What is in memory while it draws is a choice: the denoiser and what decodes are each lent for as long as they are
-needed, from memory or from disk.
+The caller decides what is in memory meanwhile: the denoiser and the decoder are each lent for as long as they are
+needed, and either stay in memory or are loaded for use.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ from lowmem_db.sampling.latents import SamplingSettings, sample_latents
 
 _Lent = TypeVar("_Lent")
 Lend = Callable[[], AbstractContextManager[_Lent]]
-"""Returns a context with something in memory."""
+"""Returns a context with a loaded model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Job:
         prompts: One prompt for all images, or one for each.
         size: Height and width in pixels.
         generators: One for each image.
-        at_once: So many images at a time; None: all, which is faster and needs more memory.
+        at_once: Batch size. Default: all images, which is faster and needs more memory.
     """
 
     prompts: Sequence[str]
@@ -52,12 +52,12 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Artist:
-    """How a model draws.
+    """A model and its sampling settings.
 
     Attributes:
-        model: The model; its configurations are enough.
+        model: The model; only its configurations are read.
         settings: Sampler, steps and guidance.
-        objective: What a run has changed about its noise and its prediction; None: nothing.
+        objective: The run's changes to the noise process and the prediction. Default: none.
     """
 
     model: ModelFolder
@@ -69,9 +69,9 @@ class Artist:
         """Draw the latents of a job, on the denoiser's device.
 
         Args:
-            denoiser: Predicts; its mode is not changed.
-            conditioning: A row for each prompt of the job, and one for the empty prompt at the end.
-            job: What is drawn.
+            denoiser: The denoiser; its mode is not changed.
+            conditioning: One row for each prompt of the job, and one for the empty prompt at the end.
+            job: The images to draw.
         """
         space, (height, width) = self.model.space, job.size
         picture = denoiser.family.describe_pictures(whole_picture_facts(job.size, len(job.prompts) + 1))
@@ -105,13 +105,13 @@ def draw(
     """Yield the images of each job.
 
     Args:
-        artist: Draws.
-        table: What the model is told of every prompt, the empty one included.
-        jobs: What is drawn.
+        artist: The model and its settings.
+        table: The conditioning of every prompt, including the empty one.
+        jobs: The images to draw.
         denoiser: Lends the denoiser.
-        codec: Lends what decodes; where both are loaded for use, they are in memory one after the other.
-        jobs_at_once: So many jobs before anything is decoded; None: all. What is killed loses them.
-        progress: What is shown while it draws; None: nothing.
+        codec: Lends the decoder; if both are loaded for use, only one of them is in memory at a time.
+        jobs_at_once: Number of jobs drawn before they are decoded; an interruption loses them. Default: all.
+        progress: Label of the progress bar. Default: no progress bar.
     """
     waiting = iter(jobs if progress is None else track(jobs, progress, len(jobs)))
     for first in waiting:
@@ -128,7 +128,7 @@ def draw(
 
 
 def kept(value: _Lent) -> Lend[_Lent]:
-    """Lend what stays in memory."""
+    """Lend something that stays in memory."""
 
     @contextmanager
     def lend() -> Iterator[_Lent]:
@@ -138,11 +138,11 @@ def kept(value: _Lent) -> Lend[_Lent]:
 
 
 def loaded_for_use(load: Callable[[], _Lent], device: torch.device) -> Lend[_Lent]:
-    """Lend what is loaded each time, and freed afterwards.
+    """Lend something that is loaded each time and freed afterwards.
 
     Args:
         load: Loads it.
-        device: Where it is.
+        device: Its device.
     """
 
     @contextmanager
@@ -156,5 +156,5 @@ def loaded_for_use(load: Callable[[], _Lent], device: torch.device) -> Lend[_Len
 
 
 def _on_host(latents: Tensor) -> Tensor:
-    """Move latents out of the way of what decodes them."""
+    """Move latents to the host, to make room for the decoder."""
     return latents.to(CPU) if latents.device.type == "cuda" else latents

@@ -1,4 +1,4 @@
-"""Images of prompts from a model on disk: a run, a folder, or a hub id. One component is in memory at a time."""
+"""Drawing prompts with a model on disk: a run, a folder, or a hub id. One component is in memory at a time."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -24,22 +24,22 @@ def generate_images(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[tuple[str, list[Image.Image]]]:
-    """Draw ``num_images`` of each prompt.
+    """Draw ``num_images`` images of each prompt.
 
-    Image ``i`` of a prompt starts from the same noise whatever the prompt, so that prompts can be compared.
+    Image ``i`` starts from the same noise for every prompt, so that prompts can be compared.
 
     Args:
-        source: What to draw from.
-        prompts: What to draw.
+        source: The model to draw from.
+        prompts: The prompts to draw.
         settings: Sampler, steps and guidance.
-        num_images: Images of each prompt.
-        resolution: Pixels of a side.
+        num_images: Number of images of each prompt.
+        resolution: Height and width in pixels.
         seed: Seed of the noise.
-        device: Where to compute.
+        device: Device to compute on.
         dtype: Type to compute in.
 
     Raises:
-        DataError: The resolution is no whole number of latent pixels.
+        DataError: The resolution is not a multiple of the size of a latent pixel.
     """
     check_resolution(source, resolution)
     table = source.embed([*prompts, ""], device, dtype)
@@ -61,7 +61,7 @@ def check_resolution(source: ImageSource, resolution: int) -> None:
     """Refuse a resolution that the model cannot draw.
 
     Raises:
-        DataError: It is no whole number of latent pixels.
+        DataError: It is not a multiple of the size of a latent pixel.
     """
     cell = source.model.space.cell
     if resolution % cell:

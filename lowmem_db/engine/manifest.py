@@ -1,4 +1,4 @@
-"""What images were drawn with, written beside them, so that only images that were drawn alike are used together."""
+"""A record of the settings that images were drawn with, so that images with different settings are not mixed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Write down what images are drawn with, before the first of them is.
+    """Write the settings of images, before the first of them is drawn.
 
     Raises:
         StorageError: The disk is full.
@@ -19,11 +19,11 @@ def write_manifest(folder: Path, wanted: Mapping[str, Any]) -> None:
 
 
 def differences(folder: Path, wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what the images of a folder were drawn with and what is wanted, where these differ.
+    """Return the settings that differ between a folder's images and what is wanted, as (found, wanted).
 
     Args:
-        folder: It may have no manifest: then nothing differs.
-        wanted: What the images are wanted with.
+        folder: The folder; if it has no manifest, nothing differs.
+        wanted: The wanted settings.
     """
     if not (folder / MANIFEST).is_file():
         return {}

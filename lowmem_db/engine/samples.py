@@ -1,4 +1,4 @@
-"""Samples during training, from the model in memory; what decodes them is loaded for them and freed again."""
+"""Samples during training, from the model in memory; the decoder is loaded for them and freed again."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from lowmem_db.storage.run_folder import RunFolder
 def draw_samples(
     config: Config, model: ModelFolder, denoiser: Denoiser, prompts: PromptTable, run: RunFolder, step: int
 ) -> None:
-    """Draw ``sampling.num_images`` of each of ``sampling.prompts`` into ``samples/step-N/``, with a grid of all."""
+    """Draw ``sampling.num_images`` images of each of ``sampling.prompts`` into ``samples/step-N/``, with a grid."""
     rows = draw_images(config, model, denoiser, prompts, config.sampling.prompts)
     folder = run.samples_dir(step)
     write_folder(folder, lambda temporary: save_rows(temporary, rows))
@@ -34,7 +34,7 @@ def draw_samples(
 def draw_images(
     config: Config, model: ModelFolder, denoiser: Denoiser, table: PromptTable, prompts: Sequence[str]
 ) -> list[tuple[str, list[Image]]]:
-    """Draw ``sampling.num_images`` of each of some prompts; return each prompt with its images."""
+    """Draw ``sampling.num_images`` images of each prompt; return each prompt with its images."""
     codec = loaded_for_use(partial(load_decoder, config, model, denoiser), denoiser.device)
     jobs = [sample_job(config, prompt) for prompt in prompts]
     images = draw(sample_artist(config, model), table, jobs, partial(evaluating, denoiser), codec)
@@ -42,7 +42,7 @@ def draw_images(
 
 
 def sample_artist(config: Config, model: ModelFolder) -> Artist:
-    """Return what draws the samples of a run."""
+    """Return the model and settings for the samples of a run."""
     settings = SamplingSettings(
         sampler=config.sampling.sampler,
         num_inference_steps=config.sampling.num_inference_steps,
@@ -52,7 +52,7 @@ def sample_artist(config: Config, model: ModelFolder) -> Artist:
 
 
 def sample_job(config: Config, prompt: str) -> Job:
-    """Return the samples of one prompt."""
+    """Return the job for the samples of one prompt."""
     return Job(
         prompts=[prompt],
         size=(config.data.resolution, config.data.resolution),
@@ -62,9 +62,9 @@ def sample_job(config: Config, prompt: str) -> Job:
 
 
 def load_decoder(config: Config, model: ModelFolder, denoiser: Denoiser) -> Codec:
-    """Load what decodes samples: in fp32 or, for tiled samples, in tiles and the type of the weights.
+    """Load the decoder: in fp32 or, for tiled samples, in the type of the weights.
 
-    An autoencoder that has to compute in fp32 does so in tiles too.
+    An autoencoder that must compute in fp32 does so for tiled samples too.
     """
     if not config.memory.tiled_samples:
         return model.space.load(denoiser.device)
@@ -75,7 +75,7 @@ def load_decoder(config: Config, model: ModelFolder, denoiser: Denoiser) -> Code
 
 @contextmanager
 def evaluating(denoiser: Denoiser) -> Iterator[Denoiser]:
-    """Return a context in which what trains is in evaluation mode."""
+    """Return a context in which the trained components are in evaluation mode."""
     modules: list[nn.Module] = list(denoiser.modules().values())
     for module in modules:
         module.eval()

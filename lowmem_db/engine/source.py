@@ -1,4 +1,4 @@
-"""What images are drawn from: a model on disk, with what a run has trained of it."""
+"""The model that images are drawn from: a model on disk, with what a run has trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ class ImageSource:
     """A model to draw from.
 
     Attributes:
-        model: The folder that holds its components.
-        checkpoint: Checkpoint whose weights replace those of the folder, for a run that is not done; or None.
-        lora: Adapters that the components get; or None.
-        lora_files: Files that hold them.
-        run_config: Configuration of the run it comes from; or None.
+        model: The folder with its components.
+        checkpoint: Checkpoint of an unfinished run, whose weights replace those of the folder, or None.
+        lora: Adapters to add to the components, or None.
+        lora_files: The files with the adapters.
+        run_config: Configuration of its run, or None.
     """
 
     model: ModelFolder
@@ -42,21 +42,21 @@ class ImageSource:
 
     @property
     def trained_files(self) -> tuple[Path, ...]:
-        """Files that decide what is drawn beside those of the model."""
+        """Files that the images depend on, besides those of the model."""
         return self.lora_files if self.checkpoint is None else tuple(sorted(self.checkpoint.glob("*.safetensors")))
 
     @property
     def resolution(self) -> int:
-        """Pixels of a side that it draws best: those of its run, or those that the model was made for."""
+        """The side length, in pixels, of its run, or the one the model was trained for."""
         return self.model.resolution if self.run_config is None else self.run_config.data.resolution
 
     @property
     def objective(self) -> ObjectiveConfig | None:
-        """What its run has changed about noise and prediction; None: nothing."""
+        """The run's changes to the noise process and the prediction, or None."""
         return None if self.run_config is None else self.run_config.objective
 
     def load(self, component: str, device: torch.device, dtype: torch.dtype) -> Any:
-        """Load a component with what was trained of it."""
+        """Load a component with its trained weights or adapters."""
         module = self.model.load(component, device, dtype)
         self._take_trained(module, component)
         return module
@@ -67,14 +67,14 @@ class ImageSource:
         return Denoiser(family, {family.denoiser: self.load(family.denoiser, device, dtype)})
 
     def embed(self, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> PromptTable:
-        """Return the embeddings of prompts by the text encoders."""
+        """Return the text encoders' embeddings of prompts."""
         text_encoders = {name: self.load(name, device, dtype) for name in self.model.family.text_encoders}
         return embed_prompts(self.model, text_encoders, prompts)
 
     def _take_trained(self, module: nn.Module, component: str) -> None:
-        """Put what a run trained into a component: adapters, or the weights of its checkpoint.
+        """Put what a run has trained into a component: adapters, or the weights of its checkpoint.
 
-        Where the run keeps a moving average, that of the checkpoint counts.
+        If the run keeps a moving average, the checkpoint's average is used.
         """
         if self.lora is not None:
             put_into(component, module, self.lora)
@@ -89,7 +89,7 @@ class ImageSource:
 
 
 def find_source(source: str) -> ImageSource:
-    """Find what to draw from: the final model of a run, else its newest checkpoint; or any model.
+    """Find a model to draw from: the final model of a run, or else its newest checkpoint; or any model.
 
     Raises:
         DataError: A run folder has neither.
@@ -106,7 +106,7 @@ def find_source(source: str) -> ImageSource:
     steps = run.complete_steps()
     if not steps:
         raise DataError(f"{run.root}: the run has no final model and no complete checkpoint yet; train it first")
-    say(f"the run is not done: drawing from its checkpoint of step {steps[-1]}")
+    say(f"the run is not finished: drawing from its checkpoint of step {steps[-1]}")
     model, checkpoint = model_of(config), run.checkpoint_dir(steps[-1])
     if config.lora.enabled:
         files = tuple(sorted(checkpoint.glob("*.safetensors")))
@@ -117,11 +117,11 @@ def find_source(source: str) -> ImageSource:
 
 
 def _lora_source(folder: Path, run_config: Config | None = None) -> ImageSource | None:
-    """Return the base model and the adapters where a folder holds a LoRA, as ``final/`` of a LoRA run does."""
+    """Return the base model and the adapters if a folder holds a LoRA, as ``final/`` of a LoRA run does."""
     if not (folder / LORA_FILE).is_file():
         return None
     lora = read_lora(folder / LORA_FILE)
     if run_config is None and not lora.base:
-        raise DataError(f"{folder / LORA_FILE}: does not say its base model; draw from the run folder instead")
+        raise DataError(f"{folder / LORA_FILE}: does not name its base model; draw from the run folder instead")
     model = find_model(**lora.base) if run_config is None else model_of(run_config)
     return ImageSource(model=model, lora=lora, lora_files=(folder / LORA_FILE,), run_config=run_config)

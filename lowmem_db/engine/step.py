@@ -18,14 +18,14 @@ def train_step(
     """Do one optimizer step on Equation 2 of arXiv:2208.12242.
 
     Args:
-        denoiser: Predicts; its parameters are those of the optimizer.
-        objective: Draws noise and timesteps, and measures the prediction.
-        optimizer: Its learning rates are set.
-        batches: The batches whose mean gradient makes the step.
-        step: Optimizer steps done before; every random draw depends on it.
+        denoiser: The model, with the optimizer's parameters.
+        objective: Draws noise and timesteps, and computes the loss.
+        optimizer: The optimizer, with its learning rates set.
+        batches: The batches whose gradients are averaged.
+        step: Number of optimizer steps before this one; every random draw depends on it.
 
     Raises:
-        NonFiniteError: The loss or the gradient is not finite.
+        NonFiniteError: The loss or the gradient is infinite or NaN.
     """
     optimizer.zero_grad()
     losses: list[DiffusionLoss] = []
@@ -46,7 +46,7 @@ def _refuse_non_finite_loss(loss: DiffusionLoss, batch: Batch) -> None:
     bad = [
         name for name, value in zip(batch.sources, loss.per_sample.tolist(), strict=True) if not math.isfinite(value)
     ]
-    raise NonFiniteError(f"the loss of {', '.join(bad)} is not finite; the weights were not touched")
+    raise NonFiniteError(f"the loss of {', '.join(bad)} is not finite; the weights were not changed")
 
 
 def _report(losses: Sequence[DiffusionLoss], *, has_prior: bool, gradient_norm: float) -> StepOutput:

@@ -1,1 +1,1 @@
-"""How good a result is: encoders, the metrics of arXiv:2208.12242, the paper's protocol, and its questionnaire."""
+"""Measuring results: encoders, the metrics of arXiv:2208.12242, the paper's protocol, and its questionnaire."""

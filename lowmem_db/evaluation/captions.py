@@ -1,7 +1,7 @@
-"""What a composed caption says, and whether an image shows it: fidelity to the prompt without a network.
+"""Parsing composed captions and checking whether images show them: prompt fidelity without network access.
 
-A small classifier, trained on drawings, names the noun, the colour and the background of an image. It knows the
-captions that the demo base was trained on, and nothing else; its accuracy is in ``accuracy.json`` beside its weights.
+A small classifier, trained on drawings, names the noun, the colour and the background of an image. It knows only the
+captions that the demo base was trained on; its accuracy is in ``accuracy.json`` next to its weights.
 """
 
 import json
@@ -28,7 +28,7 @@ NOUNS = (
 )  # fmt: skip
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 OWN_COLOURS = "its own"
-"""What the classifier answers for a drawing that was not tinted; no caption says so."""
+"""The classifier's answer for a drawing that was not tinted; it does not occur in captions."""
 PLAIN = ("white", "blue", "yellow", "green", "red", "pink", "purple", "orange", "gray", "black")
 SCENES = {
     "beach": ("on the beach", "on a beach"),
@@ -44,7 +44,7 @@ FOLDER = Path(__file__).parent / "caption_classifier"
 WEIGHTS_FILE = "classifier.safetensors"
 ACCURACY_FILE = "accuracy.json"
 PIXELS = 128
-"""Side of the pictures that the classifier sees."""
+"""Height and width of the classifier's input."""
 
 _PREFIX = re.compile(r"an? (?:flat drawing|drawing|picture|photo|photograph|painting) of ")
 _POSITION = re.compile(r" (?:on the (?:left|right)|at the (?:top|bottom))$")
@@ -66,12 +66,12 @@ _NUM_STATISTICS = 3 * _GRID**2 + 2 * _LEVELS**3
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """What a caption says, or what the classifier sees.
+    """The content of a caption, or of an image according to the classifier.
 
     Attributes:
         noun: One of ``NOUNS``.
-        colour: Of the noun; None where the caption does not say.
-        background: A plain colour or a scene; None where the caption does not say.
+        colour: Colour of the noun, or None if the caption names none.
+        background: A plain colour or a scene, or None if the caption names none.
     """
 
     noun: str
@@ -80,10 +80,10 @@ class Caption:
 
 
 def read_caption(prompt: str) -> Caption | None:
-    """Return what a composed caption says; None where it says something that the classifier does not know.
+    """Return the content of a composed caption, or None if it contains something that the classifier does not know.
 
-    A prefix such as "a photo of", a size, a position and one word before the noun or its colour that is not known (an
-    identifier such as "sks") are skipped. Text after the noun must be known as a whole.
+    A prefix such as "a photo of", a size, a position and one unknown word before the noun or its colour (an identifier
+    such as "sks") are skipped. All text after the noun must be known.
     """
     text = _PREFIX.sub("", " ".join(prompt.lower().split()).rstrip("."), count=1)
     phrase = next((phrase for phrase in _BACKGROUNDS if text.endswith(phrase)), "")
@@ -101,11 +101,11 @@ def read_caption(prompt: str) -> Caption | None:
 
 
 def caption_pairs(said: Sequence[Caption], shown: Sequence[Sequence[Caption]]) -> dict[str, Pairs]:
-    """Return by attribute one (the image shows what its caption says) or zero for each image of each caption.
+    """Return, by attribute, one (the image shows what its caption says) or zero for each image of each caption.
 
     Args:
         said: The captions.
-        shown: What the classifier sees in the images of each caption.
+        shown: The classifier's answers for the images of each caption.
     """
     found: dict[str, Pairs] = {attribute: [] for attribute in LABELS}
     for caption, images in zip(said, shown, strict=True):
@@ -117,7 +117,7 @@ def caption_pairs(said: Sequence[Caption], shown: Sequence[Sequence[Caption]]) -
 
 
 class CaptionClassifier(nn.Module):
-    """Heads of one hidden layer: the noun from EfficientNet-Lite0's features, the others from pixel statistics."""
+    """Heads with one hidden layer: the noun from EfficientNet-Lite0's features, the others from pixel statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class CaptionClassifier(nn.Module):
 
     @torch.no_grad()
     def name(self, features: Float[Tensor, "b 1280"], statistics: Float[Tensor, "b statistics"]) -> list[Caption]:
-        """Return the likeliest noun, colour and background of each picture."""
+        """Return the most likely noun, colour and background of each picture."""
         answers = {attribute: logits.argmax(1).tolist() for attribute, logits in self(features, statistics).items()}
         named = {attribute: [LABELS[attribute][index] for index in indices] for attribute, indices in answers.items()}
         return [
@@ -147,28 +147,28 @@ class CaptionClassifier(nn.Module):
 
 
 def load_classifier(folder: Path = FOLDER) -> CaptionClassifier:
-    """Load the weights in evaluation mode, in fp32."""
+    """Load the classifier in evaluation mode, in fp32."""
     classifier = CaptionClassifier()
     classifier.load_state_dict({name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()})
     return classifier.eval().requires_grad_(False)
 
 
 def read_accuracy(folder: Path = FOLDER) -> dict[str, Any]:
-    """Return the classifier's accuracy on drawings in a style that it was not trained on, by attribute."""
+    """Return the classifier's accuracy on drawings in a style it was not trained on, by attribute."""
     return json.loads((folder / ACCURACY_FILE).read_text(encoding="utf-8"))
 
 
 def accuracy_on(captions: Sequence[Caption], attribute: str) -> float | None:
-    """Return the classifier's accuracy on what captions name, a mean over them; None where it was not judged on it."""
+    """Return the classifier's mean accuracy on what captions name, or None if it was not measured on that."""
     of_labels = read_accuracy()["labels"][attribute]
     found = [of_labels[name] for caption in captions if (name := getattr(caption, attribute)) in of_labels]
     return sum(found) / len(found) if found else None
 
 
 def pixel_statistics(pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b statistics"]:
-    """Return what tells colour and background: a coarse picture, and histograms of all pixels and of the foreground.
+    """Return statistics of colour and background: a coarse picture, and histograms of all pixels and of the foreground.
 
-    Foreground is what differs from the left and right border of its row: backgrounds change from top to bottom.
+    A pixel is foreground if it differs from the left and right border of its row: backgrounds vary from top to bottom.
 
     Args:
         pixels: Values in [0, 255].
@@ -199,5 +199,5 @@ def _head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 def _may_be_skipped(word: str) -> bool:
-    """Say whether a word before the noun may be an identifier: no word that composed captions are made of."""
+    """Return whether a word before the noun may be an identifier, which is not a word of composed captions."""
     return word.isalnum() and word not in _NO_IDENTIFIERS

@@ -1,4 +1,4 @@
-"""Scores of what a model draws while it trains, to tell its best step."""
+"""Scores of images drawn during training, to find the best step."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ _KINDS = tuple(kind for kind, names in METRICS.items() if "fidelity" in names)
 
 
 class Scorer:
-    """Compares images with the photos. The encoder computes on the CPU: the memory of the device stays as planned.
+    """Compares images with the photos. The encoder runs on the CPU, so that the device's memory stays as planned.
 
     Args:
         config: The configuration of the run.
@@ -25,7 +25,7 @@ class Scorer:
     Raises:
         ConfigError: ``evaluation.encoder`` is unknown, or does not compare images with photos.
         DependencyError: The package of the encoder is not installed.
-        ModelError: The encoder's files are missing or damaged, or cannot be had from the hub.
+        ModelError: The encoder's files are missing or damaged, or cannot be downloaded from the hub.
     """
 
     def __init__(self, config: Config, photos: Sequence[Path]) -> None:
@@ -34,10 +34,10 @@ class Scorer:
         self._encoder = _load(config.evaluation.encoder)
 
     def __call__(self, drawn: Mapping[str, Images]) -> dict[str, float]:
-        """Return ``score``, the greater the better, and the metrics behind it.
+        """Return ``score``, where higher is better, and the metrics behind it.
 
         Args:
-            drawn: Images of every prompt that is scored, and of the class prompt where there is one.
+            drawn: Images of every prompt to score, and of the class prompt if there is one.
         """
         pictures = Pictures(
             photos=[read_photo(photo) for photo in self._photos],

@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 (arXiv:1905.11946, without squeeze-and-excitation and with ReLU6), up to its pooled features.
 
-The names of its parameters are those of the published weights, so that these load as they are.
+Its parameters have the names of the published weights, so that these load unchanged.
 """
 
 from jaxtyping import Float
@@ -23,7 +23,7 @@ _STAGES = (
 
 
 class EfficientNetLite0(nn.Module):
-    """Pictures to 1280 features: the mean over the positions of the last convolution."""
+    """From pictures to 1280 features: the mean of the last convolution over all positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class _Block(nn.Module):
-    """Expansion, depthwise convolution, projection; the input is added where shapes allow."""
+    """Expansion, depthwise convolution, projection; the input is added if the shapes match."""
 
     def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _Block(nn.Module):
 
 
 class _SamePaddedConv(nn.Conv2d):
-    """A convolution padded as TensorFlow does: what is odd goes to the right and below."""
+    """A convolution padded as in TensorFlow: an odd pixel is added on the right and at the bottom."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride=stride, groups=groups, bias=False)
@@ -93,5 +93,5 @@ def _blocks() -> list[_Block]:
 
 
 def normalise(pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    """Return pictures of values in [0, 255] as the network was trained with them."""
+    """Normalise pictures with values in [0, 255] for the network."""
     return (pixels - 127.0) / 128.0

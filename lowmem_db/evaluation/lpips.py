@@ -1,7 +1,7 @@
 """LPIPS (arXiv:1801.03924, version 0.1): the distance of two pictures in the features of AlexNet or VGG16.
 
-The weights are those of the package ``lpips``: its whole ``state_dict``, backbone and linear heads. The names of the
-parameters are the published ones.
+The weights are those of the package ``lpips``: its complete ``state_dict``, with backbone and linear heads, under the
+published names.
 """
 
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 _EPS = 1e-10
 _VGG16_BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-_ALLOWED = 'allowed: lpips.LPIPS(net="alex").state_dict(), or net="vgg", whole'
+_ALLOWED = 'allowed: the complete lpips.LPIPS(net="alex").state_dict(), or net="vgg"'
 
 
 class Lpips(nn.Module):
-    """The distance, with the backbone that the weights are of.
+    """The distance, with the backbone that the weights belong to.
 
     Args:
         weights: ``lpips.LPIPS(net=...).state_dict()`` of AlexNet (``alex``) or VGG16 (``vgg``).
 
     Raises:
-        ModelError: They are not whole, or of another network.
+        ModelError: They are incomplete, or those of another network.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -35,7 +35,7 @@ class Lpips(nn.Module):
         first = weights.get("net.slice1.0.weight")
         kernel = 0 if first is None else first.shape[-1]
         if kernel not in _BACKBONES:
-            raise ModelError(f"these are no weights of LPIPS with AlexNet or VGG16; {_ALLOWED}")
+            raise ModelError(f"these are not weights of LPIPS with AlexNet or VGG16; {_ALLOWED}")
         self.network, build = _BACKBONES[kernel]
         self.net = build()
         try:
@@ -43,21 +43,21 @@ class Lpips(nn.Module):
             heads = [weights[f"lin{index}.model.1.weight"].flatten() for index in range(len(self.net))]
         except (RuntimeError, KeyError) as error:
             raise ModelError(
-                f"these weights of LPIPS are not whole ({' '.join(str(error).split())[:200]}); {_ALLOWED}"
+                f"these LPIPS weights are incomplete ({' '.join(str(error).split())[:200]}); {_ALLOWED}"
             ) from error
         self.heads = nn.ParameterList(heads)
         self.requires_grad_(False).eval()
 
-    def forward(self, one: Float[Tensor, "b 3 h w"], other: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
-        """Return the distance of each picture in ``one`` to its partner (Equation 1); values in [-1, 1]."""
-        slices = zip(self.heads, self.features(one), self.features(other), strict=True)
+    def forward(self, pictures: Float[Tensor, "b 3 h w"], others: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
+        """Return the distance of each picture to its partner (Equation 1); values in [-1, 1]."""
+        slices = zip(self.heads, self.features(pictures), self.features(others), strict=True)
         distances = [
             torch.einsum("bchw,c->bhw", (left - right) ** 2, head).mean((1, 2)) for head, left, right in slices
         ]
         return torch.stack(distances).sum(dim=0)
 
     def features(self, pixels: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
-        """Return what each slice of the backbone makes of pictures, of unit length at each position."""
+        """Return the output of each slice of the backbone, with unit length at each position."""
         shift, scale = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (_SHIFT, _SCALE))
         hidden = (pixels - shift) / scale
         found = []
@@ -96,7 +96,7 @@ _BACKBONES = {11: ("AlexNet", _alexnet), 3: ("VGG16", _vgg16)}
 
 
 def _slices(layers: list[nn.Module], ends: "tuple[int, ...] | list[int]") -> nn.Sequential:
-    """Cut layers into named slices; each layer keeps its number in the whole."""
+    """Split layers into named slices; each layer keeps its number."""
     backbone = nn.Sequential()
     for index, (start, end) in enumerate(pairwise([0, *ends])):
         part = nn.Sequential()

@@ -1,7 +1,7 @@
-"""The metrics of arXiv:2208.12242 (sections 4.2 and 4.3) as arithmetic on embeddings; nothing here knows a model.
+"""The metrics of arXiv:2208.12242 (sections 4.2 and 4.3) as arithmetic on embeddings, without any model.
 
-A metric is a mean over pairs. Its pairs are kept apart by what is drawn anew in the bootstrap: a list of tensors for
-each subject, one tensor for each prompt, one value for each pair.
+A metric is a mean over pairs. Its pairs are grouped by what the bootstrap resamples: a list of tensors for each
+subject, one tensor for each prompt, one value for each pair.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,10 +26,10 @@ class Score:
     """A metric over subjects.
 
     Attributes:
-        value: The mean over subjects of each subject's mean over its pairs; None where there is no pair.
-        interval: Bootstrap interval of ``CONFIDENCE`` over subjects and prompts; None where there is one of each.
-        num_pairs: Pairs behind it.
-        num_subjects: Subjects that have a pair.
+        value: The mean over subjects of each subject's mean over its pairs, or None if there are no pairs.
+        interval: Bootstrap interval of ``CONFIDENCE`` over subjects and prompts, or None if there is one of each.
+        num_pairs: Number of pairs.
+        num_subjects: Number of subjects with pairs.
     """
 
     value: float | None
@@ -38,7 +38,7 @@ class Score:
     num_subjects: int
 
     def as_json(self) -> dict[str, Any]:
-        """Return what a report holds of it."""
+        """Return its JSON value for reports."""
         return {
             "value": self.value,
             "interval": None if self.interval is None else list(self.interval),
@@ -47,9 +47,9 @@ class Score:
         }
 
 
-def cosine_similarities(one: Float[Tensor, "n d"], other: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
-    """Return the cosine of every row of ``one`` with every row of ``other``."""
-    return functional.normalize(one.double(), dim=1) @ functional.normalize(other.double(), dim=1).T
+def cosine_similarities(rows: Float[Tensor, "n d"], columns: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+    """Return the cosine of every vector in ``rows`` with every vector in ``columns``."""
+    return functional.normalize(rows.double(), dim=1) @ functional.normalize(columns.double(), dim=1).T
 
 
 def fidelity_pairs(images: Sequence[Float[Tensor, "_ d"]], photos: Float[Tensor, "m d"]) -> Pairs:
@@ -58,12 +58,12 @@ def fidelity_pairs(images: Sequence[Float[Tensor, "_ d"]], photos: Float[Tensor,
 
 
 def real_pairs(photos: Float[Tensor, "m d"]) -> Pairs:
-    """Compare every two photos of a subject: the row "Real Images" of Table 1."""
+    """Compare the photos of a subject with each other: the row "Real Images" of Table 1."""
     return [_of_two(cosine_similarities(photos, photos))]
 
 
 def prompt_pairs(images: Sequence[Float[Tensor, "_ d"]], prompts: Float[Tensor, "p d"]) -> Pairs:
-    """Compare the images of each prompt with the prompt: CLIP-T of section 4.2."""
+    """Compare the images of each prompt with the prompt itself: CLIP-T of section 4.2."""
     return [
         cosine_similarities(of_prompt, prompt[None]).flatten()
         for of_prompt, prompt in zip(images, prompts, strict=True)
@@ -71,17 +71,17 @@ def prompt_pairs(images: Sequence[Float[Tensor, "_ d"]], prompts: Float[Tensor, 
 
 
 def preservation_pairs(class_images: Float[Tensor, "n d"], photos: Float[Tensor, "m d"]) -> Pairs:
-    """Compare each image of the class with all photos of the subject: PRES of section 4.3, better where lower."""
+    """Compare each image of the class with all photos of the subject: PRES of section 4.3; lower is better."""
     return list(cosine_similarities(class_images, photos))
 
 
 def cosine_distances(images: Float[Tensor, "n d"]) -> Float[Tensor, " pairs"]:
-    """Return one minus the cosine of every two rows: the diversity of one prompt, better where higher."""
+    """Return one minus the cosine for each pair of rows: the diversity of one prompt; higher is better."""
     return 1 - _of_two(cosine_similarities(images, images))
 
 
 def summarise(pairs: Mapping[str, Pairs], *, seed: int = 0) -> Score:
-    """Return the mean, its interval and the counts.
+    """Return the mean, its interval and the numbers of pairs and subjects.
 
     Args:
         pairs: The pairs of each subject.
@@ -100,13 +100,13 @@ def summarise(pairs: Mapping[str, Pairs], *, seed: int = 0) -> Score:
 
 
 def _of_two(matrix: Float[Tensor, "n n"]) -> Tensor:
-    """Return the values above the diagonal: every two once, none with itself."""
+    """Return the values above the diagonal: each pair once, none with itself."""
     row, column = torch.triu_indices(len(matrix), len(matrix), offset=1)
     return matrix[row, column]
 
 
 def _bootstrap(groups: Sequence[Pairs], random: np.random.Generator) -> tuple[float, float] | None:
-    """Draw subjects with replacement, and within each of them prompts with replacement (percentile bootstrap)."""
+    """Resample subjects, and the prompts within each of them, with replacement (percentile bootstrap)."""
     if len(groups) == 1 and len(groups[0]) == 1:
         return None
     sums = [np.array([float(values.double().sum()) for values in of_subject]) for of_subject in groups]

@@ -1,4 +1,4 @@
-"""Pictures to the pixels an encoder wants, as the ``preprocessor_config.json`` of its folder says.
+"""Preparing pictures for an encoder as the ``preprocessor_config.json`` in its folder says.
 
 transformers' own image processors are not used: their default needs torchvision.
 """
@@ -23,15 +23,15 @@ _FILE_OF_PROCESSOR = "processor_config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How a picture is resized, cut and normalised; sizes in pixels.
+    """How a picture is resized, cropped and normalised; sizes in pixels.
 
     Attributes:
-        size: Height and width; or one number for the shorter side; or None, as it is.
-        crop: Height and width that are cut from the middle, or None.
+        size: Height and width; or one number for the shorter side; or None to keep the size.
+        crop: Height and width of the centre crop, or None.
         resample: Pillow's number of the filter.
-        scale: What values in [0, 255] are multiplied by.
+        scale: Factor for values in [0, 255].
         mean: Mean of each channel, after scaling.
-        std: Deviation of each channel, after scaling.
+        std: Standard deviation of each channel, after scaling.
     """
 
     size: tuple[int, int] | int | None
@@ -49,7 +49,7 @@ class Preprocessing:
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
     def _target(self, image: Image.Image) -> tuple[int, int]:
-        """Return width and height to resize to."""
+        """Return the width and height to resize to."""
         if isinstance(self.size, tuple):
             return self.size[1], self.size[0]
         shorter, size = min(image.size), self.size or min(image.size)
@@ -58,7 +58,7 @@ class Preprocessing:
 
 
 def read_preprocessing(folder: Path) -> Preprocessing:
-    """Read how the encoder in a folder wants its pictures.
+    """Read the preprocessing of the encoder in a folder.
 
     Raises:
         ModelError: The file is missing or damaged.
@@ -72,9 +72,9 @@ def read_preprocessing(folder: Path) -> Preprocessing:
             fields = json.loads(path.read_text(encoding="utf-8"))["image_processor"]
         return _parse(fields)
     except FileNotFoundError:
-        raise ModelError(f"--encoder: {folder} holds no {_FILE}; get the whole model folder") from None
+        raise ModelError(f"--encoder: {folder} has no {_FILE}; download the complete model folder") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: is damaged ({error!r}); get the model anew") from error
+        raise ModelError(f"{path}: is damaged ({error!r}); download the model again") from error
 
 
 def _parse(fields: Mapping[str, Any]) -> Preprocessing:
@@ -91,7 +91,7 @@ def _parse(fields: Mapping[str, Any]) -> Preprocessing:
 
 
 def _size(size: Any, *, keeps_shape: bool) -> tuple[int, int] | int:
-    """Read a size; a bare number is the shorter side where the middle is cut out afterwards, else both sides."""
+    """Read a size; a single number is the shorter side if a centre crop follows, otherwise both sides."""
     if isinstance(size, Mapping):
         return int(size["shortest_edge"]) if "shortest_edge" in size else (int(size["height"]), int(size["width"]))
     return int(size) if keeps_shape else (int(size), int(size))

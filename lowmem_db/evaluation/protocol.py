@@ -1,7 +1,7 @@
-"""The paper's protocol (arXiv:2208.12242, section 4.2): images of every prompt from a run, drawn so that it can go on.
+"""The paper's protocol (arXiv:2208.12242, section 4.2): images of every prompt from a run, drawn resumably.
 
-A manifest beside the images records what they were drawn with. Each image depends on its subject, prompt and number
-alone, so that a killed evaluation goes on with what is missing, and several processes can share the work.
+A manifest next to the images records their settings. Each image depends only on its subject, prompt and number, so that
+an interrupted evaluation continues with the missing images, and several processes can share the work.
 """
 
 import re
@@ -29,7 +29,7 @@ from lowmem_db.storage.run_folder import RunFolder
 
 CLASS_DIR = "class"
 NUM_IMAGES = 4
-"""Images of each prompt in the paper."""
+"""Number of images of each prompt in the paper."""
 NUM_CLASS_IMAGES = 16
 _FORMAT_VERSION = 1
 _BATCH_SIZE = 4
@@ -52,15 +52,15 @@ class Drawing:
     """How images are drawn.
 
     Attributes:
-        sampler: Sampler; None: that of the run's samples.
-        num_inference_steps: Sampling steps; None: those of the run's samples.
-        guidance_scale: Classifier-free guidance; None: that of the run's samples.
-        num_prompts: So many prompts, the first ones; None: all.
-        num_images: Images of each prompt.
-        num_class_images: Images of the prompt of the class, for PRES.
-        resolution: Pixels of a side; None: those of the run.
-        seed: Seed of everything.
-        device: Where to compute.
+        sampler: Sampler. Default: that of the run's samples.
+        num_inference_steps: Sampling steps. Default: those of the run's samples.
+        guidance_scale: Classifier-free guidance. Default: that of the run's samples.
+        num_prompts: Number of prompts, from the first. Default: all.
+        num_images: Number of images of each prompt.
+        num_class_images: Number of images of the class prompt, for PRES.
+        resolution: Height and width in pixels. Default: those of the run.
+        seed: Seed of all random draws.
+        device: Device to compute on.
         dtype: Type to compute in.
     """
 
@@ -78,15 +78,15 @@ class Drawing:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run to be evaluated.
+    """A run to evaluate.
 
     Attributes:
-        name: Name of its folder: the subject's name in reports.
+        name: Name of its folder, which is the subject's name in reports.
         source: The model.
         config: Its configuration.
-        prompts: What is drawn.
+        prompts: The prompts to draw.
         captions: The same prompts without the identifier, which means nothing to an encoder.
-        class_prompt: Prompt of the class.
+        class_prompt: The class prompt.
         photos: Real photos of the subject.
     """
 
@@ -99,7 +99,7 @@ class Run:
     photos: tuple[Path, ...]
 
     def drawn(self, output: Path, drawing: Drawing) -> SubjectFiles:
-        """Return the files of the run, whose images are all drawn into ``output``."""
+        """Return the files of the run, once all its images are in ``output``."""
         by_prompt: dict[str | None, list[Path]] = {}
         for job in _jobs(self, output / self.name, drawing):
             by_prompt.setdefault(job.caption, []).extend(job.files)
@@ -113,10 +113,10 @@ class PromptChoice:
     """Which prompts are drawn.
 
     Attributes:
-        suite: Name of a suite; None: the paper's for live subjects or for objects, by the class noun.
-        prompt_file: A file of prompts instead.
-        identifier: Rare token; None: as the run's prompts say.
-        class_noun: Class; None: as the run's prompts say.
+        suite: Name of a suite. Default: the paper's for live subjects or for objects, depending on the class noun.
+        prompt_file: A file of prompts to use instead.
+        identifier: Rare token. Default: read from the run's prompts.
+        class_noun: Class. Default: read from the run's prompts.
     """
 
     suite: str | None = None
@@ -126,19 +126,19 @@ class PromptChoice:
 
 
 def parse_shard(text: str | None) -> Shard:
-    """Read the option ``--shard``, such as ``1/4``.
+    """Parse the option ``--shard``, such as ``1/4``.
 
     Raises:
-        DataError: It is no part of a whole.
+        DataError: It does not have this form.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", "1/1" if text is None else text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise DataError(f"--shard: {text!r}; allowed: NUMBER/COUNT with the number from 1 to COUNT, such as 1/4")
+        raise DataError(f"--shard: {text!r}; allowed: NUMBER/COUNT with NUMBER from 1 to COUNT, such as 1/4")
     return Shard(number=int(match[1]), count=int(match[2]))
 
 
 def refuse_unused(options: Mapping[str, Any], reason: str) -> None:
-    """Refuse options that would do nothing.
+    """Refuse options that would have no effect.
 
     Raises:
         DataError: One of them is given; the message says why it cannot be used.
@@ -149,7 +149,7 @@ def refuse_unused(options: Mapping[str, Any], reason: str) -> None:
 
 
 def holds_runs(folder: Path) -> bool:
-    """Say whether a folder is a run, or holds runs.
+    """Return whether a folder is a run, or contains runs.
 
     Raises:
         DataError: There is no such folder.
@@ -162,26 +162,26 @@ def holds_runs(folder: Path) -> bool:
 
 
 def find_runs(folder: Path, choice: PromptChoice, limits: Limits, photos: Path | None = None) -> list[Run]:
-    """Find the runs of a folder: the folder itself, or every run folder in it.
+    """Find the runs in a folder: the folder itself, or every run folder in it.
 
     Args:
         folder: The folder.
         choice: Which prompts are drawn.
-        limits: Which runs are wanted.
-        photos: Photos of the subject, where a single run's are no longer where its configuration says.
+        limits: Which runs are evaluated.
+        photos: Photos of the subject, if those of a single run are no longer where its configuration says.
 
     Raises:
-        DataError: A run has no model yet, its photos are not there, or identifier and class noun are not known.
+        DataError: A run has no model yet, its photos do not exist, or identifier and class noun are not known.
     """
     folders = {run.resolve().name: run for run in _run_folders(folder)}
     return [_read_run(name, folders[name], choice, photos) for name in choose(sorted(folders), limits)]
 
 
 def draw_runs(runs: Sequence[Run], output: Path, drawing: Drawing, shard: Shard) -> int:
-    """Draw what is missing of every run into ``output/RUN``; return how many images of other shards are missing.
+    """Draw the missing images of every run into ``output/RUN``; return how many images of other shards are missing.
 
     Raises:
-        DataError: The folder holds images that were drawn otherwise.
+        DataError: The folder has images that were drawn with other settings.
         StorageError: The disk is full.
     """
     manifests = {run.name: _manifest(run, drawing) for run in runs}
@@ -200,7 +200,7 @@ def draw_runs(runs: Sequence[Run], output: Path, drawing: Drawing, shard: Shard)
 
 
 def suite_for(class_noun: str) -> str:
-    """Return the paper's suite for a class: live subjects, such as dogs, or objects."""
+    """Return the paper's suite for a class: the one for live subjects, such as dogs, or the one for objects."""
     return "live_subjects" if class_noun.split()[-1].lower() in _LIVE else "objects"
 
 
@@ -210,11 +210,11 @@ class _Job:
 
     Attributes:
         run: The run.
-        prompt: What is drawn.
-        caption: The prompt without the identifier; None: it is the prompt of the class.
-        stream: Stream of the randomness, and the number of the prompt in it.
+        prompt: The prompt.
+        caption: The prompt without the identifier, or None for the class prompt.
+        stream: Random stream, and the number of the prompt in it.
         first: Number of the first image.
-        files: Where the images stand.
+        files: Paths of the images.
     """
 
     run: Run
@@ -312,12 +312,12 @@ def _manifest(run: Run, drawing: Drawing) -> dict[str, Any]:
 def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
     if not (folder / MANIFEST).is_file():
         if folder.is_dir() and any(folder.glob("*.png")):
-            raise DataError(f"--output: {folder} holds images that this command did not draw; choose another folder")
+            raise DataError(f"--output: {folder} has images that this command did not draw; choose another folder")
         return
     if differing := differences(folder, wanted):
         raise DataError(
-            f"--output: {folder} holds images drawn otherwise ({', '.join(differing)}); choose another folder, or "
-            "delete this one"
+            f"--output: {folder} has images drawn with other settings ({', '.join(differing)}); choose another "
+            "folder, or delete this one"
         )
 
 
@@ -332,13 +332,13 @@ def _read_run(name: str, folder: Path, choice: PromptChoice, photos: Path | None
     source = find_source(str(folder))
     config = source.run_config
     if config is None:
-        raise DataError(f"{folder}: is no run folder; allowed: a folder that lowmem-db train has written")
+        raise DataError(f"{folder}: is not a run folder; allowed: a folder that lowmem-db train has written")
     identifier, class_noun = _names(folder, config, choice)
     if choice.prompt_file is not None:
         prompts = read_prompt_file(choice.prompt_file)
     else:
         suite = choice.suite or suite_for(class_noun)
-        say(f"{name}: {identifier!r}, {class_noun!r}: prompts of the suite {suite}")
+        say(f"{name}: prompts of the suite {suite} with {identifier!r} and {class_noun!r}")
         prompts = read_suite(suite, identifier=identifier, class_noun=class_noun)
     return Run(
         name=name,
@@ -356,7 +356,7 @@ def _names(folder: Path, config: Config, choice: PromptChoice) -> tuple[str, str
         return choice.identifier, choice.class_noun
     if config.subject.class_prompt is None:
         raise DataError(
-            f"{folder}: its config.yaml has no subject.class_prompt, so the class is not known; say --identifier sks "
+            f"{folder}: its config.yaml has no subject.class_prompt, so the class is not known; add --identifier sks "
             "--class-noun dog"
         )
     identifier, class_noun = subject_names(config.subject.instance_prompt, config.subject.class_prompt)

@@ -1,7 +1,8 @@
 """The questionnaire of arXiv:2208.12242 (section 4.2, Table 2): which of two methods do people prefer?
 
-One self-contained page asks twice of each pair of images: which is more like the subject, and which fits the prompt.
-Which method stands left depends on a number in the page and is not to be seen; the page offers the answers as a file.
+One self-contained page asks two questions about each pair of images: which looks more like the subject, and which fits
+the prompt better. Which method is on the left depends on a seed in the page and is not visible; the page saves the
+answers as a file.
 """
 
 import base64
@@ -23,7 +24,7 @@ from lowmem_db.sampling.images import make_folder
 from lowmem_db.storage.atomic import write_text
 
 NUM_PAIRS = 25
-"""Comparisons that a person of the paper's study answered."""
+"""Number of comparisons that each person answered in the paper's study."""
 KINDS = ("subject", "prompt")
 _TEMPLATE = Path(__file__).parent / "questionnaire.html"
 _PLACEHOLDER = "QUESTIONNAIRE_JSON"
@@ -33,7 +34,7 @@ _NUM_REFERENCES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePair:
-    """An image of each method for the same subject and prompt."""
+    """One image of each method for the same subject and prompt."""
 
     subject: SubjectFiles
     prompt: str | None
@@ -41,39 +42,39 @@ class ImagePair:
 
 
 def is_swapped(seed: int, question: str) -> bool:
-    """Say whether the second method stands left in a question."""
+    """Return whether the second method is on the left in a question."""
     return derive_seed(seed, f"questionnaire/{question}") % 2 == 1
 
 
 def check_methods(folders: Sequence[Path]) -> tuple[str, str]:
-    """Return what the methods of two folders are called: by the folders, or by their paths where these are alike.
+    """Return the names of the methods in two folders: the folder names or, if these are the same, the paths.
 
     Raises:
-        DataError: There are not two different folders.
+        DataError: They are not two different folders.
     """
     if len(folders) != 2 or folders[0].resolve() == folders[1].resolve():
-        raise DataError("--pairs: allowed: two different folders of images, one of each method")
-    one, other = (folder.resolve().name for folder in folders)
-    return (one, other) if one != other else (str(folders[0]), str(folders[1]))
+        raise DataError("--pairs: allowed: two different folders of images, one for each method")
+    first, second = (folder.resolve().name for folder in folders)
+    return (first, second) if first != second else (str(folders[0]), str(folders[1]))
 
 
 def find_pairs(
-    one: Sequence[SubjectFiles], other: Sequence[SubjectFiles], *, num_pairs: int, seed: int
+    first: Sequence[SubjectFiles], second: Sequence[SubjectFiles], *, num_pairs: int, seed: int
 ) -> list[ImagePair]:
-    """Choose pairs of images, spread over subjects and prompts.
+    """Choose pairs of images, spread evenly over subjects and prompts.
 
     Raises:
-        DataError: The two methods share no subject and prompt.
+        DataError: The two methods have no subject and prompt in common.
     """
-    partners = {subject.name: subject for subject in other}
+    partners = {subject.name: subject for subject in second}
     pairs = [
         ImagePair(subject=subject, prompt=prompt, files=files)
-        for subject in one
+        for subject in first
         if subject.name in partners
         for prompt, files in _matched(subject, partners[subject.name])
     ]
     if not pairs:
-        raise DataError("--pairs: the two folders share no subject and prompt; draw both with the same prompts")
+        raise DataError("--pairs: the folders have no subject and prompt in common; draw both with the same prompts")
     order = permutation(seed, "questionnaire/pairs", 0, len(pairs))
     seen: dict[tuple[str, str | None], int] = {}
     ranked = []
@@ -90,9 +91,9 @@ def write_questionnaire(path: Path, names: tuple[str, str], pairs: Sequence[Imag
 
     Args:
         path: The HTML file.
-        names: What the methods are called in the tally; people do not see it.
-        pairs: Of :func:`find_pairs`.
-        seed: Decides which method stands left.
+        names: Names of the methods in the tally, which people do not see.
+        pairs: Pairs from :func:`find_pairs`.
+        seed: Decides which method is on the left.
     """
     pictures: dict[str, str] = {}
     questions = [
@@ -108,12 +109,12 @@ def write_questionnaire(path: Path, names: tuple[str, str], pairs: Sequence[Imag
     return len(questions)
 
 
-def _matched(one: SubjectFiles, other: SubjectFiles) -> list[tuple[str | None, tuple[Path, Path]]]:
+def _matched(first: SubjectFiles, second: SubjectFiles) -> list[tuple[str | None, tuple[Path, Path]]]:
     """Return the images of two methods for the same prompts; images without prompts are paired by their order."""
     matched = []
-    for prompt in dict.fromkeys(prompt for prompt, _ in one.prompts):
+    for prompt in dict.fromkeys(prompt for prompt, _ in first.prompts):
         left, right = (
-            [file for text, files in own.prompts if text == prompt for file in files] for own in (one, other)
+            [file for text, files in own.prompts if text == prompt for file in files] for own in (first, second)
         )
         matched += [(prompt, files) for files in zip(left, right, strict=False)]
     return matched
@@ -128,7 +129,7 @@ def _question(name: str, kind: str, pair: ImagePair, pictures: dict[str, str], s
 
 
 def _add(file: Path, pictures: dict[str, str]) -> str:
-    """Put a picture into the page once; its name there says nothing about its file."""
+    """Put a picture into the page once, under a name that does not reveal its file."""
     image = read_photo(file)
     image.thumbnail((_PIXELS, _PIXELS), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -145,15 +146,15 @@ def write_page(
     """Write the questionnaire about two folders of images into a folder.
 
     Returns:
-        The page, how many questions it asks, and about how many pairs of images.
+        The page, the number of questions, and the number of pairs of images.
 
     Raises:
         DataError: The folders cannot be compared.
         StorageError: The disk is full.
     """
     names = check_methods(folders)
-    one, other = (find_subjects(folder, real, None, limits) for folder in folders)
-    pairs = find_pairs(one, other, num_pairs=num_pairs, seed=seed)
+    first, second = (find_subjects(folder, real, None, limits) for folder in folders)
+    pairs = find_pairs(first, second, num_pairs=num_pairs, seed=seed)
     make_folder(output)
     page = output / "questionnaire.html"
     return page, write_questionnaire(page, names, pairs, seed=seed), len(pairs)

@@ -1,4 +1,4 @@
-"""What is found about subjects, as JSON; the paper's figures; the contact sheet of a subject."""
+"""Evaluation reports as JSON and tables, the paper's figures, and contact sheets of subjects."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,9 +27,9 @@ PAPER_ROWS: dict[str, dict[str, float]] = {
 }
 """Table 1 of arXiv:2208.12242: 30 subjects, 25 prompts, 4 images."""
 _MISSING: dict[Role, str] = {
-    "fidelity": "there is no image",
-    "prompt": "the prompts of the images are not known: put prompts.txt or a text file beside each of them",
-    "preservation": "there are no images of the class: give --class-images",
+    "fidelity": "there are no images",
+    "prompt": "the prompts of the images are not known: add prompts.txt, or a text file next to each image",
+    "preservation": "there are no class images: add --class-images",
     "diversity": "no prompt has two images",
     "noun": "no prompt is a caption that the classifier can read",
     "colour": "no prompt that the classifier can read names a colour",
@@ -42,12 +42,12 @@ REPORT_FILE = "evaluation.json"
 def evaluate(
     subjects: Sequence[SubjectFiles], encoders: Sequence[EncoderFiles], device: torch.device, *, seed: int = 0
 ) -> dict[str, Any]:
-    """Score subjects with each encoder; one encoder, and the pictures of one subject, are in memory at a time.
+    """Score subjects with each encoder; one encoder and the pictures of one subject are in memory at a time.
 
     Args:
-        subjects: What is compared.
-        encoders: Found by :func:`lowmem_db.evaluation.encoders.find_encoders`.
-        device: Where the encoders compute.
+        subjects: The subjects.
+        encoders: Encoders from :func:`lowmem_db.evaluation.encoders.find_encoders`.
+        device: Device of the encoders.
         seed: Seed of the bootstrap.
 
     Returns:
@@ -83,7 +83,7 @@ def evaluate(
 
 
 def paper_rows(encoders: Sequence[EncoderFiles]) -> dict[str, dict[str, float]]:
-    """Return the paper's figures, of metrics alone whose encoder here is the paper's."""
+    """Return the paper's figures for metrics whose encoder is the same as the paper's."""
     comparable = {name for files in encoders if files.is_papers for name in METRICS[files.kind].values()}
     rows = {
         row: {name: value for name, value in values.items() if name in comparable} for row, values in PAPER_ROWS.items()
@@ -103,7 +103,7 @@ def write_report(output: Path, report: Mapping[str, Any], subjects: Sequence[Sub
 
 
 def metric_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """Return a table of the metrics, its header first."""
+    """Return a table of the metrics, header first."""
     header = ["metric", "better", "value", "95 % interval", "pairs", "real images"]
     rows = [
         [
@@ -120,11 +120,11 @@ def metric_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def remarks(report: Mapping[str, Any]) -> list[str]:
-    """Return what a table has no room for: the encoders, and why metrics are missing."""
+    """Return remarks to the table: the encoders, and why metrics are missing."""
     metrics = report["metrics"].items()
     encoders = [f"{', '.join(METRICS[kind].values())}: {name}" for kind, name in report["encoders"].items()]
     accuracies = [
-        f"{name}: on drawings in an unseen style the classifier itself has {found['classifier_accuracy']:.3f}, "
+        f"{name}: on drawings in an unseen style the classifier itself reaches {found['classifier_accuracy']:.3f}, "
         f"and {_number(found['classifier_accuracy_on_named'])} on what these prompts name"
         for name, found in metrics
         if "classifier_accuracy" in found
@@ -133,7 +133,7 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """Return a table beside the paper's, its header first; no more than the header where nothing is comparable."""
+    """Return a table with the paper's figures, header first; only the header if nothing is comparable."""
     names = sorted({name for values in report["paper"].values() for name in values}, key=list(report["metrics"]).index)
     own = {
         "real images, here": {name: report["real_images"].get(name, {}).get("value") for name in names},
@@ -144,12 +144,12 @@ def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def write_contact_sheet(folder: Path, subject: SubjectFiles) -> Path:
-    """Write one picture of everything: the photos, then a row for each prompt; return its path."""
+    """Write one picture with the photos and a row for each prompt; return its path."""
     pictures = subject.read()
     rows: list[tuple[str, list[Image.Image]]] = [(f"{subject.name}: photos", [_thumbnail(p) for p in pictures.photos])]
     rows += [(prompt, [_thumbnail(image) for image in images]) for prompt, images in pictures.prompts if prompt]
     rows += _in_rows("images", [image for prompt, images in pictures.prompts if not prompt for image in images])
-    rows += _in_rows("images of the class", list(pictures.class_images))
+    rows += _in_rows("class images", list(pictures.class_images))
     path = folder / CONTACT_SHEET
     write_file(path, lambda temporary: labelled_grid(rows).save(temporary, format="PNG"))
     return path
@@ -174,7 +174,7 @@ def _summaries(
 
 
 def _accuracy(role: Role, subjects: Sequence[SubjectFiles]) -> dict[str, float | None]:
-    """Return how often the caption classifier itself is right: on everything, and on what the prompts name."""
+    """Return the accuracy of the caption classifier itself: on everything, and on what the prompts name."""
     prompts = [prompt for subject in subjects for prompt, _ in subject.prompts if prompt]
     captions = [caption for caption in map(read_caption, prompts) if caption is not None]
     return {"classifier_accuracy": read_accuracy()[role], "classifier_accuracy_on_named": accuracy_on(captions, role)}
@@ -196,11 +196,11 @@ def _only(scored: Mapping[str, Mapping[str, SubjectPairs]], subject: str) -> dic
 
 
 def _find_duplicates(subjects: Sequence[SubjectFiles], device: torch.device) -> dict[str, list[Any]]:
-    """Look for near-duplicates among photos, always with EfficientNet-Lite0: its threshold is known."""
+    """Find near-duplicates among photos, always with EfficientNet-Lite0, for which a threshold is known."""
     try:
         encoder = load_encoder(find_encoders(["en0"])[0], device)
     except DependencyError as error:
-        say(f"near-duplicate photos are not looked for: {error}")
+        say(f"near-duplicate photos are not reported: {error}")
         return {}
     found = {}
     for subject in subjects:
@@ -211,8 +211,8 @@ def _find_duplicates(subjects: Sequence[SubjectFiles], device: torch.device) -> 
         ]
         for pair in found[subject.name]:
             warn(
-                f"{subject.name}: {' and '.join(pair['photos'])} show nearly the same (cosine {pair['cosine']:.2f}), "
-                "which raises the fidelity to both; keep one of them"
+                f"{subject.name}: {' and '.join(pair['photos'])} are near-duplicates (cosine {pair['cosine']:.2f}), "
+                "which inflates fidelity; keep one of them"
             )
     return found
 

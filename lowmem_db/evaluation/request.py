@@ -1,4 +1,4 @@
-"""One request to evaluate, whatever it asks for: a run is drawn and scored, a folder of images is scored."""
+"""One evaluation request of any kind: a run is drawn and scored, a folder of images is scored."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ from lowmem_db.sampling.images import make_folder
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What ``lowmem-db evaluate`` is asked for.
+    """The arguments of ``lowmem-db evaluate``.
 
     Attributes:
         source: A run, a folder of runs, or a folder of images.
-        real: Photos of the subject, or a folder of them for each subject; None: those of the run.
-        class_images: Images of the prompt of the class; of a run they are drawn.
-        encoders: What compares.
-        limits: What makes it smaller.
-        choice: Which prompts are drawn of a run.
+        real: Photos of the subject, or a folder of them for each subject. Default: those of the run.
+        class_images: Images of the class prompt; for a run they are drawn.
+        encoders: The encoders, as options.
+        limits: Limits that make it smaller.
+        choice: Which prompts are drawn for a run.
         drawing: How they are drawn.
-        only_for_runs: Values of the options that serve runs alone, by name; None where one is not given.
-        shard: Which part of the images is drawn; None: all, and then they are scored.
-        output: Folder of everything that is written.
+        only_for_runs: Values, by name, of options that only apply to runs; None for those that are not given.
+        shard: Which part of the images is drawn. Default: all, and then they are scored.
+        output: Folder for all output.
     """
 
     source: Path
@@ -50,19 +50,19 @@ class Request:
 
 
 def evaluate_request(request: Request) -> dict[str, Any]:
-    """Draw what is missing and score it.
+    """Draw the missing images and score them.
 
     Returns:
-        The report, as ``evaluation.json`` holds it; of a shard, ``{"num_missing": N}``: images of other shards.
+        The content of ``evaluation.json``; for a shard, ``{"num_missing": N}``, the missing images of other shards.
 
     Raises:
-        DataError: Something that is compared cannot be found or read, or an option cannot be used.
+        DataError: Pictures cannot be found or read, or an option cannot be used.
         ModelError: An encoder cannot be found.
         StorageError: The disk is full.
     """
     shard = parse_shard(request.shard)
     if not holds_runs(request.source):
-        refuse_unused(request.only_for_runs, f"{request.source} holds no run, and nothing is drawn")
+        refuse_unused(request.only_for_runs, f"{request.source} is not a run, so nothing is drawn")
         encoders = find_encoders(list(request.encoders))
         compared = find_subjects(request.source, request.real, request.class_images, request.limits)
         make_folder(request.output)

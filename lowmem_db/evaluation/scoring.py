@@ -1,6 +1,6 @@
-"""Which metrics an encoder gives, and their pairs for the pictures of one subject.
+"""The metrics of each encoder, and their pairs for the pictures of one subject.
 
-Pictures come as they are in memory, so that images drawn during training can be scored as well as folders.
+Pictures are passed in memory, so that images drawn during training can be scored as well as folders.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ METRICS: dict[str, dict[Role, str]] = {
     "clip": {"fidelity": "CLIP-I", "prompt": "CLIP-T"},
     "lpips": {"diversity": "DIV"},
 }
-"""Names of the metrics by encoder and by what they tell. Only the paper's encoders bear the paper's names."""
+"""Names of the metrics, by encoder and role. Only the paper's encoders have the paper's names."""
 LOWER_IS_BETTER = ("EN0-PRES", "PRES")
 
 
@@ -35,8 +35,8 @@ class Pictures:
 
     Attributes:
         photos: Real photos of the subject.
-        prompts: What was drawn: each prompt, or None where it is not known, with its images.
-        class_images: Images that were drawn for the prompt of the class.
+        prompts: Each prompt, or None if it is not known, with its images.
+        class_images: Images of the class prompt.
     """
 
     photos: Images
@@ -46,11 +46,11 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectPairs:
-    """The pairs of one subject behind each metric, by its name.
+    """The pairs of one subject for each metric, by its name.
 
     Attributes:
-        metrics: Of what was drawn.
-        real: Of the photos among themselves, for metrics of fidelity: what a perfect model would reach.
+        metrics: Pairs with drawn images.
+        real: Pairs of photos, for fidelity metrics: what a perfect model would reach.
     """
 
     metrics: dict[str, Pairs]
@@ -58,9 +58,9 @@ class SubjectPairs:
 
 
 def score_pictures(encoder: Encoder, pictures: Pictures) -> SubjectPairs:
-    """Return the pairs behind each metric that an encoder gives.
+    """Return the pairs for each metric of an encoder.
 
-    A metric without what it needs (known prompts, class images, two images of a prompt) has no pairs.
+    A metric has no pairs if what it needs (known prompts, class images, two images of a prompt) is missing.
     """
     names = METRICS[encoder.files.kind]
     metrics: dict[str, Pairs] = {}
@@ -90,7 +90,7 @@ def score_pictures(encoder: Encoder, pictures: Pictures) -> SubjectPairs:
 
 
 def _caption_metrics(encoder: Encoder, pictures: Pictures) -> dict[str, Pairs]:
-    """Look at the images of prompts that can be read alone."""
+    """Score only the images of prompts that can be parsed."""
     read = [(read_caption(prompt), images) for prompt, images in pictures.prompts if prompt and images]
     readable = [(caption, images) for caption, images in read if caption is not None]
     shown = [encoder.name_images(images) for _, images in readable]

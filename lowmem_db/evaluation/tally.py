@@ -1,4 +1,4 @@
-"""From files of answers to the percentages of Table 2 of arXiv:2208.12242: each question is decided by majority."""
+"""From answer files to the percentages of Table 2 of arXiv:2208.12242: each question is decided by majority."""
 
 import json
 from collections import Counter
@@ -16,20 +16,20 @@ UNDECIDED = "undecided"
 
 
 class Answers(BaseModel):
-    """A file that the questionnaire's page has saved."""
+    """A file saved by the questionnaire's page."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     questionnaire: str
-    """Key of the page."""
+    """Key of the page, to tell pages apart."""
     seed: int
-    """What decided which method stood left."""
+    """The seed that decided which method was on the left."""
     names: tuple[str, str]
     """The two methods."""
     rater: str
-    """A random name of who answered."""
+    """A random name for the person who answered."""
     answers: dict[str, Literal["left", "right", "undecided"]]
-    """By question."""
+    """Answers by question."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,9 @@ class Preference:
     """How the questions of one kind were decided.
 
     Attributes:
-        num_questions: Questions that somebody has answered.
-        num_votes: Answers.
-        percentages: Of the questions, by what most people chose: the two methods, and ``undecided``, ties included.
+        num_questions: Number of questions with answers.
+        num_votes: Number of answers.
+        percentages: Percentage of questions won by each method, and ``undecided``, which includes ties.
     """
 
     num_questions: int
@@ -48,16 +48,16 @@ class Preference:
 
 
 def tally(files: Sequence[Path]) -> dict[str, Any]:
-    """Read files of answers and count.
+    """Read answer files and count.
 
     Returns:
-        JSON values: ``names``, ``num_raters``, and for ``subject`` and ``prompt`` what :class:`Preference` holds.
+        JSON values: ``names``, ``num_raters``, and the fields of :class:`Preference` for ``subject`` and ``prompt``.
 
     Raises:
-        DataError: A file is damaged, there twice, or of another page than the first.
+        DataError: A file is damaged, given twice, or for a different page than the first.
     """
     if not files:
-        raise DataError("--tally: needs files of answers; allowed: the files that the questionnaire has saved")
+        raise DataError("--tally: needs answer files; allowed: files saved by the questionnaire")
     read = [_read(file) for file in files]
     _check(files, read)
     names = read[0].names
@@ -70,10 +70,10 @@ def tally(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def count(votes: Sequence[tuple[str, str]], names: tuple[str, str]) -> Preference:
-    """Decide each question by majority; two answers with the same number of votes leave it undecided.
+    """Decide each question by majority; a tie leaves it undecided.
 
     Args:
-        votes: Question and choice: one of the names, or ``undecided``.
+        votes: Pairs of question and choice; the choice is one of the names or ``undecided``.
         names: The two methods.
     """
     by_question: dict[str, Counter[str]] = {}
@@ -89,7 +89,7 @@ def count(votes: Sequence[tuple[str, str]], names: tuple[str, str]) -> Preferenc
 
 
 def tally_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Return a table of what :func:`tally` has found, its header first."""
+    """Return the result of :func:`tally` as a table, header first."""
     choices = [*result["names"], UNDECIDED]
     shares = [[f"{result[kind]['percentages'][choice]:.1f} %" for choice in choices] for kind in KINDS]
     counts = [[str(result[kind]["num_questions"]), str(result[kind]["num_votes"])] for kind in KINDS]
@@ -118,11 +118,11 @@ def _read(file: Path) -> Answers:
     try:
         return Answers.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
-        raise DataError(f"--tally: {file}: cannot be read ({error.strerror}); allowed: a file of answers") from error
+        raise DataError(f"--tally: {file}: cannot be read ({error.strerror}); allowed: an answer file") from error
     except (ValidationError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"--tally: {file}: is no file of answers ({reason}); allowed: what the page has saved"
+            f"--tally: {file}: is not an answer file ({reason}); allowed: files saved by the questionnaire"
         ) from error
 
 
@@ -130,9 +130,9 @@ def _check(files: Sequence[Path], read: Sequence[Answers]) -> None:
     first_of_rater: dict[str, Path] = {}
     for file, answers in zip(files, read, strict=True):
         if answers.questionnaire != read[0].questionnaire:
-            raise DataError(f"--tally: {file} answers another page than {files[0]}; count the pages apart")
+            raise DataError(f"--tally: {file} is for a different page than {files[0]}; tally each page separately")
         if answers.rater in first_of_rater:
             raise DataError(
-                f"--tally: {file} is of the same person as {first_of_rater[answers.rater]}; leave one of them out"
+                f"--tally: {file} is from the same person as {first_of_rater[answers.rater]}; leave one of them out"
             )
         first_of_rater[answers.rater] = file

@@ -1,1 +1,1 @@
-"""Taking a trained model elsewhere: diffusers' folder, one file in the original layout. Knows nothing of training."""
+"""Exporting a trained model for other tools: a diffusers folder, a single file, a LoRA. Knows nothing of training."""

@@ -1,4 +1,4 @@
-"""A folder in diffusers' layout, in any precision."""
+"""Exporting a folder in diffusers' layout, in any precision."""
 
 import shutil
 from pathlib import Path
@@ -15,12 +15,12 @@ _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", "
 
 
 def export_diffusers(source: ExportSource, out: Path, precision: torch.dtype | None = None) -> None:
-    """Copy a model's folder; its weights are converted one tensor at a time.
+    """Copy a model's folder, converting its weights one tensor at a time.
 
     Args:
         source: The model.
-        out: The folder to be made.
-        precision: Type of the weights; None: as they are.
+        out: The folder to create.
+        precision: Type of the weights. Default: unchanged.
 
     Raises:
         ModelError: ``out`` exists, or a weight does not fit into the precision.

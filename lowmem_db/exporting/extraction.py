@@ -1,9 +1,9 @@
-"""A LoRA made from a full fine-tuning: the nearest matrix of low rank to what training changed in each layer.
+"""Extracting a LoRA from a full fine-tuning: the nearest low-rank matrix to the change of each layer.
 
-By the theorem of Eckart, Young and Mirsky that is the singular value decomposition cut off at the rank.
+By the Eckart-Young-Mirsky theorem that is the truncated singular value decomposition.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,25 +22,25 @@ from lowmem_db.models.stored_weights import stored_weights
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Squared Frobenius norms of what training changed in a component.
+class ChangeNorms:
+    """Squared Frobenius norms of the change of a component's weights.
 
     Attributes:
-        kept: Of what the LoRA has of it.
-        total: Of all of it: biases, norms and embeddings too, which no LoRA has.
+        in_lora: Of the part of the change that the LoRA contains.
+        total: Of the whole change, including biases, norms and embeddings, which a LoRA cannot contain.
     """
 
-    kept: float
+    in_lora: float
     total: float
 
     @property
     def share(self) -> float:
-        """What part of the change the LoRA keeps; 1 where nothing has changed."""
-        return self.kept / self.total if self.total else 1.0
+        """The share of the change that the LoRA contains; 1 if nothing has changed."""
+        return self.in_lora / self.total if self.total else 1.0
 
 
-def extract_lora(source: ExportSource, base: ModelFolder, rank: int) -> tuple[LoraSource, dict[str, Kept]]:
-    """Make a LoRA from the difference of two models.
+def extract_lora(source: ExportSource, base: ModelFolder, rank: int) -> tuple[LoraSource, dict[str, ChangeNorms]]:
+    """Extract a LoRA from the difference of two models.
 
     Args:
         source: The fine-tuned model.
@@ -48,17 +48,17 @@ def extract_lora(source: ExportSource, base: ModelFolder, rank: int) -> tuple[Lo
         rank: Rank of the LoRA.
 
     Returns:
-        The LoRA, and what it keeps of each component that has changed.
+        The LoRA, and the norms of each component that has changed.
 
     Raises:
-        ModelError: Nothing has changed, or the models are of different architectures.
+        ModelError: Nothing has changed, or the models have different architectures.
     """
     state: dict[str, Tensor] = {}
-    kept: dict[str, Kept] = {}
+    all_norms: dict[str, ChangeNorms] = {}
     for component in (base.family.denoiser, *base.family.text_encoders):
         found, norms = _of_component(component, source.model, base, rank)
         if norms.total > 0.0:
-            kept[component] = norms
+            all_norms[component] = norms
             state |= {f"{component}.{name}": tensor for name, tensor in found.items()}
     if not state:
         raise ModelError(f"{source.name}: no linear or convolutional layer differs from those of {base.name}")
@@ -66,47 +66,53 @@ def extract_lora(source: ExportSource, base: ModelFolder, rank: int) -> tuple[Lo
     adapted = {name.partition(".")[0] for name in state}
     fields = {} if source.config is None else source.config.model.model_dump()
     lora = LoraFile(state=state, settings=dict.fromkeys(sorted(adapted), settings), base=fields, metadata={})
-    return LoraSource(name=source.name, lora=lora, config=source.config), kept
+    return LoraSource(name=source.name, lora=lora, config=source.config), all_norms
 
 
 def base_of(source: ExportSource, given: str | None) -> ModelFolder:
     """Return the model that a fine-tuning started from.
 
     Raises:
-        ModelError: Nobody says which, or it is not there.
+        ModelError: It is not known, or does not exist.
     """
     if given is not None:
         return find_model(given)
     if source.config is None:
-        raise ModelError(f"--base: {source.name} is no run and does not say its base model; set --base MODEL")
+        raise ModelError(f"--base: {source.name} is not a run and does not name its base model; set --base MODEL")
     return model_of(source.config)
 
 
-def total_of(kept: dict[str, Kept]) -> Kept:
-    """Return the norms of all components together."""
-    return Kept(sum(each.kept for each in kept.values()), sum(each.total for each in kept.values()))
+def total_of(norms: Mapping[str, ChangeNorms]) -> ChangeNorms:
+    """Return the sums of all components' norms."""
+    parts = norms.values()
+    return ChangeNorms(sum(part.in_lora for part in parts), sum(part.total for part in parts))
 
 
-def _of_component(component: str, tuned: ModelFolder, base: ModelFolder, rank: int) -> tuple[dict[str, Tensor], Kept]:
+def _of_component(
+    component: str, tuned: ModelFolder, base: ModelFolder, rank: int
+) -> tuple[dict[str, Tensor], ChangeNorms]:
     after, before = stored_weights(tuned, component), stored_weights(base, component)
     if differing := [name for name in before if name not in after or after[name].shape != before[name].shape]:
-        raise ModelError(f"--base: {component} of {base.name} has another shape ({differing[0]}); name the right base")
+        raise ModelError(
+            f"--base: {component} of {base.name} has different shapes ({differing[0]}); name the model that the "
+            "training started from"
+        )
     layers = dict(_layers(component, base))
     state: dict[str, Tensor] = {}
-    kept = total = 0.0
+    in_lora = total = 0.0
     for name in track(before, f"extracting {component}", len(before)):
         change = after[name].read().float() - before[name].read().float()
         norm = float(change.double().square().sum())
         total += norm
         if norm > 0.0 and name in layers:
-            down, up, kept_of_layer = _factors(change, rank)
-            kept += kept_of_layer
+            down, up, norm = _factors(change, rank)
+            in_lora += norm
             state |= {f"{layers[name]}.lora_A.weight": down, f"{layers[name]}.lora_B.weight": up}
-    return state, Kept(kept, total)
+    return state, ChangeNorms(in_lora, total)
 
 
 def _layers(component: str, model: ModelFolder) -> Iterator[tuple[str, str]]:
-    """Yield the weights that can have adapters, with the paths of their layers; the final projection cannot."""
+    """Yield the weights that can have adapters, with the paths of their layers; the text projection cannot."""
     for path, layer in model.load(component, META).named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and path != "text_projection":
             published = published_name(component, path)
@@ -114,7 +120,7 @@ def _layers(component: str, model: ModelFolder) -> Iterator[tuple[str, str]]:
 
 
 def _factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return both factors of an adapter, filled with zeros where a layer has no such rank, and the norm they keep."""
+    """Return both factors of an adapter, padded with zeros if a layer's rank is lower, and the squared norm of both."""
     left, values, right = torch.linalg.svd(change.flatten(1).double(), full_matrices=False)
     values = values[:rank]
     roots = values.sqrt()
@@ -122,7 +128,7 @@ def _factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     up = change.new_zeros(left.shape[0], rank)
     down[: len(values)] = (roots[:, None] * right[: len(values)]).float()
     up[:, : len(values)] = (left[:, : len(values)] * roots).float()
-    kept = float(values.square().sum())
+    norm = float(values.square().sum())
     if change.ndim == 2:
-        return down, up, kept
-    return down.view(rank, *change.shape[1:]), up[:, :, None, None], kept
+        return down, up, norm
+    return down.view(rank, *change.shape[1:]), up[:, :, None, None], norm

@@ -1,4 +1,4 @@
-"""LoRAs in the layouts of diffusers / peft and of kohya, which ComfyUI and AUTOMATIC1111 load."""
+"""Exporting LoRAs in the layouts of diffusers / peft and of kohya, which ComfyUI and AUTOMATIC1111 load."""
 
 import json
 import math
@@ -25,12 +25,12 @@ _FACTORS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weigh
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSource:
-    """A LoRA to be written elsewhere.
+    """A LoRA to export.
 
     Attributes:
-        name: What it is called: the name of its run or its folder.
+        name: The name of its run or folder.
         lora: Its tensors and settings.
-        config: Configuration of the run it comes from; or None.
+        config: Configuration of its run, or None.
     """
 
     name: str
@@ -39,10 +39,10 @@ class LoraSource:
 
 
 def find_lora_source(source: str) -> LoraSource | None:
-    """Find the LoRA of a finished run or in a folder, in diffusers' layout; None where there is none.
+    """Return the LoRA of a finished run or in a folder, in diffusers' layout, or None if there is none.
 
     Raises:
-        ModelError: The file is no LoRA of this layout.
+        ModelError: The file is not a LoRA in this layout.
         StorageError: It is damaged.
     """
     path = Path(source)
@@ -61,9 +61,9 @@ def export_lora(source: LoraSource, out: Path, layout: LoraLayout, precision: to
 
     Args:
         source: The LoRA.
-        out: The file to be made.
-        layout: Whose layout.
-        precision: Type of the tensors; None: as they are.
+        out: The file to create.
+        layout: Its layout.
+        precision: Type of the tensors. Default: unchanged.
 
     Raises:
         ModelError: ``out`` exists, or a value does not fit into the precision.
@@ -83,7 +83,7 @@ def export_lora(source: LoraSource, out: Path, layout: LoraLayout, precision: to
 def kohya_state(lora: LoraFile) -> dict[str, Tensor]:
     """Return the tensors of a LoRA under the names of kohya's scripts.
 
-    Scale and rank-stabilised scale become one ``alpha`` per layer: ``alpha / rank`` is what the adapter counts.
+    Each layer gets an ``alpha`` for which ``alpha / rank`` is the adapter's scale, rank-stabilised or not.
     """
     prefixes = find_lora_prefixes(lora.settings)
     state: dict[str, Tensor] = {}
@@ -100,13 +100,13 @@ def kohya_state(lora: LoraFile) -> dict[str, Tensor]:
 
 
 def alpha_of(settings: Mapping[str, Any]) -> float:
-    """Return the alpha by which ``alpha / rank`` is the scale of an adapter."""
+    """Return the alpha for which ``alpha / rank`` is the scale of an adapter."""
     alpha, rank = float(settings["lora_alpha"]), settings["r"]
     return alpha * math.sqrt(rank) if settings["use_rslora"] else alpha
 
 
 def kohya_metadata(source: LoraSource) -> dict[str, str]:
-    """Return what kohya's scripts write beside the tensors, as far as it is known here."""
+    """Return the metadata that kohya's scripts write, as far as it is known."""
     settings = next(iter(source.lora.settings.values()))
     found: dict[str, Any] = {
         "ss_network_module": "networks.lora",
@@ -148,10 +148,10 @@ def _of_run(config: Config) -> dict[str, Any]:
 
 
 def _base_version(lora: LoraFile) -> str | None:
-    """Return what kohya's scripts call the base model, known by its adapters."""
+    """Return the base model's name in kohya's scripts, which the adapters reveal."""
     return next((family.kohya_version for family in FAMILIES if family.recognises_lora(lora.state)), None)
 
 
 def _as_column(norms: Tensor) -> Tensor:
-    """Return DoRA's norms of the rows of a weight as its first dimension: peft has ``[out]`` or ``[1, out, 1, 1]``."""
+    """Return DoRA's row norms with rows as the first dimension: peft has ``[out]`` or ``[1, out, 1, 1]``."""
     return norms[:, None] if norms.ndim == 1 else norms.transpose(0, 1)

@@ -1,4 +1,4 @@
-"""A LoRA baked into its base model."""
+"""Merging a LoRA into its base model."""
 
 from pathlib import Path
 
@@ -19,16 +19,16 @@ def merge_into_folder(source: LoraSource, out: Path, precision: torch.dtype = to
 
     Args:
         source: The LoRA.
-        out: The folder to be made.
+        out: The folder to create.
         precision: Type of the components that have changed.
 
     Raises:
-        ModelError: The LoRA does not say its base model, that is not there, or ``out`` exists.
+        ModelError: The LoRA does not name its base model, that does not exist, or ``out`` exists.
         StorageError: The disk is full.
     """
     refuse_existing(out)
     if source.config is None and not source.lora.base:
-        raise ModelError(f"{source.name}: the LoRA does not say its base model; export --merge from its run folder")
+        raise ModelError(f"{source.name}: the LoRA does not name its base model; export --merge from its run folder")
     model = find_model(**source.lora.base) if source.config is None else model_of(source.config)
     merged = {}
     for component in source.lora.settings:

@@ -1,6 +1,7 @@
-"""What a single file says of itself: ModelSpec, and the run that made it.
+"""Metadata of a single file: ModelSpec, and the run that made it.
 
-Reference: https://github.com/Stability-AI/ModelSpec, version 1.0.0. The same model gives the same bytes: no date.
+Reference: https://github.com/Stability-AI/ModelSpec, version 1.0.0. There is no date, so that the same model gives the
+same bytes.
 """
 
 import json
@@ -45,7 +46,7 @@ def _without_path(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_folders(config: Config) -> dict[str, Any]:
-    """Return a configuration whose paths are names: where things lie on this machine is nobody's business."""
+    """Return a configuration whose paths are reduced to names, so that the file reveals no folders of this machine."""
 
     def named(value: Any) -> Any:
         if isinstance(value, dict):

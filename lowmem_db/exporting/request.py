@@ -1,4 +1,4 @@
-"""One request to export, whatever it asks for."""
+"""One export request of any kind."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -20,16 +20,16 @@ from lowmem_db.models.finding import find_model
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What ``lowmem-db export`` is asked for.
+    """The arguments of ``lowmem-db export``.
 
     Attributes:
-        source: A run folder, or whatever ``model.base`` may be.
-        layout: Layout of what is written; None: a single file, or kohya's layout for a LoRA.
-        precision: Type of the weights; None: as they are.
-        out: What is written; None: named after the source, in the working folder.
-        merge: Bake a LoRA into its base model first.
-        extract_rank: Rank of the LoRA that is made from a full fine-tuning; None: none is made.
-        base: The model that a fine-tuning started from; None: that of its run.
+        source: A run folder, or anything that ``model.base`` accepts.
+        layout: Layout of the output. Default: a single file, or kohya's layout for a LoRA.
+        precision: Type of the weights. Default: unchanged.
+        out: Path of the output. Default: named after the source, in the working folder.
+        merge: Merge a LoRA into its base model first.
+        extract_rank: Rank of a LoRA to extract from a full fine-tuning. Default: do not extract one.
+        base: The model that a fine-tuning started from. Default: that of its run.
     """
 
     source: str
@@ -42,31 +42,31 @@ class Request:
 
 
 def export_model(request: Request) -> Path:
-    """Write what is asked for; return where it is.
+    """Write the output; return its path.
 
     Raises:
-        ModelError: The source is not there, or is not what the request is for.
+        ModelError: The source does not exist, or does not fit the request.
         StorageError: The disk is full.
     """
     lora = find_lora_source(request.source)
     if request.extract_rank is not None:
-        if lora is not None or request.merge:
-            raise ModelError(
-                f"--extract-lora: makes a LoRA from a full fine-tuning; {request.source} is none, or leave out --merge"
-            )
+        if request.merge:
+            raise ModelError("--extract-lora: cannot be combined with --merge; leave one of them out")
+        if lora is not None:
+            raise ModelError(f"--extract-lora: needs a full fine-tuning, but {request.source} is a LoRA; leave it out")
         if request.layout is not None and not _is_of_lora(request):
             raise ModelError(
-                f"--extract-lora: makes a LoRA, and --format {request.layout} is for whole models; allowed: "
+                f"--extract-lora: makes a LoRA, but --format {request.layout} is for complete models; allowed: "
                 "lora-kohya, lora-diffusers"
             )
         return _export_extracted(request, find_export_source(request.source), request.extract_rank)
     if request.base is not None:
-        raise ModelError(f"--base: {request.base} has no use without --extract-lora RANK; set that, or leave it out")
+        raise ModelError(f"--base: {request.base} has no effect without --extract-lora RANK; leave it out")
     if lora is None:
         if request.merge or _is_of_lora(request):
             asked = "--merge" if request.merge else f"--format {request.layout}"
             raise ModelError(
-                f"{request.source}: is no LoRA, which {asked} is for; make one from a full fine-tuning with "
+                f"{request.source}: is not a LoRA, which {asked} needs; make one from a full fine-tuning with "
                 f"--extract-lora RANK, or leave {asked} out"
             )
         return _export_whole(request, find_export_source(request.source))
@@ -74,8 +74,8 @@ def export_model(request: Request) -> Path:
         return _export_merged(request, lora)
     if request.layout is not None and not _is_of_lora(request):
         raise ModelError(
-            f"--format: {request.layout} is for whole models, and {request.source} is a LoRA; add --merge to bake it "
-            "into its base model, or use --format lora-kohya or lora-diffusers"
+            f"--format: {request.layout} is for complete models, but {request.source} is a LoRA; add --merge to merge "
+            "it into its base model, or use --format lora-kohya or lora-diffusers"
         )
     return _export_lora(request, lora)
 
@@ -103,7 +103,7 @@ def _export_lora(request: Request, source: LoraSource) -> Path:
 
 def _export_merged(request: Request, lora: LoraSource) -> Path:
     if _is_of_lora(request):
-        raise ModelError(f"--merge: makes a whole model, and --format {request.layout} a LoRA; leave one of them out")
+        raise ModelError(f"--merge: makes a complete model, --format {request.layout} a LoRA; leave one of them out")
     if request.layout == "diffusers":
         out = request.out or Path(f"{lora.name}-diffusers")
         merge_into_folder(lora, out, request.precision or torch.float32)

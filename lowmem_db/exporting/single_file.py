@@ -1,4 +1,4 @@
-"""One file in the layout of the published checkpoints, which ComfyUI, AUTOMATIC1111, InvokeAI and diffusers load."""
+"""Exporting one file in the layout of the published models, for ComfyUI, AUTOMATIC1111, InvokeAI and diffusers."""
 
 import math
 from collections.abc import Callable
@@ -22,16 +22,15 @@ LOGIT_SCALE = math.log(100)
 
 
 def export_single_file(source: ExportSource, out: Path, precision: torch.dtype | None = None) -> None:
-    """Write a model as one safetensors file; one tensor at a time is in memory.
+    """Write a model as one safetensors file, with one tensor in memory at a time.
 
     Args:
         source: The model.
-        out: The file to be made.
-        precision: Type of the weights; None: as they are.
+        out: The file to create.
+        precision: Type of the weights. Default: unchanged.
 
     Raises:
-        ModelError: ``out`` exists, the model has no place in an original layout, or a weight does not fit into the
-            precision.
+        ModelError: ``out`` exists, the format cannot hold the model, or a weight does not fit into the precision.
         StorageError: The disk is full.
     """
     refuse_existing(out)
@@ -49,13 +48,13 @@ def entries_of(layout: Layout, component: str, model: ModelFolder, names: dict[s
     """Return the tensors of a component in the single file.
 
     Raises:
-        ModelError: One of its tensors has no place there.
+        ModelError: The format has no place for one of its tensors.
     """
     try:
         return layout.entries(component, model.config_of(component), names)
     except KeyError as error:
         raise ModelError(
-            f"{model.path / component}: {error.args[0]} has no place in a single file; export --format diffusers"
+            f"{model.path / component}: a single file cannot hold {error.args[0]}; export --format diffusers"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What is exported: the final model of a run, or any model."""
+"""The model to export: the final model of a run, or any model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,12 @@ from lowmem_db.storage.run_folder import RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSource:
-    """A model to be written elsewhere.
+    """A model to export.
 
     Attributes:
-        name: What it is called: the name of its run or its folder.
+        name: The name of its run or folder.
         model: Its components.
-        config: Configuration of the run it comes from; or None.
+        config: Configuration of its run, or None.
     """
 
     name: str
@@ -30,10 +30,10 @@ def find_export_source(source: str) -> ExportSource:
     """Find the final model of a run, or any model.
 
     Args:
-        source: A run folder, or whatever ``model.base`` may be.
+        source: A run folder, or anything that ``model.base`` accepts.
 
     Raises:
-        ModelError: The run is not done, or there is no such model.
+        ModelError: The run is not finished, or there is no such model.
     """
     run = RunFolder(Path(source))
     name = Path(source).resolve().name.removesuffix(".safetensors")
@@ -41,16 +41,16 @@ def find_export_source(source: str) -> ExportSource:
         return ExportSource(name=name, model=find_model(source))
     if not run.final_dir.is_dir():
         raise ModelError(
-            f"{run.root}: the run has no final model yet; end it with: lowmem-db train {run.config_file} --resume"
+            f"{run.root}: the run has no final model yet; finish it with: lowmem-db train {run.config_file} --resume"
         )
     return ExportSource(name=name, model=find_model(str(run.final_dir)), config=load_config(run.config_file))
 
 
 def refuse_existing(out: Path) -> None:
-    """See that nothing is overwritten.
+    """Make sure that nothing is overwritten.
 
     Raises:
-        ModelError: Something stands there.
+        ModelError: ``out`` exists.
     """
     if out.exists():
-        raise ModelError(f"--out: {out} exists and is not overwritten; choose another path, or delete it")
+        raise ModelError(f"--out: {out} exists and will not be overwritten; choose another path, or delete it")

@@ -1,1 +1,1 @@
-"""What saves memory around a model. Each technique is ``apply(model)``, which returns the function that undoes it."""
+"""Techniques that save memory. Each has an ``apply(model)`` that returns the function that undoes it."""

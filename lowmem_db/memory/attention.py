@@ -1,8 +1,8 @@
 """Attention implementations of a UNet.
 
-SDPA of torch is what diffusers uses by itself; xformers' memory-efficient attention (arXiv:2112.05682) is for those who
-ask for it. Both hold the scores in fp32 whatever type they are called in, which is what ``upcast_attention`` in the
-configuration of a UNet asks for (Stable Diffusion 2.1): diffusers' processors leave that field to them.
+torch's SDPA is diffusers' default; xformers' memory-efficient attention (arXiv:2112.05682) is optional. Both keep the
+scores in fp32 whatever the type of their inputs, which is what ``upcast_attention`` in a UNet's configuration asks for
+(Stable Diffusion 2.1); diffusers' processors ignore that field and rely on them.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from lowmem_db.errors import DependencyError
 
 
 def check(attention: Literal["sdpa", "xformers"], device: torch.device) -> None:
-    """Refuse an implementation that cannot serve, before anything is loaded.
+    """Refuse an implementation that cannot be used, before anything is loaded.
 
     Raises:
-        DependencyError: xformers is asked for, and is missing or has no operator for the device.
+        DependencyError: xformers is selected, but is missing or has no operator for the device.
     """
     if attention == "sdpa":
         return
@@ -31,10 +31,10 @@ def check(attention: Literal["sdpa", "xformers"], device: torch.device) -> None:
 
 
 def apply(unet: nn.Module, attention: Literal["sdpa", "xformers"], device: torch.device) -> Callable[[], None]:
-    """Give a UNet an attention implementation; return what takes it back.
+    """Set a UNet's attention implementation; return the function that undoes it.
 
     Raises:
-        DependencyError: As :func:`check`.
+        DependencyError: As for :func:`check`.
     """
     check(attention, device)
     if attention == "sdpa":

@@ -1,6 +1,6 @@
-"""Keep the inputs of checkpointed segments on the host (as arXiv:1602.08124 keeps feature maps there).
+"""Keep the inputs of checkpointed segments in host memory (as arXiv:1602.08124 does with feature maps).
 
-They leave the device on a stream of their own while the forward pass goes on, and come back one segment before backward
+They are copied out on a separate stream while the forward pass continues, and come back one segment before backward
 needs them. A tensor that several segments keep, such as a skip connection, is stored once. Values do not change.
 """
 
@@ -17,12 +17,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from lowmem_db.memory.host_arena import HostArena, Region
 
 MIN_BYTES = 2**20  # smaller tensors stay on the device: their copies cost more time than they free memory
-_NUM_AHEAD = 1  # groups that are on their way back while one is recomputed
-_NUM_LEAVING = 2  # tensors that may wait on the device for their copy before the computation waits for it
+_NUM_AHEAD = 1  # groups being fetched while one is recomputed
+_NUM_LEAVING = 2  # tensors that may await their copy on the device before the computation waits for them
 
 
 class _Host:
-    """The host's side of one device: memory, and a stream that copies. A CPU and a meta device copy at once."""
+    """The host side of one device: memory and a copy stream. For a CPU or meta device, copies are synchronous."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -30,9 +30,9 @@ class _Host:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
-        """Copy after all that the computation has been given so far; return what :meth:`wait` waits for.
+        """Copy once the computation queued so far is done; return the event for :meth:`wait`.
 
-        All copies run one after the other, so host memory that is given back can be used again at once.
+        Copies run one after the other, so host memory that is given back can be reused immediately.
         """
         if self._stream is None:
             target.copy_(source)
@@ -45,15 +45,15 @@ class _Host:
         return copied
 
     def wait(self, copied: torch.cuda.Event | None) -> None:
-        """Let what the computation is given from now on run after a copy."""
+        """Make computation queued from now on wait for a copy."""
         if copied is not None:
             torch.cuda.current_stream(self.device).wait_event(copied)
 
 
 class _HostCopy:
-    """A tensor on the host, and on the device as long as it leaves or arrives.
+    """A tensor in host memory, and also on the device while it is being copied.
 
-    Device memory is let go only after :meth:`_Host.wait`: the allocator may give it to the computation right then.
+    Device memory is released only after :meth:`_Host.wait`: the allocator may reuse it immediately.
     """
 
     def __init__(self, tensor: Tensor, host: _Host, region: Region) -> None:
@@ -65,10 +65,10 @@ class _HostCopy:
         self._copied = host.copy(self._on_host, tensor)
 
     def leave(self) -> None:
-        """Let the device's memory go.
+        """Release the device's memory.
 
         Raises:
-            RuntimeError: The tensor was changed while it was copied.
+            RuntimeError: The tensor was changed while it was being copied.
         """
         if self._on_device is None:
             return
@@ -78,7 +78,7 @@ class _HostCopy:
         self._on_device = None
 
     def fetch(self) -> None:
-        """Begin to bring it back, where it is not on the device."""
+        """Start to copy it back to the device, unless it is there."""
         if self._on_device is not None:
             return
         shape, stride, dtype = self._on_host.shape, self._on_host.stride(), self._on_host.dtype
@@ -87,7 +87,7 @@ class _HostCopy:
         self._on_device, self._version = tensor, tensor._version
 
     def take(self) -> Tensor:
-        """Return it on the device, and keep it on the host alone."""
+        """Return it on the device, keeping only the host's copy here."""
         self.fetch()
         tensor = self._on_device
         assert tensor is not None
@@ -101,7 +101,7 @@ class _HostCopy:
 
 
 class _Kept:
-    """What stands for a tensor in the graph: one use of a copy, by the group with that number."""
+    """Placeholder for a tensor in the graph: one use of a copy, by the group with that number."""
 
     def __init__(self, group: int, copy: _HostCopy) -> None:
         self.group = group
@@ -110,7 +110,7 @@ class _Kept:
 
 
 class BoundaryOffload:
-    """Keeps what is saved for backward inside ``with offload.keeping():`` on the host; each such block is a group."""
+    """Keeps tensors saved for backward inside ``with offload.keeping():`` in host memory; each block is a group."""
 
     def __init__(self) -> None:
         self._hosts: dict[torch.device, _Host] = {}
@@ -122,13 +122,13 @@ class BoundaryOffload:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """Keep tensors above :data:`MIN_BYTES` on the host."""
+        """Keep tensors of at least :data:`MIN_BYTES` in host memory."""
         self._drop_groups_of_the_past()
         with saved_tensors_hooks(partial(self._pack, []), self._unpack):
             yield
 
     def num_bytes_kept(self) -> int:
-        """Return the bytes on the host that are in use."""
+        """Return the bytes of host memory in use."""
         arenas = [host.arena for host in self._hosts.values()]
         return sum(arena.num_bytes - arena.num_bytes_free for arena in arenas)
 
@@ -182,7 +182,7 @@ class BoundaryOffload:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Tell whether the tensor fills its memory, in whatever order of its dimensions."""
+    """Return whether the tensor is dense, in any order of its dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride != expected:

@@ -1,16 +1,16 @@
-"""Gradient checkpointing (arXiv:1604.06174): activations are recomputed in the backward pass instead of kept.
+"""Activation checkpointing (arXiv:1604.06174): activations are recomputed in the backward pass instead of kept.
 
-A checkpointed part of a model is a segment: its inputs are kept, what it computes inside is not. Losses and gradients
-stay the same bit for bit. Which parts are segments is a choice per block of the model, whose family knows its parts:
+A checkpointed part of a model is a segment: its inputs are kept, its inner activations are not. Losses and gradients
+are bit for bit the same. Which parts are segments is chosen for each block of the model; the family knows its parts:
 
 * ``none``: nothing is recomputed.
 * ``layers``: each resnet and each transformer block, as diffusers does by itself.
-* ``segments``: each resnet together with the concatenation of its skip connection, each transformer block together with
-  the norm and the projections of its transformer where it is the first or the last, each down- and upsampler.
-* ``nested``: as ``segments``, but each transformer is one segment as a whole, and its parts are segments inside it:
-  transformer blocks, or the attentions of a single one. They are recomputed twice.
+* ``segments``: each resnet with the concatenation of its skip connection; each transformer block, the first and last
+  with the norm and projections of their transformer; each down- and upsampler.
+* ``nested``: as ``segments``, but each transformer is one segment, and its parts are segments inside it: its blocks,
+  or the attentions of a single block. They are recomputed twice.
 
-A text encoder is one block; every placement but ``none`` makes each of its layers a segment.
+A text encoder is one block; every placement except ``none`` makes each of its layers a segment.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,25 +30,25 @@ PLACEMENTS = ("none", "layers", "segments", "nested")
 def apply(
     blocks: Mapping[str, Block], placement: str | Mapping[str, str], *, offload: bool = False
 ) -> Callable[[], None]:
-    """Let parts of models be recomputed in the backward pass.
+    """Make parts of models be recomputed in the backward pass.
 
     Args:
-        blocks: The blocks of what trains, by name; their modules are changed in place, the state dicts stay.
-        placement: ``none``, ``layers``, ``segments`` or ``nested``; or one per block name, where blocks left out have
-            ``none``.
-        offload: Keep the inputs of segments on the host, see :mod:`lowmem_db.memory.boundary_offload`.
+        blocks: The model's blocks, by name; modules are changed in place, state dicts are not.
+        placement: ``none``, ``layers``, ``segments`` or ``nested``; or one for each block name, with ``none`` for
+            blocks left out.
+        offload: Keep the inputs of segments in host memory, see :mod:`lowmem_db.memory.boundary_offload`.
 
     Returns:
-        A function that restores the models as they were.
+        A function that restores the models.
 
     Raises:
-        ValueError: A name is no block, a placement does not exist, a block is not known to the placement, or
-            checkpointing is applied already.
+        ValueError: A block or a placement does not exist, a placement does not support a block, or checkpointing
+            has already been applied.
     """
     placements = _placements(blocks, placement)
     if any(_is_checkpointed(part) for block in blocks.values() for part in block.module.modules()):
         components = dict.fromkeys(name.partition(".")[0] for name in blocks)
-        raise ValueError(f"checkpointing is applied already to {', '.join(components)}; undo it first")
+        raise ValueError(f"checkpointing has already been applied to {', '.join(components)}; undo it first")
     keeping = BoundaryOffload().keeping if offload else nullcontext
     replacements = [
         replacement
@@ -80,7 +80,7 @@ def _replacements(name: str, block: Block, placement: str, keeping: Callable[[],
     found = block.replacements(placement, segment)
     if found is None:
         raise ValueError(
-            f"checkpointing of {name}: {placement!r} does not know {type(block.module).__name__}; "
+            f"checkpointing of {name}: {placement!r} does not support {type(block.module).__name__}; "
             f"choose another placement for this block, such as 'none'"
         )
     return found
@@ -90,7 +90,7 @@ def _placements(blocks: Mapping[str, Block], placement: str | Mapping[str, str])
     chosen = dict.fromkeys(blocks, placement) if isinstance(placement, str) else dict(placement)
     for name, value in chosen.items():
         if name not in blocks:
-            raise ValueError(f"{name!r} is no block; the blocks are {', '.join(blocks)}")
+            raise ValueError(f"{name!r} is not a block; allowed: {', '.join(blocks)}")
         if value not in PLACEMENTS:
-            raise ValueError(f"checkpointing of {name}: {value!r} is no placement; choose {', '.join(PLACEMENTS)}")
+            raise ValueError(f"checkpointing of {name}: {value!r} is not a placement; allowed: {', '.join(PLACEMENTS)}")
     return dict.fromkeys(blocks, "none") | chosen

@@ -1,16 +1,16 @@
 """Fused GroupNorm+SiLU and GEGLU inside a UNet: fewer tensors kept for backward, the same state dict.
 
-Of a norm with its activation, and of a gate, the input alone is kept, where PyTorch keeps what lies between too. Layers
-are recognised by what they have, so any UNet built from diffusers' blocks is served and no library is imported.
+For a norm with its activation, and for a gate, only the input is kept; PyTorch keeps the tensors in between too. Layers
+are recognised by their parts, so this works for any UNet built from diffusers' blocks and imports no library.
 
-What it needs and leaves as it is:
+What it changes, and what it does not:
 
-* Forward functions and the activations of blocks are replaced, parameters and their names are not: checkpoints,
-  adapters, 24-bit weights and optimizers that step in the backward pass see the same model.
-* Any placement of :mod:`lowmem_db.memory.checkpointing`, applied and undone before or after, and any device, meta too:
-  a trace sees the operators ``lowmem_db_kernels::group_norm_silu`` and ``geglu``.
-* The norm's arithmetic is fp32 and its result is rounded once, to the type of the input, where PyTorch rounds between
-  norm and activation too; under autocast PyTorch hands fp32 on, which the next convolution rounds to the same type.
+* It replaces forward functions and the activations of blocks, not parameters or their names: checkpoints, adapters,
+  24-bit weights and optimizers that step in the backward pass see the same model.
+* It works with any placement of :mod:`lowmem_db.memory.checkpointing`, applied and undone before or after, and on any
+  device, including meta: a trace sees the operators ``lowmem_db_kernels::group_norm_silu`` and ``geglu``.
+* The norm's arithmetic is fp32 and its result is rounded once, to the type of the input; PyTorch also rounds between
+  norm and activation. Under autocast PyTorch passes fp32 on, which the next convolution rounds to the same type.
   Losses and gradients differ in the last bits and are as close to float64 as PyTorch's: tests hold them to 1.5 times
   its error. Recomputing gives the same bits again.
 * A block with another activation, or with scale and shift between norm and activation, is left alone.
@@ -31,17 +31,17 @@ _OPERATORS = ("group_norm_silu", "geglu")
 
 
 class _ActivatedInNorm(nn.Module):
-    """Stands where a block applies SiLU: feature maps were activated in the norm, the time embedding was not."""
+    """Replaces a block's SiLU: feature maps were already activated in the norm, the time embedding was not."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x if x.ndim == 4 else nn.functional.silu(x)
 
 
 def check(device: torch.device) -> None:
-    """Refuse fused layers on a CUDA device where their kernels do not serve; on the CPU eager twins save memory too.
+    """Refuse fused layers on a CUDA device without compiled kernels; on the CPU the eager twins save memory too.
 
     Raises:
-        DependencyError: Eager twins would serve there, which need more memory than separate layers.
+        DependencyError: Eager twins would run on the GPU, which need more memory than separate layers.
     """
     if (reason := why_not(device)) is not None and device.type == "cuda":
         raise DependencyError(
@@ -50,25 +50,25 @@ def check(device: torch.device) -> None:
 
 
 def why_not(device: torch.device) -> str | None:
-    """Say why compiled kernels do not serve on a device; None where they do."""
+    """Return why compiled kernels cannot be used on a device, or None if they can."""
     return environment.why_not_compiled(_OPERATORS, device)
 
 
 def apply(unet: nn.Module) -> Callable[[], None]:
-    """Let the norms of residual blocks, the output norm and the GEGLU layers use the fused kernels.
+    """Make the norms of residual blocks, the output norm and the GEGLU layers use the fused kernels.
 
     Args:
-        unet: A UNet of diffusers' blocks; changed in place, its state dict stays.
+        unet: A UNet of diffusers' blocks; changed in place, its state dict is not.
 
     Returns:
-        A function that restores the layers as they were.
+        A function that restores the layers.
 
     Raises:
-        ValueError: The model has no layer that can be fused, or is fused already.
+        ValueError: The model has no layer that can be fused, or its layers are already fused.
     """
     replacements = list(_replacements(unet))
     if not replacements:
-        raise ValueError(f"{type(unet).__name__} has no layer that can be fused, or its layers are fused already")
+        raise ValueError(f"{type(unet).__name__} has no layer that can be fused, or its layers are already fused")
     before = [(owner, name, owner.__dict__.get(name, owner._modules.get(name))) for owner, name, _ in replacements]
     for owner, name, value in replacements:
         setattr(owner, name, value)
@@ -84,7 +84,7 @@ def _restore(before: list[tuple[nn.Module, str, Any]]) -> None:
 
 
 def _replacements(unet: Any) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Yield what to set: owner, attribute, value. A `forward` set on a layer shadows that of its class."""
+    """Yield what to set: owner, attribute, value. A `forward` set on a layer shadows its class's."""
     module: Any
     for module in unet.modules():
         if _is_residual_block(module):
@@ -99,7 +99,7 @@ def _replacements(unet: Any) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def _is_residual_block(module: nn.Module) -> bool:
-    """A block that applies each norm and SiLU one after the other: without scale and shift between them."""
+    """Return whether a block applies each norm and SiLU in sequence, without scale and shift in between."""
     return (
         all(_is_plain_norm(getattr(module, name, None)) for name in ("norm1", "norm2"))
         and _is_silu(getattr(module, "nonlinearity", None))

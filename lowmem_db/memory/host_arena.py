@@ -1,4 +1,4 @@
-"""Host memory that is allocated once and handed out again and again."""
+"""Host memory that is allocated once and reused."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ _ALIGNMENT = 512
 
 
 class Region(NamedTuple):
-    """Bytes of an arena: ``tensor`` lies at ``start`` of the chunk with that number."""
+    """Bytes of an arena: ``tensor`` begins at byte ``start`` of the chunk with that number."""
 
     chunk: int
     start: int
@@ -21,7 +21,7 @@ class Region(NamedTuple):
 
 
 class HostArena:
-    """Hands out host memory; what is given back is used again.
+    """Hands out host memory, and reuses what is given back.
 
     Args:
         device: The device that the memory is copied to and from.
@@ -33,7 +33,7 @@ class HostArena:
         self._free: list[list[tuple[int, int]]] = []  # of each chunk: sorted (start, end), never adjacent
 
     def take(self, num_bytes: int) -> Region:
-        """Return ``num_bytes`` bytes, as uint8, from the first gap that is large enough."""
+        """Return ``num_bytes`` bytes, as uint8, from the first gap large enough."""
         needed = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         for chunk, gaps in enumerate(self._free):
             for index, (start, end) in enumerate(gaps):
@@ -56,7 +56,7 @@ class HostArena:
 
     @property
     def num_bytes_free(self) -> int:
-        """Bytes of them that are not handed out."""
+        """Allocated bytes that are not handed out."""
         return sum(end - start for gaps in self._free for start, end in gaps)
 
     def _add_chunk(self, num_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""A segment of a model: its inputs are kept for backward, and what it computes inside is computed again there."""
+"""A segment of a model: its inputs are kept for backward, its inner activations are recomputed there."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 class Segment:
     """Calls a function so that backward recomputes what it needs.
 
-    Tensors that are passed by position are what the segment keeps. Those passed by keyword, such as text embeddings,
-    are shared by many segments and stay where they are.
+    The segment keeps tensors that are passed by position. Those passed by keyword, such as text embeddings, are shared
+    by many segments and stay where they are.
 
     Args:
-        function: What the segment computes; the same each time it is called with the same tensors.
-        part: The part of the model that it computes with; where this has dropout, random numbers are repeated.
+        function: What the segment computes; it must be deterministic.
+        part: The part of the model it runs; if this has dropout, the random numbers are repeated.
         keeping: The context in which the segment's inputs are kept.
     """
 
@@ -36,7 +36,7 @@ class Segment:
         """Compute the function."""
         if not torch.is_grad_enabled():
             return self._function(*args, **kwargs)
-        # Recomputing stops once all tensors that backward needs are there, so the last layers are not computed again.
+        # Recomputing stops once all tensors that backward needs exist, so the last layers are not computed again.
         with _without_autocast_cache(), self._keeping():
             return checkpoint(
                 partial(self._function, **kwargs),
@@ -48,7 +48,7 @@ class Segment:
 
 @contextmanager
 def _without_autocast_cache() -> Iterator[None]:
-    """Let weights that autocast converts die with their segment; the recomputation takes over this state."""
+    """Free weights that autocast converted at the end of their segment; the recomputation does the same."""
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -58,7 +58,7 @@ def _without_autocast_cache() -> Iterator[None]:
 
 
 def _has_dropout(part: nn.Module) -> bool:
-    """Look for dropout layers, and for attention that gets its dropout as a number."""
+    """Return whether there are dropout layers, or attention with a dropout probability."""
     return any(_dropout_of(module) > 0 for module in part.modules())
 
 

@@ -1,7 +1,7 @@
-"""The memory techniques, as a list: what each is called in the configuration, and how it is put on a model.
+"""The memory techniques as a list: each one's fields in the configuration, and how it is applied to a model.
 
-A technique from outside this package is registered with :func:`register`; ``memory.techniques`` of a configuration
-then takes its name. One of this package has its own field in ``memory`` and stands in :data:`TECHNIQUES`.
+A technique from outside this package is registered with :func:`register`; ``memory.techniques`` then accepts its name.
+A technique of this package has its own field in ``memory`` and is listed in :data:`TECHNIQUES`.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ def _nothing(config: Config, device: torch.device) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Technique:
-    """Something that saves memory around a model.
+    """A way to save memory in a model.
 
     Attributes:
-        fields: Fields of the configuration that it reads, by their paths; those that the planner may fill are declared
-            in :mod:`lowmem_db.config.strategy`: choices, words, what it costs, and what it changes.
-        apply: Puts it on a model as a resolved configuration says, and returns what takes it off again.
-        check: Raises where a device or a machine cannot serve what a configuration asks for; nothing is loaded yet.
+        fields: Paths of the configuration fields it reads; those that the planner may choose are declared in
+            :mod:`lowmem_db.config.strategy`, with choices, words, cost and effect.
+        apply: Applies it to a model as a resolved configuration says, and returns the function that undoes it.
+        check: Raises if the machine cannot do what a configuration asks for; called before anything is loaded.
     """
 
     fields: tuple[str, ...]
@@ -63,13 +63,13 @@ def _checkpointing(denoiser: Denoiser, config: Config, device: torch.device) -> 
 
 
 def _in_sampling(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
-    """Change no module: the code that draws samples reads the field."""
+    """Change nothing in the model: the code that draws samples reads the field."""
     del denoiser, config, device
     return _leave
 
 
 def _leave() -> None:
-    """Take nothing off."""
+    """Undo nothing."""
 
 
 TECHNIQUES: tuple[Technique, ...] = (
@@ -86,7 +86,7 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique(fields=("memory.checkpointing", "memory.offload_checkpoints"), apply=_checkpointing),
     Technique(fields=("memory.tiled_samples",), apply=_in_sampling),
 )
-"""Techniques of this package, in the order in which they are applied."""
+"""This package's techniques, in the order in which they are applied."""
 _registered: list[Technique] = []
 
 
@@ -95,14 +95,14 @@ def register(field: StrategyField, technique: Technique) -> Undo:
 
     Args:
         field: Its field, ``memory.techniques.NAME``.
-        technique: It is applied after those of this package.
+        technique: The technique; it is applied after those of this package.
 
     Raises:
         ValueError: The field is not in ``memory.techniques``, or its name is taken.
     """
     section, _, name = field.path.rpartition(".")
     if section != "memory.techniques" or strategy.is_registered(name):
-        raise ValueError(f"{field.path}: choose memory.techniques.NAME with a name that is not registered yet")
+        raise ValueError(f"{field.path}: allowed: memory.techniques.NAME with a name that is not yet registered")
     forget = strategy.register(field)
     _registered.append(technique)
 
@@ -114,16 +114,16 @@ def register(field: StrategyField, technique: Technique) -> Undo:
 
 
 def apply(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
-    """Put every technique of a resolved configuration on a model; return what takes all of them off again.
+    """Apply every technique of a resolved configuration to a model; return the function that undoes them all.
 
     Args:
-        denoiser: What trains; its modules are changed in place.
+        denoiser: The model; its modules are changed in place.
         config: The configuration.
-        device: Where its modules are.
+        device: Device of its modules.
 
     Raises:
-        ConfigError: A technique does not know the model.
-        DependencyError: xformers was asked for and cannot serve.
+        ConfigError: A technique does not support the model.
+        DependencyError: xformers was selected but cannot be used.
     """
     undos = [technique.apply(denoiser, config, device) for technique in (*TECHNIQUES, *_registered)]
 
@@ -135,10 +135,10 @@ def apply(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
 
 
 def check(config: Config, device: torch.device) -> None:
-    """Refuse a technique that was asked for and cannot serve here, before anything is loaded.
+    """Refuse a technique that cannot be used here, before anything is loaded.
 
     Raises:
-        DependencyError: The message says why, and the way out.
+        DependencyError: A technique cannot be used here; the message says why.
     """
     for technique in (*TECHNIQUES, *_registered):
         technique.check(config, device)

@@ -67,12 +67,12 @@ class AutoencoderTAEF2(ModelMixin, ConfigMixin):
     """Encodes images in [-1, 1] to standardised latents and back.
 
     Latents are standardised per channel inside the module (mean 0, standard deviation 1 over the training
-    pictures), so `scaling_factor` is 1 and what the UNet sees needs no further scaling.
+    pictures), so `scaling_factor` is 1 and the UNet's input needs no further scaling.
 
     Args:
-        latents_mean: mean of each raw latent channel; zeros when not given.
-        latents_std: standard deviation of each raw latent channel; ones when not given.
-        block_out_channels: four entries, from which pipelines derive the factor 8.
+        latents_mean: Mean of each raw latent channel. Default: zeros.
+        latents_std: Standard deviation of each raw latent channel. Default: ones.
+        block_out_channels: Four entries, from which pipelines derive the factor 8.
     """
 
     @register_to_config

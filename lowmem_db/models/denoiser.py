@@ -1,4 +1,4 @@
-"""The part of a model that trains: the denoiser, and the text encoders where they train too."""
+"""The part of a model that trains: the denoiser, and the text encoders if they train too."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,13 +17,12 @@ AUTOCAST_TYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Denoiser:
-    """Predicts from noisy latents, timesteps and conditioning.
+    """Makes predictions from noisy latents, timesteps and conditioning.
 
     Args:
-        family: The kind of model.
-        modules: The denoiser by the name of its component; and the text encoders, unless conditioning carries
-            embeddings.
-        autocast_dtype: Type of the autocast; None: everything in the type of the weights.
+        family: The model's family.
+        modules: The denoiser, and the text encoders unless the conditioning has embeddings, by component.
+        autocast_dtype: Type for autocast. Default: no autocast.
     """
 
     def __init__(
@@ -35,45 +34,45 @@ class Denoiser:
 
     @property
     def name(self) -> str:
-        """Name of the component that predicts."""
+        """Component name of the denoiser."""
         return self.family.denoiser
 
     @property
     def module(self) -> Any:
-        """The component that predicts."""
+        """The denoiser."""
         return self._modules[self.name]
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the denoiser."""
         return self.module.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of what the denoiser gets."""
+        """Type of the denoiser's inputs."""
         return self.module.dtype
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """Return what trains, by the name of its component."""
+        """Return the denoiser and the text encoders, by component."""
         return dict(self._modules)
 
     def text_encoders(self) -> Mapping[str, nn.Module]:
-        """Return the text encoders; none where conditioning carries embeddings."""
+        """Return the text encoders; empty if the conditioning has embeddings."""
         return {name: module for name, module in self._modules.items() if name != self.name}
 
     def blocks(self) -> Mapping[str, Block]:
-        """Return the blocks whose checkpoints have a placement of their own."""
+        """Return the blocks for which activation checkpointing is chosen separately."""
         return self.family.blocks(self._modules)
 
     def predict(
         self, noisy_latents: Float[Tensor, "b c h w"], timesteps: Tensor, conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
-        """Return what the denoiser predicts, in fp32.
+        """Return the denoiser's prediction, in fp32.
 
         Args:
             noisy_latents: Noisy pictures or latents.
             timesteps: One for each sample.
-            conditioning: What it is told of each sample.
+            conditioning: The conditioning of each sample.
         """
         with self.autocast():
             told = self.told(conditioning)
@@ -84,14 +83,14 @@ class Denoiser:
         """Return the context in which the model computes."""
         if self.autocast_dtype is None:
             return nullcontext()
-        # Without the cache a weight's copy in low precision lives as long as its layer needs it, not the whole pass.
+        # Without the cache, a weight's low-precision copy lives only while its layer needs it, not for the whole pass.
         return torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False)
 
     def told(self, conditioning: Conditioning) -> Conditioning:
-        """Return conditioning with embeddings, on the denoiser's device in its type.
+        """Return the conditioning with embeddings, on the denoiser's device and in its type.
 
-        The text encoders make them where they are part of the denoiser. What is told about pictures stays fp32: bf16
-        would round sizes above 256.
+        The text encoders make the embeddings if they are part of this denoiser. Picture sizes stay in fp32: bf16
+        would round those above 256.
         """
         embeds = conditioning.embeds
         if text_encoders := self.text_encoders():
@@ -104,7 +103,7 @@ class Denoiser:
         )
 
     def _as_input(self, embeds: Tensor, has_prompt: Tensor | None) -> Tensor:
-        """Return embeddings as the denoiser gets them, zeros where there is no prompt."""
+        """Return embeddings in the denoiser's type, zeros for samples without a prompt."""
         embeds = embeds.to(self.device, self.dtype)
         if has_prompt is None:
             return embeds

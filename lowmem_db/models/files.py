@@ -37,13 +37,13 @@ class ModelFiles:
 
     @property
     def index(self) -> dict[str, Any]:
-        """What ``model_index.json`` says."""
+        """The content of ``model_index.json``."""
         return read_json(self.path / "model_index.json")
 
     def num_parameters(self, component: str) -> int:
-        """Return the number of values in a component's weight files, read from their headers.
+        """Return the number of parameters in a component's weight files, read from their headers.
 
-        Numbered parts belong together; of the same weights in several forms the largest counts.
+        Shards are added up; if the same weights are stored in several formats, the largest counts.
         """
         files = [file for file in (self.path / component).iterdir() if file.suffix in WEIGHT_SUFFIXES]
         wholes: dict[str, int] = {}
@@ -53,7 +53,7 @@ class ModelFiles:
         return max(wholes.values())
 
     def content_key(self, *components: str) -> str:
-        """Return the key of the bytes of some components, configuration and weights together, in their order."""
+        """Return a key of the bytes of some components, configurations and weights together, in the order given."""
         keys = []
         for component in components:
             files = [file for file in sorted((self.path / component).iterdir()) if file.is_file()]
@@ -68,17 +68,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of a model.
 
     Raises:
-        ModelError: It is missing, damaged, or holds no mapping.
+        ModelError: It is missing, damaged, or not a JSON object.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
-            raise ValueError(f"holds {type(found).__name__}, no mapping")
+            raise ValueError(f"holds a {type(found).__name__}, not a JSON object")
         return found
     except FileNotFoundError:
-        raise ModelError(f"{path}: is missing; a whole folder in diffusers' layout is needed") from None
+        raise ModelError(f"{path}: is missing; a complete folder in diffusers' layout is needed") from None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: is damaged ({error}); get the model anew") from error
+        raise ModelError(f"{path}: is damaged ({error}); download the model again") from error
 
 
 def _num_values(file: Path) -> int:
@@ -88,4 +88,4 @@ def _num_values(file: Path) -> int:
         with safe_open(file, framework="pt") as weights:
             return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: is damaged ({error}); get the model anew") from error
+        raise ModelError(f"{file}: is damaged ({error}); download the model again") from error

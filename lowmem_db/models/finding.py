@@ -34,20 +34,20 @@ def find_model(
     cache_dir: Path | None = None,
     weights: bool = True,
 ) -> ModelFolder:
-    """Find a model and check its layout; a hub id is downloaded first, a single file becomes a folder of the cache.
+    """Find a model and check its layout; a hub id is downloaded first, a single file becomes a folder in the cache.
 
     Args:
         base: ``demo``, a folder in diffusers' layout, a single file in the original layout (``.safetensors``), a hub id
             such as ``owner/name``, or a single file on the hub such as ``owner/name/file.safetensors``.
         revision: Branch, tag or commit on the hub.
-        variant: Variant of the weight files, for instance ``fp16``.
-        allow_pickle: Accept ``.bin`` weights where there are no safetensors.
-        cache_dir: Where folders of single files are kept; None: the usual cache.
-        weights: Whether weights are needed. Where not, nothing is downloaded or written: the configuration files are
+        variant: Variant of the weight files, such as ``fp16``.
+        allow_pickle: Accept ``.bin`` weights if there are no safetensors.
+        cache_dir: Where the folders of single files are kept. Default: the usual cache.
+        weights: Whether weights are needed. If not, nothing is downloaded or written: the configuration files are
             enough, and those of well-known models are in this package.
 
     Raises:
-        ModelError: It is not there, is of no family known here, or has pickled weights alone.
+        ModelError: It does not exist, its family is not supported, or it has only pickled weights.
     """
     if not weights:
         return _find_configuration(base, revision, variant)
@@ -60,15 +60,15 @@ def find_model(
 
 
 def model_of(config: Config, *, weights: bool = True) -> ModelFolder:
-    """Find the model that a run starts from, see :func:`find_model`."""
+    """Find the base model of a run, see :func:`find_model`."""
     return find_model(**config.model.model_dump(), cache_dir=config.cache_dir, weights=weights)
 
 
 def find_file(base: str, revision: str | None = None) -> Path | None:
-    """Return the single file that ``base`` names here or on the hub, or None where it names something else.
+    """Return the single file that ``base`` names, local or on the hub, or None if it names something else.
 
     Raises:
-        ModelError: It cannot be had from the hub.
+        ModelError: It cannot be downloaded from the hub.
     """
     if Path(base).is_file():
         return Path(base)
@@ -90,12 +90,12 @@ def _find_folder(
         return Path(base)
     if (file := find_file(base, revision)) is not None:
         if variant is not None:
-            raise ModelError(f"model.variant: {variant}, but {base} is a single file, which has none; leave it out")
+            raise ModelError(f"model.variant: {variant}, but {base} is a single file, without variants; leave it out")
         return folder_of_file(file, cache_dir)
     if _HUB_ID.fullmatch(base) and not base.startswith(".") and not base.endswith(".safetensors"):
         return _download(base, revision, variant, allow_pickle)
     raise ModelError(
-        f"model.base: {base!r} is neither a folder, a file nor a hub id; allowed: demo, a folder, a .safetensors "
+        f"model.base: {base!r} is not a folder, a file or a hub id; allowed: demo, a folder, a .safetensors "
         f"file, owner/name{_near(base)}"
     )
 
@@ -111,7 +111,7 @@ def _folder_of(base: str, files: ModelFiles) -> ModelFolder:
 
 
 def _find_configuration(base: str, revision: str | None, variant: str | None) -> ModelFolder:
-    """Find the configuration of a model: the demo's, a folder's, a file's, one downloaded, or one in this package."""
+    """Find the configuration of a model: the demo's, a folder's, a file's, a downloaded one, or one in this package."""
     if Path(base).is_file():
         model = recognise(Path(base))
         say(model.remark)
@@ -133,8 +133,8 @@ def _find_folder_of_configuration(base: str, revision: str | None) -> Path:
         if base in known:
             return CONFIGS_DIR / known[base]
     raise ModelError(
-        f"model.base: {base!r} is neither a folder nor a file, is not downloaded, and its configuration is not known "
-        f"here; download it (hf download {base}), name a folder, or plan for one of: demo, " + ", ".join(known)
+        f"model.base: {base!r} is not a folder or a file, has not been downloaded, and its configuration is not part "
+        f"of this package; download it (hf download {base}), name a folder, or use one of: demo, " + ", ".join(known)
     )
 
 
@@ -152,8 +152,8 @@ def _download(hub_id: str, revision: str | None, variant: str | None, allow_pick
 def _unreachable(base: str, error: Exception) -> ModelError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ModelError(
-        f"model.base: {base!r} is not here and cannot be had from the hub ({reason}); check the name, the network and "
-        "`hf auth login`, or give a local folder or file"
+        f"model.base: {base!r} does not exist here and cannot be downloaded from the hub ({reason}); check the name, "
+        "the network and `hf auth login`, or name a local folder or file"
     )
 
 
@@ -161,14 +161,14 @@ def _check_layout(base: str, files: ModelFiles) -> None:
     if not (files.path / "model_index.json").is_file():
         components = ", ".join(component.name for component in FAMILIES[0].components)
         raise ModelError(
-            f"model.base: {base} holds no model_index.json; allowed: a folder in diffusers' layout "
+            f"model.base: {base} has no model_index.json; allowed: a folder in diffusers' layout "
             f"(model_index.json, {components})"
         )
-    _refuse_missing(base, files, "a whole folder in diffusers' layout is needed", plans=False)
+    _refuse_missing(base, files, "a complete folder in diffusers' layout is needed", plans=False)
 
 
 def _refuse_missing(base: str, files: ModelFiles, needed: str, *, plans: bool) -> None:
-    """Refuse a folder without the components of the first family that it may be of; a plan needs no tokenizers."""
+    """Refuse a folder that lacks components of the first family it may belong to; a plan needs no tokenizers."""
     try:
         family = families_of(files)[0]
     except ModelError as error:
@@ -183,10 +183,10 @@ def _check_weights(model: ModelFolder) -> None:
         folder = model.path / component
         suffixes = {file.suffix for file in folder.iterdir()} & WEIGHT_SUFFIXES
         if not suffixes:
-            raise ModelError(f"model.base: {folder} holds no weights; allowed: a .safetensors file")
+            raise ModelError(f"model.base: {folder} has no weights; allowed: a .safetensors file")
         if suffixes == {".bin"} and not model.allow_pickle:
             raise ModelError(
-                f"model.base: {folder} holds pickled weights alone, which can run code when they are read; "
+                f"model.base: {folder} has only pickled weights, which can run code when they are read; "
                 "use a safetensors version, or set model.allow_pickle=true (they are then read with weights_only=True)"
             )
 

@@ -1,4 +1,4 @@
-"""A model on disk: its files, and the family that says what they are."""
+"""A model on disk: its files and its family."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,29 +13,29 @@ from lowmem_db.models.loading import CPU
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder(ModelFiles):
-    """A local model in diffusers' layout whose files were checked.
+    """A local model in diffusers' layout whose files have been checked.
 
     Attributes:
         name: What the user called it.
-        family: What kind of model it is.
+        family: Its family.
     """
 
     name: str
     family: Family
 
     def load(self, component: str, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Any:
-        """Load a component: a module in evaluation mode and frozen, or a tokenizer.
+        """Load a component: a frozen module in evaluation mode, or a tokenizer.
 
         Args:
             component: Its name.
-            device: Where a module goes; on the meta device its configuration is enough.
-            dtype: Type of its weights, whatever type its file has.
+            device: Device of a module; on the meta device its configuration is enough.
+            dtype: Type of its weights, whatever the type in the file.
 
         Raises:
             ModelError: It is damaged.
         """
         load = self.family.component(component).load
-        assert load is not None, f"{component} of {self.family.name} is a configuration alone"
+        assert load is not None, f"{component} of {self.family.name} has only a configuration"
         return load(self, component, device, dtype)
 
     @property
@@ -45,7 +45,7 @@ class ModelFolder(ModelFiles):
 
     @property
     def resolution(self) -> int:
-        """Pixels of a side that it draws best."""
+        """The side length, in pixels, that it was trained for."""
         return self.family.resolution(self)
 
     @property

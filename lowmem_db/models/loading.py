@@ -1,4 +1,4 @@
-"""Loading one component from its folder, or building it on the meta device from its configuration alone."""
+"""Loading one component from its folder, or building it on the meta device from its configuration."""
 
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,13 +26,13 @@ _DAMAGED = (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError,
 
 
 def load_module(kind: type, files: ModelFiles, component: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load a module of diffusers or transformers in evaluation mode, frozen, whatever type its file has.
+    """Load a module of diffusers or transformers, frozen and in evaluation mode, whatever the type in the file.
 
     Args:
         kind: Its class.
-        files: Where it is; on the meta device its configuration is enough.
-        component: Its folder.
-        device: Where it goes.
+        files: The model; on the meta device its configuration is enough.
+        component: Name of its folder.
+        device: Device of the module.
         dtype: Type of its weights.
 
     Raises:
@@ -51,12 +51,12 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
 
 
 def load_autoencoder(files: ModelFiles, component: str, device: torch.device, dtype: torch.dtype) -> Autoencoder:
-    """Load the autoencoder in evaluation mode, frozen; in fp32 where its configuration says ``force_upcast``.
+    """Load the autoencoder, frozen and in evaluation mode; in fp32 if its configuration says ``force_upcast``.
 
-    SDXL's says so: its activations are larger than fp16 can hold.
+    SDXL's does: its activations are larger than fp16 can hold.
 
     Raises:
-        ModelError: Its class is none of those known here.
+        ModelError: Its class is not supported.
     """
     config = files.config_of(component)
     dtype = torch.float32 if config.get("force_upcast") else dtype
@@ -67,14 +67,14 @@ def load_autoencoder(files: ModelFiles, component: str, device: torch.device, dt
 
 
 def load_tokenizer(files: ModelFiles, component: str) -> CLIPTokenizer:
-    """Load a tokenizer of CLIP.
+    """Load a CLIP tokenizer.
 
     Raises:
-        ModelError: Its files are missing, where transformers would make an empty one.
+        ModelError: Its files are missing; transformers would silently make an empty one.
     """
     path = files.path / component
     if not any(all((path / name).is_file() for name in names) for names in _TOKENIZER_FILES):
-        raise ModelError(f"{path}: holds neither tokenizer.json nor vocab.json and merges.txt; get the model anew")
+        raise ModelError(f"{path}: has neither tokenizer.json nor vocab.json and merges.txt; download the model again")
     try:
         return CLIPTokenizer.from_pretrained(path, local_files_only=True)
     except _DAMAGED as error:
@@ -84,14 +84,14 @@ def load_tokenizer(files: ModelFiles, component: str) -> CLIPTokenizer:
 def load_noise_schedule(
     files: ModelFiles, prediction_type: str | None = None, zero_terminal_snr: bool | None = None
 ) -> DDPMScheduler:
-    """Load the noise schedule the model was trained with; which sampler its folder names does not matter.
+    """Load the noise schedule the model was trained with, whichever sampler its folder names.
 
-    Samples are never clipped to [-1, 1], as for pixels; some samplers' configurations leave that open.
+    Samples are never clipped to [-1, 1] as pixels would be; some samplers' configurations leave that open.
 
     Args:
         files: The model.
-        prediction_type: What a fine-tuned denoiser predicts instead; None: as the model's folder says.
-        zero_terminal_snr: Whether the last timestep is noise alone; None: as the model's folder says.
+        prediction_type: What a fine-tuned denoiser predicts instead. Default: the value in the model's folder.
+        zero_terminal_snr: Whether the last timestep is pure noise. Default: the value in the model's folder.
     """
     changed = schedule_changes(prediction_type, zero_terminal_snr)
     schedule = DDPMScheduler.from_config(files.config_of("scheduler"), clip_sample=False, **changed)
@@ -101,7 +101,7 @@ def load_noise_schedule(
 def schedule_changes(prediction_type: str | None, zero_terminal_snr: bool | None) -> dict[str, Any]:
     """Return what a fine-tuning changes in the configuration of a scheduler.
 
-    With zero terminal SNR the betas are rescaled (arXiv:2305.08891, Algorithm 1), and samplers have to start at the
+    With zero terminal SNR the betas are rescaled (arXiv:2305.08891, Algorithm 1), and samplers must start at the
     last timestep (section 3.3).
     """
     changed: dict[str, Any] = {} if prediction_type is None else {"prediction_type": prediction_type}
@@ -111,7 +111,7 @@ def schedule_changes(prediction_type: str | None, zero_terminal_snr: bool | None
 
 
 def _build_on_meta(kind: Any, files: ModelFiles, component: str) -> Any:
-    """Build a component without weights, from its configuration alone."""
+    """Build a component from its configuration, without weights."""
     config = files.config_of(component)
     with torch.device("meta"):
         if issubclass(kind, PreTrainedModel):
@@ -125,4 +125,4 @@ def _has_safetensors(path: Path) -> bool:
 
 def _damaged(path: Path, error: Exception) -> ModelError:
     reason = " ".join(str(error).split())[:200]
-    return ModelError(f"{path}: cannot be loaded ({reason}); get the model anew, or check model.base and model.variant")
+    return ModelError(f"{path}: cannot be loaded ({reason}); check model.base and model.variant, or download it again")

@@ -1,4 +1,4 @@
-"""What layers and tensors are called in published files, whatever the libraries call them in memory."""
+"""Names of layers and tensors in published files, whatever the libraries call them in memory."""
 
 import re
 
@@ -7,15 +7,15 @@ _PREFIX = "text_model."
 
 
 def published_name(component: str, path: str) -> str:
-    """Return what a layer or a tensor of a component is called in published files.
+    """Return the name of a layer or tensor of a component in published files.
 
     transformers 5 dropped the prefix ``text_model.`` of CLIP's text encoder in memory; files and other tools still
-    have it.
+    use it.
     """
     is_of_clip = component.startswith("text_encoder") and _OF_CLIP.match(path) is not None
     return _PREFIX + path if is_of_clip else path
 
 
 def short_name(path: str) -> str:
-    """Return a name in memory or in files without what versions of transformers disagree about."""
+    """Return a name without the prefix on which versions of transformers disagree."""
     return path.removeprefix(_PREFIX)

@@ -1,4 +1,4 @@
-"""Writing a trained model as a folder that every diffusers pipeline loads, safetensors alone."""
+"""Writing a trained model as a folder that every diffusers pipeline loads, with safetensors only."""
 
 import inspect
 import json
@@ -33,18 +33,18 @@ def save_model(
     zero_terminal_snr: bool | None = None,
     extra_bits: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a whole model: trained components in ``dtype``, the others as they are in the source.
+    """Write a complete model: trained components in ``dtype``, the others as they are in the source.
 
-    Weights that are pickled or a variant in the source are written as safetensors under the usual names, in fp32.
+    Weights that are pickled, or a variant, in the source are written as safetensors under the usual names, in fp32.
 
     Args:
         folder: An existing, empty folder.
         source: The model that training started from.
         trained: Trained components by name.
         dtype: Type of their weights on disk; the modules themselves are not changed.
-        prediction_type: What the trained UNet predicts where that has changed; samplers read it from the scheduler.
-        zero_terminal_snr: Whether the noise schedule has zero terminal SNR, where that has changed.
-        extra_bits: Eight more bits of bf16 weights by ``component.name``, which a type wider than bf16 takes in.
+        prediction_type: What the trained UNet predicts, if that has changed; samplers read it from the scheduler.
+        zero_terminal_snr: Whether the noise schedule has zero terminal SNR, if that has changed.
+        extra_bits: Eight more bits of bf16 weights, by ``component.name``; used if ``dtype`` is wider than bf16.
     """
     for component, has_weights in ((each.name, each.has_weights) for each in source.family.components):
         if component in trained:
@@ -63,7 +63,7 @@ def save_model(
 
 
 def _change_scheduler(file: Path, changed: Mapping[str, Any]) -> str:
-    """Write changes into a scheduler's configuration; return its class, DDIM where the old one knows them not."""
+    """Change a scheduler's configuration; return its class, which becomes DDIM if the old one lacks the options."""
     config = _read_json(file)
     name = config.get("_class_name", _DDIM)
     if not set(changed) <= inspect.signature(getattr(diffusers, name)).parameters.keys():
@@ -87,7 +87,7 @@ def _has_usual_weights(source: ModelFolder, component: str) -> bool:
 def save_component(
     folder: Path, module: nn.Module, *, dtype: torch.dtype, extra_bits: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write one component with its configuration into a folder of its name.
+    """Write one component with its configuration into a folder named after it.
 
     Floating-point tensors are converted to ``dtype``.
     """

@@ -1,4 +1,4 @@
-"""Models that come as one file in the layout of the published checkpoints: what a file holds, told by its header."""
+"""Models that come as one file in the layout of the published checkpoints, recognised by the file's header."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, read_
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
 CONFIGS_KEY = "lowmem_db.components"
-"""Metadata of files that this program wrote: the configuration of every component, as JSON."""
+"""Metadata key of files written by this program: the configuration of every component, as JSON."""
 _CONV_IN = "input_blocks.0.0.weight"
 _PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
 _PREDICTION_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
@@ -34,16 +34,16 @@ _NONSENSE = (
     ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
     StrictDataclassError,
 )  # fmt: skip
-_OTHER_CHANNELS = {5: "a depth model", 7: "an upscaler", 8: "a model that edits pictures", 9: "an inpainting model"}
+_OTHER_CHANNELS = {5: "a depth model", 7: "an upscaler", 8: "an image-editing model", 9: "an inpainting model"}
 _OTHER_FILES = (
-    (r"^lora_(unet|te)|\.lora_(down|up|[AB])\b|\.lora\.(down|up)\.", "a LoRA, which belongs to a whole model"),
+    (r"^lora_(unet|te)|\.lora_(down|up|[AB])\b|\.lora\.(down|up)\.", "a LoRA, which needs its base model"),
     (r"^control_model\.|^controlnet_", "a ControlNet"),
     (r"double_blocks\.0\.", "a Flux model"),
     (r"joint_blocks\.0\.", "a Stable Diffusion 3 model"),
-    (r"^down_blocks\.0\.", "a UNet in diffusers' layout alone"),
-    (r"^((first_stage_model|vae)\.)?(encoder|decoder)\.(down|up|mid|conv)", "an autoencoder alone"),
-    (r"^(cond_stage_model\.|text_encoders?\.)?(transformer\.)?text_model\.", "a text encoder alone"),
-    (r"^emb_params$|^clip_[lg]$|^string_to_param", "an embedding of textual inversion"),
+    (r"^down_blocks\.0\.", "only a UNet, in diffusers' layout"),
+    (r"^((first_stage_model|vae)\.)?(encoder|decoder)\.(down|up|mid|conv)", "only an autoencoder"),
+    (r"^(cond_stage_model\.|text_encoders?\.)?(transformer\.)?text_model\.", "only a text encoder"),
+    (r"^emb_params$|^clip_[lg]$|^string_to_param", "a Textual Inversion embedding"),
 )
 _ROLES = {"denoiser": "UNet", "autoencoder": "autoencoder", "text_encoder": "text encoder"}
 
@@ -53,7 +53,7 @@ class DescribedFiles(ModelFiles):
     """A folder of configurations, some of which are replaced.
 
     Attributes:
-        configs: Configurations that the folder, one of those in this package, does not have.
+        configs: Configurations to use instead of those in the folder, or in addition to them.
     """
 
     configs: Mapping[str, dict[str, Any]]
@@ -65,13 +65,13 @@ class DescribedFiles(ModelFiles):
 
 @dataclass(frozen=True, kw_only=True)
 class SingleFile(DescribedFiles, ModelFolder):
-    """A model known by the header of its single file: its configurations are there, its weights are not read.
+    """A model recognised by the header of its single file: its configurations are known, its weights are not read.
 
     Attributes:
         file: The single file.
-        layout: Where its tensors stand.
-        tensors: Those of its tensors that are read, by their names in the published files.
-        remark: What it is, and how that was found out.
+        layout: Layout of the file.
+        tensors: The tensors that are used, by their names in the published files.
+        remark: What it is, and how that was recognised, for the user.
     """
 
     file: Path
@@ -80,15 +80,15 @@ class SingleFile(DescribedFiles, ModelFolder):
     remark: str
 
     def entries(self, component: str, names: Iterable[str]) -> list[Entry]:
-        """Return those tensors of a component that are read, from its names in diffusers' layout."""
+        """Return the tensors of a component that are used, from their names in diffusers' layout."""
         return [e for e in self.layout.entries(component, self.config_of(component), names) if not e.spare]
 
 
 def recognise(file: Path) -> SingleFile:
-    """Tell from its header what a single file holds, and that nothing is missing.
+    """Recognise a model from the header of its single file, and check that it is complete.
 
     Raises:
-        ModelError: It is no Stable Diffusion model, or not a whole one; the message says what was found.
+        ModelError: It is not a complete Stable Diffusion model; the message says what was found.
     """
     if file.suffix in _PICKLED:
         raise ModelError(
@@ -100,8 +100,8 @@ def recognise(file: Path) -> SingleFile:
     if conv_in is None:
         raise _refusal(file, f"is {_describe(found)}")
     if conv_in.shape[1] != 4:
-        kind = _OTHER_CHANNELS.get(conv_in.shape[1], "a model of another kind")
-        raise _refusal(file, f"is {kind}: its UNet takes {conv_in.shape[1]} channels instead of 4")
+        kind = _OTHER_CHANNELS.get(conv_in.shape[1], "an unknown model")
+        raise _refusal(file, f"is {kind}: its UNet has {conv_in.shape[1]} input channels instead of 4")
     if CONFIGS_KEY not in metadata:
         return _with_tensors(_of_family(file, found, metadata), found)
     with _refusing_nonsense(file):
@@ -116,7 +116,7 @@ def _with_tensors(model: SingleFile, found: Mapping[str, StoredTensor]) -> Singl
 
 
 def _of_family(file: Path, found: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> SingleFile:
-    """Return the model with the published configurations of the family that its tensors tell."""
+    """Return the model with the published configurations of its family, which its tensors reveal."""
     shapes = {name: tensor.shape for name, tensor in found.items()}
     layout = next((family.layout for family in FAMILIES if family.recognises_file(shapes)), None)
     if layout is None:
@@ -130,26 +130,26 @@ def _of_family(file: Path, found: Mapping[str, StoredTensor], metadata: Mapping[
 
 
 def _with_own_configs(file: Path, metadata: Mapping[str, str]) -> SingleFile:
-    """Return the model that a file written by this program describes itself."""
+    """Return the model that a file written by this program describes in its metadata."""
     configs = json.loads(metadata[CONFIGS_KEY])
     layout = layout_for(configs)
     prediction_type = configs["scheduler"].get("prediction_type", "epsilon")
     if prediction_type not in {"epsilon", "v_prediction", "sample"}:
         raise ValueError(f"prediction_type {prediction_type!r}; allowed: epsilon, v_prediction, sample")
     path = CONFIGS_DIR / layout.folder_of_configs(prediction_type)
-    model = _model(file, path, layout, configs, "as its metadata say")
-    model.family.sampler(model, "ddpm")  # refuses a schedule that is none
+    model = _model(file, path, layout, configs, "as its metadata says")
+    model.family.sampler(model, "ddpm")  # refuses an invalid schedule
     return model
 
 
 @contextmanager
 def _refusing_nonsense(file: Path) -> Iterator[None]:
-    """Refuse metadata from which no model can be built: the libraries raise all sorts of errors then."""
+    """Refuse metadata from which no model can be built; the libraries raise all sorts of errors."""
     try:
         yield
     except _NONSENSE as error:
         reason = " ".join(repr(error).split())[:200]
-        raise ModelError(f"{file}: its metadata {CONFIGS_KEY} are damaged ({reason}); export it anew") from error
+        raise ModelError(f"{file}: its metadata {CONFIGS_KEY} is damaged ({reason}); export it again") from error
 
 
 def _model(file: Path, path: Path, layout: Layout, configs: Mapping[str, dict[str, Any]], reason: str) -> SingleFile:
@@ -170,24 +170,24 @@ def _model(file: Path, path: Path, layout: Layout, configs: Mapping[str, dict[st
 
 
 def _prediction_type(file: Path, layout: Layout, found: Iterable[str], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """Return what the UNet predicts, which no weight tells, and how that was decided."""
+    """Return what the UNet predicts, which its weights do not reveal, and how that was decided."""
     spec = metadata.get("modelspec.prediction_type", "")
     if spec in _PREDICTION_TYPES:
-        return _PREDICTION_TYPES[spec], f"as its metadata say (modelspec.prediction_type: {spec})"
+        return _PREDICTION_TYPES[spec], f"as its metadata says (modelspec.prediction_type: {spec})"
     beside = file.with_suffix(".yaml")
     if beside.is_file():
         said = _parameterization(beside)
-        return said, f"as {beside.name} beside it says"
+        return said, f"as {beside.name} next to it says"
     if "v_pred" in found:
         return "v_prediction", "as its tensor v_pred says"
     return layout.usual_prediction, (
-        f"as most models of that family, for the file does not say; where that is wrong, write {beside.name} beside it "
-        "with the line parameterization: v (or eps)"
+        f"like most models of its family, as the file does not say; if that is wrong, write a file {beside.name} next "
+        "to it with the line parameterization: v (or eps)"
     )
 
 
 def _parameterization(file: Path) -> str:
-    """Return what a configuration of the original repositories says of the prediction."""
+    """Return what the UNet predicts according to a configuration of the original repositories."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -211,7 +211,7 @@ def _tensors_of(model: SingleFile, component: str, found: Mapping[str, StoredTen
     """Return the tensors of a component.
 
     Raises:
-        ModelError: Some are missing, or of another shape.
+        ModelError: Some are missing, or have the wrong shape.
     """
     shapes = expected_shapes(model, component)
     tensors, missing = {}, []
@@ -221,7 +221,8 @@ def _tensors_of(model: SingleFile, component: str, found: Mapping[str, StoredTen
             missing.append(entry.name)
         elif not _same_shape(tensor.shape, entry.shape([shapes[name] for name in entry.sources])):
             wanted = list(entry.shape([shapes[name] for name in entry.sources]))
-            raise _refusal(model.file, f"is no {model.family.name}: {entry.name} is {list(tensor.shape)}, not {wanted}")
+            found_shape = f"{entry.name} is {list(tensor.shape)}, not {wanted}"
+            raise _refusal(model.file, f"is not a {model.family.name} model: {found_shape}")
         else:
             tensors[entry.name] = tensor
     if not tensors:
@@ -237,31 +238,31 @@ def _in_words(model: SingleFile, component: str) -> str:
     return name if component in model.family.names_of(model.family.component(component).role)[:1] else f"second {name}"
 
 
-def _same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+def _same_shape(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Compare shapes; a matrix may be written as a 1x1 convolution."""
-    return one == other or tuple(n for n in one if n != 1) == tuple(n for n in other if n != 1)
+    return found == wanted or tuple(n for n in found if n != 1) == tuple(n for n in wanted if n != 1)
 
 
 def _find(found: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
-    """Return a tensor by its published name, or by a name that other files have for it.
+    """Return a tensor by its published name, or by a name that other files use for it.
 
-    A moving average stands for the UNet where there is nothing else: its names have no dots. Older versions of
-    transformers made CLIP's names without ``text_model.``.
+    A moving average, whose names have no dots, stands in for a UNet that is missing. Older versions of transformers
+    wrote CLIP's names without ``text_model.``.
     """
     averaged = "model_ema." + name.removeprefix("model.").replace(".", "")
     return found.get(name) or found.get(averaged) or found.get(name.replace("transformer.text_model.", "transformer."))
 
 
 def _describe(found: Mapping[str, StoredTensor]) -> str:
-    """Say what the tensors of a file look like."""
+    """Return what a file seems to be, judging by its tensors."""
     for pattern, what in _OTHER_FILES:
         if any(re.search(pattern, name) for name in found):
             return what
-    return f"no model known here: {len(found)} tensors, such as {', '.join(list(found)[:3]) or 'none'}"
+    return f"not a known model: it has {len(found)} tensors, such as {', '.join(list(found)[:3]) or 'none'}"
 
 
 def _refusal(file: Path, what: str) -> ModelError:
     return ModelError(
-        f"model.base: {file} {what}; allowed: a whole model of Stable Diffusion 1.x, 2.x or XL, with UNet, autoencoder "
+        f"model.base: {file} {what}; allowed: a complete Stable Diffusion 1.x, 2.x or XL model, with UNet, autoencoder "
         "and text encoders, in one .safetensors file"
     )

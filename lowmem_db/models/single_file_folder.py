@@ -1,6 +1,6 @@
 """From a single file to a folder in diffusers' layout, written once into the cache, one tensor at a time.
 
-From there on the model is like any other: every component is loaded alone, and has a content key.
+From then on the model is like any other: each component is loaded on its own and has a content key.
 """
 
 import json
@@ -24,14 +24,14 @@ _VOCABULARY_DIR = CONFIGS_DIR / "clip_tokenizer"
 
 
 def folder_of_file(file: Path, cache_dir: Path | None = None) -> Path:
-    """Return the folder of a single file's model; it is written where the cache does not have it.
+    """Return the folder of a single file's model, writing it if the cache does not have it.
 
     Args:
         file: The single file.
-        cache_dir: The cache; None: the usual one.
+        cache_dir: The cache. Default: the usual one.
 
     Raises:
-        ModelError: It is no whole Stable Diffusion model.
+        ModelError: It is not a complete Stable Diffusion model.
         StorageError: The disk is full.
     """
     model = recognise(file)
@@ -42,13 +42,13 @@ def folder_of_file(file: Path, cache_dir: Path | None = None) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():
-                say(f"written once as a folder in diffusers' layout: {folder}")
+                say(f"writing it once as a folder in diffusers' layout: {folder}")
                 write_folder(folder, lambda temporary: write_model(model, temporary))
     return folder
 
 
 def write_model(model: SingleFile, folder: Path) -> None:
-    """Fill a folder with the components of a single file, in the types they have there."""
+    """Fill a folder with the components of a single file, in the types they have in it."""
     for component in model.family.components:
         target = folder / component.name
         target.mkdir()

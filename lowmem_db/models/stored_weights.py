@@ -1,4 +1,4 @@
-"""The weights of a component as they lie on disk in diffusers' layout: names and shapes at once, tensors one by one."""
+"""The weights of a component on disk in diffusers' layout: all names and shapes at once, tensors one by one."""
 
 import re
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _OLD_NAME = re.compile(r"(mid_block\.attentions\.\d+)\.(query|key|value|proj_att
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file, known by the header.
+    """A tensor in a safetensors file, described by the header.
 
     Attributes:
         file: The file.
@@ -35,16 +35,16 @@ class StoredTensor:
     dtype: torch.dtype
 
     def read(self) -> Tensor:
-        """Return it, mapped into memory, not copied."""
+        """Return the tensor, memory-mapped rather than copied."""
         with safe_open(self.file, framework="pt") as weights:
             return weights.get_tensor(self.name)
 
 
 def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Return the tensors and the metadata that a safetensors file announces, without a byte of weights.
+    """Return the tensors and the metadata of a safetensors file from its header, without reading weights.
 
     Raises:
-        ModelError: It is no whole safetensors file.
+        ModelError: It is truncated, or not a safetensors file.
     """
     try:
         with safe_open(file, framework="pt") as weights:
@@ -56,14 +56,14 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 tensors[name] = StoredTensor(file, name, tuple(part.get_shape()), dtype)
             return tensors, metadata
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: is no whole safetensors file ({error}); get it anew") from error
+        raise ModelError(f"{file}: is truncated or not a safetensors file ({error}); download it again") from error
 
 
 def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor]:
-    """Return the tensors of a component under their published names; every tensor of the model is there, and no other.
+    """Return the tensors of a component under their published names: all that its configuration needs, and no others.
 
     Raises:
-        ModelError: There are no safetensors, or they are not those of the component's configuration.
+        ModelError: There are no safetensors, or they do not match the component's configuration.
     """
     folder = model.path / component
     found: dict[str, StoredTensor] = {}
@@ -73,24 +73,25 @@ def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor
     for name, shape in expected.items():
         if name not in found or _matrix(found[name].shape) != _matrix(shape):
             there = list(found[name].shape) if name in found else "missing"
-            raise ModelError(f"{folder}: {name} is {there}, its config.json asks for {list(shape)}; get the model anew")
+            wanted = f"but config.json needs {list(shape)}"
+            raise ModelError(f"{folder}: {name} is {there}, {wanted}; download the model again")
     return {name: found[name] for name in expected}
 
 
 def weights_name(model: ModelFolder, component: str) -> str:
-    """Return the name of a component's weight file: transformers has one, diffusers another."""
+    """Return the name of a component's weight file, which differs between transformers and diffusers."""
     is_of_text = model.family.component(component).role == "text_encoder"
     return "model.safetensors" if is_of_text else "diffusion_pytorch_model.safetensors"
 
 
 def expected_shapes(model: ModelFolder, component: str) -> dict[str, tuple[int, ...]]:
-    """Return the published names and the shapes of a component's tensors, from its configuration alone."""
+    """Return the published names and the shapes of a component's tensors, from its configuration."""
     state = model.load(component, META).state_dict()
     return {_published(model, component, name): tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Take a 1x1 convolution for the matrix that it is: old autoencoders have one where new ones have the other."""
+    """Return the shape of a 1x1 convolution as that of a matrix: old autoencoders have one, new ones the other."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
@@ -105,5 +106,5 @@ def _files(model: ModelFolder, folder: Path, stem: str) -> list[Path]:
     whole = folder / f"{stem}{variant}.safetensors"
     files = [whole] if whole.is_file() else sorted(folder.glob(f"{stem}{variant}-*-of-*.safetensors"))
     if not files:
-        raise ModelError(f"{whole}: is missing; allowed: weights as safetensors, in one file or in numbered parts")
+        raise ModelError(f"{whole}: is missing; allowed: safetensors weights in one file or in shards")
     return files

@@ -1,4 +1,4 @@
-"""Prompts through all tokenizers and text encoders of a model, whatever its family."""
+"""Running prompts through all tokenizers and text encoders of a model, whatever its family."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,28 +14,28 @@ from lowmem_db.models.loading import CPU
 def load_text_encoders(
     model: ModelFolder, device: torch.device = CPU, dtype: torch.dtype = torch.float32
 ) -> dict[str, nn.Module]:
-    """Load the text encoders in evaluation mode, frozen, by the names of their components."""
+    """Load the text encoders, frozen and in evaluation mode, by component."""
     return {name: model.load(name, device, dtype) for name in model.family.text_encoders}
 
 
 def tokenize_prompts(model: ModelFolder, prompts: Sequence[str]) -> PromptTable:
-    """Return a table of prompts with what the model's tokenizers make of them, and no embeddings."""
+    """Return a table of prompts with their tokens and without embeddings."""
     tokens = model.family.tokenize(model, prompts)
     return PromptTable.of(prompts, tokens, zeroes_empty_prompt=model.family.zeroes_empty_prompt(model))
 
 
 def num_cut_tokens(tokenizer: Any, prompt: str) -> int:
-    """Return how many tokens of a prompt the model will not see."""
+    """Return how many tokens of a prompt are cut off."""
     return max(0, len(tokenizer(prompt, verbose=False).input_ids) - tokenizer.model_max_length)
 
 
 @torch.no_grad()
 def embed_prompts(model: ModelFolder, text_encoders: Mapping[str, nn.Module], prompts: Sequence[str]) -> PromptTable:
-    """Return a table of prompts with their embeddings on the host, made in one batch without gradients.
+    """Return a table of prompts with their embeddings, in host memory, computed in one batch without gradients.
 
     Args:
-        model: Where the tokenizers are.
-        text_encoders: The text encoders in memory.
+        model: The model, for its tokenizers.
+        text_encoders: Its loaded text encoders, by component.
         prompts: The prompts.
     """
     table = tokenize_prompts(model, prompts)

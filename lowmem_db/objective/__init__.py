@@ -1,1 +1,1 @@
-"""The loss of DreamBooth (arXiv:2208.12242, Equation 2): timesteps, noising, weights, instance and prior terms."""
+"""DreamBooth's loss (arXiv:2208.12242, Equation 2): timesteps, noise, weights, instance and prior terms."""

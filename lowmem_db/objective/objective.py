@@ -1,4 +1,4 @@
-"""Equation 2 of DreamBooth (arXiv:2208.12242) on one batch of instance and prior samples."""
+"""DreamBooth's Equation 2 (arXiv:2208.12242) on one batch of instance and prior samples."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from lowmem_db.records import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class NoisedBatch:
-    """What the denoiser gets, and what it must predict; latents and target are fp32."""
+    """The denoiser's input, and the target of its prediction; both fp32."""
 
     noisy_latents: Float[Tensor, "b c h w"]
     target: Float[Tensor, "b c h w"]
@@ -24,17 +24,17 @@ class NoisedBatch:
 
 
 class Objective:
-    """Draws noise and timesteps as a function of (seed, step, sample), and measures the prediction.
+    """Draws noise and timesteps as a function of (seed, step, sample), and computes the loss of a prediction.
 
     Args:
         config: The section ``objective``.
         process: The noise process of the model.
         prior_loss_weight: Lambda of Equation 2.
         seed: The run's seed.
-        device: Where the model is.
+        device: Device of the model.
 
     Raises:
-        ConfigError: The process does not have the weights that are asked for; see :meth:`NoiseProcess.weighting`.
+        ConfigError: The process does not support the configured weights; see :meth:`NoiseProcess.weighting`.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Objective:
         return torch.stack(draws)
 
     def noise(self, batch: Batch, step: int) -> NoisedBatch:
-        """Draw latents, timesteps and noise; return noisy latents and target, as the process mixes them.
+        """Draw latents, timesteps and noise; return the noisy latents and the target.
 
-        All arithmetic is fp32, whatever the model computes in.
+        All arithmetic is in fp32, whatever type the model uses.
         """
         timesteps = self.timesteps(step, batch.sample_ids).to(self.device)
         noisy_latents, target = noise(

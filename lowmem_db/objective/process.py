@@ -1,6 +1,6 @@
-"""Noise processes as data: how timesteps are drawn, and four numbers of each sample for noising and target.
+"""Noise processes as data: how timesteps are drawn, and four coefficients per sample for noisy latents and target.
 
-What a model is told as its timestep is what is drawn here; both are in the units of its ``num_train_timesteps``.
+Timesteps are those that the model gets as input, in the units of its ``num_train_timesteps``.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Weighting = Callable[[Tensor], Tensor]
 
 @runtime_checkable
 class NoiseProcess(Protocol):
-    """The way from latents to noise, and what of it the model predicts."""
+    """How latents turn into noise, and what the model predicts."""
 
     def to(self, device: torch.device) -> "NoiseProcess":
         """Return the process with its tables on a device."""
@@ -31,7 +31,7 @@ class NoiseProcess(Protocol):
         ...
 
     def coefficients(self, timesteps: Real[Tensor, " b"]) -> NoiseCoefficients:
-        """Return what latents and noise are multiplied by at each timestep, on the process's device."""
+        """Return the coefficients of latents and noise at each timestep, on the process's device."""
         ...
 
     def weighting(self, *, snr_gamma: float | None, debiased: bool) -> Weighting:
@@ -42,7 +42,7 @@ class NoiseProcess(Protocol):
             debiased: See there.
 
         Raises:
-            ConfigError: The process has no such weights, or one of them is infinite.
+            ConfigError: The process does not support such weights, or one of them is infinite.
         """
         ...
 
@@ -56,10 +56,10 @@ class Diffusion:
     Args:
         alphas_cumprod: The noise schedule, shape ``(t,)``.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
-        device: Where the tables are.
+        device: Device of the tables.
 
     Raises:
-        ConfigError: The prediction type is another one.
+        ConfigError: The prediction type is unknown.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class Diffusion:
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise ConfigError(
-                f"objective.prediction_type: {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}; set the "
-                "one that the model was trained with"
+                f"objective.prediction_type: {prediction_type!r}; allowed: {', '.join(PREDICTION_TYPES)}; set the one "
+                "that the model was trained with"
             )
         self.alphas_cumprod = alphas_cumprod
         self.prediction_type = prediction_type
-        # In float64, or sqrt(1 - alphas_cumprod) loses what the subtraction cancels.
+        # In float64, because the subtraction in sqrt(1 - alphas_cumprod) cancels.
         exact = alphas_cumprod.double()
         self.alphas = exact.sqrt().float().to(device)
         self.sigmas = (1.0 - exact).sqrt().float().to(device)
@@ -99,7 +99,7 @@ class Diffusion:
         return NoiseCoefficients(alpha, sigma, *target)
 
     def weighting(self, *, snr_gamma: float | None, debiased: bool) -> Weighting:
-        """Return the weights by signal-to-noise ratio of :func:`timestep_weights`."""
+        """Return the weights of :func:`timestep_weights`, which depend on the signal-to-noise ratio."""
         table = timestep_weights(
             self.alphas_cumprod, self.prediction_type, snr_gamma=snr_gamma, debiased=debiased
         ).to(self.alphas.device)  # fmt: skip
@@ -111,16 +111,16 @@ class Flow:
 
     With sigma = timestep / num_train_timesteps in [0, 1], the noisy latents are (1 - sigma) x + sigma e and the target
     is e - x (arXiv:2209.03003, Eq. 1; the conditional flow matching of arXiv:2210.02747, section 4.1, without its
-    smallest sigma). Every timestep weighs 1: which of them matter is said by how they are drawn.
+    smallest sigma). All weights are 1: the distribution of the timesteps says which of them matter.
 
     Args:
-        shift: Moves drawn sigmas towards the noise, sigma -> shift sigma / (1 + (shift - 1) sigma), which large images
-            need (arXiv:2403.03206, section 5.3.2); 1: not at all, 3: as Stable Diffusion 3.
+        shift: Moves sigmas towards the noise, sigma -> shift sigma / (1 + (shift - 1) sigma), which large images need
+            (arXiv:2403.03206, section 5.3.2); 1 is no shift, 3 is Stable Diffusion 3's.
         timesteps: Distribution of sigma before the shift: ``uniform``, or ``logit_normal``, the sigmoid of a normal
-            number (arXiv:2403.03206, section 3.1), which favours the middle of the way.
+            number (arXiv:2403.03206, section 3.1), which favours the middle.
         logit_mean: Mean of the normal number.
         logit_std: Its standard deviation.
-        num_train_timesteps: What the model is told where sigma is 1.
+        num_train_timesteps: The timestep at sigma 1.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -147,7 +147,7 @@ class Flow:
         self.num_train_timesteps = num_train_timesteps
 
     def to(self, device: torch.device) -> "Flow":
-        """Return itself: it has no tables."""
+        """Return the process itself: it has no tables."""
         return self
 
     def draw(self, generator: torch.Generator) -> Float[Tensor, ""]:
@@ -168,12 +168,12 @@ class Flow:
         """Return weights of 1.
 
         Raises:
-            ConfigError: Weights by signal-to-noise ratio are asked for.
+            ConfigError: The weights depend on the signal-to-noise ratio.
         """
         for field, is_set in (("snr_gamma", snr_gamma is not None), ("debiased", debiased)):
             if is_set:
                 raise ConfigError(
-                    f"objective.{field}: weights the losses of a diffusion, and this model is trained by flow "
-                    "matching; leave it out"
+                    f"objective.{field}: applies to diffusion models, but this model is trained with flow matching; "
+                    "leave it out"
                 )
         return lambda timesteps: torch.ones_like(timesteps, dtype=torch.float32)

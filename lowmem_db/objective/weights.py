@@ -1,4 +1,4 @@
-"""Weights of the loss over timesteps, one table for every scheme."""
+"""Weights of the loss at each timestep, as one table for every scheme."""
 
 import torch
 from jaxtyping import Float
@@ -24,13 +24,13 @@ def timestep_weights(
     that is min(SNR, gamma) / SNR, for v_prediction min(SNR, gamma) / (SNR + 1). At SNR = 0 the first has the limit 1.
 
     Debiased estimation (arXiv:2310.08442) weighs the error of epsilon by 1 / sqrt(SNR), the SNR cut at 1000; for
-    v_prediction by 1 / (SNR + 1), as sd-scripts does, whose settings users carry over.
+    v_prediction by 1 / (SNR + 1), as sd-scripts does, whose settings users bring along.
 
     Args:
         alphas_cumprod: The noise schedule.
         prediction_type: ``epsilon``, ``v_prediction`` or ``sample``.
-        snr_gamma: Gamma of min-SNR; None: no such weighting.
-        debiased: Weigh by debiased estimation.
+        snr_gamma: Gamma of min-SNR. None: no min-SNR.
+        debiased: Whether to use debiased estimation.
 
     Raises:
         ConfigError: A weight would be infinite: debiased epsilon on a schedule with zero terminal SNR.
@@ -44,7 +44,7 @@ def timestep_weights(
         weights = torch.ones_like(snr)
     if not torch.isfinite(weights).all():
         raise ConfigError(
-            f"objective.debiased: the weight of {prediction_type} is infinite where the schedule's SNR is zero; "
+            f"objective.debiased: the weight of {prediction_type} is infinite where the SNR is zero; "
             "use objective.snr_gamma=5, or a model with v_prediction"
         )
     return weights.float()

@@ -1,1 +1,1 @@
-"""Optimizers behind one handle, learning-rate schedules, and the moving average of the weights."""
+"""Optimizers with one interface, learning-rate schedules, and the moving average of the weights."""

@@ -1,8 +1,8 @@
 """Adafactor without momentum (arXiv:1804.04235, Algorithm 4): second moments factored into a row and a column.
 
-Convolutions are flattened to (out, in * height * width) before they are factored: the last two dimensions, which other
-implementations take, are the 3 x 3 taps. Stable Diffusion 1.5 then has 5.7 MiB of state. The learning rate is the one
-that is set, without the paper's relative step.
+Convolutions are flattened to (out, in * height * width) before they are factored. Other implementations factor the last
+two dimensions, which are only the 3 x 3 taps. Stable Diffusion 1.5 then has 5.7 MiB of state. The learning rate is used
+as configured, without the paper's relative step size.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +16,15 @@ from lowmem_db.optimizers.states import StateTensor, flat
 from lowmem_db.optimizers.weights import EXTRA_BITS, stepped_in_fp32
 
 _EPSILON = 1e-30  # epsilon 1 of the paper
-_DECAY_POWER = -0.8  # of the paper's Eq. in section 7.2: beta2 of step t is 1 - t^-0.8
-_CHUNK = 1 << 22  # elements of rows taken at once, which bounds the temporaries
+_DECAY_POWER = -0.8  # section 7.2 of the paper: beta2 at step t is 1 - t^-0.8
+_CHUNK = 1 << 22  # elements processed at once, which bounds the temporaries
 
 
 class Adafactor:
-    """A few bytes of state per row and column.
+    """Adafactor, with a few bytes of state per row and column.
 
     Args:
-        config: The section ``optimizer``; its betas and epsilon have no use here.
+        config: The section ``optimizer``; its betas and epsilon are not used.
     """
 
     reports_norm = False
@@ -33,7 +33,7 @@ class Adafactor:
         self.config = config
 
     def state_tensors(self, parameter: Tensor, *, small: bool) -> Sequence[StateTensor]:
-        """Return the row and column means of the second moments; vectors and small parameters keep them all."""
+        """Return the row and column means of the second moments, or all moments for vectors and small parameters."""
         if small or parameter.ndim < 2:
             return [flat("exp_avg_sq", parameter.numel())]
         rows = parameter.shape[0]
@@ -48,7 +48,7 @@ class Adafactor:
         *,
         rounding_seed: int | None,
     ) -> None:
-        """Step one parameter; see :class:`UpdateRule`."""
+        """Update one parameter; see :class:`UpdateRule`."""
         rows = gradient.reshape(parameter.shape[0] if "exp_avg_sq_row" in state else 1, -1)
         decay = 1.0 - scalars.host_step**_DECAY_POWER
         update = _Update(rows, state, decay, scalars.gradient_scale)
@@ -63,13 +63,13 @@ class Adafactor:
 
 
 class _Update:
-    """The update of one parameter, made part by part; takes the gradient into the second moments first.
+    """The update of one parameter, computed part by part; creating it updates the second moments.
 
     Args:
         gradient: ``(rows, columns)``.
         state: Second moments, updated in place.
-        decay: Their decay in this step.
-        gradient_scale: Multiplies the gradient.
+        decay: Decay of the second moments in this step.
+        gradient_scale: Factor for the gradient.
     """
 
     def __init__(

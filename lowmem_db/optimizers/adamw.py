@@ -14,7 +14,7 @@ from lowmem_db.optimizers.weights import EXTRA_BITS, stepped_in_fp32
 
 
 class AdamW:
-    """Eight bytes of state per parameter; torch's fused step where the update is not clipped.
+    """AdamW, with eight bytes of state per parameter; uses torch's fused step unless the update is clipped.
 
     Args:
         config: The section ``optimizer``.
@@ -26,7 +26,7 @@ class AdamW:
         self.config = config
 
     def state_tensors(self, parameter: Tensor, *, small: bool) -> Sequence[StateTensor]:
-        """Return first and second moments."""
+        """Return the first and second moments."""
         return [like(parameter, name, torch.float32) for name in ("exp_avg", "exp_avg_sq")]
 
     def step(
@@ -38,7 +38,7 @@ class AdamW:
         *,
         rounding_seed: int | None,
     ) -> None:
-        """Step one parameter; see :class:`UpdateRule`."""
+        """Update one parameter; see :class:`UpdateRule`."""
         gradient = gradient.float()
         if scalars.gradient_scale is not None:
             gradient.mul_(scalars.gradient_scale)

@@ -1,7 +1,7 @@
 """AdamW with 8-bit states (arXiv:2110.02861), in the format of bitsandbytes.
 
-The fused step of ``lowmem_db_kernels`` serves where it is compiled; on a CUDA device without Triton bitsandbytes does,
-where it can; else the plain twin. All three write the same states.
+The fused step of ``lowmem_db_kernels`` is used if it is compiled; on a CUDA device without Triton bitsandbytes is used
+where possible; otherwise the eager twin. All three write the same states.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ _ABSMAX = ("absmax1", "absmax2")
 
 
 class AdamW8bit:
-    """About two bytes of state per parameter.
+    """8-bit AdamW, with about two bytes of state per parameter.
 
     Args:
         config: The section ``optimizer``.
-        device: Where the parameters are.
-        leaves_out_overflow: A gradient scale of NaN shall leave a parameter as it is, which bitsandbytes cannot.
+        device: Device of the parameters.
+        leaves_out_overflow: Whether a gradient scale of NaN must leave a parameter unchanged; rules out bitsandbytes.
     """
 
     def __init__(self, config: OptimizerConfig, device: torch.device, *, leaves_out_overflow: bool = False) -> None:
@@ -39,7 +39,7 @@ class AdamW8bit:
         self._corrections: tuple[int, Tensor] | None = None
 
     def state_tensors(self, parameter: Tensor, *, small: bool) -> Sequence[StateTensor]:
-        """Return 8-bit moments and the maxima of their blocks; small parameters have fp32 moments."""
+        """Return 8-bit moments with the maxima of their blocks, or fp32 moments for small parameters."""
         if small:
             return [like(parameter, name, torch.float32) for name in ("state1", "state2")]
         num_blocks = -(-parameter.numel() // BLOCK_SIZE)
@@ -55,7 +55,7 @@ class AdamW8bit:
         *,
         rounding_seed: int | None,
     ) -> Tensor | None:
-        """Step one parameter; see :class:`UpdateRule`."""
+        """Update one parameter; see :class:`UpdateRule`."""
         if self._bitsandbytes is not None and _bitsandbytes_can(parameter, state, scalars):
             self._step_with_bitsandbytes(parameter, gradient, state, scalars)
             return None
@@ -98,7 +98,7 @@ class AdamW8bit:
 
 
 def _bitsandbytes_for(device: torch.device) -> Any:
-    """Return bitsandbytes where it serves: on a CUDA device whose fused step is not compiled."""
+    """Return bitsandbytes if it is needed: on a CUDA device without the compiled fused step."""
     if device.type != "cuda" or not environment.is_installed("bitsandbytes"):
         return None
     return None if choose("adamw8bit_step", device).backend != "eager" else environment.require("bitsandbytes")

@@ -1,4 +1,4 @@
-"""From the configuration to an optimizer."""
+"""Building an optimizer from the configuration."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,7 +18,7 @@ from lowmem_db.optimizers.in_backward import InBackwardHandle
 from lowmem_db.optimizers.rules import UpdateRule
 from lowmem_db.optimizers.states import ResidentStates, StateLayout, like
 from lowmem_db.optimizers.streaming import StreamedStates
-from lowmem_db.optimizers.units import LargeParameter, SmallParameters, StepUnit
+from lowmem_db.optimizers.units import LargeParameter, SmallParameterRow, StepUnit
 from lowmem_db.optimizers.weights import EXTRA_BITS, named_parameters
 from lowmem_db.randomness import derive_seed
 
@@ -26,12 +26,12 @@ _LARGEST_SMALL = 4095  # elements; bitsandbytes keeps fp32 states up to this siz
 
 
 def build_optimizer(config: Config, modules: Mapping[str, nn.Module], device: torch.device) -> OptimizerHandle:
-    """Build the optimizer of a configuration, a group for each module in which something trains.
+    """Build the optimizer of a configuration, with a group for each component that trains.
 
     Args:
-        config: The configuration, resolved; the modules have its kind of weights.
-        modules: What trains, by the name of its component.
-        device: Where the modules are.
+        config: The resolved configuration; the modules already have its weight format.
+        modules: The components, by name.
+        device: Device of the modules.
 
     Raises:
         ConfigError: Nothing trains.
@@ -72,14 +72,14 @@ def _units(config: Config, rule: UpdateRule, modules: Mapping[str, nn.Module], d
     seed = partial(_rounding_seed, config.seed, config.memory.weights)
     return [
         *(LargeParameter(name, parameter, large_states, seed(name)) for name, parameter in large.items()),
-        *(SmallParameters(name, row, row_states, seed(name)) for name, row in rows.items()),
+        *(SmallParameterRow(name, row, row_states, seed(name)) for name, row in rows.items()),
     ]
 
 
 def _trained_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     trained = {name: parameter for name, parameter in named_parameters(modules).items() if parameter.requires_grad}
     if not trained:
-        raise ConfigError(f"{', '.join(modules)}: nothing in them trains")
+        raise ConfigError(f"{', '.join(modules)}: no parameter is trainable")
     return trained
 
 
@@ -92,7 +92,7 @@ def _rows(small: Mapping[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter
 
 
 def _in_a_row(row: Mapping[str, nn.Parameter]) -> Tensor:
-    """Return the shape of a row of parameters."""
+    """Return a tensor with the shape of a row of parameters."""
     return torch.empty(sum(parameter.numel() for parameter in row.values()), device="meta")
 
 

@@ -1,6 +1,6 @@
-"""What keeps a step from being too large, and the scale that keeps fp16 gradients from vanishing.
+"""Gradient clipping, and the loss scaling that keeps fp16 gradients from vanishing.
 
-Everything is computed on the device, without waiting for it.
+Everything is computed on the device, without synchronization.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ _GROWTH_INTERVAL = 2000
 
 
 class GradientClipping:
-    """Scales gradients by their norms; what it remembers is part of the optimizer's state.
+    """Scales gradients by their norms; its state is part of the optimizer's.
 
     Args:
         mode: What is clipped.
-        max_norm: Largest norm; None where the mode needs none.
-        device: Where the gradients are.
+        max_norm: Largest norm, or None if the mode needs none.
+        device: Device of the gradients.
     """
 
     def __init__(self, mode: Clipping, max_norm: float | None, device: torch.device) -> None:
@@ -31,10 +31,10 @@ class GradientClipping:
         self.average_norm = torch.zeros((), device=device)
 
     def scale(self, norm: Tensor | None) -> Tensor | None:
-        """Return what a gradient is multiplied by; None: nothing.
+        """Return the factor for a gradient, or None for no scaling.
 
         Args:
-            norm: Norm of the gradient under ``per_tensor``, of all gradients under ``global``; else not read.
+            norm: Norm of the gradient for ``per_tensor``, of all gradients for ``global``; otherwise not used.
         """
         if self.mode == "lagged":
             norm = self.average_norm
@@ -45,26 +45,26 @@ class GradientClipping:
         return (self.max_norm / norm).clamp(max=1.0)
 
     def update(self, norm: Tensor) -> None:
-        """Take in the joint norm of a step; one that is not finite is left out."""
+        """Record the joint norm of a step, unless it is infinite or NaN."""
         if self.mode == "lagged":
             decay = torch.where(self.average_norm > 0, _LAGGED_DECAY, 0.0)
             average = decay * self.average_norm + (1.0 - decay) * norm
             self.average_norm.copy_(torch.where(norm.isfinite(), average, self.average_norm))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what is remembered."""
+        """Return the state."""
         return {"average_norm": self.average_norm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
+        """Load what :meth:`state_dict` returned."""
         self.average_norm.copy_(state["average_norm"])
 
 
 class LossScale:
-    """Loss scaling for fp16 (arXiv:1710.03740, section 3.2), as torch's GradScaler does it, without a host in the loop.
+    """Loss scaling for fp16 (arXiv:1710.03740, section 3.2), like torch's GradScaler, but without synchronization.
 
     Args:
-        device: Where the gradients are.
+        device: Device of the gradients.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -72,7 +72,7 @@ class LossScale:
         self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
     def update(self, *, found_nonfinite: Tensor) -> None:
-        """Halve the scale after a step with a gradient that is not finite; double it after 2000 without.
+        """Halve the scale after a step with an infinite or NaN gradient; double it after 2000 steps without.
 
         Args:
             found_nonfinite: fp32 scalar, 1 or 0.
@@ -80,10 +80,10 @@ class LossScale:
         torch._amp_update_scale_(self.value, self.good_steps, found_nonfinite, 2.0, 0.5, _GROWTH_INTERVAL)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the scale and the steps since it changed."""
+        """Return the scale and the number of steps since it changed."""
         return {"value": self.value, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
+        """Load what :meth:`state_dict` returned."""
         self.value.copy_(state["value"])
         self.good_steps.copy_(state["good_steps"])

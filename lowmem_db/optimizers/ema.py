@@ -11,13 +11,13 @@ from lowmem_db.optimizers.weights import in_fp32
 
 
 class ExponentialMovingAverage:
-    """An average of what trains: ``average += (1 - decay) * (weight - average)``.
+    """An average of the trained weights: ``average += (1 - decay) * (weight - average)``.
 
-    The decay of step ``s`` is ``min(decay, (1 + s) / (10 + s))``, so that the first weights are soon forgotten.
+    The decay at step ``s`` is ``min(decay, (1 + s) / (10 + s))``, so that the initial weights are soon forgotten.
 
     Args:
-        parameters: What is averaged, by name; the names are those of the checkpoint.
-        extra_bits: Returns the extra bits of 24-bit weights by name; called whenever weights are read.
+        parameters: The weights to average, by their names in checkpoints.
+        extra_bits: Returns the extra bits of 24-bit weights, by name; called whenever weights are read.
         decay: Largest decay.
     """
 
@@ -35,17 +35,17 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after a step; the first step is 1."""
+        """Update the average after a step; the first step is 1."""
         factor = 1.0 - min(self.decay, (1 + step) / (10 + step))
         for name, weight in self._weights():
             self.average[name].lerp_(weight, factor)
 
     @contextmanager
     def applied(self, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """Put the average into the model, and the trained weights back afterwards.
+        """Return a context in which the model has the averaged weights.
 
         Args:
-            dtype: Type of the weights meanwhile; fp32 takes the average as it is. None: the type that trains.
+            dtype: Type of the weights in the context; fp32 uses the average without rounding. Default: the model's.
         """
         trained = {name: parameter.data for name, parameter in self.parameters.items()}
         try:
@@ -57,16 +57,16 @@ class ExponentialMovingAverage:
                 parameter.data = trained[name]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the average by name."""
+        """Return the average, by name."""
         return self.average
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the average of :meth:`state_dict`."""
+        """Load the average of :meth:`state_dict`."""
         for name, average in self.average.items():
             average.copy_(state[name])
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each weight in fp32: the parameter's own memory, or a new tensor."""
+        """Yield each weight in fp32: the parameter itself, or a new tensor."""
         extra_bits = self.extra_bits()
         for name, parameter in self.parameters.items():
             yield name, in_fp32(parameter.detach(), extra_bits.get(name))

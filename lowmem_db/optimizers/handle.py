@@ -1,7 +1,7 @@
-"""One handle for every optimizer: ``backward``, ``step``, ``zero_grad``, ``state_dict``, ``bytes_per_parameter``.
+"""One interface for every optimizer: ``backward``, ``step``, ``zero_grad``, ``state_dict``, ``bytes_per_parameter``.
 
-Groups are named after the component they belong to (``unet``, ``text_encoder``), and each keeps its own learning rate.
-The handle here steps after the backward pass; :mod:`lowmem_db.optimizers.in_backward` has the one that steps in it.
+Groups are named after their component (``unet``, ``text_encoder``), and each has its own learning rate. The handle here
+steps after the backward pass; the one in :mod:`lowmem_db.optimizers.in_backward` steps during it.
 """
 
 import math
@@ -23,11 +23,11 @@ class OptimizerHandle:
     """An optimizer that steps after the backward pass.
 
     Args:
-        units: What is stepped at once, with its states.
-        rule: The arithmetic.
-        clipping: What is clipped.
-        loss_scale: Loss scaling for fp16; None: no scaling.
-        device: Where the parameters are.
+        units: Parameters that are stepped together, with their states.
+        rule: The optimizer's arithmetic.
+        clipping: Gradient clipping.
+        loss_scale: Loss scaling for fp16, or None.
+        device: Device of the parameters.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class OptimizerHandle:
         self._extra_bits_of_frozen: dict[str, Tensor] = {}
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return what is stepped, all groups together."""
+        """Return the parameters of all groups."""
         return [parameter for unit in self.units for parameter in unit.parameters.values()]
 
     def group_names(self) -> list[str]:
@@ -58,7 +58,7 @@ class OptimizerHandle:
         return list(dict.fromkeys(unit.group for unit in self.units))
 
     def set_learning_rates(self, rates: Mapping[str, float]) -> None:
-        """Set the learning rate of each group by its name."""
+        """Set the learning rate of each group, by name."""
         self._rates = {group: rates[group] for group in self.group_names()}
 
     def zero_grad(self) -> None:
@@ -67,21 +67,21 @@ class OptimizerHandle:
             parameter.grad = None
 
     def backward(self, loss: Tensor) -> None:
-        """Run the backward pass; gradients are added to those that are there."""
+        """Run the backward pass, accumulating gradients."""
         (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
 
     def step(self) -> float:
         """Step after the last backward pass and free the gradients; return their joint norm before clipping.
 
-        Under loss scaling a step whose norm is not finite is left out, and the scale is halved.
+        With loss scaling, a step with an infinite or NaN norm is skipped and the scale is halved.
 
         Raises:
-            NonFiniteError: The norm is not finite, without loss scaling; the weights were not touched.
+            NonFiniteError: The norm is infinite or NaN, without loss scaling; the weights were not changed.
         """
         norm = self._joint_norm()
         finite = math.isfinite(value := norm.item())
         if not finite and self.loss_scale is None:
-            raise NonFiniteError(f"the gradient's norm is {value}; the weights were not touched")
+            raise NonFiniteError(f"the gradient norm is {value}; the weights were not changed")
         if finite:
             self._begin_step()
             for unit in self.units:
@@ -93,7 +93,7 @@ class OptimizerHandle:
         return value
 
     def remove_group(self, name: str) -> None:
-        """Take a group out for good, with its states: its parameters stay as they are, and so do their extra bits."""
+        """Remove a group and its states for good: its parameters and their extra bits no longer change."""
         own = {parameter: bits for parameter, bits in self.extra_bits().items() if parameter.startswith(f"{name}.")}
         self._extra_bits_of_frozen |= {parameter: bits.clone() for parameter, bits in own.items()}
         for unit in self.units:
@@ -103,11 +103,11 @@ class OptimizerHandle:
         self._rates.pop(name, None)
 
     def keep_extra_bits(self, extra_bits: Mapping[str, Tensor]) -> None:
-        """Keep the extra bits of 24-bit weights that are not stepped, where they are."""
+        """Keep the extra bits of 24-bit weights that do not train."""
         self._extra_bits_of_frozen |= extra_bits
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything the next step depends on, but for weights and learning rates."""
+        """Return everything the next step depends on, except weights and learning rates."""
         return {
             "num_steps": self.num_steps,
             "parameters": self._states_by_parameter(),
@@ -116,9 +116,9 @@ class OptimizerHandle:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of :meth:`state_dict`; the scale of the loss where both scale it.
+        """Load the state of :meth:`state_dict`, with the loss scale if both have one.
 
-        Settings such as the weight decay stay those of this run: a resumed run may have changed them.
+        Settings such as the weight decay are not part of it: a resumed run may have changed them.
         """
         self.num_steps = int(state["num_steps"])
         for name, tensors in self._states_by_parameter().items():
@@ -129,12 +129,12 @@ class OptimizerHandle:
             self.loss_scale.load_state_dict(state["loss_scale"])
 
     def extra_bits(self) -> dict[str, Tensor]:
-        """Return the extra bits of 24-bit weights by the parameter's name, to be read or written in place."""
+        """Return the extra bits of 24-bit weights by parameter name, to be read or written in place."""
         states = self._states_by_parameter().items()
         return {name: tensors[EXTRA_BITS] for name, tensors in states if EXTRA_BITS in tensors}
 
     def bytes_per_parameter(self) -> float:
-        """Return the bytes of optimizer state per trained parameter, extra bits included."""
+        """Return the bytes of optimizer state per trained parameter, including extra bits."""
         states = self._states_by_parameter().values()
         used = sum(tensor.nbytes for tensors in states for tensor in tensors.values())
         return used / sum(parameter.numel() for parameter in self.parameters())
@@ -144,7 +144,7 @@ class OptimizerHandle:
         return frozen | {name: tensors for unit in self.units for name, tensors in unit.states_by_parameter().items()}
 
     def _begin_step(self) -> None:
-        """Count the step, and put what it depends on onto the device."""
+        """Count the step, and copy the scalars it depends on to the device."""
         self.num_steps += 1
         step = torch.full((), self.num_steps, dtype=torch.int64, device=self.device)
         self._scalars = {
@@ -163,7 +163,7 @@ class OptimizerHandle:
 
     @torch.no_grad()
     def _step_unit(self, unit: StepUnit, scale: Tensor | None) -> Tensor | None:
-        """Step one unit where it has a gradient; return the square of its norm where the rule computes it."""
+        """Step one unit if it has a gradient; return the square of its norm if the rule computes it."""
         gradient = unit.gradient()
         if gradient is None:
             return None
@@ -172,24 +172,24 @@ class OptimizerHandle:
             return self.rule.step(weight, gradient, state, scalars, rounding_seed=unit.rounding_seed)
 
     def _scale_of(self, unit: StepUnit, joint_norm: Tensor) -> Tensor | None:
-        """Return what the gradient of a unit is multiplied by: for clipping, and against the scale of the loss."""
+        """Return the factor for a unit's gradient, from clipping and loss scaling."""
         norm = joint_norm
         if self.clipping.mode == "per_tensor" and (gradient := unit.gradient()) is not None:
             norm = self._norm(gradient)
         return self._unscaled(self.clipping.scale(norm))
 
     def _joint_norm(self) -> Tensor:
-        """Return the norm of all gradients together, without the scale of the loss."""
+        """Return the joint norm of all gradients, without the loss scale."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         return self._norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)))
 
     def _norm(self, gradient: Tensor) -> Tensor:
-        """Return the norm of a gradient, without the scale of the loss."""
+        """Return the norm of a gradient, without the loss scale."""
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
         return norm if self.loss_scale is None else norm / self.loss_scale.value
 
     def _unscaled(self, scale: Tensor | None) -> Tensor | None:
-        """Return a scale of the gradient that takes the scale of the loss out."""
+        """Return a gradient scale that also removes the loss scale."""
         if self.loss_scale is None:
             return scale
         inverse = 1.0 / self.loss_scale.value

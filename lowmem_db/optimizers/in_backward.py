@@ -1,8 +1,8 @@
-"""The optimizer inside the backward pass: a gradient is consumed and freed as soon as it is complete.
+"""The optimizer inside the backward pass: a gradient is used and freed as soon as it is complete.
 
-The memory of all gradients is saved but for the largest; gradients of small parameters wait for the end of the pass.
-Nothing waits for the device until the step is done. What needs all gradients at once, accumulation and clipping by
-their joint norm, is refused by the configuration.
+This saves the memory of all gradients except the largest one and those of small parameters, which wait for the end of
+the pass. There is no synchronization until the step is done. Anything that needs all gradients at once, such as
+accumulation and clipping by their joint norm, is refused by the rules of the configuration.
 """
 
 import math
@@ -29,7 +29,7 @@ class InBackwardHandle(OptimizerHandle):
         self.apply()
 
     def apply(self) -> None:
-        """Step large parameters from now on when their gradient is complete."""
+        """From now on, step large parameters when their gradient is complete."""
         for unit in self.units:
             if isinstance(unit, LargeParameter) and unit.name not in self._hooks:
                 (parameter,) = unit.parameters.values()
@@ -45,10 +45,10 @@ class InBackwardHandle(OptimizerHandle):
     def step(self) -> float:
         """Step the small parameters; return the joint norm of all gradients before clipping.
 
-        Under loss scaling, a parameter whose gradient is not finite was left as it is, and the scale is halved.
+        With loss scaling, a parameter with an infinite or NaN gradient is left unchanged and the scale is halved.
 
         Raises:
-            NonFiniteError: The norm is not finite, without loss scaling; other weights may have been stepped.
+            NonFiniteError: The norm is infinite or NaN, without loss scaling; some weights may have been changed.
         """
         for unit in self.units:
             if not isinstance(unit, LargeParameter):
@@ -60,32 +60,32 @@ class InBackwardHandle(OptimizerHandle):
         self.zero_grad()
         value = norm.item()
         if not math.isfinite(value) and self.loss_scale is None:
-            raise NonFiniteError(f"the gradient's norm is {value}, and part of the weights has been stepped with it")
+            raise NonFiniteError(f"the gradient norm is {value}; some weights have already been changed")
         return value
 
     def remove_group(self, name: str) -> None:
-        """Take a group out for good, with its states: its parameters stay as they are."""
+        """Remove a group and its states for good: its parameters no longer change."""
         for unit in self.units:
             if unit.group == name and unit.name in self._hooks:
                 self._hooks.pop(unit.name).remove()
         super().remove_group(name)
 
     def undo(self) -> None:
-        """Leave gradients as they are again; what :meth:`apply` takes back."""
+        """Undo :meth:`apply`."""
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
 
     @torch.no_grad()
     def _on_gradient(self, unit: StepUnit) -> None:
-        """Step a unit whose gradient is complete, and free that."""
+        """Step a unit whose gradient is complete, and free the gradient."""
         gradient = unit.gradient()
         if gradient is None:
             return
         norm = None if self._rule_reports_norm() else self._norm(gradient)
         scale = self._unscaled(self.clipping.scale(norm))
         if self.loss_scale is not None and norm is not None and scale is not None:
-            scale = torch.where(norm.isfinite(), scale, torch.nan)  # the fused step leaves such a parameter alone
+            scale = torch.where(norm.isfinite(), scale, torch.nan)  # the fused step leaves such a parameter unchanged
         by_product = self._step_unit(unit, scale)
         squared_norm = by_product if norm is None else norm.square()
         assert squared_norm is not None, f"{type(self.rule).__name__} did not report the norm of {unit.name}"
@@ -94,11 +94,11 @@ class InBackwardHandle(OptimizerHandle):
             parameter.grad = None
 
     def _rule_reports_norm(self) -> bool:
-        """Say whether the norm need not be known before the step and comes out of it."""
+        """Return whether the step itself computes the norm, which clipping does not need beforehand."""
         return self.rule.reports_norm and self.loss_scale is None and self.clipping.mode != "per_tensor"
 
 
 def _step(handle: weakref.ref[InBackwardHandle], unit: weakref.ref[LargeParameter], _: Tensor) -> None:
-    """Step in a hook, which must hold nothing that holds its parameter: no garbage collector looks into hooks."""
+    """Step in a hook, which must not keep its parameter alive: the garbage collector does not look into hooks."""
     if (stepping := handle()) is not None and (stepped := unit()) is not None:
         stepping._on_gradient(stepped)

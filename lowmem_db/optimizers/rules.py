@@ -1,4 +1,4 @@
-"""What an optimizer does to one parameter, behind one interface; how and when is the handle's business."""
+"""The interface of an optimizer's arithmetic on one parameter; the handle decides how and when it runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from lowmem_db.optimizers.states import StateTensor
 
 @dataclass(frozen=True, kw_only=True)
 class StepScalars:
-    """What a step depends on beside the tensors.
+    """What a step depends on besides the tensors.
 
     Attributes:
         learning_rate: fp32 scalar on the device.
-        step: Number of the step, from 1, int64 scalar on the device.
+        step: Number of the step, from 1; int64 scalar on the device.
         host_learning_rate: The learning rate as a number.
-        host_step: The number of the step as a number.
-        gradient_scale: fp32 scalar on the device that multiplies the gradient; None: 1.
-        clip_update: Scale the update of each tensor down to a root mean square of 1.
+        host_step: The step number as a number.
+        gradient_scale: Factor for the gradient, an fp32 scalar on the device. Default: 1.
+        clip_update: Whether the update of each tensor is scaled down to a root mean square of at most 1.
     """
 
     learning_rate: Tensor
@@ -41,11 +41,11 @@ class UpdateRule(Protocol):
     reports_norm: bool
 
     def state_tensors(self, parameter: Tensor, *, small: bool) -> Sequence[StateTensor]:
-        """Return the state of one parameter, extra bits left out; all zero before the first step.
+        """Return the state of one parameter, without extra bits; all zero before the first step.
 
         Args:
             parameter: The parameter.
-            small: Whether it stands for all small ones in a row: every tensor then has an element per element of it.
+            small: Whether it is a row of all small parameters; then every tensor has one element per element of it.
         """
         ...
 
@@ -58,18 +58,18 @@ class UpdateRule(Protocol):
         *,
         rounding_seed: int | None,
     ) -> Tensor | None:
-        """Step one parameter and its state in place; the gradient may be overwritten.
+        """Update one parameter and its state in place; the gradient may be overwritten.
 
-        A gradient scale of NaN leaves everything as it is where ``reports_norm`` is true.
+        If ``reports_norm`` is true, a gradient scale of NaN leaves everything unchanged.
         """
         ...
 
 
 def update_scale(update: Tensor) -> Tensor:
-    """Return what scales an update down to a root mean square of 1 (arXiv:1804.04235, section 6, with d = 1)."""
+    """Return the factor that limits an update to a root mean square of 1 (arXiv:1804.04235, section 6, with d = 1)."""
     return mean_square_scale(update.square().sum(), update.numel())
 
 
 def mean_square_scale(sum_of_squares: Tensor, count: int) -> Tensor:
-    """Return the scale of :func:`update_scale` from a sum of squares."""
+    """Return the factor of :func:`update_scale`, given a sum of squares."""
     return 1.0 / (sum_of_squares / count).sqrt().clamp(min=1.0)

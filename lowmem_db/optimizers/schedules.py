@@ -1,4 +1,4 @@
-"""Learning rates as a pure function of the step: nothing to save, nothing to forget."""
+"""Learning rates as a pure function of the step, without state."""
 
 import math
 from collections.abc import Iterable
@@ -6,24 +6,24 @@ from typing import Literal
 
 from lowmem_db.config.schema import Config
 
-Course = Literal["constant", "linear", "cosine"]
+Scheduler = Literal["constant", "linear", "cosine"]
 
 
-def learning_rate_factor(course: Course, step: int, *, max_train_steps: int, lr_warmup_steps: int) -> float:
-    """Return what the learning rate is multiplied by in one step.
+def learning_rate_factor(scheduler: Scheduler, step: int, *, max_train_steps: int, lr_warmup_steps: int) -> float:
+    """Return the factor for the learning rate in one step.
 
     Args:
-        course: What follows the linear warm-up: constant, linear to zero, or half a cosine to zero.
-        step: Optimizer steps done before this one; the first step is 0.
-        max_train_steps: Optimizer steps of the run.
-        lr_warmup_steps: Steps of the warm-up; in step ``s`` of it the factor is (s + 1) / (lr_warmup_steps + 1).
+        scheduler: What follows the linear warm-up: constant, linear to zero, or half a cosine to zero.
+        step: Number of optimizer steps before this one; the first step is 0.
+        max_train_steps: Number of optimizer steps of the run.
+        lr_warmup_steps: Number of warm-up steps; in step ``s`` of them the factor is (s + 1) / (lr_warmup_steps + 1).
     """
     if step < lr_warmup_steps:
         return (step + 1) / (lr_warmup_steps + 1)
     progress = (step - lr_warmup_steps) / max(1, max_train_steps - lr_warmup_steps)
-    if course == "linear":
+    if scheduler == "linear":
         return max(0.0, 1.0 - progress)
-    if course == "cosine":
+    if scheduler == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return 1.0
 
@@ -31,13 +31,13 @@ def learning_rate_factor(course: Course, step: int, *, max_train_steps: int, lr_
 def learning_rates(config: Config, components: Iterable[str], step: int) -> dict[str, float]:
     """Return the learning rate of each component in one step.
 
-    A component without a field of its own, ``training.learning_rate_COMPONENT``, has the rate of the one before it; the
-    first has ``training.learning_rate``.
+    The first component uses ``training.learning_rate``; each other one ``training.learning_rate_COMPONENT`` or, if that
+    is not set, the rate of the component before it.
 
     Args:
         config: The configuration.
         components: Components of the model, the denoiser first.
-        step: Optimizer steps done before this one.
+        step: Number of optimizer steps before this one.
     """
     training = config.training
     factor = learning_rate_factor(

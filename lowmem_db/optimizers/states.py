@@ -1,6 +1,6 @@
-"""Where the state of a parameter lies: all its tensors in one run of bytes, on the device for the whole run.
+"""Memory of optimizer states: all tensors of a parameter's state in one contiguous buffer that stays on the device.
 
-:mod:`lowmem_db.optimizers.streaming` has the same interface for states that live on the host.
+:mod:`lowmem_db.optimizers.streaming` has the same interface for states in host memory.
 """
 
 import math
@@ -38,17 +38,17 @@ class StateTensor:
 
 
 def like(parameter: Tensor, name: str, dtype: torch.dtype) -> StateTensor:
-    """Return a state tensor of a parameter's shape and strides."""
+    """Return a state tensor with a parameter's shape and strides."""
     return StateTensor(name, dtype, tuple(parameter.shape), tuple(parameter.stride()))
 
 
 def flat(name: str, length: int, dtype: torch.dtype = torch.float32) -> StateTensor:
-    """Return a state tensor of one dimension."""
+    """Return a one-dimensional state tensor."""
     return StateTensor(name, dtype, (length,), (1,))
 
 
 class StateLayout:
-    """Where the tensors of one parameter's state lie in its run of bytes.
+    """Offsets of the tensors of one parameter's state in their buffer.
 
     Args:
         tensors: The tensors, in order.
@@ -62,7 +62,7 @@ class StateLayout:
             self.nbytes += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Return the tensors inside a buffer of ``nbytes`` uint8."""
+        """Return the tensors as views of a buffer of ``nbytes`` uint8."""
         return {
             tensor.name: buffer[offset : offset + tensor.nbytes]
             .view(tensor.dtype)
@@ -76,19 +76,19 @@ class States(Protocol):
     """The states of many parameters, by name."""
 
     def begin_step(self) -> None:
-        """Prepare for every parameter to be stepped once, in the order of the step before."""
+        """Prepare for a step of every parameter, in the order of the previous step."""
         ...
 
     def on_device(self, name: str) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """Return a context in which the state of one parameter is on the device, to be read and written."""
+        """Return a context with the state of one parameter on the device, to be read and written."""
         ...
 
     def at_rest(self, name: str) -> Mapping[str, Tensor]:
-        """Return the state of one parameter where it lives between steps, to be read or loaded into."""
+        """Return the state of one parameter where it is between steps, to be read or loaded into."""
         ...
 
     def remove(self, names: Iterable[str]) -> None:
-        """Forget the states of some parameters."""
+        """Drop the states of some parameters."""
         ...
 
 
@@ -97,7 +97,7 @@ class ResidentStates:
 
     Args:
         layouts: Layout of each parameter's state.
-        device: Where the parameters are.
+        device: Device of the parameters.
     """
 
     def __init__(self, layouts: Mapping[str, StateLayout], device: torch.device) -> None:
@@ -107,7 +107,7 @@ class ResidentStates:
         }
 
     def begin_step(self) -> None:
-        """Do nothing: all is there."""
+        """Do nothing: the states are on the device."""
 
     @contextmanager
     def on_device(self, name: str) -> Iterator[Mapping[str, Tensor]]:

@@ -1,10 +1,11 @@
-"""Optimizer states that live on the host and pass through the device while the backward pass runs.
+"""Optimizer states in host memory, streamed through the device during the backward pass.
 
-All states lie in pinned memory of the host, allocated once. A ring of bytes on the device takes the states of the
-next parameters ahead of need; a parameter is stepped on the device, and its state goes back behind the computation.
-The copies run on two side streams, one per direction. On the CPU the same code copies at once.
+All states are in pinned host memory, allocated once. A ring buffer on the device holds the states of the next
+parameters, fetched in advance; a parameter is stepped on the device, and its state is copied back afterwards. The
+copies run on two side streams, one per direction. On the CPU the same code copies synchronously.
 
-Over the bus go the bytes of an optimizer on the host, each state in and out once a step, without its arithmetic there.
+The bus carries as many bytes as for an optimizer on the host, each state in and out once per step, but the arithmetic
+is on the device.
 """
 
 from collections import deque
@@ -18,18 +19,18 @@ from torch import Tensor
 from lowmem_db.host_memory import pieces_on_host
 from lowmem_db.optimizers.states import StateLayout
 
-_Event = torch.cuda.Event | None  # None on the CPU, where a copy is done when it returns
+_Event = torch.cuda.Event | None  # None on the CPU, where copies are synchronous
 
 
 @dataclass(frozen=True)
 class _Passage:
-    """A state in the ring.
+    """A state in the ring buffer.
 
     Attributes:
         name: Its parameter.
         start: First byte in the ring.
-        stop: Byte behind the last one.
-        copied: When the copy to the device, or back to the host, is done.
+        stop: Byte after the last one.
+        copied: Event at the end of the copy to the device, or back to the host.
     """
 
     name: str
@@ -38,17 +39,17 @@ class _Passage:
     copied: _Event
 
     def overlaps(self, start: int, stop: int) -> bool:
-        """Say whether it takes a byte of a stretch."""
+        """Return whether it overlaps a range of bytes."""
         return self.start < stop and start < self.stop
 
 
 class StreamedStates:
-    """States that live on the host.
+    """States in host memory.
 
     Args:
         layouts: Layout of each parameter's state.
-        device: Where the parameters are.
-        ring_bytes: Size of the ring on the device, at least that of the largest state. None: twice that.
+        device: Device of the parameters.
+        ring_bytes: Size of the ring buffer on the device, at least that of the largest state. Default: twice that.
     """
 
     def __init__(
@@ -63,16 +64,16 @@ class StreamedStates:
         self._outward = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._inward is not None:
             self._inward.wait_stream(torch.cuda.current_stream(device))  # the ring's memory may be in use until then
-        self._order: list[str] = []  # in which the last step took the states: what is fetched ahead
-        self._taken: list[str] = []  # in this step
-        self._ahead: deque[str] = deque()  # what is to be fetched in this step
-        self._fetched: deque[_Passage] = deque()  # in the ring, not yet taken
-        self._leaving: list[_Passage] = []  # stepped, on their way back to the host
-        self._back: dict[str, _Event] = {}  # when the host has the newest state of a parameter
-        self._head = 0  # where the ring goes on
+        self._order: list[str] = []  # order in which the last step used the states, and in which they are fetched
+        self._taken: list[str] = []  # so far in this step
+        self._ahead: deque[str] = deque()  # still to be fetched in this step
+        self._fetched: deque[_Passage] = deque()  # in the ring, not yet used
+        self._leaving: list[_Passage] = []  # stepped, being copied back to the host
+        self._back: dict[str, _Event] = {}  # event after which the host has the current state of a parameter
+        self._head = 0  # next free byte of the ring
 
     def begin_step(self) -> None:
-        """Start to fetch what the last step began with."""
+        """Start fetching, in the order of the last step."""
         self._order, self._taken = self._taken or self._order, []
         self._ahead = deque(self._order)
         self._fetched.clear()
@@ -80,7 +81,7 @@ class StreamedStates:
 
     @contextmanager
     def on_device(self, name: str) -> Iterator[Mapping[str, Tensor]]:
-        """Return a context with the state of one parameter on the device; afterwards it goes back to the host."""
+        """Return a context with the state of one parameter on the device; afterwards it is copied back to the host."""
         passage = self._take(name)
         if passage.copied is not None:
             torch.cuda.current_stream(self._device).wait_event(passage.copied)
@@ -90,14 +91,14 @@ class StreamedStates:
         self._fetch_ahead()
 
     def at_rest(self, name: str) -> Mapping[str, Tensor]:
-        """Return the state of one parameter on the host, once it is back."""
+        """Return the state of one parameter in host memory, once it has been copied back."""
         if (back := self._back.get(name)) is not None:
             back.synchronize()
-        self._fetched.clear()  # what is on the host may be replaced now
+        self._fetched.clear()  # the caller may replace what is on the host
         return self._layouts[name].views(self._on_host[name])
 
     def remove(self, names: Iterable[str]) -> None:
-        """Step some parameters no more; their part of the host's memory stays allocated."""
+        """Drop the states of some parameters; their host memory stays allocated."""
         for name in names:
             del self._layouts[name]
         self._order = [name for name in self._order if name in self._layouts]
@@ -105,13 +106,13 @@ class StreamedStates:
         self._fetched.clear()
 
     def _take(self, name: str) -> _Passage:
-        """Return the passage of a state: fetched ahead or, where the order is another one this time, now."""
+        """Return a state's place in the ring: fetched in advance or, if the order has changed, now."""
         if self._fetched and self._fetched[0].name == name:
             return self._fetched.popleft()
         self._fetched.clear()
         self._ahead.clear()
         passage = self._fetch(name)
-        assert passage is not None, f"the ring holds {self._ring.nbytes} bytes, the state of {name} is larger"
+        assert passage is not None, f"the ring has {self._ring.nbytes} bytes, but the state of {name} is larger"
         return passage
 
     def _fetch_ahead(self) -> None:
@@ -120,7 +121,7 @@ class StreamedStates:
             self._ahead.popleft()
 
     def _fetch(self, name: str) -> _Passage | None:
-        """Copy a state into the ring, or return None where states that are not yet taken leave no room."""
+        """Copy a state into the ring, or return None if states that have not been used leave no room."""
         nbytes = self._layouts[name].nbytes
         start = self._head if self._head + nbytes <= self._ring.nbytes else 0
         stop = start + nbytes

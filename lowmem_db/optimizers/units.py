@@ -1,4 +1,4 @@
-"""What is stepped at once: a large parameter, or all small parameters of a group in one row."""
+"""Parameters that are stepped together: one large parameter, or a row of all small parameters of a group."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,13 +10,13 @@ from lowmem_db.optimizers.states import States
 
 
 class LargeParameter:
-    """One parameter by itself.
+    """A single parameter.
 
     Args:
         name: ``component.name``.
         parameter: The parameter.
-        states: Has its state under its name.
-        rounding_seed: Seed of its stochastic rounding; None for the other kinds of weights.
+        states: The states, with this parameter's under its name.
+        rounding_seed: Seed of its stochastic rounding, or None for other weight formats.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, states: States, rounding_seed: int | None) -> None:
@@ -27,11 +27,11 @@ class LargeParameter:
 
     @property
     def group(self) -> str:
-        """Name of its group, which is that of its component."""
+        """Name of its group, which is its component."""
         return self.name.partition(".")[0]
 
     def gradient(self) -> Tensor | None:
-        """Return its gradient, or None where it has none."""
+        """Return its gradient, or None if it has none."""
         return self.parameters[self.name].grad
 
     @contextmanager
@@ -44,16 +44,16 @@ class LargeParameter:
         return {self.name: self.states.at_rest(self.name)}
 
 
-class SmallParameters:
-    """All small parameters of a group, in one row: one launch steps them.
+class SmallParameterRow:
+    """All small parameters of a group, concatenated into one row and stepped by one kernel launch.
 
-    One that has no gradient keeps its weight and, being zero, its state.
+    A parameter without a gradient keeps its weight and, as it is zero, its state.
 
     Args:
         name: ``component.small``.
         parameters: The parameters by name.
-        states: Has one state for the row under ``name``; each of its tensors has an element per element of the row.
-        rounding_seed: Seed of the stochastic rounding of the row; None for the other kinds of weights.
+        states: The states, with the row's under ``name``; each of its tensors has one element per element of the row.
+        rounding_seed: Seed of the row's stochastic rounding, or None for other weight formats.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class SmallParameters:
 
     @property
     def group(self) -> str:
-        """Name of their group, which is that of their component."""
+        """Name of their group, which is their component."""
         return self.name.partition(".")[0]
 
     def gradient(self) -> Tensor | None:
-        """Return the row of their gradients, or None where none has one."""
+        """Return the row of their gradients, or None if none has one."""
         parameters = self.parameters.values()
         if all(parameter.grad is None for parameter in parameters):
             return None
@@ -83,7 +83,7 @@ class SmallParameters:
 
     @contextmanager
     def weight(self) -> Iterator[Tensor]:
-        """Return a context with the row of weights, to be stepped in place; afterwards the parameters have it."""
+        """Return a context with the row of weights, to be stepped in place, then copied to the parameters."""
         row = torch.cat([parameter.data.flatten() for parameter in self.parameters.values()])
         yield row
         pairs = [
@@ -94,7 +94,7 @@ class SmallParameters:
         torch._foreach_copy_([parameter for parameter, _ in pairs], [piece for _, piece in pairs])
 
     def states_by_parameter(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Return each parameter's piece of the state under its name."""
+        """Return each parameter's part of the state, by name."""
         pieces = {key: self._split(tensor) for key, tensor in self.states.at_rest(self.name).items()}
         return {
             name: {key: split[index].view_as(parameter) for key, split in pieces.items()}
@@ -105,4 +105,4 @@ class SmallParameters:
         return row.split([parameter.numel() for parameter in self.parameters.values()])
 
 
-StepUnit = LargeParameter | SmallParameters
+StepUnit = LargeParameter | SmallParameterRow

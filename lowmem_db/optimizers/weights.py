@@ -1,7 +1,7 @@
-"""Kinds of weights that train: fp32, bf16 with eight extra bits (24-bit weights), bf16 with stochastic rounding.
+"""Formats of trained weights: fp32, bf16 with eight extra bits (24-bit weights), bf16 with stochastic rounding.
 
-The extra bits belong to the optimizer's state of a parameter, an int8 of its shape. The parameter itself is then
-the nearest bf16: the model computes with it, and a checkpoint of the model needs nothing else. Formats and rounding are
+The extra bits, an int8 tensor of the parameter's shape, are part of the optimizer's state. The parameter itself is the
+nearest bf16: the model computes with it, and a checkpoint of the model needs nothing else. Formats and rounding are
 those of ``lowmem_db_kernels``.
 """
 
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from lowmem_db.config.schema import Weights
 
 EXTRA_BITS = "extra_bits"
-_CHUNK = 1 << 22  # elements rounded at once: the integers of the rounding take tens of bytes for each
+_CHUNK = 1 << 22  # elements rounded at once, because rounding needs tens of bytes for each
 
 
 def apply(modules: Mapping[str, nn.Module], kind: Weights) -> dict[str, Tensor]:
-    """Turn fp32 weights into a kind, in place.
+    """Convert fp32 weights to a format, in place.
 
     Returns:
-        The extra bits of each parameter by its name, ``component.name``; empty for the other kinds.
+        The extra bits of each parameter by ``component.name``; empty for other formats.
     """
     extra_bits = {}
     for name, parameter in named_parameters(modules).items():
@@ -39,7 +39,7 @@ def apply(modules: Mapping[str, nn.Module], kind: Weights) -> dict[str, Tensor]:
 
 
 def undo(modules: Mapping[str, nn.Module], extra_bits: Mapping[str, Tensor]) -> None:
-    """Turn weights back into fp32, in place; extra bits join where they are given."""
+    """Convert weights back to fp32, in place, with their extra bits if they have any."""
     for name, parameter in named_parameters(modules).items():
         parameter.data = in_fp32(parameter.data, extra_bits.get(name))
 
@@ -54,7 +54,7 @@ def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter
 
 
 def in_fp32(parameter: Tensor, extra_bits: Tensor | None) -> Tensor:
-    """Return a weight in fp32: itself, or a new tensor."""
+    """Return a weight in fp32: the parameter itself, or a new tensor."""
     if extra_bits is None:
         return parameter.float()
     return unpack_extra_bits_eager(parameter, extra_bits.to(parameter.device))
@@ -64,11 +64,11 @@ def in_fp32(parameter: Tensor, extra_bits: Tensor | None) -> Tensor:
 def stepped_in_fp32(
     parameter: Tensor, extra_bits: Tensor | None, *, rounding_seed: int | None, step: Tensor
 ) -> Iterator[Tensor]:
-    """Return a context with a weight in fp32, to be stepped in place; afterwards it is rounded to its kind.
+    """Return a context with a weight in fp32, to be stepped in place; afterwards it is rounded to its format.
 
     Args:
         parameter: fp32 or bf16.
-        extra_bits: Extra bits of a bf16 weight; written too.
+        extra_bits: Extra bits of a bf16 weight, written as well.
         rounding_seed: Seed of the stochastic rounding of a bf16 weight without extra bits.
         step: Number of the step; the rounding depends on it.
     """
@@ -90,7 +90,7 @@ def _split(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Split an fp32 weight into bf16 and extra bits."""
     high = torch.empty_like(weight, dtype=torch.bfloat16)
     low = torch.empty_like(weight, dtype=torch.int8)
-    if not weight.is_meta:  # a trace needs their sizes alone, and thousands of operators would take half its time
+    if not weight.is_meta:  # a trace needs only their sizes, and thousands of operators would take half its time
         _split_into(weight, high, low)
     return high, low
 
@@ -103,6 +103,6 @@ def _split_into(weight: Tensor, high: Tensor, low: Tensor) -> None:
 
 
 def _in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield stretches of dense tensors of the same shape and strides, in the order in which they lie in memory."""
+    """Yield slices of dense tensors with the same shape and strides, in memory order."""
     flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
     yield from zip(*(tensor.split(_CHUNK) for tensor in flat), strict=True)

@@ -1,4 +1,4 @@
-"""A plan against the real thing: three real steps, and what they needed."""
+"""A plan compared with reality: the memory of three real steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ _NUM_STEPS = 3
 
 @dataclass(frozen=True)
 class Verified:
-    """A prediction and what was measured: bytes of tensors at the peak of training."""
+    """A prediction and a measurement: bytes of tensors at the peak of training."""
 
     predicted_bytes: int
     measured_bytes: int
@@ -35,7 +35,7 @@ class Verified:
         return {"predicted_train_bytes": self.predicted_bytes, "measured_train_bytes": self.measured_bytes}
 
     def describe(self) -> str:
-        """Say both, and how far apart they are."""
+        """Return both in words, and how far apart they are."""
         error = self.predicted_bytes / self.measured_bytes - 1.0
         return (
             f"train: predicted {self.predicted_bytes / GIB:.3f} GiB, measured {self.measured_bytes / GIB:.3f} GiB of "
@@ -47,7 +47,7 @@ def verify(plan: Plan) -> Verified:
     """Run three real training steps of a plan.
 
     Raises:
-        ModelError: The model has no weights here.
+        ModelError: The model's weights are missing.
     """
     predicted = next(phase.parts.total for phase in plan.phases if phase.name == "train")
     device = environment.resolve_device(plan.config.device)
@@ -56,15 +56,15 @@ def verify(plan: Plan) -> Verified:
 
 
 def measure_train(config: Config, model: ModelFolder, device: torch.device, *, num_steps: int = _NUM_STEPS) -> int:
-    """Run real training steps on made-up latents; return the bytes of tensors at their peak.
+    """Run real training steps on dummy latents; return the bytes of tensors at their peak.
 
-    On a CUDA device its allocator is asked; on the CPU storages are followed as in a trace, with real tensors.
+    On a CUDA device the allocator counts; on the CPU, storages are tracked as in a trace, but with real tensors.
 
     Args:
-        config: The configuration, resolved.
+        config: The resolved configuration.
         model: The model, with its weights.
-        device: Where the steps run.
-        num_steps: How many.
+        device: The device to run on.
+        num_steps: Number of steps.
     """
     if device.type != "cuda":
         return _follow(config, model, device, num_steps)
@@ -105,11 +105,11 @@ def write_plan(run: RunFolder, plan: Plan) -> None:
 
 
 def write_measured(run: RunFolder, measured_bytes: int) -> None:
-    """Put the measured peak of training beside the prediction in ``plan.json``.
+    """Add the measured peak of training to the prediction in ``plan.json``.
 
     Args:
-        run: The run folder; nothing is written where it holds no plan.
-        measured_bytes: Bytes of tensors at the peak, as the device's allocator counted them.
+        run: The run folder; nothing is written if it holds no plan.
+        measured_bytes: Bytes of tensors at the peak, as counted by the device's allocator.
 
     Raises:
         StorageError: The disk is full.
@@ -118,7 +118,7 @@ def write_measured(run: RunFolder, measured_bytes: int) -> None:
 
 
 def write_trained(run: RunFolder, counts: Mapping[str, int]) -> None:
-    """Put the number of parameters that train into ``plan.json``, of each component and of all.
+    """Add the number of trained parameters to ``plan.json``, per component and in total.
 
     Raises:
         StorageError: The disk is full.

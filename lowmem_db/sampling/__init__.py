@@ -1,1 +1,1 @@
-"""From noise to latents, pictures in grids, and the prompts of the paper."""
+"""From noise to latents, grids of pictures, and the prompts of the paper."""

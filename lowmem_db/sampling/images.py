@@ -1,4 +1,4 @@
-"""Tensors to pictures, and pictures to a labelled grid."""
+"""From tensors to pictures, and from pictures to a labelled grid."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ _LABEL_HEIGHT = 18
 
 
 def to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
-    """Return 8-bit pictures of values in [-1, 1]."""
+    """Return 8-bit pictures from values in [-1, 1]."""
     scaled = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in scaled]
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of pictures, before the first of them is drawn.
+    """Create the folder for pictures, before the first of them is drawn.
 
     Raises:
-        StorageError: It cannot be made.
+        StorageError: It cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,10 +49,10 @@ def save_rows(folder: Path, rows: Sequence[tuple[str, Sequence[Image.Image]]]) -
 
 
 def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Return one picture with a row for each label, the label above its row.
+    """Return one picture with a row for each label and the label above it.
 
     Args:
-        rows: Labels and pictures, all pictures of one size.
+        rows: Labels and pictures; all pictures have the same size.
     """
     width, height = rows[0][1][0].size
     columns = max(len(pictures) for _, pictures in rows)

@@ -1,4 +1,4 @@
-"""From what a denoiser is told to latents: the sampling loop with classifier-free guidance."""
+"""From conditioning to latents: the sampling loop with classifier-free guidance."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,16 +39,16 @@ def sample_latents(
     shape: tuple[int, int, int],
     generators: Sequence[torch.Generator],
 ) -> Float[Tensor, "b c x y"]:
-    """Draw latents, one image for each generator.
+    """Draw the latents of one image for each generator.
 
     Args:
-        denoiser: Predicts in its own type; its mode is not changed.
-        sampler: A sampler of the model's family that nothing was drawn with yet.
+        denoiser: The denoiser; its mode is not changed.
+        sampler: A new sampler of the model's family.
         settings: Steps and guidance.
-        told: What :meth:`Denoiser.told` returned: a row for the prompt of all images or one for each of them, and a row
-            for the empty prompt at the end.
+        told: From :meth:`Denoiser.told`: one row for the prompt of all images or one for each of them, and a row for
+            the empty prompt at the end.
         shape: Channels, height and width of an image, in the space of the denoiser.
-        generators: One CPU generator for each image: an image does not depend on those drawn beside it.
+        generators: One CPU generator for each image, so that an image does not depend on the rest of its batch.
     """
     on_meta = denoiser.device.type == "meta"
     sampler.set_timesteps(settings.num_inference_steps, device="cpu" if on_meta else denoiser.device)
@@ -65,7 +65,7 @@ def sample_latents(
 
 
 def _without_and_with_prompt(told: Conditioning, count: int) -> Conditioning:
-    """Return rows for each image without its prompt, then rows with it."""
+    """Return a row for each image with the empty prompt, then a row for each with its prompt."""
 
     def rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}

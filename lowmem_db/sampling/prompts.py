@@ -1,4 +1,4 @@
-"""Prompts to draw: the paper's suites, prompt files, and the names of the subject in them."""
+"""Prompts to draw: the paper's suites, prompt files, and the identifier and class noun in them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +21,15 @@ def collect_prompts(
     """Return prompts given one by one, those of a file, and those of suites.
 
     Args:
-        prompts: Given one by one.
-        prompt_file: A file with one prompt in each line, or None.
+        prompts: Prompts given one by one.
+        prompt_file: A file with one prompt per line, or None.
         suites: Names of suites.
-        identifier: Rare token of the subject; None: as the run's prompts say.
-        class_noun: Class of the subject; None: as the run's prompts say.
+        identifier: Rare token of the subject, or None to read it from the run's prompts.
+        class_noun: Class of the subject, or None to read it from the run's prompts.
         run_config: Configuration of the run, or None.
 
     Raises:
-        DataError: There is no prompt at all, or a suite lacks the names of the subject.
+        DataError: There is no prompt, or a suite needs an identifier and a class noun that are not known.
     """
     collected = list(prompts) + (read_prompt_file(prompt_file) if prompt_file is not None else [])
     if suites:
@@ -37,11 +37,11 @@ def collect_prompts(
             names = subject_names(run_config.subject.instance_prompt, run_config.subject.class_prompt)
             identifier, class_noun = identifier or names[0], class_noun or names[1]
         if identifier is None or class_noun is None:
-            raise DataError("--suite: needs the names of the subject; say --identifier sks --class-noun dog")
+            raise DataError("--suite: needs the identifier and the class noun; add --identifier sks --class-noun dog")
         for suite in suites:
             collected += read_suite(suite, identifier=identifier, class_noun=class_noun)
     if not collected:
-        raise DataError('there is nothing to draw; say --prompt "a sks dog", --prompt-file FILE or --suite NAME')
+        raise DataError('there is nothing to draw; add --prompt "a sks dog", --prompt-file FILE or --suite NAME')
     return collected
 
 
@@ -55,31 +55,31 @@ def read_suite(name: str, *, identifier: str, class_noun: str) -> list[str]:
 
     Args:
         name: One of :func:`suite_names`.
-        identifier: The rare token, for instance ``sks``.
-        class_noun: The class, for instance ``dog``.
+        identifier: The rare token, such as ``sks``.
+        class_noun: The class, such as ``dog``.
 
     Raises:
         DataError: There is no such suite.
     """
     if name not in suite_names():
-        raise DataError(f"--suite: there is no suite {name!r}; allowed: {', '.join(suite_names())}")
+        raise DataError(f"--suite: {name!r} does not exist; allowed: {', '.join(suite_names())}")
     templates = read_prompt_file(SUITES_DIR / f"{name}.txt")
     return [template.format(identifier=identifier, class_noun=class_noun) for template in templates]
 
 
 def read_prompt_file(path: Path) -> list[str]:
-    """Return the lines of a prompt file; empty lines and lines that begin with ``#`` are left out.
+    """Return the lines of a prompt file, except empty lines and lines that begin with ``#``.
 
     Raises:
-        DataError: The file cannot be read or holds no prompt.
+        DataError: The file cannot be read or has no prompt.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text ({error}); allowed: UTF-8, one prompt in each line") from error
+        raise DataError(f"{path}: cannot be read as text ({error}); allowed: UTF-8, one prompt per line") from error
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise DataError(f"{path}: holds no prompt; allowed: one prompt in each line")
+        raise DataError(f"{path}: has no prompt; allowed: one prompt per line")
     return prompts
 
 
@@ -89,7 +89,7 @@ def subject_names(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
     ``a photo of sks dog`` and ``a photo of dog`` give ``sks`` and ``dog``.
 
     Raises:
-        DataError: The prompts do not differ by words put before a class noun.
+        DataError: The prompts do not differ only by words before a class noun.
     """
     instance, base = instance_prompt.split(), class_prompt.split()
     start = 0
@@ -102,6 +102,6 @@ def subject_names(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
     if start + end != len(base) or not identifier or not noun:
         raise DataError(
             f"the identifier cannot be read from {instance_prompt!r} and {class_prompt!r}; "
-            "say --identifier and --class-noun"
+            "set --identifier and --class-noun"
         )
     return " ".join(identifier), " ".join(noun)

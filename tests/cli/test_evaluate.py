@@ -64,7 +64,7 @@ def test_checkpoint_of_a_run_that_is_not_done_is_scored(run: Run, config_file: P
     assert half.out == whole.out
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000003")
     older = run("evaluate", tmp_path / "run", *QUICK, "--json", "-o", "half")
-    assert (older.code, "holds images drawn otherwise (checkpoint)" in older.err) == (2, True)
+    assert (older.code, "has images drawn with other settings (checkpoint)" in older.err) == (2, True)
     assert run("evaluate", tmp_path / "run", "--class-images", tmp_path / "run").code == 2
 
 
@@ -108,16 +108,16 @@ def test_questionnaire_is_written_and_tallied(run: Run, images: Path, tmp_path: 
     ("arguments", "part"),
     [
         (("nothing",), "RUN_OR_IMAGES: nothing does not exist"),
-        (("images",), "--real: is needed"),
-        (("images", "images"), "RUN_OR_IMAGES: 2 are given; allowed: one"),
+        (("images",), "--real: is required"),
+        (("images", "images"), "RUN_OR_IMAGES: 2 given; allowed: one"),
         (("images", "--real", "nothing"), "--real: nothing does not exist"),
         (("images", "--real", "empty"), "--real: empty holds no picture"),
         (("empty", "--real", "images"), "IMAGES: empty is empty"),
         (("images", "--real", "damaged"), "photo.png: cannot be decoded"),
         (("images", "--real", "images", "--encoder", "foo"), "--encoder: 'foo' is unknown"),
-        (("images", "--real", "images", "--encoder", "dino=empty"), "holds no config.json beside weights"),
+        (("images", "--real", "images", "--encoder", "dino=empty"), "does not have a config.json and weights"),
         (("images", "--real", "images", "--shard", "3/2"), "--shard: '3/2'"),
-        (("images", "--real", "images", "--shard", "1/2"), "--shard: cannot be used here, because images holds no run"),
+        (("images", "--real", "images", "--shard", "1/2"), "--shard: cannot be used here, because images is not a run"),
         (("images", "--real", "images", "--suite", "objects", "--sampler", "ddim"), "--suite, --sampler: cannot be"),
         (("images", "--real", "images", "--subjects", "0"), "--subjects: '0'"),
         (("images", "--real", "images", "--device", "cuda:9"), "device: 'cuda:9' is not there"),

@@ -94,15 +94,15 @@ def test_run_that_is_not_done_is_refused(run: Run, config_file: Path, tmp_path: 
     shutil.rmtree(RunFolder(tmp_path / "run").final_dir)
     refused = run("export", "run")
     assert refused.code == 2
-    assert "error: run: the run has no final model yet; end it with: lowmem-db train run/config.yaml" in refused.err
+    assert "error: run: the run has no final model yet; finish it with: lowmem-db train run/config.yaml" in refused.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("nowhere",), "model.base: 'nowhere' is neither a folder, a file nor a hub id"),
-        (("demo",), "which no single file holds; export --format diffusers"),
-        (("notes.safetensors",), "notes.safetensors: is no whole safetensors file"),
+        (("nowhere",), "model.base: 'nowhere' is not a folder, a file or a hub id"),
+        (("demo",), "a single file cannot hold AutoencoderTAEF2; export --format diffusers"),
+        (("notes.safetensors",), "notes.safetensors: is truncated or not a safetensors file"),
     ],
 )
 def test_what_cannot_be_exported_is_said_in_one_line(

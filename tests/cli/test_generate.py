@@ -31,7 +31,7 @@ def test_run_and_its_checkpoint_draw_the_same(run: Run, config_file: Path, tmp_p
     shutil.rmtree(folder.final_dir)
     half = run("generate", folder.root, *QUICK, "-o", tmp_path / "b")
     assert half.code == 0
-    assert "the run is not done: drawing from its checkpoint of step 2" in half.err
+    assert "the run is not finished: drawing from its checkpoint of step 2" in half.err
     assert pictures(tmp_path / "a") == pictures(tmp_path / "b")
     shutil.rmtree(folder.checkpoints_dir)
     nothing = run("generate", folder.root, *QUICK)
@@ -94,7 +94,7 @@ def test_suites_are_listed(run: Run) -> None:
     ("arguments", "part"),
     [
         ((), "there is nothing to draw"),
-        (("--suite", "objects"), "say --identifier sks --class-noun dog"),
+        (("--suite", "objects"), "add --identifier sks --class-noun dog"),
         (("--suite", "nothing"), "--suite: "),
         (("--prompt-file", "nothing.txt"), "nothing.txt: cannot be read"),
         (("--prompt", "x", "--resolution", 33), "--resolution: 33 is not a multiple of 2, the size of a latent pixel"),
@@ -118,4 +118,4 @@ def test_folder_that_cannot_be_made_is_refused_before_drawing(run: Run, tiny_mod
 def test_nothing_by_that_name_is_refused(run: Run, tmp_path: Path) -> None:
     outcome = run("generate", tmp_path / "nothing", *QUICK)
     assert outcome.code == 2
-    assert "neither a folder, a file nor a hub id" in outcome.err
+    assert "not a folder, a file or a hub id" in outcome.err

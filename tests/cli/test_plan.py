@@ -62,11 +62,11 @@ def test_budget_that_is_too_small_is_exit_code_3(run: Run, config_file: Path) ->
     ("arguments", "part"),
     [
         (("--gpu", "rtx 3600"), "--gpu: 'rtx 3600' is not known; did you mean RTX 3"),
-        (("--budget", "lots"), "--budget: 'lots' is no size; allowed: for instance 8GiB"),
+        (("--budget", "lots"), "--budget: 'lots' is not a size; allowed: 8GiB"),
         (("--gpu", "T4", "--verify"), "--gpu: 'T4' cannot be verified here"),
         (
             ("model.base=nowhere/at-all",),
-            "model.base: 'nowhere/at-all' is neither a folder nor a file, is not downloaded",
+            "model.base: 'nowhere/at-all' is not a folder or a file, has not been downloaded",
         ),
     ],
 )

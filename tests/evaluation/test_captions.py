@@ -155,7 +155,7 @@ def test_report_has_the_accuracy_of_the_classifier_beside_its_figures(tmp_path: 
     assert report["metrics"]["caption_background"]["classifier_accuracy_on_named"] == of_labels["background"]["snow"]
     assert report["metrics"]["caption_colour"]["classifier_accuracy_on_named"] is None
     own = f"{read_accuracy()['noun']:.3f}, and {dogs:.3f} on what these prompts name"
-    assert f"caption_noun: on drawings in an unseen style the classifier itself has {own}" in said
+    assert f"caption_noun: on drawings in an unseen style the classifier itself reaches {own}" in said
     assert "caption_colour: no prompt that the classifier can read names a colour" in said
 
 

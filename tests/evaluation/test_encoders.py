@@ -99,11 +99,11 @@ def test_unknown_and_repeated_encoders_are_refused(requests: list[str], part: st
 
 
 def test_folders_that_are_no_encoders_are_refused(dino_folder: Path, clip_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"holds no config\.json beside weights"):
+    with pytest.raises(ModelError, match=r"does not have a config\.json and weights"):
         find_encoders([f"dino={tmp_path}"])
-    with pytest.raises(ModelError, match="is of type 'vit'; allowed for clip: 'clip'"):
+    with pytest.raises(ModelError, match="has the type 'vit'; allowed for clip: 'clip'"):
         find_encoders([f"clip={dino_folder}"])
-    with pytest.raises(ModelError, match="is no file; allowed: en0, or the weights file"):
+    with pytest.raises(ModelError, match="is not a file; allowed: en0, or the weights file"):
         find_encoders([f"en0={tmp_path}"])
     with pytest.raises(ModelError, match="holds 0 weights files; allowed: one"):
         find_encoders([f"lpips={tmp_path}"])
@@ -126,7 +126,7 @@ def test_network_that_is_not_there_is_answered_with_the_way_out(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match=r"'facebook/dino-vits16' is no folder here and .* use --encoder en0"):
+    with pytest.raises(ModelError, match=r"'facebook/dino-vits16' is not a folder and .* use --encoder en0"):
         find_encoders(["dino"])
 
 

@@ -94,7 +94,7 @@ def test_subjects_without_images_are_left_out_and_named(
 ) -> None:
     shutil.rmtree(many[0] / "cat")
     assert [subject.name for subject in find_subjects(*many, None, EVERYTHING)] == ["dog", "robot"]
-    assert "no images of cat: left out" in capsys.readouterr().err
+    assert "skipped, because there are no images: cat" in capsys.readouterr().err
     with pytest.raises(DataError, match="--subjects: cat: not there; allowed: dog, robot"):
         find_subjects(*many, None, Limits(subjects=("cat",)))
 
@@ -116,7 +116,7 @@ def test_subjects_that_are_neither_number_nor_names_are_refused(text: str) -> No
 
 
 def test_photos_are_needed(images_dir: Path) -> None:
-    with pytest.raises(DataError, match="--real: is needed"):
+    with pytest.raises(DataError, match="--real: is required"):
         find_subjects(images_dir, None, None, EVERYTHING)
 
 
@@ -131,14 +131,14 @@ def test_missing_and_empty_folders_are_named(images_dir: Path, photos: Path, tmp
         find_subjects(empty, photos, None, EVERYTHING)
     with pytest.raises(DataError, match=r"--real: .*empty holds no picture"):
         find_subjects(images_dir, empty, None, EVERYTHING)
-    with pytest.raises(DataError, match="has no folder of the name of a subject in"):
+    with pytest.raises(DataError, match="has no folder named like a subject in"):
         find_subjects(images_dir, write_pictures(tmp_path / "real" / "dog", "a.png").parent, None, EVERYTHING)
     with pytest.raises(DataError, match=r"IMAGES: .*a\.png is a file; allowed: a folder"):
         find_subjects(photos / "a.png", photos, None, EVERYTHING)
 
 
 def test_overview_alone_is_no_picture(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds an overview and no single picture"):
+    with pytest.raises(DataError, match="has only an overview and no single pictures"):
         find_subjects(write_pictures(tmp_path / "images", "grid.png"), photos, None, EVERYTHING)
 
 

@@ -171,10 +171,10 @@ def test_prompts_can_be_chosen(run_folder: Path, tmp_path: Path) -> None:
 
 def test_folder_of_images_drawn_otherwise_is_refused(run: Run, tmp_path: Path) -> None:
     draw_runs([run], tmp_path, QUICK, ALL)
-    with pytest.raises(DataError, match=r"rex holds images drawn otherwise \(num_inference_steps, seed\)"):
+    with pytest.raises(DataError, match=r"rex has images drawn with other settings \(num_inference_steps, seed\)"):
         draw_runs([run], tmp_path, replace(QUICK, seed=1, num_inference_steps=2), ALL)
     (tmp_path / "rex" / "manifest.json").unlink()
-    with pytest.raises(DataError, match="holds images that this command did not draw"):
+    with pytest.raises(DataError, match="has images that this command did not draw"):
         draw_runs([run], tmp_path, QUICK, ALL)
 
 

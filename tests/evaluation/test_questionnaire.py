@@ -119,7 +119,7 @@ def test_images_without_prompts_have_no_question_about_prompts(tmp_path: Path) -
 
 def test_methods_that_share_nothing_are_refused(tmp_path: Path) -> None:
     one, other = method(tmp_path / "a", 0, ["a dog"]), method(tmp_path / "b", 1, ["a cat"])
-    with pytest.raises(DataError, match="--pairs: the two folders share no subject and prompt"):
+    with pytest.raises(DataError, match="--pairs: the folders have no subject and prompt in common"):
         find_pairs(one, other, num_pairs=1, seed=0)
 
 
@@ -172,16 +172,16 @@ def test_files_that_do_not_belong_together_are_refused(page: Path, tmp_path: Pat
     again.write_text(
         one.read_text().replace('"rater": "a"', '"rater": "b"').replace('"questionnaire": "', '"questionnaire": "0')
     )
-    with pytest.raises(DataError, match=r"again\.json answers another page than .*a\.json"):
+    with pytest.raises(DataError, match=r"again\.json is for a different page than .*a\.json"):
         tally([one, again])
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"answers": {"subject-000": "up"}}'])
 def test_files_that_hold_no_answers_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(DataError, match=r"a\.json: is no file of answers"):
+    with pytest.raises(DataError, match=r"a\.json: is not an answer file"):
         tally([tmp_path / "a.json"])
     with pytest.raises(DataError, match=r"nothing\.json: cannot be read"):
         tally([tmp_path / "nothing.json"])
-    with pytest.raises(DataError, match="needs files of answers"):
+    with pytest.raises(DataError, match="needs answer files"):
         tally([])

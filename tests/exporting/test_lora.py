@@ -164,9 +164,10 @@ def test_model_that_has_not_changed_gives_no_lora(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"layout": "single-file"}, r"--format: single-file is for whole models.*add --merge"),
-        ({"merge": True, "layout": "lora-kohya"}, r"--merge: makes a whole model"),
-        ({"extract_rank": 4}, r"--extract-lora: makes a LoRA from a full"),
+        ({"layout": "single-file"}, r"--format: single-file is for complete models.*add --merge"),
+        ({"merge": True, "layout": "lora-kohya"}, r"--merge: makes a complete model"),
+        ({"extract_rank": 4}, r"--extract-lora: needs a full fine-tuning, but"),
+        ({"extract_rank": 4, "merge": True}, r"--extract-lora: cannot be combined with --merge"),
     ],
 )
 def test_request_that_is_not_for_a_lora_says_the_way_out(
@@ -182,7 +183,7 @@ def test_requests_for_a_lora_do_not_serve_a_whole_model(tiny_model: Path, tmp_pa
     for fields in ({"layout": "lora-kohya"}, {"merge": True}):
         with pytest.raises(
             ModelError,
-            match=r"is no LoRA, which --(merge|format lora-kohya) is for.*--extract-lora RANK",
+            match=r"is not a LoRA, which --(merge|format lora-kohya) needs.*--extract-lora RANK",
         ):
             export_model(Request(source=str(tiny_model), out=tmp_path / "out", **fields))
 

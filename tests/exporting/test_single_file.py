@@ -134,7 +134,7 @@ def test_weights_in_numbered_parts_are_joined(models: dict[str, Path], tmp_path:
 
 def test_nothing_is_overwritten(models: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "there.safetensors").write_text("mine")
-    with pytest.raises(ModelError, match=r"--out: .*there\.safetensors exists and is not overwritten"):
+    with pytest.raises(ModelError, match=r"--out: .*there\.safetensors exists and will not be overwritten"):
         export(models["sd1"], tmp_path / "there.safetensors")
     assert (tmp_path / "there.safetensors").read_text() == "mine"
 
@@ -145,7 +145,7 @@ def test_weight_beyond_half_precision_is_refused(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["conv_in.bias"][0] = 1e6
     save_file(tensors, file)
-    with pytest.raises(ModelError, match=r"--precision: model\.diffusion_model\.input_blocks\.0\.0\.bias holds values"):
+    with pytest.raises(ModelError, match=r"--precision: model\.diffusion_model\.input_blocks\.0\.0\.bias has values"):
         export(model, tmp_path / "one.safetensors", torch.float16)
     assert not (tmp_path / "one.safetensors").exists()
     export(model, tmp_path / "one.safetensors", torch.bfloat16)
@@ -157,7 +157,7 @@ def test_model_whose_tokenizer_is_not_clips_is_refused(tiny_model: Path, tmp_pat
 
 
 def test_demo_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is AutoencoderTAEF2, which no single file holds; export --format"):
+    with pytest.raises(ModelError, match="a single file cannot hold AutoencoderTAEF2; export --format"):
         export_single_file(find_export_source("demo"), tmp_path / "one.safetensors")
 
 
@@ -168,7 +168,7 @@ def test_folder_whose_weights_are_not_those_of_its_configuration_is_refused(dama
     tensors = load_file(file)
     bias = tensors.pop("conv_in.bias")
     save_file(tensors if damage == "missing" else tensors | {"conv_in.bias": bias[:-1]}, file)
-    with pytest.raises(ModelError, match=r"unet: conv_in\.bias is (missing|\[7\]), its config\.json asks for \[8\]"):
+    with pytest.raises(ModelError, match=r"unet: conv_in\.bias is (missing|\[7\]), but config\.json needs \[8\]"):
         export(model, tmp_path / "one.safetensors")
 
 

@@ -238,7 +238,7 @@ def test_final_model_is_planned_drawn_from_evaluated_and_exported(
     assert run("export", tmp_path / "run", "--format", "diffusers", "--out", out).code == 0
     assert find_model(str(out)).family.name == "toy flow"
     refused = run("export", tmp_path / "run", "--out", tmp_path / "one.safetensors")
-    assert (refused.code, "there are no single files of toy flow" in refused.err) == (2, True)
+    assert (refused.code, "toy flow has no single-file format" in refused.err) == (2, True)
 
 
 def test_noise_target_and_sampler_belong_together(

@@ -140,5 +140,5 @@ def test_every_sampler_starts_at_the_last_timestep(tmp_path: Path, sampler: str)
 
 def test_epsilon_is_refused_where_the_model_says_it(tiny_fields: dict[str, object], tiny_model: Path) -> None:
     config = config_of(tiny_fields, zero_terminal_snr=True)
-    with pytest.raises(ConfigError, match=r"objective\.prediction_type: this model's scheduler says epsilon"):
+    with pytest.raises(ConfigError, match=r"objective\.prediction_type: this model predicts epsilon"):
         build_step(resolve(config), find_model(str(tiny_model)), CPU)

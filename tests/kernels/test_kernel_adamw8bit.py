@@ -216,9 +216,9 @@ def test_scales_are_tensors(scales):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"param": torch.zeros(8, dtype=torch.float16)}, "float16 weights cannot be stepped"),
-        ({"param": torch.zeros(8, dtype=torch.bfloat16)}, "round small updates away"),
-        ({"rounding_seed": 1}, "belong to bf16 weights"),
+        ({"param": torch.zeros(8, dtype=torch.float16)}, "float16 weights are not supported"),
+        ({"param": torch.zeros(8, dtype=torch.bfloat16)}, "lose small updates by rounding"),
+        ({"rounding_seed": 1}, "are for bf16 weights"),
         ({"param": torch.zeros(4, 4)[:, :2]}, "is not dense"),
         ({"grad": torch.zeros(4, 2)}, "grad differs"),
     ],
@@ -259,7 +259,7 @@ def test_an_empty_parameter_is_stepped(shape):
         ({"state2": torch.zeros(5000)}, "needs 5000 dense elements of torch.uint8"),
         ({"absmax1": torch.zeros(19)}, "absmax1 is torch.float32 with 19 elements .* needs 20"),
         ({"absmax2": torch.zeros(40)[::2]}, r"absmax2 .* strides \(2,\)"),
-        ({"absmax2": None}, "absmax1 and absmax2 of a state are both given, or neither"),
+        ({"absmax2": None}, "a state must have both absmax1 and absmax2, or neither"),
     ],
 )
 def test_a_state_of_another_parameter_is_refused(change, match):

@@ -72,7 +72,7 @@ def test_what_cannot_serve_falls_back_or_fails_by_name(card, monkeypatch, change
     assert choice.backend == "eager"
     assert re.search(reason, choice.reason)
     monkeypatch.setenv("LOWMEM_DB_KERNELS", "triton")
-    with pytest.raises(KernelUnavailableError, match=f"noise cannot be served so: .*{reason}"):
+    with pytest.raises(KernelUnavailableError, match=f"this is not possible for noise: .*{reason}"):
         dispatch.choose("noise", CUDA)
 
 
@@ -94,7 +94,7 @@ def test_a_native_form_serves_the_cpu_alone(card, monkeypatch):
     assert dispatch.choose("noise", CPU).backend == "native"
     assert dispatch.choose("noise", CUDA).backend == "triton"
     monkeypatch.setenv("LOWMEM_DB_KERNELS", "native")
-    with pytest.raises(KernelUnavailableError, match="native form serves the CPU and the tensor is on cuda:0"):
+    with pytest.raises(KernelUnavailableError, match="native form needs a CPU tensor, but this one is on cuda:0"):
         dispatch.choose("noise", CUDA)
 
 
@@ -124,7 +124,7 @@ def test_explicit_request_that_cannot_be_met_is_an_error(mode, monkeypatch):
 def test_unknown_mode_names_the_allowed_ones(monkeypatch):
     monkeypatch.setenv("LOWMEM_DB_KERNELS", "fast")
     with pytest.raises(
-        KernelUnavailableError, match="LOWMEM_DB_KERNELS=fast is not one of auto, triton, native, eager, interpret"
+        KernelUnavailableError, match="LOWMEM_DB_KERNELS=fast; allowed: auto, triton, native, eager, interpret"
     ):
         dispatch.choose("noise", CPU)
 

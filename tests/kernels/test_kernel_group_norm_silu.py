@@ -35,7 +35,7 @@ def test_only_input_and_statistics_are_saved(arguments):
     assert any(tensor.data_ptr() == x.data_ptr() for tensor in saved)
 
 
-@pytest.mark.parametrize(("num_groups", "size", "match"), [(4, 6, "cannot be cut"), (3, 5, "do not fit")])
+@pytest.mark.parametrize(("num_groups", "size", "match"), [(4, 6, "cannot be divided"), (3, 5, "do not fit")])
 def test_wrong_arguments_are_named(arguments, num_groups, size, match):
     with pytest.raises(ValueError, match=match):
         group_norm_silu(arguments[0].float(), num_groups, torch.ones(size), torch.ones(size))

@@ -86,4 +86,4 @@ def test_the_package_works_without_a_compiler_and_says_so(tmp_path):
 def test_an_explicit_request_without_a_compiler_is_an_error(tmp_path):
     run = run_without_compiler("native", tmp_path)
     assert run.returncode == 1
-    assert "LOWMEM_DB_KERNELS=native, but adamw8bit_step cannot be served so: no C++ compiler found" in run.stderr
+    assert "LOWMEM_DB_KERNELS=native, but this is not possible for adamw8bit_step: no C++ compiler found" in run.stderr

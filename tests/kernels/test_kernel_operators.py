@@ -1,4 +1,4 @@
-"""The way around the dispatcher is taken where nobody watches, and ends with the same bits."""
+"""The dispatcher is bypassed only when nothing observes operators, and the result has the same bits."""
 
 import pytest
 import torch

@@ -224,14 +224,14 @@ def test_undo_restores_the_modules(placement: str, offload: bool) -> None:
 def test_applying_twice_is_refused(first: str, second: str) -> None:
     modules = build("sdxl_like")
     checkpointing.apply(find_blocks(modules), first)
-    with pytest.raises(ValueError, match="checkpointing is applied already to unet, text_encoder; undo it first"):
+    with pytest.raises(ValueError, match="checkpointing has already been applied to unet, text_encoder; undo it first"):
         checkpointing.apply(find_blocks(modules), second)
 
 
 def test_applying_to_another_block_later_is_refused() -> None:
     modules = build("tiny")
     undo = checkpointing.apply(find_blocks(modules), {"unet.up_blocks.1": "segments"})
-    with pytest.raises(ValueError, match="is applied already"):
+    with pytest.raises(ValueError, match="has already been applied"):
         checkpointing.apply(find_blocks(modules), {"unet.mid_block": "layers"})
     undo()
     checkpointing.apply(find_blocks(modules), {"unet.mid_block": "layers"})
@@ -261,13 +261,13 @@ def test_fused_layers_go_with_it() -> None:
 
 
 def test_an_unknown_block_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'unet.middle' is no block; the blocks are unet.down_blocks.0, .*encoder"):
+    with pytest.raises(ValueError, match=r"'unet.middle' is not a block; allowed: unet.down_blocks.0, .*encoder"):
         checkpointing.apply(find_blocks(build("tiny")), {"unet.middle": "layers"})
 
 
 @pytest.mark.parametrize("placement", ["all", {"unet.mid_block": "all"}], ids=["one", "per block"])
 def test_an_unknown_placement_is_refused(placement: str | dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="'all' is no placement; choose none, layers, segments, nested"):
+    with pytest.raises(ValueError, match="'all' is not a placement; allowed: none, layers, segments, nested"):
         checkpointing.apply(find_blocks(build("tiny")), placement)
 
 

@@ -147,7 +147,7 @@ def test_less_is_saved_for_backward(unet):
 
 def test_twice_is_refused(unet):
     fused_layers.apply(unet)
-    with pytest.raises(ValueError, match="fused already"):
+    with pytest.raises(ValueError, match="already fused"):
         fused_layers.apply(unet)
 
 

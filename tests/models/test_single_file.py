@@ -108,7 +108,7 @@ def test_configuration_beside_the_file_tells_what_is_predicted(
     (tmp_path / "m.yaml").write_text(text)
     model = recognise(file)
     assert model.config_of("scheduler")["prediction_type"] == prediction_type
-    assert f"predicts {prediction_type}, as m.yaml beside it says" in model.remark
+    assert f"predicts {prediction_type}, as m.yaml next to it says" in model.remark
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_configuration_beside_the_file_that_cannot_be_used_is_refused(
 @pytest.mark.parametrize(("name", "prediction_type"), [("sd15", "epsilon"), ("sd21", "v_prediction")])
 def test_a_guess_is_said_with_the_way_to_correct_it(name: str, prediction_type: str, tmp_path: Path) -> None:
     remark = recognise(write_sparse(tmp_path / "m.safetensors", whole(name))).remark
-    assert f"predicts {prediction_type}, as most models of that family, for the file does not say" in remark
-    assert "write m.yaml beside it with the line parameterization: v (or eps)" in remark
+    assert f"predicts {prediction_type}, like most models of its family, as the file does not say" in remark
+    assert "write a file m.yaml next to it with the line parameterization: v (or eps)" in remark
 
 
 def test_tensors_of_derivatives_tell_v_prediction_and_zero_terminal_snr(sd15: Shapes, tmp_path: Path) -> None:
@@ -145,16 +145,16 @@ def test_tensors_of_derivatives_tell_v_prediction_and_zero_terminal_snr(sd15: Sh
     [
         (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "is a LoRA"),
         (["unet.down_blocks.0.attentions.0.to_q.lora_A.weight"], "is a LoRA"),
-        (["first_stage_model.encoder.conv_in.weight"], "is an autoencoder alone"),
-        (["decoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"], "is an autoencoder alone"),
+        (["first_stage_model.encoder.conv_in.weight"], "is only an autoencoder"),
+        (["decoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"], "is only an autoencoder"),
         (["control_model.input_blocks.0.0.weight"], "is a ControlNet"),
-        (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], "is a UNet in diffusers' layout alone"),
-        (["cond_stage_model.transformer.text_model.final_layer_norm.weight"], "is a text encoder alone"),
+        (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], "is only a UNet, in diffusers' layout"),
+        (["cond_stage_model.transformer.text_model.final_layer_norm.weight"], "is only a text encoder"),
         (["model.diffusion_model.double_blocks.0.img_attn.proj.weight"], "is a Flux model"),
         (["model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"], "is a Stable Diffusion 3 model"),
-        (["emb_params"], "is an embedding of textual inversion"),
-        (["a", "b", "c", "d"], "is no model known here: 4 tensors, such as a, b, c"),
-        ([], "is no model known here: 0 tensors, such as none"),
+        (["emb_params"], "is a Textual Inversion embedding"),
+        (["a", "b", "c", "d"], "is not a known model: it has 4 tensors, such as a, b, c"),
+        ([], "is not a known model: it has 0 tensors, such as none"),
     ],
 )
 def test_other_files_are_refused_with_what_they_are(tensors: list[str], found: str, tmp_path: Path) -> None:
@@ -162,13 +162,13 @@ def test_other_files_are_refused_with_what_they_are(tensors: list[str], found: s
     save_file({name: torch.zeros(2) for name in tensors}, file)
     message = refusal(file)
     assert message.startswith(f"model.base: {file} {found}")
-    assert "allowed: a whole model of Stable Diffusion 1.x, 2.x or XL" in message
+    assert "allowed: a complete Stable Diffusion 1.x, 2.x or XL model" in message
 
 
-@pytest.mark.parametrize(("channels", "kind"), [(9, "an inpainting model"), (8, "a model that edits pictures")])
+@pytest.mark.parametrize(("channels", "kind"), [(9, "an inpainting model"), (8, "an image-editing model")])
 def test_unet_for_other_channels_is_refused(channels: int, kind: str, sd15: Shapes, tmp_path: Path) -> None:
     file = write_sparse(tmp_path / "m.safetensors", sd15 | {CONV_IN: (320, channels, 3, 3)})
-    assert f"is {kind}: its UNet takes {channels} channels instead of 4" in refusal(file)
+    assert f"is {kind}: its UNet has {channels} input channels instead of 4" in refusal(file)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_missing_tensors_are_counted(sd15: Shapes, tmp_path: Path) -> None:
 def test_other_shapes_are_refused(sd15: Shapes, tmp_path: Path) -> None:
     name = f"{UNET}middle_block.0.in_layers.2.weight"
     message = refusal(write_sparse(tmp_path / "m.safetensors", sd15 | {name: (640, 1280, 3, 3)}))
-    assert f"is no Stable Diffusion 1.x: {name} is [640, 1280, 3, 3], not [1280, 1280, 3, 3]" in message
+    assert f"is not a Stable Diffusion 1.x model: {name} is [640, 1280, 3, 3], not [1280, 1280, 3, 3]" in message
 
 
 def test_refiner_is_refused(sd15: Shapes, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_truncated_file_is_refused(sd15: Shapes, tmp_path: Path) -> None:
     file = write_sparse(tmp_path / "m.safetensors", sd15)
     with file.open("r+b") as stream:
         stream.truncate(1 << 20)
-    assert "m.safetensors: is no whole safetensors file" in refusal(file)
+    assert "m.safetensors: is truncated or not a safetensors file" in refusal(file)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_second_time_nothing_is_written(
 ) -> None:
     file = export(write_original_model(tmp_path / "source", "sd1"), tmp_path / "one.safetensors")
     first = folder_of_file(file)
-    assert "written once as a folder in diffusers' layout" in capsys.readouterr().err
+    assert "writing it once as a folder in diffusers' layout" in capsys.readouterr().err
     monkeypatch.setattr(single_file_folder, "write_folder", None)
     assert folder_of_file(file) == first
 

@@ -40,7 +40,7 @@ def test_names_with_braces_are_kept() -> None:
 
 
 def test_unknown_suite_lists_the_known_ones() -> None:
-    with pytest.raises(DataError, match="there is no suite 'object'; allowed: accessories, art_renditions"):
+    with pytest.raises(DataError, match="'object' does not exist; allowed: accessories, art_renditions"):
         read_suite("object", identifier="sks", class_noun="dog")
 
 
@@ -77,7 +77,7 @@ def test_names_of_the_subject_are_read_from_its_prompts(instance: str, base: str
     ],
 )
 def test_prompts_that_do_not_say_the_names_are_refused(instance: str, base: str) -> None:
-    with pytest.raises(DataError, match="say --identifier and --class-noun"):
+    with pytest.raises(DataError, match="set --identifier and --class-noun"):
         subject_names(instance, base)
 
 

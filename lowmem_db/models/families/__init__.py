@@ -1,4 +1,4 @@
-"""The families of models that can be trained, and how one more is added."""
+"""The families of models that can be trained, and how to add one."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from lowmem_db.models.files import ModelFiles
 __all__ = ["FAMILIES", "Component", "Family", "families_of", "find_family", "find_lora_prefixes", "register"]
 
 FAMILIES: list[Family] = [SD_1, SD_2, SD_XL, SD_OF_ANY_WIDTH, SD_XL_OF_ANY_WIDTH]
-"""All families; the first that recognises a model is its family."""
+"""All families; a model belongs to the first one that recognises it."""
 
 
 @contextmanager
 def register(family: Family) -> Iterator[Family]:
-    """Return a context in which a family is known, before all others."""
+    """Return a context in which a family is registered, ahead of all others."""
     FAMILIES.insert(0, family)
     try:
         yield family
@@ -26,10 +26,10 @@ def register(family: Family) -> Iterator[Family]:
 
 
 def families_of(files: ModelFiles) -> list[Family]:
-    """Return the families that a model can be of, by the class of its pipeline where it says one.
+    """Return the families that a model can belong to, by the class of its pipeline if it names one.
 
     Raises:
-        ModelError: There is none.
+        ModelError: There is no such family.
     """
     if not (files.path / "model_index.json").is_file():
         return FAMILIES
@@ -45,19 +45,20 @@ def find_family(files: ModelFiles) -> Family:
     """Return the family of a model in diffusers' layout; its configurations are enough.
 
     Raises:
-        ModelError: There is none.
+        ModelError: There is no such family.
     """
     found = next((family for family in families_of(files) if family.recognises(files)), None)
     if found is None:
-        raise ModelError(f"{files.path}: is of no family known here: {', '.join(each.name for each in FAMILIES)}")
+        allowed = ", ".join(family.name for family in FAMILIES)
+        raise ModelError(f"{files.path}: its family is not supported; allowed: {allowed}")
     return found
 
 
 def find_lora_prefixes(components: Iterable[str]) -> Mapping[str, str]:
-    """Return what kohya's scripts call adapters of some components.
+    """Return the prefixes that kohya's scripts use for the adapters of some components.
 
     Raises:
-        ModelError: They have no names for them.
+        ModelError: They have none for one of them.
     """
     names = set(components)
     for family in FAMILIES:

@@ -1,6 +1,6 @@
-"""What a family of models answers: everything that this program asks about one, and nothing else knows.
+"""The interface of a family of models: everything that differs from family to family.
 
-A family is added by a subclass of :class:`Family`, see docs/adding_a_family.md.
+To add one, write a subclass of :class:`Family`, see docs/adding_a_family.md.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,17 +24,17 @@ from lowmem_db.records import Conditioning
 Role = Literal["denoiser", "text_encoder", "tokenizer", "autoencoder", "scheduler"]
 Load = Callable[[ModelFiles, str, torch.device, torch.dtype], Any]
 Tensors = Mapping[str, Tensor]
-"""Named tensors, each with a row for each sample."""
+"""Named tensors with one row per sample."""
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What diffusers' schedulers have in common."""
+    """The common interface of diffusers' schedulers."""
 
     timesteps: Tensor
 
     def set_timesteps(self, num_inference_steps: int, *, device: Any) -> None:
-        """Choose the timesteps."""
+        """Set the timesteps."""
         ...
 
     def step(self, prediction: Tensor, timestep: Any, latents: Tensor, /, **options: Any) -> Any:
@@ -49,8 +49,8 @@ class Component:
     Attributes:
         name: Its name.
         role: What it is for.
-        load: Loads it, given the model's files, its name, a device and a type; on the meta device from its
-            configuration alone. None: it has a configuration only.
+        load: Loads it, given the model's files, its name, a device and a type; on the meta device its
+            configuration is enough. Default: nothing to load but a configuration.
     """
 
     name: str
@@ -64,15 +64,15 @@ class Component:
 
 
 class Family:
-    """A kind of model that can be trained.
+    """A family of models that can be trained.
 
     Attributes:
-        name: As it is shown.
-        components: Its components; keys of caches depend on their order.
-        pipelines: Classes of pipelines in ``model_index.json`` that hold such a model.
-        hub_ids: Models on the hub whose configurations are in this package, each with their folder.
-        lora_prefixes: What kohya's scripts call adapters of each component; empty: they know no such model.
-        kohya_version: What kohya's scripts call such a model; None: they do not.
+        name: Name for users.
+        components: Its components; cache keys depend on their order.
+        pipelines: Pipeline classes in ``model_index.json`` that such a model may have.
+        hub_ids: Models on the hub whose configurations are in this package, with their folders.
+        lora_prefixes: Prefixes of each component's adapters in kohya's scripts; empty if they do not support it.
+        kohya_version: Name of the base model in kohya's scripts, or None if they do not support it.
         layout: Layout of its published single files, or None.
     """
 
@@ -85,35 +85,35 @@ class Family:
     layout: Layout | None = None
 
     def recognises(self, files: ModelFiles) -> bool:
-        """Say whether a folder that holds one of :attr:`pipelines` holds a model of this family."""
+        """Return whether a folder with one of :attr:`pipelines` is a model of this family."""
         raise NotImplementedError
 
     def recognises_file(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Say whether a single file whose tensors have some names and shapes holds a model of this family."""
+        """Return whether a single file whose tensors have these names and shapes is a model of this family."""
         del shapes
         return False
 
     def recognises_lora(self, state: Tensors) -> bool:
-        """Say whether adapters are those of a model of this family."""
+        """Return whether adapters belong to a model of this family."""
         del state
         return False
 
     def names_of(self, *roles: Role) -> tuple[str, ...]:
-        """Return the names of the components that have some role, in their order."""
+        """Return the names of the components with some role, in order."""
         return tuple(component.name for component in self.components if component.role in roles)
 
     def component(self, name: str) -> Component:
-        """Return a component by its name."""
+        """Return a component by name."""
         return next(component for component in self.components if component.name == name)
 
     @property
     def denoiser(self) -> str:
-        """Name of the component that predicts."""
+        """Component name of the denoiser."""
         return self.names_of("denoiser")[0]
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
-        """Names of the components that read prompts."""
+        """Component names of the text encoders."""
         return self.names_of("text_encoder")
 
     @property
@@ -121,23 +121,23 @@ class Family:
         """Names of the components that have weights."""
         return tuple(component.name for component in self.components if component.has_weights)
 
-    # What it is told.
+    # Conditioning.
 
     def tokenize(self, files: ModelFiles, prompts: Sequence[str]) -> Tensors:
-        """Return what tokenizers make of prompts: ids, and masks where the model looks at them."""
+        """Tokenize prompts: token ids, and attention masks if the model uses them."""
         raise NotImplementedError
 
     def encode(self, text_encoders: Mapping[str, nn.Module], tokens: Tensors) -> Tensors:
-        """Return what text encoders make of tokens."""
+        """Return the embeddings of tokens."""
         raise NotImplementedError
 
     def zeroes_empty_prompt(self, files: ModelFiles) -> bool:
-        """Say whether the embeddings of the empty prompt are zeros."""
+        """Return whether the empty prompt is embedded as zeros."""
         del files
         return False
 
     def describe_pictures(self, facts: Float[Tensor, "b 6"]) -> Tensors:
-        """Return what the denoiser is told about pictures.
+        """Return the denoiser's conditioning on the sizes and crops of pictures.
 
         Args:
             facts: Original height and width, top and left of the crop, height and width of the crop, in pixels.
@@ -146,39 +146,37 @@ class Family:
         return {}
 
     def blank_tokens(self, files: ModelFiles, count: int) -> Tensors:
-        """Return tokens of any prompts on the host, known from configurations alone."""
+        """Return dummy tokens for ``count`` prompts, on the CPU; only configurations are read."""
         raise NotImplementedError
 
     def blank_embeds(self, files: ModelFiles, count: int, device: torch.device, dtype: torch.dtype) -> Tensors:
-        """Return embeddings of the shapes that :meth:`encode` returns, known from configurations alone."""
+        """Return dummy embeddings with the shapes that :meth:`encode` returns; only configurations are read."""
         raise NotImplementedError
 
-    # Where it works, and what it predicts there.
+    # Picture space, prediction and noise process.
 
     def space(self, files: ModelFiles) -> Space:
-        """Return the space of its pictures: latents or pixels."""
+        """Return the space it works in: latents or pixels."""
         raise NotImplementedError
 
     def resolution(self, files: ModelFiles) -> int:
-        """Return the pixels of a side that it draws best."""
+        """Return the side length, in pixels, that it was trained for."""
         return self.space(files).cell * files.config_of(self.denoiser)["sample_size"]
 
     def size_step(self, files: ModelFiles) -> int:
-        """Return the pixels that heights and widths of pictures have to be multiples of."""
+        """Return the number of pixels that heights and widths must be multiples of."""
         return self.space(files).cell
 
     def predict(
         self, denoiser: nn.Module, noisy: Float[Tensor, "b c h w"], timesteps: Tensor, conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:
-        """Return what the denoiser predicts.
-
-        Where it predicts a variance too, that is left out.
+        """Return the denoiser's prediction, without a predicted variance.
 
         Args:
             denoiser: The denoiser.
             noisy: Noisy pictures or latents, in the type of its weights.
             timesteps: One for each sample, or one for all.
-            conditioning: Has embeddings on the device in the type of the weights, and what is told about the pictures.
+            conditioning: With embeddings, on the denoiser's device and in the type of its weights.
         """
         raise NotImplementedError
 
@@ -187,52 +185,52 @@ class Family:
 
         Args:
             files: The model.
-            objective: What a run changes about it.
+            objective: The run's changes to it.
 
         Raises:
-            ConfigError: There is no such process for the model.
+            ConfigError: The model cannot be trained with these changes.
         """
         raise NotImplementedError
 
     def sampler(self, files: ModelFiles, name: SamplerName, objective: ObjectiveConfig | None = None) -> Sampler:
-        """Return a new sampler for the noise process of the model.
+        """Return a new sampler for the model's noise process.
 
         Args:
             files: The model.
-            name: ``ddpm`` (ancestral, arXiv:2006.11239), ``ddim`` (arXiv:2010.02502; on the straight lines of a flow
-                that is Euler's method), ``dpm_solver`` (arXiv:2211.01095).
-            objective: What a run has changed about the process; None: nothing.
+            name: ``ddpm`` (ancestral, arXiv:2006.11239), ``ddim`` (arXiv:2010.02502; Euler's method for the straight
+                lines of a flow), ``dpm_solver`` (arXiv:2211.01095).
+            objective: The run's changes to the process. Default: none.
 
         Raises:
-            ConfigError: There is no such sampler for the family.
+            ConfigError: The family does not support the sampler.
         """
         raise NotImplementedError
 
-    # How it saves memory.
+    # Activation checkpointing.
 
     def blocks(self, modules: Mapping[str, nn.Module]) -> dict[str, Block]:
-        """Return the blocks whose checkpoints have a placement of their own, in the order of the forward pass.
+        """Return the blocks for which activation checkpointing is chosen separately, in the order of the forward pass.
 
         Args:
             modules: What trains, by component; a block's name begins with that of its component.
         """
         raise NotImplementedError
 
-    # What else holds it.
+    # Other file formats.
 
     def layout_of(self, files: ModelFiles) -> Layout:
         """Return the layout of a single file for a model.
 
         Raises:
-            ModelError: There is none.
+            ModelError: The model cannot be written as a single file.
         """
-        raise ModelError(f"{files.path}: there are no single files of {self.name}; export --format diffusers")
+        raise ModelError(f"{files.path}: {self.name} has no single-file format; export --format diffusers")
 
     def finished_index(self, index: dict[str, Any]) -> dict[str, Any]:
-        """Return ``model_index.json`` of a trained model from that of its base, without what was not copied."""
+        """Return the ``model_index.json`` of a trained model, given its base's, without parts that are not copied."""
         return index
 
 
 def token_ids(count: int, length: int) -> Int[Tensor, "b tokens"]:
-    """Return ids of any tokens."""
+    """Return dummy token ids."""
     return torch.zeros(count, length, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Blocks of a model, each with a placement of checkpoints of its own, and what a placement replaces in them."""
+"""Blocks of a model, for each of which the placement of activation checkpoints is chosen separately."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Replacement(NamedTuple):
-    """A module, and the forward that it gets."""
+    """A module and its new forward."""
 
     module: nn.Module
     forward: Callable[..., Any]
@@ -17,40 +17,40 @@ class Replacement(NamedTuple):
 
 @runtime_checkable
 class MakeSegment(Protocol):
-    """Makes a segment: a function whose inner tensors are computed again in the backward pass."""
+    """Makes a segment: a function whose inner tensors are recomputed in the backward pass."""
 
     def __call__(self, function: Callable[..., Any], part: nn.Module, *, is_outer: bool = True) -> Callable[..., Any]:
         """Return the segment.
 
         Args:
-            function: What it computes.
-            part: The part of the model that it computes with.
-            is_outer: It does not run inside another segment, so its inputs may be kept on the host.
+            function: What the segment computes.
+            part: The part of the model it runs.
+            is_outer: Whether it runs outside any other segment, so that its inputs may be kept on the host.
         """
         ...
 
 
 class Recomputing(partial[Any]):
-    """A forward that is made of segments."""
+    """A forward made of segments."""
 
 
 @runtime_checkable
 class Block(Protocol):
-    """A part of a model whose checkpoints are placed as one."""
+    """A part of a model with one placement of activation checkpoints."""
 
     @property
     def module(self) -> nn.Module:
-        """The part."""
+        """The module."""
         ...
 
     def replacements(self, placement: str, segment: MakeSegment) -> list[Replacement] | None:
-        """Return what is replaced under a placement (``layers``, ``segments`` or ``nested``); None: it is not known."""
+        """Return the replacements for a placement (``layers``, ``segments``, ``nested``), or None if not supported."""
         ...
 
 
 @dataclass(frozen=True)
 class LayerBlock:
-    """A block that is a chain of layers, each of which is a segment under every placement.
+    """A block that is a chain of layers, each of which is a segment for every placement.
 
     Attributes:
         module: The block.

@@ -1,4 +1,4 @@
-"""Prompts through CLIP's tokenizers and text encoders (arXiv:2103.00020), as Stable Diffusion uses them."""
+"""CLIP's tokenizers and text encoders (arXiv:2103.00020), as Stable Diffusion uses them."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Int[Tensor, "b tokens"]:
-    """Return token ids, padded or cut to the length the model was trained with."""
+    """Return token ids, padded or truncated to the length the model was trained with."""
     encoded = tokenizer(
         list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     )
@@ -17,7 +17,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Int[Tensor, "b
 
 
 def encode_prompt(text_encoder: CLIPTextModel, input_ids: Int[Tensor, "b tokens"]) -> Float[Tensor, "b tokens dim"]:
-    """Return the last hidden state after the final layer norm, without attention mask, as Stable Diffusion uses it."""
+    """Return the last hidden state after the final layer norm, computed without an attention mask."""
     return text_encoder(input_ids.to(text_encoder.device))[0]
 
 
@@ -27,11 +27,11 @@ def encode_prompt_with_two(
     input_ids: Int[Tensor, "b tokens"],
     input_ids_2: Int[Tensor, "b tokens"],
 ) -> tuple[Float[Tensor, "b tokens dim"], Float[Tensor, "b width"]]:
-    """Return what SDXL is told (arXiv:2307.01952, section 2.1).
+    """Return SDXL's embeddings of prompts (arXiv:2307.01952, section 2.1).
 
     Returns:
-        The hidden states before the last layer of both text encoders side by side, and the pooled, projected embedding
-        of the second.
+        The penultimate hidden states of both text encoders, concatenated along channels, and the pooled, projected
+        embedding of the second.
     """
     first = text_encoder(input_ids.to(text_encoder.device), output_hidden_states=True)
     second = text_encoder_2(input_ids_2.to(text_encoder_2.device), output_hidden_states=True)

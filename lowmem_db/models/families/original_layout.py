@@ -1,4 +1,4 @@
-"""The layout of the published single files, as data: which tensor of diffusers' layout stands where, and in what form.
+"""The layout of the published single files, as data: where each tensor of diffusers' layout goes, and in what form.
 
 The names are those of ``v1-5-pruned-emaonly``, ``v2-1_768-ema-pruned`` and ``sd_xl_base_1.0``: an LDM UNet and
 autoencoder, CLIP as transformers names it, OpenCLIP as that library names it. The same table serves both directions.
@@ -23,11 +23,11 @@ class Entry:
     """One tensor of a single file.
 
     Attributes:
-        name: Its name there.
+        name: Its name in the file.
         sources: Names of the tensors in diffusers' layout that it is made of.
-        form: How: as it is; a matrix as a 1x1 convolution; transposed; queries, keys and values one below the other; or
-            a constant: the numbers of the positions, the logarithm of CLIP's greatest scale, an identity matrix.
-        spare: Nothing reads it; it is there because published files have it.
+        form: How it is made: unchanged; a matrix as a 1x1 convolution; transposed; queries, keys and values stacked;
+            or a constant: the position ids, the logarithm of CLIP's greatest scale, an identity matrix.
+        spare: Whether it is written only because published files have it; nothing reads it.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Entry:
     spare: bool = False
 
     def shape(self, sources: list[tuple[int, ...]]) -> tuple[int, ...]:
-        """Return its shape, from the shapes of its sources."""
+        """Return its shape, given the shapes of its sources."""
         first = sources[0]
         if self.form == "conv":
             return (*first[:2], 1, 1)
@@ -45,14 +45,14 @@ class Entry:
         return (sum(shape[0] for shape in sources), *first[1:]) if self.form == "packed" else first
 
     def pack(self, sources: list[Tensor]) -> Tensor:
-        """Make it from its sources."""
+        """Return the tensor made from its sources."""
         first = sources[0]
         if self.form == "packed":
             return torch.cat(sources)
         return first.T if self.form == "transposed" else first.reshape(self.shape([tuple(first.shape)]))
 
     def unpack(self, tensor: Tensor, source: str, shape: tuple[int, ...]) -> Tensor:
-        """Return one of its sources, of a given shape."""
+        """Return one of its sources, in the given shape."""
         if self.form == "packed":
             return tensor.chunk(len(self.sources))[self.sources.index(source)]
         return tensor.T if self.form == "transposed" else tensor.reshape(shape)
@@ -60,17 +60,17 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Layout of a family of models.
+    """The single-file layout of a family of models.
 
     Attributes:
         architecture: Its name in ModelSpec, without the resolution.
         prefixes: Prefix of each component's tensors.
-        open_clip: Text encoders that are packed as OpenCLIP packs them.
-        penultimate: Those of them whose last block is not used, and not there in diffusers' layout.
+        open_clip: Text encoders stored as OpenCLIP stores them.
+        penultimate: Those of them whose last block is unused and missing from diffusers' layout.
         configs: Folder of its configurations in this package.
-        configs_of_epsilon: Another folder for models that predict epsilon; None: the same.
+        configs_of_epsilon: The folder for models that predict epsilon. Default: the same.
         usual_prediction: What most of its models predict.
-        sizes_in_name: Whether ModelSpec names sizes and predictions of such models.
+        sizes_in_name: Whether ModelSpec's names for such models include size and prediction.
     """
 
     architecture: str
@@ -83,14 +83,14 @@ class Layout:
     sizes_in_name: bool = False
 
     def folder_of_configs(self, prediction_type: str) -> str:
-        """Return the folder of the configurations of models that predict something."""
+        """Return the folder of the configurations of models with some prediction type."""
         return (prediction_type == "epsilon" and self.configs_of_epsilon) or self.configs
 
     def architecture_of(self, sample_size: int, prediction_type: str) -> str:
-        """Return what ModelSpec calls a model.
+        """Return the architecture name of a model in ModelSpec.
 
         Args:
-            sample_size: Latent pixels of a side that it draws best.
+            sample_size: The side length, in latent pixels, that it was trained for.
             prediction_type: What it predicts.
         """
         if not self.sizes_in_name:
@@ -151,7 +151,7 @@ SDXL = Layout(
 
 
 def layout_for(configs: Mapping[str, Mapping[str, Any]]) -> Layout:
-    """Return the layout of a model: SDXL has two text encoders, the text encoder of SD 2.x is OpenCLIP's.
+    """Return the layout of a model: SDXL has two text encoders, and SD 2.x has OpenCLIP's.
 
     Args:
         configs: Configurations of its components.
@@ -216,7 +216,7 @@ def _unet_entries(config: Mapping[str, Any], names: Iterable[str]) -> list[Entry
 
 
 def _unet_modules(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return where each module of the UNet stands: blocks of both halves are numbered through."""
+    """Return the file's name of each module of the UNet: the blocks of each half are numbered consecutively."""
     modules = dict(_UNET_ENDS)
     depth, layers = len(config["block_out_channels"]), config["layers_per_block"]
     for i in range(depth):
@@ -243,7 +243,7 @@ def _vae_entries(config: Mapping[str, Any], names: Iterable[str]) -> list[Entry]
 
 
 def _vae_modules(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return where each module of the autoencoder stands: the decoder's blocks are numbered from the image inwards."""
+    """Return the name of each module of the autoencoder: the decoder's blocks are counted from the image inwards."""
     modules = dict(_VAE_ENDS)
     depth, layers = len(config["block_out_channels"]), config["layers_per_block"]
     for i in range(depth):

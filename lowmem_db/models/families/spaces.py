@@ -1,4 +1,4 @@
-"""Where a denoiser works: in the latents of an autoencoder, or in the pixels themselves."""
+"""The space that a denoiser works in: an autoencoder's latents, or pixels."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -16,10 +16,10 @@ Moments = tuple[Float[Tensor, "b c x y"], Float[Tensor, "b c x y"]]
 
 @runtime_checkable
 class Codec(Protocol):
-    """What turns pictures into what a denoiser works on, and back; in memory."""
+    """Encodes pictures into the denoiser's space and decodes them; its weights are loaded."""
 
     def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Moments:
-        """Return mean and standard deviation of what pictures in [-1, 1] are encoded as, in the denoiser's scale."""
+        """Return the mean and standard deviation of the encodings of pictures in [-1, 1], in the denoiser's scale."""
         ...
 
     def decode(self, latents: Float[Tensor, "b c x y"]) -> Float[Tensor, "b 3 h w"]:
@@ -27,17 +27,17 @@ class Codec(Protocol):
         ...
 
     def decode_in_tiles(self, num_pixels: int) -> None:
-        """Decode pictures with sides of ``num_pixels`` in parts from now on, where that saves memory."""
+        """From now on, decode pictures with sides of ``num_pixels`` in tiles if that saves memory."""
         ...
 
 
 @runtime_checkable
 class Space(Protocol):
-    """The space of a model's pictures, known from its files alone."""
+    """The space that a model works in; only its files are read."""
 
     @property
     def cell(self) -> int:
-        """How many pixels one of the denoiser's stands for, along one side."""
+        """Pixels per position of the space, along one side."""
         ...
 
     @property
@@ -46,17 +46,17 @@ class Space(Protocol):
         ...
 
     def content_key(self) -> str:
-        """Return what encoded pictures depend on beside the pictures."""
+        """Return a key of everything that encoded pictures depend on besides the pictures."""
         ...
 
     def load(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Codec:
-        """Load what encodes and decodes."""
+        """Load the codec."""
         ...
 
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """Latents of an autoencoder.
+    """The latents of an autoencoder.
 
     Attributes:
         files: The model.
@@ -68,7 +68,7 @@ class LatentSpace:
 
     @property
     def cell(self) -> int:
-        """How many pixels one latent pixel stands for, along one side."""
+        """Pixels per latent pixel, along one side."""
         return 2 ** (len(self.files.config_of(self.component)["block_out_channels"]) - 1)
 
     @property
@@ -81,17 +81,17 @@ class LatentSpace:
         return self.files.content_key(self.component)
 
     def load(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> "LatentCodec":
-        """Load the autoencoder, in ``dtype`` unless it has to compute in fp32."""
+        """Load the autoencoder, in ``dtype`` unless it must compute in fp32."""
         return LatentCodec(load_autoencoder(self.files, self.component, device, dtype), self.cell)
 
 
 @dataclass(frozen=True)
 class LatentCodec:
-    """An autoencoder in memory; it computes in its own type.
+    """A loaded autoencoder; it computes in the type of its weights.
 
     Attributes:
-        autoencoder: One that diffusers knows, or the demo's.
-        cell: How many pixels one latent pixel stands for, along one side.
+        autoencoder: One of diffusers' autoencoders, or the demo's.
+        cell: Pixels per latent pixel, along one side.
     """
 
     autoencoder: Autoencoder
@@ -99,9 +99,9 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Moments:
-        """Return mean and standard deviation of the latents' posterior, times the autoencoder's scaling factor.
+        """Return the mean and standard deviation of the latents' posterior, times the autoencoder's scaling factor.
 
-        A deterministic autoencoder has the standard deviation zero.
+        For a deterministic autoencoder the standard deviation is zero.
         """
         autoencoder, scale = self.autoencoder, self.scaling_factor
         encoded: Any = autoencoder.encode(pixels.to(autoencoder.device, autoencoder.dtype))
@@ -112,15 +112,15 @@ class LatentCodec:
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c x y"]) -> Float[Tensor, "b 3 h w"]:
-        """Return pictures in [-1, 1]; decoded one at a time, which bounds the memory by one picture."""
+        """Return pictures in [-1, 1], decoded one at a time to save memory."""
         decode: Any = self.autoencoder.decode
         scaled = latents.to(self.autoencoder.device, self.autoencoder.dtype) / self.scaling_factor
         return torch.cat([decode(latent[None]).sample for latent in scaled]).float().clamp(-1, 1)
 
     def decode_in_tiles(self, num_pixels: int) -> None:
-        """Decode squares of half a picture's side, which overlap by a quarter and are blended.
+        """Decode tiles of half a picture's side, which overlap by a quarter and are blended.
 
-        Only ``AutoencoderKL`` has tiles; the others are small.
+        Only ``AutoencoderKL`` supports tiles; the others are small.
         """
         if isinstance(self.autoencoder, AutoencoderKL):
             self.autoencoder.enable_tiling()
@@ -129,7 +129,7 @@ class LatentCodec:
 
     @property
     def scaling_factor(self) -> float:
-        """What latents are multiplied by before the denoiser sees them."""
+        """The factor that latents are multiplied by before the denoiser sees them."""
         return self.autoencoder.config.get("scaling_factor", 1.0)
 
 
@@ -141,17 +141,17 @@ class PixelSpace:
     channels: int = 3
 
     def content_key(self) -> str:
-        """Return a key that depends on nothing."""
+        """Return a constant: nothing else matters."""
         return "pixels"
 
     def load(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> "PixelCodec":
-        """Return what hands pictures through."""
+        """Return the codec that passes pictures through."""
         return PixelCodec(device)
 
 
 @dataclass(frozen=True)
 class PixelCodec:
-    """Hands pictures through; they have no deviation."""
+    """Passes pictures through; their standard deviation is zero."""
 
     device: torch.device
 
@@ -161,8 +161,8 @@ class PixelCodec:
         return mean, torch.zeros_like(mean)
 
     def decode(self, latents: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Return the pictures, their values cut off at -1 and 1."""
+        """Return the pictures, clamped to [-1, 1]."""
         return latents.to(self.device, torch.float32).clamp(-1, 1)
 
     def decode_in_tiles(self, num_pixels: int) -> None:
-        """Do nothing: there is nothing to save."""
+        """Do nothing: there is nothing to decode."""

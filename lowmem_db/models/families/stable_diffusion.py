@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (arXiv:2112.10752): a UNet on an autoencoder's latents, told by one text encoder."""
+"""Stable Diffusion 1.x and 2.x (arXiv:2112.10752): a UNet on latents, conditioned on one text encoder."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -31,14 +31,14 @@ _EXTRAS = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 class StableDiffusion(Family):
-    """Models of one width of text embeddings.
+    """Models with text embeddings of one width.
 
     Args:
-        name: As it is shown.
-        cross_attention_dim: Width of the text embeddings; None: any.
-        layout: Layout of its published single files; None where there is none.
-        hub_ids: Models on the hub whose configurations are in this package, each with their folder.
-        kohya_version: What kohya's scripts call such a model.
+        name: Name for users.
+        cross_attention_dim: Width of the text embeddings. Default: any.
+        layout: Layout of its published single files, or None.
+        hub_ids: Models on the hub whose configurations are in this package, with their folders.
+        kohya_version: Name of the base model in kohya's scripts, or None.
     """
 
     components = (
@@ -67,7 +67,7 @@ class StableDiffusion(Family):
         self.kohya_version = kohya_version
 
     def recognises(self, files: ModelFiles) -> bool:
-        """Say whether the UNet is made for text embeddings of this width."""
+        """Return whether the UNet takes text embeddings of this width."""
         has_second = (files.path / "text_encoder_2").is_dir()
         return has_second == ("text_encoder_2" in self.text_encoders) and self._has_width(
             files.config_of("unet").get("cross_attention_dim")
@@ -77,11 +77,11 @@ class StableDiffusion(Family):
         return self.cross_attention_dim in {width, None}
 
     def recognises_file(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Say whether there is a UNet for text embeddings of this width, and a layout for it."""
+        """Return whether there is a UNet for text embeddings of this width, and a layout for it."""
         return self.layout is not None and text_width(shapes) == self.cross_attention_dim
 
     def recognises_lora(self, state: Tensors) -> bool:
-        """Say whether adapters are those of a UNet for text embeddings of this width."""
+        """Return whether the adapters belong to a UNet for text embeddings of this width."""
         keys = (tensor for name, tensor in state.items() if name.endswith(".attn2.to_k.lora_A.weight"))
         first = next(keys, None)
         return first is not None and first.shape[1] == self.cross_attention_dim
@@ -96,7 +96,7 @@ class StableDiffusion(Family):
         return {"embeds": clip.encode_prompt(text_encoder, tokens["input_ids"])}
 
     def blank_tokens(self, files: ModelFiles, count: int) -> dict[str, Tensor]:
-        """Return token ids of any prompts."""
+        """Return dummy token ids."""
         return {"input_ids": token_ids(count, files.config_of("text_encoder")["max_position_embeddings"])}
 
     def blank_embeds(
@@ -112,33 +112,33 @@ class StableDiffusion(Family):
         return LatentSpace(files, "vae")
 
     def size_step(self, files: ModelFiles) -> int:
-        """Return the pixels that the lowest level of the UNet stands for."""
+        """Return the pixels per position at the lowest level of the UNet."""
         num_levels = len(files.config_of("unet")["block_out_channels"])
         return self.space(files).cell * 2 ** (num_levels - 1)
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return what the UNet predicts."""
+        """Return the UNet's prediction."""
         embeds = conditioning.embeds["embeds"]
         added = self.added_conditioning(conditioning)
         return denoiser(noisy, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
 
     def added_conditioning(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
-        """Return what the UNet is told beside the embeddings of the prompt."""
+        """Return the UNet's conditioning besides the prompt's embeddings."""
         del conditioning
         return None
 
     def process(self, files: ModelFiles, objective: ObjectiveConfig) -> Diffusion:
-        """Return the diffusion the model was trained with, changed as a run says.
+        """Return the diffusion the model was trained with, with the run's changes.
 
         Raises:
-            ConfigError: Epsilon is predicted where a last timestep is all noise.
+            ConfigError: The model predicts epsilon and the last timestep is pure noise.
         """
         schedule = load_noise_schedule(files, objective.prediction_type, objective.zero_terminal_snr)
         prediction_type = schedule.config["prediction_type"]
         if schedule.config["rescale_betas_zero_snr"] and prediction_type == "epsilon":
             raise ConfigError(
-                "objective.prediction_type: this model's scheduler says epsilon, and there is none to predict at a "
-                "last timestep that is all noise (zero terminal SNR); set objective.prediction_type=v_prediction, or "
+                "objective.prediction_type: this model predicts epsilon, which says nothing about the picture at a "
+                "last timestep of pure noise (zero terminal SNR); set objective.prediction_type=v_prediction, or "
                 "objective.zero_terminal_snr=false"
             )
         return Diffusion(schedule.alphas_cumprod, prediction_type)
@@ -152,38 +152,38 @@ class StableDiffusion(Family):
         return _SAMPLERS[name].from_config(schedule.config)
 
     def blocks(self, modules: Mapping[str, nn.Module]) -> dict[str, Block]:
-        """Return the blocks of the UNet, and each text encoder as one."""
+        """Return the blocks of the UNet, and each text encoder as one block."""
         return find_blocks(modules)
 
     def layout_of(self, files: ModelFiles) -> Layout:
         """Return the layout of the published file of such a model.
 
         Raises:
-            ModelError: Its autoencoder or its tokens have no place there.
+            ModelError: The format has no place for its autoencoder or its tokenizer.
         """
         name = files.config_of("vae").get("_class_name")
         if name != "AutoencoderKL":
-            raise ModelError(f"{files.path / 'vae'}: is {name}, which no single file holds; export --format diffusers")
+            raise ModelError(f"{files.path / 'vae'}: a single file cannot hold {name}; export --format diffusers")
         num_tokens = files.config_of("text_encoder")["vocab_size"]
         if num_tokens != CLIP_VOCABULARY:
             raise ModelError(
-                f"{files.path / 'text_encoder'}: has {num_tokens} tokens; a single file has no place for a tokenizer, "
-                f"CLIP's with {CLIP_VOCABULARY} is meant; export --format diffusers"
+                f"{files.path / 'text_encoder'}: has {num_tokens} tokens; a single file holds no tokenizer and implies "
+                f"CLIP's with {CLIP_VOCABULARY}; export --format diffusers"
             )
         return layout_for({name: files.config_of(name) for name in self.text_encoders})
 
     def finished_index(self, index: dict[str, Any]) -> dict[str, Any]:
-        """Leave out what is not part of the folder, so that the pipeline loads without it."""
+        """Drop optional parts that are not in the folder, so that the pipeline loads without them."""
         return without_extras(index) | {"requires_safety_checker": False}
 
 
 def text_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Return the width of the text embeddings that the UNet in a single file is made for; None: there is no UNet."""
+    """Return the width of the text embeddings of the UNet in a single file, or None if there is no UNet."""
     return next((shape[1] for name, shape in shapes.items() if _TO_K.match(name)), None)
 
 
 def without_extras(index: dict[str, Any]) -> dict[str, Any]:
-    """Say that a pipeline goes without what it can go without."""
+    """Set the optional parts of a pipeline to null."""
     return index | {name: [None, None] for name in _EXTRAS if name in index}
 
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (arXiv:2307.01952): two text encoders, and a UNet that is told sizes and crop of a picture."""
+"""Stable Diffusion XL (arXiv:2307.01952): two text encoders, and a UNet conditioned on sizes and crop of a picture."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -49,7 +49,7 @@ class StableDiffusionXL(StableDiffusion):
         return {"embeds": embeds, "pooled": pooled}
 
     def zeroes_empty_prompt(self, files: ModelFiles) -> bool:
-        """Say whether the embeddings of the empty prompt are zeros, as SDXL was trained."""
+        """Return whether the empty prompt is embedded as zeros, as when SDXL was trained."""
         return files.index.get("force_zeros_for_empty_prompt", True)
 
     def describe_pictures(self, facts: Float[Tensor, "b 6"]) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ class StableDiffusionXL(StableDiffusion):
         return {"time_ids": facts}
 
     def blank_tokens(self, files: ModelFiles, count: int) -> dict[str, Tensor]:
-        """Return token ids of any prompts for both text encoders."""
+        """Return dummy token ids for both text encoders."""
         tokens = super().blank_tokens(files, count)
         return tokens | {"input_ids_2": tokens["input_ids"]}
 
@@ -70,11 +70,11 @@ class StableDiffusionXL(StableDiffusion):
         return super().blank_embeds(files, count, device, dtype) | {"pooled": pooled}
 
     def added_conditioning(self, conditioning: Conditioning) -> dict[str, Tensor]:
-        """Return the pooled embedding, and sizes and crop."""
+        """Return the pooled embedding, and the sizes and crop."""
         return {"text_embeds": conditioning.embeds["pooled"], "time_ids": conditioning.picture["time_ids"]}
 
     def finished_index(self, index: dict[str, Any]) -> dict[str, Any]:
-        """Leave out what is not part of the folder; the pipeline knows no safety checker."""
+        """Drop optional parts that are not in the folder; the pipeline has no safety checker."""
         return without_extras(index)
 
 

@@ -1,8 +1,8 @@
 """Blocks of diffusers' UNets and of transformers' text encoders.
 
-``layers`` recomputes each resnet and each transformer block, as diffusers does; ``segments`` takes the concatenation
-with a skip connection into the segment of its resnet and the norms and projections of a transformer into those of its
-outer blocks; ``nested`` recomputes the parts of a recomputed transformer once more.
+``layers`` recomputes each resnet and each transformer block, as diffusers does; ``segments`` moves the concatenation
+with a skip connection into the segment of its resnet, and the norms and projections of a transformer into those of its
+first and last block; ``nested`` recomputes the parts of a recomputed transformer once more.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ from lowmem_db.models.families.blocks import Block, LayerBlock, MakeSegment, Rec
 
 
 def find_blocks(modules: Mapping[str, nn.Module]) -> dict[str, Block]:
-    """Return the blocks of UNets of diffusers and of text encoders of transformers, by name.
+    """Return the blocks of diffusers' UNets and of transformers' text encoders, by name.
 
     Args:
         modules: UNets and text encoders, by component.
@@ -33,7 +33,7 @@ def find_blocks(modules: Mapping[str, nn.Module]) -> dict[str, Block]:
         elif (layers := _text_encoder_layers(module)) is not None:
             blocks[component] = LayerBlock(module, layers)
         else:
-            blocks[component] = UnetBlock(module)  # which knows no placement for it
+            blocks[component] = UnetBlock(module)  # which supports no placement for it
     return blocks
 
 
@@ -44,7 +44,7 @@ class UnetBlock:
     module: nn.Module
 
     def replacements(self, placement: str, segment: MakeSegment) -> list[Replacement] | None:
-        """Return what is replaced; None where the block is not made of such parts."""
+        """Return the replacements, or None if the block is not made of such parts."""
         block: Any = self.module
         if placement == "layers":
             layers = [part for part in block.modules() if _is_resnet(part) or _is_transformer_block(part)]
@@ -57,8 +57,8 @@ class UnetBlock:
 class Concatenation(torch.autograd.Function):
     """Concatenate feature maps along channels.
 
-    The gradients are copies, where those of :func:`torch.cat` are views that keep the whole gradient alive: a skip
-    connection's is needed long after the other's.
+    Its gradients are copies. Those of :func:`torch.cat` are views that keep the whole gradient alive, and a skip
+    connection's gradient is needed long after the other one.
     """
 
     @staticmethod
@@ -69,7 +69,7 @@ class Concatenation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradient of either part."""
+        """Return the gradients of both parts."""
         return tuple(part.clone() for part in gradients[0].split(ctx.num_channels, dim=1))
 
 
@@ -185,7 +185,7 @@ def _last_transformer_block(transformer: Any, tokens: Tensor, residual: Tensor, 
 
 
 def _is_unet_block(block: Any) -> bool:
-    """Recognise a block that is made of resnets, transformers between them, and samplers."""
+    """Return whether a block is made of resnets, transformers between them, and samplers."""
     names = {name for name, _ in block.named_children()}
     return (
         "resnets" in names <= {"resnets", "attentions", "downsamplers", "upsamplers"}

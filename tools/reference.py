@@ -1,4 +1,4 @@
-"""The reference of all fields as Markdown, made from the tree itself: ``python -m lowmem_db.config.reference``."""
+"""The reference of all fields as Markdown: ``python -m tools.reference docs/configuration.md``."""
 
 import sys
 from pathlib import Path
@@ -21,10 +21,10 @@ def render() -> str:
     lines = [
         "# Configuration",
         "",
-        "Made from the code by `python -m lowmem_db.config.reference docs/configuration.md`.",
+        "Generated from the code by `python -m tools.reference docs/configuration.md`.",
         "",
         "A YAML file holds these fields; `section.key=value` on the command line overrides it. Unknown fields are",
-        "refused with the nearest right name, and every problem is reported at once.",
+        "refused, with the nearest correct name, and all problems are reported at once.",
         "",
         *_table("Top level", "", "", Config),
     ]
@@ -45,7 +45,7 @@ def _table(title: str, text: str, prefix: str, section: type[BaseModel]) -> list
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "needed"
+        return "required"
     value = field.default
     if value is PydanticUndefined or value is None or value == ():
         return ""
@@ -66,10 +66,10 @@ def _flags() -> list[str]:
     return [
         "## Flags of diffusers' `train_dreambooth.py`",
         "",
-        "Accepted as they are, with underscores or hyphens. Without a configuration file prior preservation is off",
-        "unless `--with_prior_preservation` is given, as there.",
+        "Accepted unchanged, with underscores or hyphens. Without a configuration file, prior preservation is off",
+        "unless `--with_prior_preservation` is given, as in that script.",
         "",
-        "| flag | here |",
+        "| flag | field |",
         "|---|---|",
         *(f"| `--{flag}` | {field} |" for flag, field in sorted(mapped.items())),
         "",

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from lowmem_db.config.compatibility import FEATURES, TECHNIQUES, render
+from tools.compatibility import FEATURES, TECHNIQUES, render
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "memory" / "compatibility.md"
 

@@ -1,6 +1,6 @@
-"""What goes with what, as Markdown: ``python -m lowmem_db.config.compatibility docs/memory/compatibility.md``.
+"""What can be combined, as Markdown: ``python -m tools.compatibility docs/memory/compatibility.md``.
 
-Each cell is the answer of the table of refused combinations itself.
+Each cell is what the table of refused combinations in ``config/rules.py`` answers.
 """
 
 import sys
@@ -52,11 +52,11 @@ def render() -> str:
         [_label(technique), *(_cell(technique | feature, notes) for feature in FEATURES)] for technique in TECHNIQUES
     ]
     lines = [
-        "# What goes with what",
+        "# What can be combined",
         "",
-        "Made from the code by `python -m lowmem_db.config.compatibility docs/memory/compatibility.md`. A combination",
-        "that is refused says so before anything is loaded, in the words below the table. Eight-bit AdamW where the",
-        "column does not say otherwise.",
+        "Generated from the code by `python -m tools.compatibility docs/memory/compatibility.md`.",
+        "A refused combination stops the command before anything is loaded, with the message below the table. The",
+        "optimizer is 8-bit AdamW unless the column says otherwise.",
         "",
         _row(head),
         _row(["---"] * len(head)),
@@ -69,7 +69,7 @@ def render() -> str:
 
 
 def _cell(fields: Fields, notes: list[str]) -> str:
-    """Return ``yes``, or the numbers of what is said against it."""
+    """Return ``yes``, or ``no`` with the numbers of the messages."""
     found = refusals(_config(fields))
     notes += [message for message in found if message not in notes]
     return ", ".join(f"no ({notes.index(message) + 1})" for message in found) or "yes"
@@ -88,7 +88,7 @@ def _label(fields: Fields) -> str:
 
 
 def _name(path: str) -> str:
-    """Return the name of a field, with its section where several sections have one of that name."""
+    """Return the name of a field, with its section where several sections have a field of that name."""
     name = path.rpartition(".")[2]
     return path if name == "enabled" else name
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lowmem_db.config.loading import field_paths
-from lowmem_db.config.reference import render
+from tools.reference import render
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
