@@ -5,7 +5,7 @@ import logging
 import typer
 
 from lowmem_db import environment
-from lowmem_db.cli import doctor, evaluate, export, generate, identifiers, plan, prepare, train
+from lowmem_db.cli import bench, doctor, evaluate, export, generate, identifiers, plan, prepare, train
 from lowmem_db.console import warn
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("identifiers")(identifiers.identifiers)
 app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
 
 
 def run_command() -> None:
