@@ -4,7 +4,7 @@ import logging
 
 import typer
 
-from lowmem_db import environment
+from lowmem_db import environment, nvidia
 from lowmem_db.cli import bench, doctor, evaluate, export, generate, identifiers, plan, prepare, train
 from lowmem_db.console import warn
 
@@ -31,6 +31,7 @@ app.command("bench")(bench.bench)
 def run_command() -> None:
     """Run the command of the arguments; what the packages log is shown."""
     environment.quiet_libraries()
+    nvidia.set_variables()
     logging.getLogger("lowmem_db").addHandler(_WarningHandler())
     app()
 

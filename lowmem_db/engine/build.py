@@ -2,6 +2,7 @@
 
 import torch
 
+from lowmem_db import nvidia
 from lowmem_db.adaptation.finding import find_adaptation
 from lowmem_db.adaptation.layers import count_trained, that_train
 from lowmem_db.config.schema import Config
@@ -94,11 +95,19 @@ def build_ema(config: Config, denoiser: Denoiser, optimizer: OptimizerHandle) ->
 
 
 def set_arithmetic(config: Config, device: torch.device) -> None:
-    """Let CUDA compute the same bits each time, in TF32 only where that is asked for."""
+    """Let CUDA compute the same bits each time, in TF32 only where that is asked for.
+
+    Preparation, the steps that a plan is measured by and training are all to compute alike. With ``warn_only`` torch
+    would leave the backward pass of every attention kernel as it is, which adds up in an order nobody fixes.
+
+    Raises:
+        ConfigError: The environment asks cuBLAS for something else.
+    """
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.training.allow_tf32
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        nvidia.check_variables()
+        torch.use_deterministic_algorithms(True)
         # Else every new tensor is filled before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
