@@ -31,7 +31,6 @@ from benchmarks.demo_base.scenes import PLAIN, SCENES
 from lowmem_db.evaluation.captions import (
     ACCURACY_FILE,
     LABELS,
-    OWN_COLOURS,
     PIXELS,
     WEIGHTS_FILE,
     CaptionClassifier,
@@ -42,6 +41,8 @@ from lowmem_db.evaluation.captions import (
 from lowmem_db.evaluation.efficientnet_lite import EfficientNetLite0, normalise
 from lowmem_db.evaluation.encoders import EfficientNetEncoder, find_encoders
 
+NO_LABEL = -100
+"""Colour of a drawing that was not tinted: nothing is learnt from it, as its own colours may be any."""
 RIDGE = 1000.0
 """Weight of the penalty, in variances of the features; between 500 and 2000 it hardly matters."""
 
@@ -50,7 +51,7 @@ Drawing = tuple[str, str, Image.Image]
 
 @dataclass(frozen=True)
 class Pictures:
-    """What heads are trained on: inputs, and for each attribute the number of its label."""
+    """What heads are trained on: inputs, and for each attribute the number of its label or NO_LABEL."""
 
     features: Tensor
     statistics: Tensor
@@ -116,20 +117,28 @@ def compose_pictures(
 
 
 @torch.no_grad()
-def read_pictures(network: EfficientNetLite0, pictures: Sequence[Image.Image], shown: Sequence[Attributes]) -> Pictures:
-    """Return inputs and labels of composed pictures."""
+def read_pictures(
+    network: EfficientNetLite0, pictures: Sequence[Image.Image], shown: Sequence[Attributes], glare: float = 0.0
+) -> Pictures:
+    """Return inputs and labels of composed pictures; statistics with up to `glare` more or less saturation."""
+    generator = torch.Generator().manual_seed(0)
     features, statistics = [], []
     for start in range(0, len(pictures), 32):
         batch = np.stack([np.asarray(picture.resize((PIXELS, PIXELS))) for picture in pictures[start : start + 32]])
         pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).float()
         features.append(network(normalise(pixels)))
-        statistics.append(pixel_statistics(pixels))
+        saturation = 1 + glare * (1.5 * torch.rand(len(pixels), 1, 1, 1, generator=generator) - 0.5)
+        grey = pixels.mean(1, keepdim=True)
+        statistics.append(pixel_statistics((grey + saturation * (pixels - grey)).clamp(0, 255)))
     labels = {
         "noun": [one.noun for one in shown],
-        "colour": [one.colour or OWN_COLOURS for one in shown],
+        "colour": [one.colour for one in shown],
         "background": [one.background for one in shown],
     }
-    numbers = {name: torch.tensor([LABELS[name].index(value) for value in values]) for name, values in labels.items()}
+    numbers = {
+        name: torch.tensor([LABELS[name].index(value) if value else NO_LABEL for value in values])
+        for name, values in labels.items()
+    }
     return Pictures(torch.cat(features), torch.cat(statistics), numbers)
 
 
@@ -157,7 +166,12 @@ def train(data: Pictures, *, epochs: int, seed: int) -> CaptionClassifier:
     for _ in range(epochs):
         for chosen in torch.randperm(size).split(batch):
             losses = [
-                functional.cross_entropy(head(data.statistics[chosen]), data.labels[name][chosen], label_smoothing=0.05)
+                functional.cross_entropy(
+                    head(data.statistics[chosen]),
+                    data.labels[name][chosen],
+                    ignore_index=NO_LABEL,
+                    label_smoothing=0.05,
+                )
                 for name, head in heads.items()
             ]
             optimizer.zero_grad()
@@ -170,10 +184,10 @@ def train(data: Pictures, *, epochs: int, seed: int) -> CaptionClassifier:
 
 @torch.no_grad()
 def measure(classifier: CaptionClassifier, data: Pictures) -> dict[str, object]:
-    """Return accuracies by attribute; those of the colour are of tinted drawings, as captions name a colour."""
+    """Return accuracies by attribute; those of the colour are of tinted drawings."""
     logits = classifier(data.features, data.statistics)
     is_right = {name: (logits[name].argmax(1) == data.labels[name]).float() for name in LABELS}
-    tinted = data.labels["colour"] != LABELS["colour"].index(OWN_COLOURS)
+    tinted = data.labels["colour"] != NO_LABEL
     of_labels = {
         name: {
             label: round(float(is_right[name][data.labels[name] == number].mean()), 3)
@@ -208,7 +222,7 @@ def main() -> None:
     seen = [drawing for drawing in drawings if not drawing[0].startswith(f"{HELD_OUT_STYLE}/")]
     unseen = [drawing for drawing in drawings if drawing[0].startswith(f"{HELD_OUT_STYLE}/")]
     rng = random.Random(args.seed)
-    fitted = read_pictures(network, *compose_pictures(seen, args.pictures, rng, is_disguised=True))
+    fitted = read_pictures(network, *compose_pictures(seen, args.pictures, rng, is_disguised=True), glare=0.6)
     print(f"{args.pictures} pictures read in {time.perf_counter() - started:.0f} s", flush=True)
     judged = read_pictures(network, *compose_pictures(unseen, args.test_pictures, rng))
     classifier = train(fitted, epochs=args.epochs, seed=args.seed)

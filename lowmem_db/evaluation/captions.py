@@ -29,8 +29,6 @@ NOUNS = (
     "camera", "television", "gift", "star", "lemon", "pineapple", "hamburger", "dress", "teapot", "balloon",
 )  # fmt: skip
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
-OWN_COLOURS = "its own"
-"""What the classifier answers for a drawing that was not tinted; no caption says so."""
 PLAIN = ("white", "blue", "yellow", "green", "red", "pink", "purple", "orange", "gray", "black")
 SCENES = {
     "beach": ("on the beach", "on a beach"),
@@ -47,7 +45,7 @@ SCENES = {
     "space": ("in space", "in outer space"),
     "table": ("on a table", "on a wooden table"),
 }
-LABELS = {"noun": NOUNS, "colour": (*COLOURS, OWN_COLOURS), "background": (*PLAIN, *SCENES)}
+LABELS = {"noun": NOUNS, "colour": COLOURS, "background": (*PLAIN, *SCENES)}
 FOLDER = Path(__file__).parent / "caption_classifier"
 WEIGHTS_FILE = "classifier.safetensors"
 ACCURACY_FILE = "accuracy.json"
