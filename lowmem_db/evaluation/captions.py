@@ -170,9 +170,9 @@ def load_classifier(folder: Path = FOLDER) -> CaptionClassifier:
     return classifier.eval().requires_grad_(False)
 
 
-def read_accuracy(folder: Path = FOLDER) -> dict[str, Any]:
+def read_accuracy() -> dict[str, Any]:
     """Return the classifier's accuracy on drawings in a style it was not trained on, by attribute."""
-    return json.loads((folder / ACCURACY_FILE).read_text(encoding="utf-8"))
+    return json.loads((FOLDER / ACCURACY_FILE).read_text(encoding="utf-8"))
 
 
 def accuracy_on(captions: Sequence[Caption], attribute: str) -> float | None:
