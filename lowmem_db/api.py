@@ -1,13 +1,15 @@
 """The public functions: what ``import lowmem_db`` offers, and everything the command line calls.
 
-Importing this module loads neither torch nor diffusers; each function loads what it needs. Every error that a caller
-can fix is a :class:`lowmem_db.errors.LowmemDbError`.
+Importing this module loads neither torch nor diffusers; each function loads what it needs. Environment
+variables that CUDA's libraries read only once are set here. Every error that a caller can fix is a
+:class:`lowmem_db.errors.LowmemDbError`.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowmem_db import nvidia
 from lowmem_db.config.loading import load_config as _load_config
 from lowmem_db.config.schema import Config, Precision, Sampler
 from lowmem_db.config.sizes import parse_bytes
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from lowmem_db.storage.run_folder import RunFolder
     from lowmem_db.training.observers import Observer
 
+nvidia.set_variables()
 PathLike = str | Path
 ExportLayout = Literal["single-file", "diffusers", "lora-diffusers", "lora-kohya"]
 

@@ -37,6 +37,8 @@ print("alive")
 
 
 def python(program: str, **options: object) -> subprocess.CompletedProcess[str]:
+    if hasattr(signal, "SIGHUP"):  # the tests themselves may run under nohup
+        options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, **options)
 
 

@@ -14,8 +14,3 @@ def published_name(component: str, path: str) -> str:
     """
     is_of_clip = component.startswith("text_encoder") and _OF_CLIP.match(path) is not None
     return _PREFIX + path if is_of_clip else path
-
-
-def short_name(path: str) -> str:
-    """Return a name without the prefix on which versions of transformers disagree."""
-    return path.removeprefix(_PREFIX)

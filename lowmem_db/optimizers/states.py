@@ -42,9 +42,9 @@ def like(parameter: Tensor, name: str, dtype: torch.dtype) -> StateTensor:
     return StateTensor(name, dtype, tuple(parameter.shape), tuple(parameter.stride()))
 
 
-def flat(name: str, length: int, dtype: torch.dtype = torch.float32) -> StateTensor:
-    """Return a one-dimensional state tensor."""
-    return StateTensor(name, dtype, (length,), (1,))
+def flat(name: str, length: int) -> StateTensor:
+    """Return a one-dimensional fp32 state tensor."""
+    return StateTensor(name, torch.float32, (length,), (1,))
 
 
 class StateLayout:

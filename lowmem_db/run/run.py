@@ -66,6 +66,7 @@ def prepare_data(config: Config) -> BatchSource:
     photos = check_photos(config)
     model = model_of(config)
     check_prompts(config, model, photos)
+    set_arithmetic(config, device)
     return prepare(config, model, device, photos)
 
 
@@ -102,6 +103,7 @@ def _train(
     observers: Sequence[Observer],
 ) -> None:
     """Prepare the data, train, and write the final model."""
+    set_arithmetic(config, device)
     scorer = Scorer(config, [photo.path for photo in photos]) if config.evaluation.every else None
     batches = prepare(config, model, device, photos)
     trainer = build_trainer(config, model, device, batches, run)
@@ -136,7 +138,6 @@ def build_trainer(
         batches: All batches of the run.
         run: The run folder.
     """
-    set_arithmetic(config, device)
     denoiser, objective, optimizer = build_step(config, model, device)
     ema = build_ema(config, denoiser, optimizer)
     return Trainer(config, run, denoiser, find_adaptation(config), objective, optimizer, batches, ema)

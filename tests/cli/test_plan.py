@@ -38,7 +38,7 @@ def test_screen_has_a_bar_for_each_phase(run: Run, config_file: Path) -> None:
     assert outcome.code == 0, outcome.err
     lines = outcome.out.splitlines()
     assert lines[0] == "fp32, no checkpointing"
-    assert " GiB on CPU, of that " in lines[1]
+    assert " GiB on CPU, including " in lines[1]
     train = next(line for line in lines if line.strip().startswith("train"))
     assert "█" in train
 
@@ -55,13 +55,13 @@ def test_budget_that_is_too_small_is_exit_code_3(run: Run, config_file: Path) ->
     assert (outcome.code, outcome.out) == (3, "")
     lines = outcome.err.strip().splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("memory.budget: 0.0 GiB is less than any strategy needs; the smallest budget that would")
+    assert lines[0].startswith("memory.budget: 0.0 GiB is less than any strategy needs; the smallest budget that is")
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (("--gpu", "rtx 3600"), "--gpu: 'rtx 3600' is not known; did you mean RTX 3"),
+        (("--gpu", "rtx 3600"), "--gpu: 'rtx 3600' is unknown; did you mean RTX 3"),
         (("--budget", "lots"), "--budget: 'lots' is not a size; allowed: 8GiB"),
         (("--gpu", "T4", "--verify"), "--gpu: 'T4' cannot be verified here"),
         (

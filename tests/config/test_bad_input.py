@@ -198,7 +198,7 @@ def test_hints(tmp_path: Path) -> None:
         b'cache_dir: "C:\\Users\\me"': "use single quotes, or / in paths",
         "seed: 1".encode("utf-16"): "it is UTF-16; save it as UTF-8",
         b"seed: 010": "YAML reads 010 in line 1 as 8; write that number, or quote it if it is a text: '010'",
-        b"seed: 1:30": "1:30 in line 1 is 90 to YAML",
+        b"seed: 1:30": "YAML reads 1:30 in line 1 as 90",
         b"{[1]: 2}": "line 1 has a sequence as a key; allowed: a word",
         b"\n\na: &a [*a]": "line 3 contains an alias of itself",
     }.items():

@@ -204,10 +204,10 @@ def test_value_that_is_called_otherwise_here(name: str, value: str, field_value:
         ("--resume_from_checkpoint=checkpoint-500", "--resume_from_checkpoint: 'checkpoint-500' is not supported; "),
         ("--learnin_rate=1", "--learnin_rate: unknown flag; did you mean --learning_rate?"),
         ("--xyzzy", "--xyzzy: unknown flag; a field without a flag is set as section.key=value"),
-        ("--learning_rate", "--learning_rate: needs a value; --learning_rate=VALUE"),
-        ("--train_text_encoder=false", "--train_text_encoder: takes no value, 'false' was given; "),
-        ("--set_grads_to_none=0", "--set_grads_to_none: takes no value, '0' was given; "),
-        ("--resume=yes", "--resume: takes no value, 'yes' was given; "),
+        ("--learning_rate", "--learning_rate: needs a value: --learning_rate=VALUE"),
+        ("--train_text_encoder=false", "--train_text_encoder: takes no value, but 'false' was given; "),
+        ("--set_grads_to_none=0", "--set_grads_to_none: takes no value, but '0' was given; "),
+        ("--resume=yes", "--resume: takes no value, but 'yes' was given; "),
     ],
 )
 def test_flag_that_cannot_be_understood_says_what_to_use(argument: str, message: str) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowmem_db.models.names import published_name, short_name
+from lowmem_db.models.names import published_name
 
 
 @pytest.mark.parametrize(
@@ -18,4 +18,3 @@ from lowmem_db.models.names import published_name, short_name
 )
 def test_clip_s_names_alone_get_their_prefix_back(component: str, path: str, published: str) -> None:
     assert published_name(component, path) == published
-    assert short_name(published) == short_name(path)
