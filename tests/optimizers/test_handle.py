@@ -552,7 +552,7 @@ def test_bytes_of_state_per_parameter(name: str, kind: str, expected: float) -> 
 
 
 def test_module_with_nothing_to_train_is_refused() -> None:
-    with pytest.raises(ConfigError, match="unet: nothing in them trains"):
+    with pytest.raises(ConfigError, match="unet: no parameter is trainable"):
         build({"unet": nn.Linear(2, 2).requires_grad_(False)}, {})
 
 
