@@ -110,7 +110,7 @@ def test_it_trains_and_goes_on_bit_for_bit(fields: dict[str, object], tmp_path: 
 
 def test_it_is_gone_when_it_is_taken_back(fields: dict[str, object]) -> None:
     undo = techniques.register(FIELD, Technique(fields=(FIELD.path,), apply=apply))
-    with pytest.raises(ValueError, match=r"half_activations: choose .* not registered yet"):
+    with pytest.raises(ValueError, match=r"half_activations: allowed: .* not yet registered"):
         techniques.register(FIELD, Technique(fields=(FIELD.path,), apply=apply))
     undo()
     assert resolve(with_fields(fields)).memory.techniques == {}

@@ -95,7 +95,7 @@ def test_suites_take_their_names_from_the_run(tiny_config: Config) -> None:
 
 
 def test_suite_without_names_is_refused() -> None:
-    with pytest.raises(DataError, match="say --identifier sks --class-noun dog"):
+    with pytest.raises(DataError, match="add --identifier sks --class-noun dog"):
         collect(suites=("objects",), identifier="sks")
 
 
