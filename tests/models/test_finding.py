@@ -179,14 +179,14 @@ def test_content_key_follows_the_bytes_of_its_components(model_copy: Path) -> No
 def test_hub_id_without_network_is_refused_in_one_line(hub_cache: Path) -> None:
     with pytest.raises(ModelError) as refused:
         find_model("nobody/nothing")
-    assert "cannot be had from the hub" in str(refused.value)
+    assert "cannot be downloaded from the hub" in str(refused.value)
     assert "or name a local folder" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("base", ["a/b..c", "a--b/c--", "модель/пёс", "-a/b"])
 def test_what_cannot_be_a_hub_id_is_refused(hub_cache: Path, base: str) -> None:
-    with pytest.raises(ModelError, match="cannot be had from the hub"):
+    with pytest.raises(ModelError, match="cannot be downloaded from the hub"):
         find_model(base)
 
 
@@ -200,5 +200,5 @@ def test_hub_id_is_served_from_the_cache(hub_cache: Path, tiny_model: Path, revi
     model = find_model("owner/tiny", revision=revision)
     assert model.path == repository / "snapshots" / commit
     assert model.name == "owner/tiny"
-    with pytest.raises(ModelError, match="cannot be had from the hub"):
+    with pytest.raises(ModelError, match="cannot be downloaded from the hub"):
         find_model("owner/tiny", revision="v2")

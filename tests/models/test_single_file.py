@@ -90,7 +90,7 @@ def test_metadata_tell_what_is_predicted(
     file = write_sparse(tmp_path / "m.safetensors", sd21, {"modelspec.prediction_type": said})
     model = recognise(file)
     assert (model.config_of("scheduler")["prediction_type"], model.path.name) == (prediction_type, folder)
-    assert f"predicts {prediction_type}, as its metadata say" in model.remark
+    assert f"predicts {prediction_type}, as its metadata says" in model.remark
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_truncated_file_is_refused(sd15: Shapes, tmp_path: Path) -> None:
 )
 def test_damaged_configurations_in_the_metadata_are_refused(content: str, sd15: Shapes, tmp_path: Path) -> None:
     file = write_sparse(tmp_path / "m.safetensors", sd15, {CONFIGS_KEY: content})
-    assert f"its metadata {CONFIGS_KEY} are damaged" in refusal(file)
+    assert f"its metadata {CONFIGS_KEY} is damaged" in refusal(file)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_nonsense_in_the_metadata_is_refused(component: str, changed: object, sd
     configs: dict[str, object] = {name: plain.config_of(name) for name in ("unet", "vae", "text_encoder", "scheduler")}
     configs[component] = plain.config_of(component) | changed if isinstance(changed, dict) and changed else changed
     file = write_sparse(tmp_path / "m.safetensors", sd15, {CONFIGS_KEY: json.dumps(configs)})
-    assert f"its metadata {CONFIGS_KEY} are damaged" in refusal(file)
+    assert f"its metadata {CONFIGS_KEY} is damaged" in refusal(file)
 
 
 def test_configurations_in_the_metadata_come_first(sd15: Shapes, tmp_path: Path) -> None:
@@ -250,4 +250,4 @@ def test_configurations_in_the_metadata_come_first(sd15: Shapes, tmp_path: Path)
     configs["unet"] = configs["unet"] | {"sample_size": 72}
     model = recognise(write_sparse(tmp_path / "m.safetensors", sd15, {CONFIGS_KEY: json.dumps(configs)}))
     assert model.config_of("unet")["sample_size"] == 72
-    assert model.remark.endswith("predicts epsilon, as its metadata say")
+    assert model.remark.endswith("predicts epsilon, as its metadata says")

@@ -95,7 +95,7 @@ def test_suites_take_their_names_from_the_run(tiny_config: Config) -> None:
 
 
 def test_suite_without_names_is_refused() -> None:
-    with pytest.raises(DataError, match="say --identifier sks --class-noun dog"):
+    with pytest.raises(DataError, match="add --identifier sks --class-noun dog"):
         collect(suites=("objects",), identifier="sks")
 
 
@@ -108,7 +108,7 @@ def test_nothing_to_draw_is_refused() -> None:
 def test_file_without_a_prompt_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
-    with pytest.raises(DataError, match=r"prompts\.txt: (holds no prompt|cannot be read as text)"):
+    with pytest.raises(DataError, match=r"prompts\.txt: (has no prompt|cannot be read as text)"):
         read_prompt_file(file)
 
 
