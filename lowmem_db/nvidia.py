@@ -46,8 +46,8 @@ def check_variables() -> None:
 
 
 def has_expandable_segments() -> bool:
-    """Say whether the allocator grows its segments, which leaves fewer gaps between tensors."""
-    settings = next((os.environ[name] for name in _ALLOCATOR if name in os.environ), "")
+    """Say whether the allocator of a run here grows its segments, which leaves fewer gaps between tensors."""
+    settings = next((os.environ[name] for name in _ALLOCATOR if name in os.environ), _EXPANDABLE)
     return sys.platform != "win32" and _EXPANDABLE in settings
 
 

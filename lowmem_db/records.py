@@ -153,6 +153,7 @@ class MemoryPlan(Generic[_Config]):
         config: The configuration with the fastest strategy that fits.
         phases: The phases of the run in their order.
         allowance_bytes: What the device needs in addition to tensors: context, workspaces, fragmentation.
+        reserved_bytes: What the caching allocator takes at the peak; None on the CPU, which has none.
         budget_bytes: Bytes that the run may use.
         seconds_per_step: Predicted seconds of a training step.
         refused: Strategies that would be faster, or that a rule refuses.
@@ -164,6 +165,7 @@ class MemoryPlan(Generic[_Config]):
     config: _Config
     phases: tuple[PhaseMemory, ...]
     allowance_bytes: int
+    reserved_bytes: int | None
     budget_bytes: int
     seconds_per_step: float
     refused: tuple[Refusal, ...]
@@ -171,6 +173,11 @@ class MemoryPlan(Generic[_Config]):
     seconds_to_plan: float
 
     @property
+    def tensor_bytes(self) -> int:
+        """Bytes of tensors at the peak of the run."""
+        return max(phase.parts.total for phase in self.phases)
+
+    @property
     def peak_bytes(self) -> int:
-        """Bytes of the device at the peak of the run, allowance included."""
-        return max(phase.parts.total for phase in self.phases) + self.allowance_bytes
+        """Bytes of the device at the peak of the run, allowance included: what the whole process takes of it."""
+        return self.tensor_bytes + self.allowance_bytes

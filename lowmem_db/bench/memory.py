@@ -7,7 +7,7 @@ from lowmem_db import environment
 from lowmem_db.bench.setting import Setting
 from lowmem_db.bench.stage import Measurement, Row, Stage
 from lowmem_db.bench.strategies import Strategy, strategies
-from lowmem_db.planning.allowance import allowance_bytes
+from lowmem_db.planning.allowance import allowance_bytes, reserved_bytes
 from lowmem_db.planning.measured import measure_train
 from lowmem_db.planning.phases import TracedRun, trace_train
 
@@ -23,10 +23,15 @@ def _measured(setting: Setting, strategy: Strategy) -> Row:
     """Predict, and where that fits, do it."""
     predicted = predicted_bytes(setting, strategy)
     unmeasured: Row = {"allocated_bytes": None, "reserved_bytes": None, "process_bytes": None}
-    found: Row = {"predicted_bytes": predicted, "allowance_bytes": allowance_bytes(predicted, setting.card)}
+    needed_bytes = predicted + allowance_bytes(predicted, setting.card)
+    found: Row = {
+        "predicted_bytes": predicted,
+        "predicted_reserved_bytes": reserved_bytes(predicted, setting.card),
+        "predicted_process_bytes": needed_bytes,
+    }
     environment.release_memory(setting.device)
     free = environment.free_bytes(setting.device)
-    if free is not None and sum(found.values()) > free:
+    if free is not None and needed_bytes > free:
         return found | unmeasured | {"skipped": "needs more memory than is free"}
     needed = measure_train(strategy.config, strategy.model, setting.device, num_steps=_NUM_STEPS)
     return found | {

@@ -1,12 +1,19 @@
-"""Memory that a device needs in addition to the tensors of a trace. These are defaults, not yet measured on a card."""
+"""Memory that a device needs in addition to the tensors of a trace.
 
+
+The shares for fragmentation hold what a model of the caching allocator reserves beyond the tensors of real strategies
+(:mod:`lowmem_db.planning.caching_allocator`, with a test). The other figures are defaults: nothing here was measured on
+a card yet.
+"""
+
+from lowmem_db import nvidia
 from lowmem_db.planning.cards import Card
 
 _CUDA_CONTEXT = 450 << 20  # the context and the kernels loaded into it
-_CUDA_WORKSPACES = 150 << 20  # of cuBLAS and cuDNN
-_CUDA_FRAGMENTATION = 0.05  # of the peak: gaps in the blocks of the caching allocator
+_CUDA_WORKSPACES = 150 << 20  # of cuBLAS (32 MiB), cuDNN, and the backward pass of deterministic attention
+_FRAGMENTATION = 0.05  # of the peak: gaps in the blocks of the caching allocator
+_FRAGMENTATION_OF_FIXED_SEGMENTS = 0.10
 _PROCESS = 640 << 20  # Python, torch, diffusers and transformers on the CPU
-_CPU_FRAGMENTATION = 0.05
 
 
 def allowance_bytes(peak_bytes: int, card: Card) -> int:
@@ -17,5 +24,25 @@ def allowance_bytes(peak_bytes: int, card: Card) -> int:
         card: The card that holds them.
     """
     if card.is_cpu:
-        return _PROCESS + int(peak_bytes * _CPU_FRAGMENTATION)
-    return _CUDA_CONTEXT + _CUDA_WORKSPACES + int(peak_bytes * _CUDA_FRAGMENTATION)
+        return _PROCESS + int(peak_bytes * _FRAGMENTATION)
+    return _CUDA_CONTEXT + _CUDA_WORKSPACES + fragmentation_bytes(peak_bytes)
+
+
+def reserved_bytes(peak_bytes: int, card: Card) -> int | None:
+    """Return what the caching allocator takes for a peak of so many bytes; None on the CPU, which has none.
+
+    Args:
+        peak_bytes: Bytes of tensors at the peak.
+        card: Where they are.
+    """
+    return None if card.is_cpu else peak_bytes + _CUDA_WORKSPACES + fragmentation_bytes(peak_bytes)
+
+
+def fragmentation_bytes(peak_bytes: int) -> int:
+    """Return what the caching allocator of a card reserves beyond its tensors.
+
+    Args:
+        peak_bytes: Bytes of tensors at the peak.
+    """
+    share = _FRAGMENTATION if nvidia.has_expandable_segments() else _FRAGMENTATION_OF_FIXED_SEGMENTS
+    return int(peak_bytes * share)

@@ -19,9 +19,16 @@ _HEADINGS = ("weights", "states", "grads", "act.", "other", "host")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Return a plan as JSON values; sizes in bytes, times in seconds."""
+    """Return a plan as JSON values; sizes in bytes, times in seconds.
+
+    ``tensor_bytes`` is what tensors take at the peak, ``reserved_bytes`` what the caching allocator takes for them, and
+    ``process_bytes`` what ``nvidia-smi`` shows; ``peak_bytes`` is the last, which the budget is compared with.
+    """
     return {
         "peak_bytes": plan.peak_bytes,
+        "tensor_bytes": plan.tensor_bytes,
+        "reserved_bytes": plan.reserved_bytes,
+        "process_bytes": plan.peak_bytes,
         "budget_bytes": plan.budget_bytes,
         "allowance_bytes": plan.allowance_bytes,
         "device": plan.device,

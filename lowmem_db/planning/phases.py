@@ -18,6 +18,7 @@ from lowmem_db.models.loading import CPU, META
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.models.text_encoders import load_text_encoders
 from lowmem_db.optimizers.build import build_optimizer
+from lowmem_db.planning.caching_allocator import Event
 from lowmem_db.planning.cards import Card
 from lowmem_db.planning.costs import CostRecorder, Costs
 from lowmem_db.planning.timeline import BlockFigures, Timeline
@@ -136,6 +137,25 @@ def trace_train(run: TracedRun) -> Traced:
             if ema is not None:
                 ema.update(2)
         return _found(tracker, costs, timeline.figures())
+
+
+def trace_allocations(run: TracedRun, *, num_steps: int = 2) -> tuple[list[Event], int]:
+    """Trace training steps one after the other, from what stays in memory between them.
+
+    Returns:
+        What is allocated and freed, in its order, and the bytes of tensors at the peak.
+    """
+    config = run.config
+    with run.tracing(autocast=autocast(config) != "no") as (tracker, _):
+        denoiser, objective, optimizer = build_step(config, run.model, META)
+        optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))
+        tracker.register(weights_of(denoiser.modules().values()), "weights")
+        batches = training_batches(config, run.model, denoiser)
+        events = tracker.record_events()
+        tracker.reset_peak()
+        for step in range(num_steps):
+            train_step(denoiser, objective, optimizer, batches, step)
+        return list(events), tracker.peak.total
 
 
 def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced]:

@@ -11,7 +11,7 @@ from lowmem_db.environment import GIB
 from lowmem_db.errors import BudgetError
 from lowmem_db.models.finding import model_of
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.planning.allowance import allowance_bytes
+from lowmem_db.planning.allowance import allowance_bytes, reserved_bytes
 from lowmem_db.planning.candidates import candidates, open_choices
 from lowmem_db.planning.needs import Needs
 from lowmem_db.planning.phases import TracedRun
@@ -151,6 +151,7 @@ class _Search:
             config=strategy,
             phases=tuple(phases),
             allowance_bytes=allowance_bytes(peak.parts.total, self._card),
+            reserved_bytes=reserved_bytes(peak.parts.total, self._card),
             budget_bytes=self._budget_bytes,
             seconds_per_step=self._predictor.seconds(strategy),
             refused=tuple(refused),

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_db import host_memory
 from lowmem_db.planning import meta_results
+from lowmem_db.planning.caching_allocator import Event
 from lowmem_db.planning.costs import CostRecorder, Row
 from lowmem_db.records import PARTS, MemoryParts
 
@@ -66,6 +67,7 @@ class AllocationTracker(TorchDispatchMode):
         self._peak_before: tuple[int, tuple[int, ...], int] = (0, (), 0)
         self._interval_peak = 0
         self._part_of_new = PARTS.index("other")
+        self._events: list[Event] | None = None
         self.reset_peak()
 
     @property
@@ -97,6 +99,13 @@ class AllocationTracker(TorchDispatchMode):
         """Return the peak bytes since the last call."""
         peak, self._interval_peak = self._interval_peak, self._live_bytes
         return peak
+
+    def record_events(self) -> list[Event]:
+        """Return what is in use now as allocations; those from now on, and what is freed, are added to the list."""
+        self._events = [
+            (key, each.num_bytes) for key, each in self._storages.items() if each.num_bytes and not each.on_host
+        ]
+        return self._events
 
     @contextmanager
     def tracking(self) -> Iterator[None]:
@@ -191,6 +200,8 @@ class AllocationTracker(TorchDispatchMode):
         if self._live_bytes > self._peak_bytes:
             self._peak_bytes, self._peak_totals = self._live_bytes, tuple(self._totals)
         self._interval_peak = max(self._interval_peak, self._live_bytes)
+        if self._events is not None and num_bytes:
+            self._events.append((key, num_bytes))
         return True
 
     @no_type_check
@@ -201,6 +212,8 @@ class AllocationTracker(TorchDispatchMode):
         else:
             self._totals[storage.part] -= storage.num_bytes
             self._live_bytes -= storage.num_bytes
+            if self._events is not None and storage.num_bytes:
+                self._events.append((key, 0))
 
     @no_type_check
     def _retag(self, tensor: Tensor, part: int) -> None:
@@ -218,6 +231,8 @@ class AllocationTracker(TorchDispatchMode):
         self._totals[storage.part] -= storage.num_bytes
         self._live_bytes -= storage.num_bytes
         self._peak_bytes, self._peak_totals, self._interval_peak = self._peak_before
+        if self._events is not None and storage.num_bytes:
+            self._events.pop()
         storage.on_host = True
         self._host_bytes += storage.num_bytes
         self._peak_host_bytes = max(self._peak_host_bytes, self._host_bytes)

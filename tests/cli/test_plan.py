@@ -29,6 +29,8 @@ def test_json_keeps_its_contract(run: Run, config_file: Path) -> None:
         assert phase["peak_bytes"] == sum(phase["parts"].values())
     largest = max(phase["peak_bytes"] for phase in found["phases"])
     assert found["peak_bytes"] == largest + found["allowance_bytes"] <= found["budget_bytes"] == 2 << 30
+    assert found["tensor_bytes"] == largest < found["process_bytes"] == found["peak_bytes"]
+    assert found["reserved_bytes"] is None
     assert found["strategy"]["checkpointing"] == "none"
     assert all(set(refusal) == {"strategy", "reason"} for refusal in found["refused"])
 
@@ -84,6 +86,7 @@ def test_mistakes_are_named(
 def test_card_that_is_named_is_planned_for_with_its_memory(run: Run, config_file: Path) -> None:
     found = json.loads(run("plan", config_file, "--gpu", "t4", "--json").out)
     assert found["device"] == "T4"
+    assert found["tensor_bytes"] < found["reserved_bytes"] < found["process_bytes"] == found["peak_bytes"]
     assert found["budget_bytes"] == int(15 * 0.97 * 2**30)
     assert (found["strategy"]["weights"], found["strategy"]["mixed_precision"]) == ("fp32", "fp16")
 
