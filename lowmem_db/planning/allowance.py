@@ -1,6 +1,5 @@
 """Memory that a device needs in addition to the tensors of a trace.
 
-
 The shares for fragmentation hold what a model of the caching allocator reserves beyond the tensors of real strategies
 (:mod:`lowmem_db.planning.caching_allocator`, with a test). The other figures are defaults: nothing here was measured on
 a card yet.
