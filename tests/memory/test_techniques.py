@@ -67,7 +67,7 @@ def test_fused_layers_are_refused_where_no_layer_can_be_fused(denoiser: Denoiser
     config = changed(plain, {"memory.fused_layers": True})
     techniques.apply(denoiser, config, META)
     with pytest.raises(
-        ConfigError, match=r"memory\.fused_layers: .* are fused already; set memory\.fused_layers=false"
+        ConfigError, match=r"memory\.fused_layers: .* are already fused; set memory\.fused_layers=false"
     ):
         techniques.apply(denoiser, config, META)
 

@@ -108,7 +108,7 @@ def test_nothing_to_draw_is_refused() -> None:
 def test_file_without_a_prompt_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
-    with pytest.raises(DataError, match=r"prompts\.txt: (holds no prompt|cannot be read as text)"):
+    with pytest.raises(DataError, match=r"prompts\.txt: (has no prompt|cannot be read as text)"):
         read_prompt_file(file)
 
 
