@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	@echo "The pictures are in runs/demo/pictures/grid.png"
 
 test: $(INSTALLED)
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n 2 --dist worksteal
 
 slow: $(INSTALLED)
 	$(RUN)/python -m pytest -m slow

@@ -69,7 +69,7 @@ def measure_rung(model: str, fields: dict[str, Any], *, measured: bool) -> dict[
     traced = trace_train(TracedRun(config=config, model=folder, card=card))
     found = {"predicted_bytes": traced.peak.total, "host_bytes": traced.host_bytes}
     if measured:
-        found["measured_bytes"] = measure_train(config, folder, torch.device("cpu"))
+        found["measured_bytes"] = measure_train(config, folder, torch.device("cpu")).tensor_bytes
     return found
 
 

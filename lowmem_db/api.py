@@ -1,13 +1,15 @@
-"""The public functions: what ``import lowmem_db`` offers, and all that the command line does.
+"""The public functions: what ``import lowmem_db`` offers, and everything the command line calls.
 
-Importing this module loads neither torch nor diffusers; each function loads what it needs. Every error that a caller
-can mend is a :class:`lowmem_db.errors.LowmemDbError`.
+Importing this module loads neither torch nor diffusers; each function loads what it needs. Environment
+variables that CUDA's libraries read only once are set here. Every error that a caller can fix is a
+:class:`lowmem_db.errors.LowmemDbError`.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowmem_db import nvidia
 from lowmem_db.config.loading import load_config as _load_config
 from lowmem_db.config.schema import Config, Precision, Sampler
 from lowmem_db.config.sizes import parse_bytes
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from lowmem_db.storage.run_folder import RunFolder
     from lowmem_db.training.observers import Observer
 
+nvidia.set_variables()
 PathLike = str | Path
 ExportLayout = Literal["single-file", "diffusers", "lora-diffusers", "lora-kohya"]
 
@@ -28,8 +31,8 @@ def load_config(path: PathLike | None = None, overrides: Mapping[str, Any] | Non
     """Read and check a configuration.
 
     Args:
-        path: A YAML file; None: the overrides say everything.
-        overrides: Values of fields by their dotted path, such as ``{"training.learning_rate": 2e-6}``.
+        path: A YAML file, or None if the overrides hold everything.
+        overrides: Values of fields, keyed by dotted path, such as ``{"training.learning_rate": 2e-6}``.
 
     Raises:
         ConfigError: With every problem of the configuration, one per line.
@@ -38,17 +41,17 @@ def load_config(path: PathLike | None = None, overrides: Mapping[str, Any] | Non
 
 
 def plan(config: Config, *, gpu: str | None = None, budget: str | int | None = None, here: bool = False) -> "Plan":
-    """Predict what a run will need, and choose the fastest way that fits; no weights and no GPU are needed.
+    """Predict how much memory a run needs, and choose the fastest strategy that fits. Needs neither weights nor a GPU.
 
     Args:
-        config: What it leaves open is chosen.
-        gpu: A card to plan for, such as ``"rtx 3060"``; None: the device of the configuration.
-        budget: Memory that the run may use: bytes, or ``"8GiB"``; None: ``memory.budget``, or that of the card.
+        config: The configuration; the planner fills in what it leaves open.
+        gpu: A card to plan for, such as ``"rtx 3060"``. Default: the device in the configuration.
+        budget: Memory that the run may use: bytes, or ``"8GiB"``. Default: ``memory.budget``, or the card's memory.
         here: Refuse to plan for a card that this machine does not have.
 
     Raises:
-        BudgetError: Nothing fits; the message names the smallest budget that would do.
-        ConfigError: The card is not known, or no strategy is allowed.
+        BudgetError: Nothing fits; the message names the smallest budget that would be enough.
+        ConfigError: The card is unknown, or no strategy is allowed.
         ModelError: The model's configuration files cannot be found.
     """
     from lowmem_db.planning.plan import plan as plan_run
@@ -62,14 +65,14 @@ def train(config: Config, *, resume: bool = False, observers: Sequence["Observer
 
     Args:
         config: The configuration.
-        resume: Continue the newest complete checkpoint of ``output_dir``, or start where there is none.
-        observers: Are told what happens while it trains; see :mod:`lowmem_db.training.observers`.
+        resume: Continue from the newest complete checkpoint in ``output_dir``; start from scratch if there is none.
+        observers: Notified while the run trains; see :mod:`lowmem_db.training.observers`.
 
     Returns:
         The run folder; ``final_dir`` holds the model.
 
     Raises:
-        LowmemDbError: What the caller can mend; each class says what.
+        LowmemDbError: An error that the caller can fix; each subclass says which.
         RunInterrupted: The run was asked to stop; a checkpoint was saved.
     """
     from lowmem_db.data.inputs import check_inputs
@@ -94,26 +97,26 @@ def generate(
     precision: Precision | None = None,
     device: str = "auto",
 ) -> "list[tuple[str, list[Image]]]":
-    """Draw images of prompts; image ``i`` of every prompt starts from the same noise.
+    """Draw images for prompts; image ``i`` of every prompt starts from the same noise.
 
     Args:
         source: A run folder, a model folder, a hub id, or ``"demo"``.
         prompts: What to draw.
-        num_images: Images of each prompt.
+        num_images: Images per prompt.
         seed: Seed of the noise.
         sampler: ``"ddim"``, ``"dpm_solver"``, or ``"ddpm"``, the ancestral sampler.
         num_inference_steps: Sampling steps.
         guidance_scale: Classifier-free guidance (arXiv:2207.12598).
-        resolution: Pixels of a side; None: those of the run, or those the model was made for.
-        precision: Type to compute in; None: fp16 on CUDA devices, fp32 on the CPU.
+        resolution: Side length in pixels. Default: that of the run, or the model's native one.
+        precision: Type to compute in. Default: fp16 on CUDA devices, fp32 on the CPU.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
 
     Returns:
         Each prompt with its images.
 
     Raises:
-        DataError: A run has no model yet, or the resolution does not fit the model.
-        ModelError: There is no such model.
+        DataError: The run has no model yet, or the resolution does not fit the model.
+        ModelError: The model does not exist.
     """
     from lowmem_db import environment
     from lowmem_db.engine.generate import generate_images
@@ -158,37 +161,38 @@ def evaluate(
     shard: str | None = None,
     output: PathLike = "evaluation",
 ) -> dict[str, Any]:
-    """Say how good a result is, with the metrics and the protocol of arXiv:2208.12242, section 4.
+    """Measure how good a result is, with the metrics and the protocol of arXiv:2208.12242, section 4.
 
     Args:
-        source: A run, a folder of runs, or a folder of images by any tool.
-        real: Photos of the subject, or a folder with a folder of photos for each subject.
-        class_images: Images that were drawn for the prompt of the class, for PRES; of a run they are drawn.
+        source: A run, a folder of runs, or a folder of images made by any tool.
+        real: Photos of the subject, or a folder with one folder of photos per subject.
+        class_images: Images drawn for the class prompt, for PRES. For a run they are drawn here.
         encoders: ``en0`` and ``captions`` need no network; ``dino``, ``clip``, ``lpips``, or ``paper`` for these three;
             ``NAME=FOLDER_OR_HUB_ID`` chooses the model.
-        subjects: So many subjects, or their names with commas between them.
-        num_prompts: So many prompts, the first ones.
-        num_images: Images of each prompt: drawn of a run (4), read of a folder (all).
-        suite: Suite of prompts for a run; None: the paper's for its class.
-        prompt_file: Prompts for a run instead of a suite, one in each line.
-        identifier: Rare token of the subject; None: as the run says.
-        class_noun: Class of the subject; None: as the run says.
-        num_class_images: Images drawn of a run for the prompt of the class (16).
+        subjects: How many subjects to use, or their names separated by commas.
+        num_prompts: Use only the first so many prompts.
+        num_images: Images per prompt. Default: 4 are drawn for a run, all are read from a folder.
+        suite: Prompt suite for a run. Default: the paper's suite for the class.
+        prompt_file: Prompts for a run instead of a suite, one per line.
+        identifier: Rare token of the subject. Default: that of the run.
+        class_noun: Class of the subject. Default: that of the run.
+        num_class_images: Images drawn for the class prompt of a run. Default: 16.
         seed: Seed of images and bootstrap.
-        sampler: None: that of the run's samples; likewise the next two.
+        sampler: Default: that of the run's samples, as for the next two.
         num_inference_steps: Sampling steps.
         guidance_scale: Classifier-free guidance.
-        resolution: Pixels of a side; None: those of the run.
-        precision: Type to compute in; None: fp16 on CUDA devices, fp32 on the CPU.
+        resolution: Side length in pixels. Default: that of the run.
+        precision: Type to compute in. Default: fp16 on CUDA devices, fp32 on the CPU.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         shard: Draw one part of a run's images, such as ``"1/4"``, and score nothing.
         output: Folder for images, contact sheets and ``evaluation.json``.
 
     Returns:
-        The report, as ``evaluation.json`` holds it; of a shard, ``{"num_missing": N}``: images of other shards.
+        The report, as written to ``evaluation.json``. For a shard, ``{"num_missing": N}``: images that other shards
+        still have to draw.
 
     Raises:
-        DataError: Something that is compared cannot be found or read.
+        DataError: Something to be compared cannot be found or read.
         ModelError: An encoder cannot be found.
     """
     from lowmem_db import environment
@@ -249,22 +253,22 @@ def export(
     extract_lora: int | None = None,
     base: str | None = None,
 ) -> Path:
-    """Write a trained model in the layout that other programs load.
+    """Write a trained model in a layout that other programs load.
 
     Args:
         source: A run folder, or a model as ``model.base`` names it.
-        out: File or folder to write, never overwritten; None: named after the source, in the working folder.
-        layout: None: one file in the original layout, or kohya's layout for a LoRA.
-        precision: Type of the weights; None: as they are.
-        merge: Bake a LoRA into its base model first.
-        extract_lora: Rank of a LoRA to be made from a full fine-tuning.
-        base: Model that a fine-tuning started from, for ``extract_lora``; None: that of the run.
+        out: File or folder to write; must not exist yet. Default: named after the source, in the working folder.
+        layout: Default: one file in the original layout, or kohya's layout for a LoRA.
+        precision: Type of the weights. Default: unchanged.
+        merge: Merge a LoRA into its base model first.
+        extract_lora: Rank of the LoRA to extract from a full fine-tuning.
+        base: Model that the fine-tuning started from, for ``extract_lora``. Default: that of the run.
 
     Returns:
         What was written.
 
     Raises:
-        ModelError: The source cannot be found, or is not what is asked for.
+        ModelError: The source cannot be found, or does not fit the request.
         StorageError: The disk is full.
     """
     from lowmem_db.exporting.request import Request, export_model

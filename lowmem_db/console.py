@@ -1,4 +1,4 @@
-"""What a person sees: remarks and progress, on standard error, so that standard output holds results alone."""
+"""Remarks and progress bars for people, on standard error; standard output holds only results."""
 
 import errno
 import re
@@ -11,11 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 _Item = TypeVar("_Item")
 _TERMINAL_IS_GONE = {errno.EIO, errno.EPIPE, errno.EBADF, errno.ESHUTDOWN}
-_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]")
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]")
 
 
 class _StandardError:
-    """Standard error as it is now; what is written after its terminal was closed is lost, and the run goes on."""
+    """Current standard error; output after its terminal was closed is dropped, and the run continues."""
 
     def write(self, text: str) -> int:
         try:
@@ -40,7 +40,7 @@ class _StandardError:
 
 
 def _stream() -> Any:
-    """Return standard error itself, also while a progress bar stands in its place."""
+    """Return standard error itself, even while a progress bar replaces it."""
     return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
 
@@ -48,8 +48,8 @@ console = Console(file=cast("IO[str]", _StandardError()), highlight=False, soft_
 
 
 def printable(text: str) -> str:
-    """Return a text with everything visible that would steer a terminal: names of files may hold it."""
-    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Return a text with its control characters escaped: file names may contain some."""
+    return _CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def say(message: str) -> None:
@@ -63,13 +63,13 @@ def warn(message: str) -> None:
 
 
 def track(items: Iterable[_Item], description: str, total: int) -> Iterable[_Item]:
-    """Yield items under a progress bar; without a terminal, nothing but the items."""
+    """Yield items under a progress bar, which is shown only on a terminal."""
     with progress() as bar:
         yield from bar.track(items, total=total, description=description)
 
 
 def progress(*extra: str) -> Progress:
-    """Return a progress bar; ``extra`` are further columns in rich's markup."""
+    """Return a progress bar; ``extra`` are additional columns in rich's markup."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

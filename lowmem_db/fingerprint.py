@@ -1,4 +1,4 @@
-"""Content keys: short names for bytes and settings, equal exactly where these are equal."""
+"""Content keys: short names for bytes and settings, equal only if these are equal."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ def of_file(path: Path) -> str:
 
 
 def of_files(paths: Iterable[Path]) -> str:
-    """Return the key of several files: their names and their bytes, in the order of the names."""
+    """Return the key of several files: their names and bytes, ordered by name."""
     return of_values(*((path.name, of_file(path)) for path in sorted(paths)))
 
 

@@ -1,8 +1,8 @@
 """Tensors in the host's memory that a device reads and writes asynchronously.
 
-Whoever keeps something of the device on the host allocates it here: pinned for a CUDA device, so that copies run
-beside the computation; plain for the CPU. Under a trace on the meta device nothing is allocated, and observers are
-told, so that host and device bytes can be told apart.
+Data that leaves a device for the host is allocated here: pinned for a CUDA device, so that copies overlap with the
+computation; pageable for the CPU. In a trace on the meta device nothing is allocated, and observers are told, so that
+host bytes can be counted separately from device bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ def empty_on_host(shape: Sequence[int], dtype: torch.dtype, *, device: torch.dev
 
 
 def pieces_on_host(sizes: Sequence[int], *, device: torch.device) -> list[Tensor]:
-    """Allocate pieces of zeros on the host, as uint8, many of them in one allocation.
+    """Allocate zeroed uint8 tensors on the host, many of them in one allocation.
 
     Args:
         sizes: Bytes of each piece.
@@ -44,7 +44,7 @@ def pieces_on_host(sizes: Sequence[int], *, device: torch.device) -> list[Tensor
 
 
 def _chunks(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Yield consecutive sizes whose sum is at most that of a chunk, or a single larger one."""
+    """Group consecutive sizes so that each sum fits into a chunk; a larger size is a group of its own."""
     chunk: list[int] = []
     for size in sizes:
         if chunk and sum(chunk) + size > _CHUNK_BYTES:
@@ -57,7 +57,7 @@ def _chunks(sizes: Sequence[int]) -> Iterator[list[int]]:
 
 @contextmanager
 def observed(observer: Callable[[Tensor], None]) -> Iterator[None]:
-    """Tell ``observer`` of every tensor that is allocated on the host inside the block."""
+    """Tell ``observer`` about every tensor that is allocated on the host inside the block."""
     _observers.append(observer)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Ctrl-C and the other signals that end a run. Light: it is imported before everything that takes time.
+"""Ctrl-C and the other signals that end a run. This module imports quickly and is imported first.
 
-Each ends the program with exit code 130 and one line. The trainer puts its own handler in the place of this one while
-there is a model in memory to be saved.
+Each signal ends the program with exit code 130 and one line. While there is a model in memory to save, the trainer
+replaces this handler by its own.
 """
 
 import os
@@ -19,14 +19,14 @@ Handler = Callable[[int, FrameType | None], object]
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK")
 _IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
 _asked: list[str] = []
-_WAY_OUT = "run the same command again, with --resume where there is a checkpoint"
+_WAY_OUT = "run the same command again, with --resume if there is a checkpoint"
 
 
 def stop_signals() -> list[signal.Signals]:
     """Return the signals of this platform that ask a run to stop.
 
-    A closed terminal sends SIGHUP, Slurm sends SIGUSR1 before the time is up, Ctrl-Break of Windows is SIGBREAK. SIGHUP
-    is left out where it is ignored, as ``nohup`` wants it.
+    A closed terminal sends SIGHUP, Slurm sends SIGUSR1 before the time is up, Ctrl-Break on Windows is SIGBREAK. SIGHUP
+    is left out if it is ignored, as under ``nohup``.
     """
     known = [number for name in _NAMES if (number := getattr(signal, name, None)) is not None]
     return [number for number in known if number != getattr(signal, "SIGHUP", None) or not _is_ignored(number)]
@@ -37,7 +37,7 @@ def handling(handler: Handler) -> Iterator[None]:
     """Call ``handler`` on every signal that asks to stop, inside the block.
 
     Raises:
-        RunInterrupted: A signal came before, and a library swallowed what was raised.
+        RunInterrupted: A signal came earlier, and a library swallowed the exception.
     """
     if _asked:
         raise RunInterrupted(_asked[0])
@@ -50,10 +50,10 @@ def handling(handler: Handler) -> Iterator[None]:
 
 
 def exit_on_signals() -> None:
-    """End the program on every signal that asks to stop: in order on the first, at once on a second one.
+    """End the program on every signal that asks to stop: orderly on the first, at once on the second.
 
-    While something is imported there is nothing to put in order, and what is raised there gets lost or leaves modules
-    half made: the program is left at once then.
+    During an import there is nothing to clean up, and an exception would be lost or leave modules half initialized: the
+    program ends at once then.
     """
     _asked.clear()
 
@@ -69,7 +69,7 @@ def exit_on_signals() -> None:
     shown = sys.unraisablehook
 
     def leave_where_swallowed(unraisable: Any) -> None:
-        """A callback of the interpreter, such as those of imports, swallows what is raised in it."""
+        """Callbacks of the interpreter, such as those of imports, swallow exceptions."""
         if isinstance(unraisable.exc_value, RunInterrupted):
             leave_at_once(str(unraisable.exc_value))
         shown(unraisable)
@@ -86,7 +86,7 @@ def leave_at_once(message: str) -> None:
 
 
 def was_asked() -> str | None:
-    """Return what is said of the signal that came, or None where none did."""
+    """Return the message for the signal that came, or None if none did."""
     return _asked[0] if _asked else None
 
 

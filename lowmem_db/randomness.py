@@ -1,7 +1,7 @@
-"""Random numbers as a pure function of where a run is, so that resuming needs nothing but the step number.
+"""Random numbers as a pure function of the position in a run, so that a resume needs only the step number.
 
 ``generator(seed, stream, step, item)`` gives the same numbers whatever was drawn before, on any device and in any
-batch. Generators live on the CPU; draws are moved to the device, because CUDA draws other numbers from the same seed.
+batch. Generators live on the CPU and draws are moved to the device, because CUDA draws other numbers from a seed.
 """
 
 import hashlib
@@ -14,15 +14,15 @@ def derive_seed(seed: int, stream: str, *indices: int) -> int:
 
     Args:
         seed: The run's seed.
-        stream: What the numbers are for, for instance ``"timesteps"``; streams are independent of each other.
-        indices: Where in the stream, for instance the step and the sample.
+        stream: What the numbers are for, such as ``"timesteps"``; streams are independent of each other.
+        indices: Position in the stream, such as the step and the sample.
     """
     text = ":".join([str(seed), stream, *map(str, indices)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator(seed: int, stream: str, *indices: int) -> torch.Generator:
-    """Return a CPU generator for one place of one stream; see :func:`derive_seed`."""
+    """Return a CPU generator for one position in one stream; see :func:`derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, stream, *indices))
 
 

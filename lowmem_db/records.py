@@ -1,4 +1,4 @@
-"""The frozen records that travel between the packages."""
+"""The frozen records that are passed between packages."""
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
@@ -14,14 +14,14 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRecord:
-    """One picture on disk, checked and ready to be read.
+    """One image on disk, checked and ready to be read.
 
     Attributes:
         path: The file.
         content_key: Key of the file's bytes.
         width: Pixels, after the EXIF orientation is applied.
         height: Pixels, after the EXIF orientation is applied.
-        prompt: What the picture shows, as the model is told during training.
+        prompt: The prompt for this image during training.
     """
 
     path: Path
@@ -33,13 +33,13 @@ class ImageRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What the denoiser is told, one row per sample. The names of the tensors are the family's.
+    """What the denoiser is conditioned on, one row per sample. The model family names the tensors.
 
     Attributes:
-        tokens: What tokenizers make of prompts.
-        embeds: What text encoders make of tokens; empty where they are part of what trains.
-        picture: What is told about the pictures.
-        has_prompt: Whether a row has a prompt; the embeddings of one that has none are zeros. None: all have one.
+        tokens: Token ids from the tokenizers.
+        embeds: Embeddings from the text encoders; empty if the encoders train too.
+        picture: Tensors that describe the images, such as SDXL's sizes and crops.
+        has_prompt: Whether a row has a prompt; the embeddings of a row without one are zeros. None if all have one.
     """
 
     tokens: Mapping[str, Shaped[Tensor, "b ..."]]
@@ -55,8 +55,8 @@ class Batch:
     Attributes:
         latent_mean: Mean of the autoencoder's posterior, in the denoiser's scale.
         latent_std: Its standard deviation; zero for a deterministic autoencoder.
-        conditioning: What the denoiser is told of each sample.
-        sample_ids: Number of each sample within its optimizer step: every random draw of the sample depends on it.
+        conditioning: What the denoiser is conditioned on.
+        sample_ids: Number of each sample within its optimizer step; every random draw for the sample depends on it.
         num_instance: How many of the samples are instance samples.
         sources: File name of each sample, for messages.
     """
@@ -76,8 +76,8 @@ class StepOutput:
     Attributes:
         loss: Equation 2 of arXiv:2208.12242, the mean over the accumulated batches.
         loss_instance: Its first term.
-        loss_prior: Its second term before the factor ``prior_loss_weight``; None without prior preservation.
-        grad_norm: Joint norm of all gradients before clipping; None where it is not computed.
+        loss_prior: Its second term, without the factor ``prior_loss_weight``; None without prior preservation.
+        grad_norm: Joint norm of all gradients before clipping; None if it is not computed.
     """
 
     loss: float
@@ -88,14 +88,14 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class MemoryParts:
-    """Bytes of a device, by what they hold.
+    """Bytes on a device, by what they hold.
 
     Attributes:
         weights: Weights of every model in memory.
         optimizer_state: Moments, their scales, and the extra bits of 24-bit weights.
-        gradients: Gradients that the backward pass has handed to parameters.
-        activations: What a step or a sampling step makes and has not freed yet.
-        other: Everything else: tables, rings, averages, inputs.
+        gradients: Gradients that the backward pass has assigned to parameters.
+        activations: Tensors that a training or sampling step has made and not freed yet.
+        other: Everything else: tables, ring buffers, moving averages, inputs.
     """
 
     weights: int = 0
@@ -106,7 +106,7 @@ class MemoryParts:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all parts."""
         return sum(astuple(self))
 
 
@@ -120,7 +120,7 @@ class PhaseMemory:
     Attributes:
         name: ``class_images``, ``encode_images``, ``encode_text``, ``train`` or ``sample``.
         parts: Bytes of the device.
-        host_bytes: Bytes of the host that are kept for the device.
+        host_bytes: Bytes on the host that belong to the device's work.
     """
 
     name: str
@@ -133,7 +133,7 @@ class Refusal:
     """A strategy that was not chosen.
 
     Attributes:
-        strategy: What it is called.
+        strategy: Its name.
         reason: Why, in words.
     """
 
@@ -149,21 +149,23 @@ class MemoryPlan(Generic[_Config]):
     """What a run will need, and how it saves memory.
 
     Attributes:
-        device: What it is planned for, in words.
+        device: The device it was planned for, in words.
         config: The configuration with the fastest strategy that fits.
         phases: The phases of the run in their order.
-        allowance_bytes: What the device needs beside the tensors: context, workspaces, fragmentation.
-        budget_bytes: What the run may use.
+        allowance_bytes: What the device needs in addition to tensors: context, workspaces, fragmentation.
+        reserved_bytes: What the caching allocator takes at the peak; None on the CPU, which has none.
+        budget_bytes: Bytes that the run may use.
         seconds_per_step: Predicted seconds of a training step.
-        refused: Strategies that are faster, or that a rule refuses.
-        notes: Remarks for a person.
-        seconds_to_plan: Seconds it took to find out.
+        refused: Strategies that would be faster, or that a rule refuses.
+        notes: Remarks for the user.
+        seconds_to_plan: Seconds that planning took.
     """
 
     device: str
     config: _Config
     phases: tuple[PhaseMemory, ...]
     allowance_bytes: int
+    reserved_bytes: int | None
     budget_bytes: int
     seconds_per_step: float
     refused: tuple[Refusal, ...]
@@ -171,6 +173,11 @@ class MemoryPlan(Generic[_Config]):
     seconds_to_plan: float
 
     @property
+    def tensor_bytes(self) -> int:
+        """Bytes of tensors at the peak of the run."""
+        return max(phase.parts.total for phase in self.phases)
+
+    @property
     def peak_bytes(self) -> int:
-        """Bytes of the device at the peak of the run, allowance included."""
-        return max(phase.parts.total for phase in self.phases) + self.allowance_bytes
+        """Bytes of the device at the peak of the run, allowance included: what the whole process takes of it."""
+        return self.tensor_bytes + self.allowance_bytes

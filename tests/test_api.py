@@ -44,10 +44,10 @@ def test_from_photos_to_a_model(tiny_fields: dict[str, object], tmp_path: Path) 
 
 
 def test_errors_are_those_of_the_command_line(tiny_fields: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=r"training\.learning_rat: there is no such field; did you mean training\.le"):
+    with pytest.raises(ConfigError, match=r"training\.learning_rat: unknown field; did you mean training\.le"):
         lowmem_db.load_config(overrides=tiny_fields | {"training.learning_rat": 1})
     config = lowmem_db.load_config(overrides=tiny_fields)
     with pytest.raises(BudgetError, match=r"memory\.budget: 0\.0 GiB is less than any strategy needs"):
         lowmem_db.plan(config, budget="1MiB")
-    with pytest.raises(ConfigError, match=r"--budget: 'much' is no size"):
+    with pytest.raises(ConfigError, match=r"--budget: 'much' is not a size"):
         lowmem_db.plan(config, budget="much")

@@ -91,7 +91,7 @@ def test_auto_takes_the_first_cuda_device_or_the_cpu(
 def test_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, count: int, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     with pytest.raises(
-        ConfigError, match=rf"device: '{name}' is not there, .* sees {count} CUDA devices; allowed: auto"
+        ConfigError, match=rf"device: '{name}' does not exist; .* sees {count} CUDA devices; allowed: auto"
     ):
         environment.resolve_device(name)
 
@@ -106,13 +106,15 @@ def test_device_that_is_there_is_taken(monkeypatch: pytest.MonkeyPatch, name: st
     ("capability", "precision", "refused"),
     [((7, 5), "bf16", True), ((7, 5), "fp16", False), ((7, 5), "no", False), ((8, 0), "bf16", False)],
 )
-def test_bf16_is_refused_on_cards_that_have_it_not(
+def test_bf16_is_refused_on_cards_without_it(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str, refused: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     if refused:
-        with pytest.raises(ConfigError, match=r"not native on Tesla T4; .* Use training\.mixed_precision=fp16"):
+        with pytest.raises(
+            ConfigError, match=r"Tesla T4 does not support 'bf16' in hardware; .* Use training\.mixed_precision=fp16"
+        ):
             environment.check_precision(precision, torch.device("cuda"))
     else:
         environment.check_precision(precision, torch.device("cuda"))

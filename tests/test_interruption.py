@@ -37,6 +37,8 @@ print("alive")
 
 
 def python(program: str, **options: object) -> subprocess.CompletedProcess[str]:
+    if hasattr(signal, "SIGHUP"):  # the tests themselves may run under nohup
+        options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, **options)
 
 
@@ -63,7 +65,7 @@ def test_signal_while_anything_else_is_imported(module: str) -> None:
 
 def assert_interrupted(name: str, ended: subprocess.CompletedProcess[str]) -> None:
     assert ended.returncode == 130
-    assert ended.stderr == (f"{name}: stopped; run the same command again, with --resume where there is a checkpoint\n")
+    assert ended.stderr == (f"{name}: stopped; run the same command again, with --resume if there is a checkpoint\n")
     assert ended.stdout == ""
 
 

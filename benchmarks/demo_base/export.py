@@ -18,7 +18,7 @@ LOCAL_ENTRIES = ("_name_or_path", "is_local", "local_files_only")
 def load_pipeline(state_file: Path, base: Path, raw: bool = False) -> StableDiffusionPipeline:
     """Returns a pipeline of the state's averaged (or raw) weights with the folder's tokenizer and VAE."""
     arguments = json.loads(state_file.with_name("args.json").read_text())
-    state = torch.load(state_file)["model" if raw else "ema"]
+    state = torch.load(state_file, map_location="cpu")["model" if raw else "ema"]
     tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
     unet = build_unet(tuple(arguments["channels"]))
     text_encoder = build_text_encoder(tokenizer, arguments["text_layers"])

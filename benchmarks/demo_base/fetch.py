@@ -9,7 +9,7 @@ from pathlib import Path
 
 import resvg_py
 
-from benchmarks.demo_base.nouns import HELD_OUT, NOUNS, STYLES, noun_of
+from benchmarks.demo_base.nouns import CLASSIFIER_STYLE, HELD_OUT, NOUNS, STYLES, noun_of, noun_of_slug
 
 SIZE = 128
 VERSIONS = {
@@ -20,17 +20,21 @@ VERSIONS = {
     "fluent-emoji-flat": "1.2.6",
     "twemoji": "1.2.5",
     "emojione": "1.2.3",
+    CLASSIFIER_STYLE: "1.2.4",
 }
 OTHER_NAMES = {
     "black-bird": ("blackbird",),
-    "man-s-shoe": ("mensshoe",),
     "woman-s-hat": ("womanshat",),
+    "man-s-shoe": ("mensshoe", "mans-shoe"),
+    "backpack": ("school-backpack",),
+    **{animal: (f"{animal}-face",) for animal in ("bear", "fox", "frog", "lion", "panda", "robot")},
 }
 
 
 def is_wanted(key: str) -> bool:
-    """Returns whether the drawing `style/slug` is trained on or held out."""
-    return noun_of(key) is not None or key in HELD_OUT
+    """Returns whether the drawing `style/slug` is trained on, held out, or for the classifier alone."""
+    style, slug = key.split("/")
+    return noun_of(key) is not None or key in HELD_OUT or (style == CLASSIFIER_STYLE and bool(noun_of_slug(slug)))
 
 
 def fetch_icons(style: str) -> dict:
@@ -45,12 +49,17 @@ def fetch_icons(style: str) -> dict:
             return json.load(member)
 
 
-def find_icon(icons: dict, slug: str) -> str | None:
-    """Returns the name under which an icon set holds a drawing: sets spell apostrophes and spaces differently."""
+def find_icons(icons: dict, slug: str) -> list[str]:
+    """Returns the names under which an icon set holds a drawing, several where it numbers its designs.
+
+    Sets spell apostrophes and spaces differently.
+    """
     plain = slug.replace("-s-", "s-").replace("o-clock", "oclock")
     squeezed = plain.replace("-", "")
-    names = (slug, plain, squeezed, *OTHER_NAMES.get(slug, ()))
-    return next((name for name in names if name in icons["icons"]), None)
+    names = list(dict.fromkeys((slug, plain, squeezed, *OTHER_NAMES.get(slug, ()))))
+    found = [name for name in names if name in icons["icons"]]
+    numbered = [f"{name}-{number}" for name in names for number in range(1, 4)]
+    return found[:1] or [name for name in numbered if name in icons["icons"]]
 
 
 def rasterise(icons: dict, name: str) -> bytes:
@@ -67,17 +76,18 @@ def main() -> None:
     """Fetches every style and writes the drawings that are trained on or held out."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--styles", nargs="+", default=STYLES)
+    parser.add_argument("--styles", nargs="+", default=(*STYLES, CLASSIFIER_STYLE))
     args = parser.parse_args()
     slugs = sorted({slug for group in NOUNS.values() for slug in group})
     for style in args.styles:
         icons, folder = fetch_icons(style), args.out / style
         folder.mkdir(parents=True, exist_ok=True)
-        wanted = {slug: find_icon(icons, slug) for slug in slugs if is_wanted(f"{style}/{slug}")}
-        found = {slug: name for slug, name in wanted.items() if name}
-        for slug, name in found.items():
-            (folder / f"{slug}.png").write_bytes(rasterise(icons, name))
-        print(f"{style}: {len(found)} drawings", flush=True)
+        for slug in slugs:
+            names = find_icons(icons, slug) if is_wanted(f"{style}/{slug}") else []
+            for number, name in enumerate(names, start=1):
+                target = folder / (f"{slug}.png" if number == 1 else f"{slug}_{number}.png")
+                target.write_bytes(rasterise(icons, name))
+        print(f"{style}: {len(list(folder.glob('*.png')))} drawings", flush=True)
 
 
 if __name__ == "__main__":

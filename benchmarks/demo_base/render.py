@@ -4,16 +4,19 @@ import argparse
 import json
 import random
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.demo_base.accessories import COLOURS, put_on
 from benchmarks.demo_base.captions import Attributes
-from benchmarks.demo_base.nouns import FLAT_STYLES, NOUNS, ONE_SIDED, noun_of
-from benchmarks.demo_base.scenes import PLAIN, SCENES, paint_background
+from benchmarks.demo_base.finish import PHOTO, STYLES, light_from_a_side, shadow_of, vary_colours
+from benchmarks.demo_base.nouns import FACES, FLAT_STYLES, NOUNS, ONE_SIDED, WEARERS, noun_of
+from benchmarks.demo_base.scenes import CLUTTER, PLAIN, SCENES, paint_background
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
 
 SIZE = 128
@@ -34,17 +37,39 @@ def tint(cutout: Image.Image, colour: str) -> Image.Image:
 
 def draw_attributes(noun: str, flat: bool, rng: random.Random) -> Attributes:
     """Chooses colour, background, position and size of one picture."""
-    colour = rng.choice(list(HUES)) if rng.random() < 0.25 else None
+    colour = rng.choice(list(HUES)) if rng.random() < 0.3 else None
     kind = rng.random()
     plain = [name for name in PLAIN if name not in ("white", colour)]
-    background = "white" if kind < 0.42 else rng.choice(plain) if kind < 0.72 else rng.choice(list(SCENES))
+    background = "white" if kind < 0.36 else rng.choice(plain) if kind < 0.66 else rng.choice(list(SCENES))
     placed = rng.random()
-    position = rng.choice(("left", "right")) if placed < 0.12 else None
-    if 0.12 <= placed < 0.16 and background in PLAIN:
+    position = rng.choice(("left", "right")) if placed < 0.15 else None
+    if 0.15 <= placed < 0.2 and background in PLAIN:
         position = rng.choice(("top", "bottom"))
     sized = rng.random()
     size = "small" if position or sized < 0.08 else "large" if sized > 0.94 else None
     return Attributes(noun, flat, colour, background, position, size)
+
+
+def add_extras(shown: Attributes, nouns: Sequence[str], rng: random.Random) -> Attributes:
+    """Gives some pictures a second subject, a hat or glasses, or a style with a name."""
+    if rng.random() < 0.1:
+        second_colour = rng.choice([name for name in HUES if name != shown.background]) if rng.random() < 0.3 else None
+        shown = replace(shown, position=None, size=None, second=rng.choice(nouns), second_colour=second_colour)
+    elif shown.noun in WEARERS and rng.random() < 0.2:
+        wearing = rng.choice(("hat", "glasses")) if shown.noun in FACES else "hat"
+        colour = rng.choice([name for name in COLOURS if name not in (shown.background, shown.colour)])
+        shown = replace(shown, wearing=wearing, wearing_colour=colour)
+    return add_style(shown, rng) if rng.random() < 0.16 else shown
+
+
+def add_style(shown: Attributes, rng: random.Random) -> Attributes:
+    """Gives the picture a style; grey ones show no colour, and half of the photos have clutter behind the subject."""
+    style = PHOTO if rng.random() < 0.5 else rng.choice([name for name in STYLES if name != PHOTO])
+    background = CLUTTER if style == PHOTO and rng.random() < 0.5 else shown.background
+    if style not in ("sketch", "black and white"):
+        return replace(shown, style=style, background=background)
+    background = "white" if background in PLAIN else background
+    return replace(shown, style=style, background=background, colour=None, second_colour=None, wearing=None)
 
 
 def place(shown: Attributes, side: int, rng: random.Random) -> tuple[int, int]:
@@ -52,22 +77,46 @@ def place(shown: Attributes, side: int, rng: random.Random) -> tuple[int, int]:
     free = SIZE - side
     x = {"left": 0.06, "right": 0.94}.get(shown.position or "", 0.5) * free + rng.uniform(-3, 3)
     y = {"top": 0.06, "bottom": 0.94}.get(shown.position or "", 0.5) * free + rng.uniform(-3, 3)
-    if shown.background in SCENES:
+    if shown.background in SCENES and shown.background != "space":
         y = free * rng.uniform(0.75, 0.95)
     return round(x), round(y)
 
 
-def compose(cutout: Image.Image, shown: Attributes, rng: random.Random) -> Image.Image:
-    """Returns the RGB picture of (SIZE, SIZE) pixels that shows the cut-out as described."""
-    low, high = {"small": (0.45, 0.55), "large": (0.95, 1.0), None: (0.74, 0.9)}[shown.size]
-    side = round(SIZE * rng.uniform(low, high))
+def prepare(cutout: Image.Image, shown: Attributes, rng: random.Random) -> Image.Image:
+    """Returns the RGBA cut-out in its colour, with what it wears, mirrored and lit."""
     drawing = tint(cutout, shown.colour) if shown.colour else cutout
+    if shown.wearing:
+        left_part = 0.5 if shown.noun in ONE_SIDED else 1.0
+        drawing = put_on(drawing, shown.wearing, str(shown.wearing_colour), left_part, rng)
     if shown.noun not in ONE_SIDED and rng.random() < 0.5:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return light_from_a_side(drawing, rng) if shown.style == PHOTO else drawing
+
+
+def paste(canvas: Image.Image, drawing: Image.Image, shown: Attributes, rng: random.Random) -> None:
+    """Puts a prepared cut-out onto the background at the size and place that are described."""
+    low, high = {"small": (0.45, 0.55), "large": (0.95, 1.0), None: (0.74, 0.9)}[shown.size]
+    side = round(SIZE * rng.uniform(low, high))
     drawing = drawing.resize((side, side), Image.Resampling.LANCZOS)
+    x, y = place(shown, side, rng)
+    if shown.style == PHOTO:
+        canvas.paste((0, 0, 0), (x, y + 3), shadow_of(drawing, rng))
+    canvas.paste(drawing, (x, y), drawing)
+
+
+def compose(
+    cutout: Image.Image, shown: Attributes, rng: random.Random, second: Image.Image | None = None
+) -> Image.Image:
+    """Returns the RGB picture of (SIZE, SIZE) pixels that shows the cut-outs as described."""
+    drawing = prepare(cutout, shown, rng)
     canvas = paint_background(shown.background, SIZE, rng)
-    canvas.paste(drawing, place(shown, side, rng), drawing)
-    return canvas
+    if second is None:
+        paste(canvas, drawing, shown, rng)
+    else:
+        right = replace(shown, noun=str(shown.second), colour=shown.second_colour, wearing=None)
+        paste(canvas, drawing, replace(shown, position="left", size="small"), rng)
+        paste(canvas, prepare(second, right, rng), replace(right, position="right", size="small"), rng)
+    return STYLES[shown.style](canvas, rng) if shown.style else canvas
 
 
 def load_drawings(folder: Path) -> list[tuple[str, str, Image.Image]]:
@@ -82,25 +131,38 @@ def load_drawings(folder: Path) -> list[tuple[str, str, Image.Image]]:
 
 @torch.no_grad()
 def encode(vae: AutoencoderTAEF2, pictures: list[Image.Image]) -> np.ndarray:
-    """Returns the latents (batch, 32, 16, 16) of the pictures in half precision."""
+    """Returns the latents (batch, 32, 16, 16) of the pictures in half precision, computed in bfloat16."""
     pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
-    return vae.encode(pixels.float() / 127.5 - 1).latents.half().numpy()
+    with torch.autocast("cpu", torch.bfloat16):
+        return vae.encode(pixels.float() / 127.5 - 1).latents.half().numpy()
 
 
-def render_shard(drawings: list, vae: AutoencoderTAEF2, rng: random.Random, target: Path) -> None:
+class Drawings:
+    """Cut-outs by noun, and pictures composed of them."""
+
+    def __init__(self, drawings: list[tuple[str, str, Image.Image]]) -> None:
+        self.by_noun: dict[str, list[tuple[str, Image.Image]]] = {}
+        for key, noun, cutout in drawings:
+            self.by_noun.setdefault(noun, []).append((key, cutout))
+        self.nouns = sorted(self.by_noun)
+        self.weights = [len(self.by_noun[noun]) ** 0.7 for noun in self.nouns]
+
+    def draw(self, noun: str, rng: random.Random) -> tuple[str, Attributes, Image.Image]:
+        """Returns the drawing's key, what the picture shows, and the picture."""
+        key, cutout = rng.choice(self.by_noun[noun])
+        shown = draw_attributes(noun, key.split("/")[0] in FLAT_STYLES, rng)
+        shown = add_extras(shown, self.nouns, rng)
+        cutout = vary_colours(cutout, rng) if rng.random() < 0.5 else cutout
+        second = rng.choice(self.by_noun[shown.second])[1] if shown.second else None
+        return key, shown, compose(cutout, shown, rng, second)
+
+
+def render_shard(drawings: Drawings, vae: AutoencoderTAEF2, rng: random.Random, target: Path) -> None:
     """Writes one shard: SHARD latents as .npy and what they show as .json."""
-    nouns = sorted({noun for _, noun, _ in drawings})
-    shown, pictures, keys = [], [], []
-    by_noun = {noun: [drawing for drawing in drawings if drawing[1] == noun] for noun in nouns}
-    weights = [len(by_noun[noun]) ** 0.7 for noun in nouns]
-    for noun in rng.choices(nouns, weights, k=SHARD):
-        key, _, cutout = rng.choice(by_noun[noun])
-        shown.append(draw_attributes(noun, key.split("/")[0] in FLAT_STYLES, rng))
-        pictures.append(compose(cutout, shown[-1], rng))
-        keys.append(key)
+    drawn = [drawings.draw(noun, rng) for noun in rng.choices(drawings.nouns, drawings.weights, k=SHARD)]
+    pictures = [picture for _, _, picture in drawn]
     latents = np.concatenate([encode(vae, pictures[start : start + 32]) for start in range(0, SHARD, 32)])
-    records = [{"key": key, **asdict(attributes)} for key, attributes in zip(keys, shown, strict=True)]
-    target.with_suffix(".json").write_text(json.dumps(records))
+    target.with_suffix(".json").write_text(json.dumps([{"key": key, **asdict(shown)} for key, shown, _ in drawn]))
     np.save(target.with_suffix(".tmp.npy"), latents)
     target.with_suffix(".tmp.npy").rename(target.with_suffix(".npy"))
 
@@ -120,8 +182,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     vae = AutoencoderTAEF2.from_pretrained(args.vae, torch_dtype=torch.float32).eval()
-    drawings = [drawing for drawing in load_drawings(args.drawings) if drawing[1] in args.nouns]
-    print(f"{len(drawings)} drawings", flush=True)
+    wanted = [drawing for drawing in load_drawings(args.drawings) if drawing[1] in args.nouns]
+    drawings = Drawings(wanted)
+    print(f"{len(wanted)} drawings of {len(drawings.nouns)} nouns", flush=True)
     for index in range(args.first, args.first + args.shards):
         target = args.out / f"{index:04d}"
         if not target.with_suffix(".npy").exists():

@@ -1,10 +1,15 @@
-"""Backgrounds drawn with Pillow: plain colours and a few simple scenes."""
+"""Backgrounds drawn with Pillow: plain colours and simple scenes."""
 
 import random
 
 from PIL import Image, ImageDraw
 
+from benchmarks.demo_base.finish import clutter
+
 Colour = tuple[int, int, int]
+
+CLUTTER = "clutter"
+"""A blurred jumble behind the subject of a photo, which no caption names."""
 
 PLAIN: dict[str, Colour] = {
     "white": (255, 255, 255),
@@ -108,11 +113,95 @@ def room(canvas: Image.Image, rng: random.Random) -> None:
         pen.line((0, y, width, y), fill=(140, 92, 52), width=2)
 
 
-SCENES = {"beach": beach, "grass": grass, "snow": snow, "forest": forest, "city": city, "night": night, "room": room}
+def mountains(canvas: Image.Image, rng: random.Random) -> None:
+    """Peaks with white tops behind a green ground."""
+    width, height = canvas.size
+    ground(canvas, rng, (175, 210, 240), (125, 165, 95), 0.66)
+    pen = ImageDraw.Draw(canvas)
+    for column in range(3):
+        x, top = width * (column + rng.uniform(0.2, 0.8)) / 3, height * rng.uniform(0.08, 0.25)
+        half, foot = width * rng.uniform(0.26, 0.36), height * 0.68
+        snowline = 0.3
+        pen.polygon(((x, top), (x - half, foot), (x + half, foot)), fill=jitter((120, 125, 145), rng, 14))
+        low = top + snowline * (foot - top)
+        pen.polygon(((x, top), (x - half * snowline, low), (x + half * snowline, low)), fill=(248, 250, 255))
+
+
+def water(canvas: Image.Image, rng: random.Random) -> None:
+    """Open water with light waves under a pale sky."""
+    width, height = canvas.size
+    pen = ground(canvas, rng, (200, 230, 250), (45, 120, 190), 0.36)
+    for _ in range(16):
+        x, y, length = rng.uniform(0, width), rng.uniform(height * 0.44, height), rng.uniform(8, 26)
+        pen.arc((x - length / 2, y - 3, x + length / 2, y + 3), 200, 340, fill=(165, 210, 240), width=2)
+
+
+def desert(canvas: Image.Image, rng: random.Random) -> None:
+    """Orange dunes under a hot pale sky."""
+    width, height = canvas.size
+    pen = ground(canvas, rng, (250, 225, 180), (215, 150, 85), 0.64)
+    for _ in range(3):
+        x, half, top = rng.uniform(0, width), width * rng.uniform(0.25, 0.45), height * rng.uniform(0.5, 0.58)
+        pen.ellipse((x - half, top, x + half, height * 0.86), fill=jitter((222, 162, 95), rng, 14))
+
+
+def sunset(canvas: Image.Image, rng: random.Random) -> None:
+    """A sky from purple to orange with a low sun over dark land."""
+    width, height = canvas.size
+    pen = ImageDraw.Draw(canvas)
+    top, bottom = jitter((95, 60, 130), rng), jitter((255, 150, 70), rng)
+    line = int(height * rng.uniform(0.66, 0.72))
+    for y in range(line):
+        share = y / line
+        pen.line((0, y, width, y), fill=tuple(round(a + share * (b - a)) for a, b in zip(top, bottom, strict=True)))
+    x, radius = width * rng.uniform(0.15, 0.85), width * 0.11
+    pen.ellipse((x - radius, line - radius, x + radius, line + radius), fill=(255, 225, 120))
+    pen.rectangle((0, line, width, height), fill=jitter((60, 42, 60), rng))
+
+
+def space(canvas: Image.Image, rng: random.Random) -> None:
+    """Black with stars and one or two planets, and no ground."""
+    width, height = canvas.size
+    pen = ImageDraw.Draw(canvas)
+    pen.rectangle((0, 0, width, height), fill=jitter((14, 12, 30), rng, 6))
+    for _ in range(36):
+        x, y, radius = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(0.5, 1.6)
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(250, 250, 240))
+    for _ in range(rng.randint(1, 2)):
+        x, y, radius = rng.choice((0.12, 0.88)) * width, rng.choice((0.15, 0.85)) * height, rng.uniform(8, 15)
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=jitter((190, 110, 90), rng, 50))
+
+
+def table(canvas: Image.Image, rng: random.Random) -> None:
+    """A brown table top with grain in front of a dim wall."""
+    width, height = canvas.size
+    pen = ground(canvas, rng, (120, 140, 150), (160, 105, 62), 0.5)
+    for _ in range(14):
+        x, y = rng.uniform(-20, width), rng.uniform(height * 0.55, height)
+        pen.line((x, y, x + rng.uniform(20, 60), y), fill=jitter((135, 84, 46), rng, 8), width=1)
+
+
+SCENES = {
+    "beach": beach,
+    "grass": grass,
+    "snow": snow,
+    "forest": forest,
+    "city": city,
+    "night": night,
+    "room": room,
+    "mountains": mountains,
+    "water": water,
+    "desert": desert,
+    "sunset": sunset,
+    "space": space,
+    "table": table,
+}
 
 
 def paint_background(name: str, size: int, rng: random.Random) -> Image.Image:
-    """Returns a (size, size) RGB background of a plain colour or scene by name."""
+    """Returns a (size, size) RGB background of a plain colour or scene by name, or clutter."""
+    if name == CLUTTER:
+        return clutter(size, rng)
     if name in SCENES:
         canvas = Image.new("RGB", (128, 128))
         SCENES[name](canvas, rng)

@@ -153,20 +153,23 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
-        self.args, rng = args, random.Random(args.seed + int(time.time()))
+        self.args = args
         tokenizer = CLIPTokenizer.from_pretrained(args.tokenizer)
         self.model = nn.ModuleDict(
             {"unet": build_unet(tuple(args.channels)), "text_encoder": build_text_encoder(tokenizer, args.text_layers)}
         )
+        self.model.to(args.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, weight_decay=0.01, fused=True)
         self.scheduler = build_scheduler(args.zero_snr)
-        self.store, self.tokens = LatentStore(args.latents, rng), CaptionTokens(tokenizer, rng)
         self.step, self.seconds = 0, 0.0
         if (args.out / "state.pt").exists():
             self.load(args.out / "state.pt")
         elif args.start_from:
             self.start_from(args.start_from)
+        torch.manual_seed(args.seed + self.step)
+        rng = random.Random(args.seed + self.step)
+        self.store, self.tokens = LatentStore(args.latents, rng), CaptionTokens(tokenizer, rng)
 
     def start_from(self, base: Path) -> None:
         """Takes the weights of an exported base; step and time begin at zero."""
@@ -177,7 +180,7 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Continues from a saved state."""
-        state = torch.load(path)
+        state = torch.load(path, map_location=self.args.device)
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -190,24 +193,25 @@ class Trainer:
         torch.save(state | {"step": self.step, "seconds": self.seconds}, partial)
         partial.rename(self.args.out / "state.pt")
 
-    def loss(self) -> Tensor:
-        """Returns the v-prediction loss of one batch."""
+    def loss(self, shift: float) -> Tensor:
+        """Returns the v-prediction loss of one batch, with the forward pass in bfloat16 if that was asked for."""
         latents, shown = self.store.batch(self.args.batch)
-        noise = torch.randn_like(latents)
-        timesteps = draw_timesteps(len(latents), self.args.shift)
+        noise, timesteps = torch.randn_like(latents), draw_timesteps(len(latents), shift)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
-        hidden = self.model["text_encoder"](self.tokens(shown)).last_hidden_state
-        prediction = self.model["unet"](noisy, timesteps, hidden).sample
         weights = loss_weights(timesteps, self.scheduler.alphas_cumprod, self.args.min_snr)
-        return (weights * (prediction - target) ** 2).mean()
+        place = self.args.device
+        with torch.autocast(place, torch.bfloat16, enabled=self.args.bf16):
+            hidden = self.model["text_encoder"](self.tokens(shown).to(place)).last_hidden_state
+            prediction = self.model["unet"](noisy.to(place), timesteps.to(place), hidden).sample
+        return (weights.to(place) * (prediction.float() - target.to(place)) ** 2).mean()
 
     def update(self, progress: float) -> float:
         """Takes one optimizer step at the given share of the planned time and returns the loss."""
         rate = self.args.lr * min(1.0, (self.step + 1) / 200) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.loss()
+        loss = self.loss(self.args.shift + progress * (self.args.final_shift - self.args.shift))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -250,13 +254,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.9995)
-    parser.add_argument("--shift", type=float, default=1.0, help="above 1: more noise")
+    parser.add_argument("--shift", type=float, default=1.0, help="of the timesteps at the start; above 1: more noise")
+    parser.add_argument("--final-shift", type=float, help="at the end, reached evenly; the same as --shift by default")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="autocast the forward pass to bfloat16")
     parser.add_argument("--zero-snr", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--min-snr", type=float, default=0.0, help="gamma of the min-SNR weights; 0: plain")
     parser.add_argument("--save-every", type=float, default=120.0, help="seconds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.final_shift = args.shift if args.final_shift is None else args.final_shift
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "args.json").write_text(json.dumps(vars(args), default=str, indent=1))

@@ -47,7 +47,8 @@ def compare(model: ModelFolder, fields: dict[str, Any]) -> dict[str, int]:
     traced = trace_train(TracedRun(config=config, model=model, card=CPU))
     return {
         "predicted_bytes": traced.peak.total + traced.host_bytes,
-        "followed_bytes": measure_train(config, model, torch.device("cpu"), num_steps=1) + traced.host_bytes,
+        "followed_bytes": measure_train(config, model, torch.device("cpu"), num_steps=1).tensor_bytes
+        + traced.host_bytes,
         "profiled_bytes": profiled_train_peak(config, model),
     }
 

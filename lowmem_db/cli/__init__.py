@@ -1,1 +1,1 @@
-"""The command line: one file per command, which parses, calls and prints; the exit codes. No logic."""
+"""The command line and its exit codes: one file per command that parses, calls and prints. No logic."""

@@ -11,7 +11,7 @@ from lowmem_db.errors import ConfigError
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
-    """Return the configuration, and whether a flag asks to resume.
+    """Return the configuration, and whether a flag asks for a resume.
 
     Raises:
         ConfigError: With every problem found, one per line.
@@ -19,7 +19,8 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
     parsed = parse_arguments(arguments)
     if len(parsed.positional) > 1:
         raise ConfigError(
-            f"{' '.join(parsed.positional[1:])}: one configuration file is read; allowed besides: section.key=value"
+            f"{' '.join(parsed.positional[1:])}: only one configuration file can be given; the rest "
+            "must be section.key=value"
         )
     for note in parsed.notes:
         say(note)

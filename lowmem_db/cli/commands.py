@@ -1,11 +1,11 @@
-"""The commands. Nothing here imports torch."""
+"""The list of commands. Nothing here imports torch."""
 
 import logging
 
 import typer
 
-from lowmem_db import environment
-from lowmem_db.cli import doctor, evaluate, export, generate, identifiers, plan, prepare, train
+from lowmem_db import environment, nvidia
+from lowmem_db.cli import bench, doctor, evaluate, export, generate, identifiers, plan, prepare, train
 from lowmem_db.console import warn
 
 app = typer.Typer(
@@ -25,11 +25,13 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("identifiers")(identifiers.identifiers)
 app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
 
 
 def run_command() -> None:
-    """Run the command of the arguments; what the packages log is shown."""
+    """Run the command line, and show what the packages log."""
     environment.quiet_libraries()
+    nvidia.set_variables()
     logging.getLogger("lowmem_db").addHandler(_WarningHandler())
     app()
 

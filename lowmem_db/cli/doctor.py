@@ -6,7 +6,7 @@ import typer
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions, devices, and which kernels and back ends serve here, or why they do not."""
+    """Show versions, devices, and which kernels and back ends are used on this machine, or why they are not."""
     import json
 
     from rich.console import Console
@@ -29,13 +29,13 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         total = f"{found['total_bytes'] / environment.GIB:.1f} GiB" if found["total_bytes"] else "size unknown"
         free = f", {found['free_bytes'] / environment.GIB:.1f} GiB free" if "free_bytes" in found else ""
         out.print(f"{found['device']}: {found['name']}, {total}{free}")
-    table = Table("back end", "serves", "active", "why")
+    table = Table("back end", "used for", "active", "why")
     for back_end in report["back_ends"]:
         table.add_row(
             back_end["name"], back_end["serves"], "yes" if back_end["active"] else "no", escape(back_end["reason"])
         )
     out.print(table)
-    operators = Table("kernel", "served by", "why")
+    operators = Table("kernel", "runs as", "why")
     for kernel in report["kernels"]:
         operators.add_row(kernel["op"], kernel["backend"], escape(kernel["reason"]))
     out.print(operators)

@@ -13,73 +13,73 @@ def evaluate(
         list[Path],
         typer.Argument(
             metavar="RUN_OR_IMAGES",
-            help="A run, a folder of runs, or a folder of images by any tool. With --pairs: two folders of images. "
-            "With --tally: files of answers.",
+            help="A run, a folder of runs, or a folder of images made by any tool. With --pairs: two folders of "
+            "images. With --tally: files of answers.",
         ),
     ],
     real: Annotated[
-        Path | None, typer.Option(help="Photos of the subject, or a folder with a folder of photos for each subject.")
+        Path | None, typer.Option(help="Photos of the subject, or a folder with one folder of photos per subject.")
     ] = None,
-    class_images: Annotated[
-        Path | None, typer.Option(help="Images that were drawn for the prompt of the class, for PRES.")
-    ] = None,
+    class_images: Annotated[Path | None, typer.Option(help="Images drawn for the class prompt, for PRES.")] = None,
     encoder: Annotated[
         list[str] | None,
         typer.Option(
-            help="en0 (no network), captions (no network, simple drawings alone), dino, clip, lpips, or paper for the "
-            "last three; NAME=FOLDER_OR_HUB_ID chooses the model. May be given again.",
+            help="en0 (no network), captions (no network, only for simple drawings), dino, clip, lpips, or paper for "
+            "the last three; NAME=FOLDER_OR_HUB_ID chooses the model. Can be repeated.",
             show_default="en0",
         ),
     ] = None,
     subjects: Annotated[
-        str | None, typer.Option(help="So many subjects, or their names with commas between them.")
+        str | None, typer.Option(help="How many subjects to use, or their names separated by commas.")
     ] = None,
-    prompts: Annotated[int | None, typer.Option(min=1, help="So many prompts, the first ones.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Use only the first so many prompts.")] = None,
     images: Annotated[
-        int | None, typer.Option(min=1, help="Images of each prompt: drawn of a run (4), read of a folder (all).")
+        int | None,
+        typer.Option(min=1, help="Images per prompt. Default: 4 are drawn for a run, all are read from a folder."),
     ] = None,
     suite: Annotated[
-        str | None, typer.Option(help="Suite of prompts for a run; the paper's for its class by default.")
+        str | None, typer.Option(help="Prompt suite for a run. Default: the paper's suite for the class.")
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Prompts for a run instead of a suite, one a line.")] = None,
-    identifier: Annotated[str | None, typer.Option(help="Rare token of the subject; read from a run.")] = None,
-    class_noun: Annotated[str | None, typer.Option(help="Class of the subject; read from a run.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Prompts for a run instead of a suite, one per line.")
+    ] = None,
+    identifier: Annotated[str | None, typer.Option(help="Rare token of the subject. Default: that of the run.")] = None,
+    class_noun: Annotated[str | None, typer.Option(help="Class of the subject. Default: that of the run.")] = None,
     num_class_images: Annotated[
-        int | None, typer.Option(min=0, help="Images drawn of a run for the prompt of the class, for PRES (16).")
+        int | None, typer.Option(min=0, help="Images drawn for the class prompt of a run, for PRES. Default: 16.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of images, bootstrap and questionnaire.")] = 0,
     sampler: Annotated[
-        Literal["ddim", "dpm_solver", "ddpm"] | None, typer.Option(help="That of the run's samples by default.")
+        Literal["ddim", "dpm_solver", "ddpm"] | None, typer.Option(help="Default: that of the run's samples.")
     ] = None,
-    num_inference_steps: Annotated[
-        int | None, typer.Option(min=1, help="Those of the run's samples by default.")
-    ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0.0, help="That of the run's samples by default.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(min=1, help="Default: that of the run's samples.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0.0, help="Default: that of the run's samples.")] = None,
     resolution: Annotated[
-        int | None, typer.Option(min=8, help="Pixels of a side; those of the run by default.")
+        int | None, typer.Option(min=8, help="Side length in pixels. Default: that of the run.")
     ] = None,
     precision: Annotated[
-        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="fp16 on CUDA devices by default.")
+        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Default: fp16 on CUDA devices, fp32 on the CPU.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     shard: Annotated[
         str | None, typer.Option(help="Draw one part of a run's images, such as 1/4, and score nothing.")
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for images, contact sheets, evaluation.json or the page.")
+        Path,
+        typer.Option("--output", "-o", help="Folder for images, contact sheets, evaluation.json or the questionnaire."),
     ] = Path("evaluation"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     pairs: Annotated[
-        bool, typer.Option("--pairs", help="Write the paper's questionnaire about two folders of images, as a page.")
+        bool, typer.Option("--pairs", help="Write the paper's questionnaire about two folders of images as a web page.")
     ] = False,
-    num_pairs: Annotated[int, typer.Option(min=1, help="Comparisons of the questionnaire.")] = 25,
-    tally: Annotated[bool, typer.Option("--tally", help="Count answers to a questionnaire.")] = False,
+    num_pairs: Annotated[int, typer.Option(min=1, help="Comparisons in the questionnaire.")] = 25,
+    tally: Annotated[bool, typer.Option("--tally", help="Count the answers to a questionnaire.")] = False,
 ) -> None:
-    """Say how good a result is, with the metrics and the protocol of the DreamBooth paper.
+    """Measure how good a result is, with the metrics and the protocol of the DreamBooth paper.
 
-    [bold]lowmem-db evaluate runs/dog[/bold] draws 4 images of each of 25 prompts and compares them with the photos of
-    the run; a stopped evaluation goes on where it was. [bold]lowmem-db evaluate IMAGES --real PHOTOS[/bold] compares
-    images that any tool has drawn.
+    [bold]lowmem-db evaluate runs/dog[/bold] draws 4 images for each of 25 prompts and compares them with the photos of
+    the run; an interrupted evaluation continues where it stopped. [bold]lowmem-db evaluate IMAGES --real PHOTOS[/bold]
+    compares images made by any tool.
     """
     if tally:
         _print_tally(paths, as_json)
@@ -91,7 +91,7 @@ def evaluate(
         _write_page(paths, real, subjects, prompts, images, output, num_pairs, seed)
         return
     if len(paths) != 1:
-        raise DataError(f"RUN_OR_IMAGES: {len(paths)} are given; allowed: one, or two with --pairs")
+        raise DataError(f"RUN_OR_IMAGES: {len(paths)} given; allowed: one, or two with --pairs")
     report = api.evaluate(
         paths[0],
         real=real,
@@ -117,7 +117,9 @@ def evaluate(
     )
     if shard is not None:
         missing = report["num_missing"]
-        typer.echo(f"shard {shard} is done, {missing} images of other shards are missing; then leave out --shard")
+        typer.echo(
+            f"shard {shard} is done; {missing} images of other shards are missing. When all are done, omit --shard"
+        )
     elif as_json:
         _print_json(report)
     else:
@@ -146,7 +148,7 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
         out.print(remark, markup=False)
     header, *rows = comparison_rows(report)
     if rows:
-        table = Table(*header, title="beside Table 1 of arXiv:2208.12242")
+        table = Table(*header, title="compared with Table 1 of arXiv:2208.12242")
         for row in rows:
             table.add_row(*row)
         out.print(table)
@@ -182,7 +184,7 @@ def _print_tally(files: list[Path], as_json: bool) -> None:
         _print_json(result)
         return
     header, *rows = tally_rows(result)
-    table = Table(*header, title=f"{result['num_raters']} people, decided by majority")
+    table = Table(*header, title=f"{result['num_raters']} people, majority vote")
     for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)

@@ -7,39 +7,41 @@ import typer
 
 
 def export(
-    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model as for model.base.")],
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model as in model.base.")],
     layout: Annotated[
         Literal["single-file", "diffusers", "lora-diffusers", "lora-kohya"] | None,
         typer.Option(
             "--format",
             help="single-file: one .safetensors in the original layout, for ComfyUI, AUTOMATIC1111 / Forge and "
-            "InvokeAI. diffusers: a folder. lora-diffusers and lora-kohya: a LoRA in one file, for load_lora_weights "
-            "of diffusers or for those programs. single-file by default, lora-kohya for a LoRA.",
+            "InvokeAI. diffusers: a folder. lora-diffusers, lora-kohya: a LoRA in one file, for diffusers' "
+            "load_lora_weights or for those programs. Default: single-file, or lora-kohya for a LoRA.",
         ),
     ] = None,
     precision: Annotated[
-        Literal["fp16", "bf16", "fp32"] | None, typer.Option(help="Type of the weights; as they are by default.")
+        Literal["fp16", "bf16", "fp32"] | None, typer.Option(help="Type of the weights. Default: unchanged.")
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
             "-o",
-            help="File or folder to write; never overwritten. NAME.safetensors or NAME-diffusers here by default.",
+            help="File or folder to write; must not exist yet. Default: NAME.safetensors or NAME-diffusers in the "
+            "working folder.",
         ),
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Bake a LoRA into its base model first.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA into its base model first.")] = False,
     extract_lora: Annotated[
-        int | None, typer.Option(min=1, metavar="RANK", help="Make a LoRA of this rank from a full fine-tuning.")
+        int | None, typer.Option(min=1, metavar="RANK", help="Extract a LoRA of this rank from a full fine-tuning.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Model that a fine-tuning started from, for --extract-lora; read from a run.")
+        str | None,
+        typer.Option(help="Model that the fine-tuning started from, for --extract-lora. Default: that of the run."),
     ] = None,
 ) -> None:
-    """Write a trained model in the layout that other programs load.
+    """Write a trained model in a layout that other programs load.
 
-    [bold]lowmem-db export runs/dog --precision fp16[/bold] writes dog.safetensors; models of Stable Diffusion 1.x, 2.x
-    and XL have such a layout, all others are exported with --format diffusers.
+    [bold]lowmem-db export runs/dog --precision fp16[/bold] writes dog.safetensors. Only Stable Diffusion 1.x, 2.x and
+    XL have such a layout; export other models with --format diffusers.
     """
     from lowmem_db import api
 

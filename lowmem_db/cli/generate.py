@@ -8,35 +8,37 @@ import typer
 
 def generate(
     source: Annotated[str, typer.Argument(help="A run folder, a model folder, a hub id, or demo.")],
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="What to draw; may be given again.")
-    ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A text file with one prompt in each line.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What to draw; can be repeated.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A text file with one prompt per line.")] = None,
     suite: Annotated[
-        list[str] | None, typer.Option(help="A suite of the paper's prompts; --list-suites names them.")
+        list[str] | None, typer.Option(help="A suite of the paper's prompts; --list-suites lists them.")
     ] = None,
-    list_suites: Annotated[bool, typer.Option("--list-suites", help="Print the names of the suites and stop.")] = False,
+    list_suites: Annotated[bool, typer.Option("--list-suites", help="Print the names of the suites and exit.")] = False,
     identifier: Annotated[
-        str | None, typer.Option(help="Rare token of the subject, for suites; read from a run.")
+        str | None, typer.Option(help="Rare token of the subject, for suites. Default: that of the run.")
     ] = None,
-    class_noun: Annotated[str | None, typer.Option(help="Class of the subject, for suites; read from a run.")] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 4,
+    class_noun: Annotated[
+        str | None, typer.Option(help="Class of the subject, for suites. Default: that of the run.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed; image i of every prompt starts from the same noise.")] = 0,
     sampler: Annotated[
         Literal["ddim", "dpm_solver", "ddpm"], typer.Option(help="ddpm is the ancestral sampler.")
     ] = "ddim",
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     guidance_scale: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance.")] = 7.5,
-    resolution: Annotated[int | None, typer.Option(min=8, help="Pixels of a side; the model's own by default.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=8, help="Side length in pixels. Default: that of the run, or the model's own.")
+    ] = None,
     precision: Annotated[
-        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="fp16 on CUDA devices by default.")
+        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Default: fp16 on CUDA devices, fp32 on the CPU.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images and their grid.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images and a grid of them.")] = Path(
         "images"
     ),
 ) -> None:
-    """Draw images of prompts, and a grid of all."""
+    """Draw images for prompts, and a grid of all of them."""
     from lowmem_db.sampling.prompts import collect_prompts, suite_names
 
     if list_suites:

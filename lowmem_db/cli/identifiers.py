@@ -7,15 +7,17 @@ import typer
 
 def identifiers(
     model: Annotated[
-        str, typer.Argument(help="The model whose vocabulary counts: a folder, a hub id, or demo.")
+        str, typer.Argument(help="The model whose vocabulary is used: a folder, a hub id, or demo.")
     ] = "demo",
     count: Annotated[int, typer.Option(min=1, help="How many to print.")] = 10,
-    num_tokens: Annotated[int | None, typer.Option(min=1, max=3, help="Tokens of each; 1 to 3 by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    num_tokens: Annotated[
+        int | None, typer.Option(min=1, max=3, help="Tokens per identifier. Default: 1 to 3.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
-    """Print rare identifiers for a subject, as in section 3.2 of the paper: a word the model knows nothing about yet.
+    """Print rare identifiers for a subject, as in section 3.2 of the paper: words that mean nothing to the model yet.
 
-    Each line holds the identifier and the ids of its tokens. Use one in the prompt: "a IDENTIFIER dog".
+    Each line holds an identifier and its token ids. Use one in the prompt: "a IDENTIFIER dog".
     """
     from lowmem_db.data.identifiers import rare_identifiers
     from lowmem_db.models.finding import find_model

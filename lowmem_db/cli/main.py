@@ -1,4 +1,4 @@
-"""``lowmem-db``: the exit codes of errors and signals. What takes time to import comes after signals are handled."""
+"""``lowmem-db``: exit codes of errors and signals. Slow imports happen after the signal handlers are in place."""
 
 import sys
 
@@ -7,7 +7,7 @@ from lowmem_db.interruption import exit_on_signals, leave_at_once, was_asked
 
 
 def main() -> None:
-    """Run a command; an error that the user can mend, or a signal, ends it in one line and without a traceback."""
+    """Run a command; an error that the user can fix, or a signal, ends it with one line and no traceback."""
     try:
         exit_on_signals()
         app()
@@ -18,13 +18,13 @@ def main() -> None:
             say(f"error: {line}" if error.exit_code == 2 else line)
         sys.exit(error.exit_code)
     except Exception:
-        if (message := was_asked()) is not None:  # what a library made of the interruption
+        if (message := was_asked()) is not None:  # a library wrapped the interruption in its own error
             leave_at_once(message)
         raise
 
 
 def app() -> None:
-    """Run the command of the arguments."""
+    """Run the command line."""
     from lowmem_db.cli.commands import run_command
 
     run_command()

@@ -13,19 +13,19 @@ def plan(
         ),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Memory that the run may use: 8GiB, 7.5GB. By default memory.budget.")
+        str | None, typer.Option(help="Memory that the run may use: 8GiB, 7.5GB. Default: memory.budget.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help='A card, for instance "rtx 3060"; its memory is the budget where none is given.')
+        str | None, typer.Option(help='A card, such as "rtx 3060"; its memory is the budget if none is given.')
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Run three real steps here, and print what they needed.")
+        bool, typer.Option("--verify", help="Run three real steps on this machine and print what they needed.")
     ] = False,
 ) -> None:
-    """Predict what a run will need, before it starts, and choose the fastest way that fits the budget.
+    """Predict how much memory a run needs, and choose the fastest strategy that fits the budget.
 
-    Neither weights nor a GPU are needed: [bold]lowmem-db plan configs/sd15_full_12gb.yaml --gpu "rtx 3060"[/bold]
+    Needs neither weights nor a GPU: [bold]lowmem-db plan configs/sd15_full_12gb.yaml --gpu "rtx 3060"[/bold]
     """
     import json
 

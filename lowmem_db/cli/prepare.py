@@ -13,7 +13,7 @@ def prepare(
         ),
     ] = None,
 ) -> None:
-    """Fill the caches of a run: class images, latents, text embeddings; say what was there already."""
+    """Fill the caches of a run: class images, latents and text embeddings. Existing ones are kept."""
     from lowmem_db.cli.arguments import read_arguments
     from lowmem_db.data.inputs import check_inputs
 

@@ -1,1 +1,1 @@
-"""The configuration: a frozen tree, how it is read, and the table of refused combinations."""
+"""The configuration: a frozen tree, its loading, and the table of refused combinations."""

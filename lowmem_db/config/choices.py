@@ -1,7 +1,7 @@
-"""What the planner may choose where a configuration leaves a field of a strategy open, what does least first.
+"""What the planner may choose for each strategy field that a configuration leaves open, the mildest choice first.
 
-Each function is asked in the order of :data:`lowmem_db.config.strategy.FIELDS`: what stands before a field is chosen
-already in the configuration that it gets.
+The functions are called in the order of :data:`lowmem_db.config.strategy.FIELDS`: in the configuration that a function
+gets, the earlier fields are already chosen.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ Precision = Literal["no", "fp16", "bf16"]
 
 @runtime_checkable
 class Device(Protocol):
-    """What a choice depends on of the card that a run is planned for."""
+    """The properties of a card that choices depend on."""
 
     @property
     def is_cpu(self) -> bool:
@@ -30,11 +30,11 @@ class Device(Protocol):
 
 @dataclass(frozen=True)
 class Situation:
-    """Where a strategy is chosen.
+    """The circumstances of a choice.
 
     Attributes:
         card: The device.
-        block_names: Blocks of the model that can be checkpointed one by one; none: all of them alike.
+        block_names: Blocks of the model that can be checkpointed one by one; if empty, all are treated alike.
         open_paths: Fields that the configuration leaves open.
     """
 
@@ -44,7 +44,7 @@ class Situation:
 
 
 def weights(config: Config, where: Situation) -> Iterator[Weights]:
-    """Yield kinds of weights that train: 24 bits before stochastic rounding, fp32 where bf16 has no place."""
+    """Yield types of the trained weights: 24 bits before stochastic rounding, fp32 if bf16 cannot be used."""
     if config.lora.enabled or config.training.mixed_precision in {"no", "fp16"} or not where.card.has_bf16:
         yield "fp32"
     else:
@@ -53,7 +53,7 @@ def weights(config: Config, where: Situation) -> Iterator[Weights]:
 
 
 def base_weights(config: Config, where: Situation) -> Iterator[BaseWeights]:
-    """Yield types of the frozen weights of a LoRA run, the exact one first."""
+    """Yield types of the frozen weights in a LoRA run, the exact one first."""
     precision = config.training.mixed_precision
     if where.card.is_cpu or precision == "no":
         yield "fp32"
@@ -64,7 +64,7 @@ def base_weights(config: Config, where: Situation) -> Iterator[BaseWeights]:
 
 
 def mixed_precision(config: Config, where: Situation) -> Iterator[Precision]:
-    """Yield the type that suits the weights and the card."""
+    """Yield the type that fits the weights and the card."""
     base = config.lora.base_weights
     if config.memory.weights != "fp32":
         yield "bf16"
@@ -77,7 +77,7 @@ def mixed_precision(config: Config, where: Situation) -> Iterator[Precision]:
 
 
 def plain_precision(config: Config) -> Precision:
-    """Return the type a run computes in that nobody planned: that of its weights."""
+    """Return the compute type of a run without a plan: the type of its weights."""
     if config.memory.weights != "fp32":
         return "bf16"
     base = config.lora.base_weights
@@ -87,7 +87,7 @@ def plain_precision(config: Config) -> Precision:
 
 
 def gradients(config: Config, where: Situation) -> Iterator[bool]:
-    """Yield whether gradients are freed as soon as they are used; those of adapters are small."""
+    """Yield whether gradients are freed as soon as they are used; not for adapters, whose gradients are small."""
     del where
     yield False
     if not config.lora.enabled:
@@ -95,14 +95,14 @@ def gradients(config: Config, where: Situation) -> Iterator[bool]:
 
 
 def optimizer_states(config: Config, where: Situation) -> Iterator[bool]:
-    """Yield whether optimizer states go to the host; those of adapters are small, and a CPU is the host."""
+    """Yield whether optimizer states go to the host; not for adapters, whose states are small, nor on the CPU."""
     yield False
     if not config.lora.enabled and not where.card.is_cpu:
         yield True
 
 
 def checkpointing(config: Config, where: Situation) -> Iterator[Placement | Mapping[str, Placement]]:
-    """Yield placements of activation checkpoints: none, one block more each time, all blocks, all of them twice."""
+    """Yield placements of activation checkpoints: none, one more block each time, all blocks, all of them twice."""
     if not config.memory.offload_checkpoints:
         yield "none"
         yield from _partial(where.block_names)
@@ -111,7 +111,7 @@ def checkpointing(config: Config, where: Situation) -> Iterator[Placement | Mapp
 
 
 def offload_checkpoints(config: Config, where: Situation) -> Iterator[bool]:
-    """Yield whether what checkpointed segments start from goes to the host."""
+    """Yield whether the inputs of checkpointed segments go to the host."""
     yield False
     placement = config.memory.checkpointing
     is_given = "memory.checkpointing" not in where.open_paths
@@ -120,7 +120,7 @@ def offload_checkpoints(config: Config, where: Situation) -> Iterator[bool]:
 
 
 def fused_layers(config: Config, where: Situation) -> Iterator[bool]:
-    """Yield whether layers are fused; on the CPU eager twins serve, which are slower."""
+    """Yield whether layers are fused; not on the CPU, where the eager twins are slower."""
     del config
     yield False
     if not where.card.is_cpu:
@@ -128,13 +128,13 @@ def fused_layers(config: Config, where: Situation) -> Iterator[bool]:
 
 
 def off(config: Config, where: Situation) -> Iterator[bool]:
-    """Yield that a technique is not used: the planner turns it on where nothing else fits."""
+    """Yield only False: the planner turns the technique on itself if nothing else fits."""
     del config, where
     yield False
 
 
 def clipping(config: Config, where: Situation | None = None) -> Iterator[Clipping]:
-    """Yield what is clipped: one choice, by where the optimizer steps."""
+    """Yield the one way of clipping, which depends on when the optimizer steps."""
     del where
     training = config.training
     if training.max_grad_norm is None:
@@ -147,7 +147,7 @@ def clipping(config: Config, where: Situation | None = None) -> Iterator[Clippin
 
 
 def _partial(block_names: Sequence[str]) -> Iterator[Mapping[str, Placement]]:
-    """Yield placements with one block more checkpointed each time, the one of the highest resolution first."""
+    """Yield placements with one more block checkpointed each time, the block with the highest resolution first."""
     chosen: dict[str, Placement] = {}
     for name in sorted(block_names, key=_steps_from_the_ends(block_names))[:-1]:
         chosen[name] = "segments"

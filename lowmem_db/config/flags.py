@@ -1,6 +1,6 @@
 """The flags of diffusers' ``train_dreambooth.py`` and ``train_dreambooth_lora.py``, mapped to fields.
 
-Underscores and hyphens are the same. A flag that has no meaning here is an error that says what to use.
+Underscores and hyphens are equivalent. A flag without a counterpart is an error that says what to use instead.
 """
 
 import difflib
@@ -55,7 +55,7 @@ VALUE_FLAGS = {
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
 }
-"""Flags that take a value, and the field that takes it as it is."""
+"""Flags that take a value, and the field that gets it unchanged."""
 
 SWITCH_FLAGS = {
     "with_prior_preservation": ("prior.enabled", True),
@@ -76,7 +76,7 @@ SWITCH_FLAGS = {
     "push_to_hub": ("final.push_to_hub", True),
     "use_dora": ("lora.dora", True),
 }
-"""Flags without a value, and what they set."""
+"""Flags without a value, and the field and value that they set."""
 
 CHOICE_FLAGS = {
     "prior_generation_precision": (
@@ -93,7 +93,7 @@ CHOICE_FLAGS = {
     ),
     "report_to": ("logging.tensorboard", {"tensorboard": True, "none": False}),
 }
-"""Flags whose values are called otherwise here."""
+"""Flags whose values have different names here."""
 
 ALWAYS_SO = {
     "set_grads_to_none": "gradients are always freed",
@@ -102,43 +102,43 @@ ALWAYS_SO = {
     "cache_latents_to_disk": "latents are always cached",
     "read_prompts_from_txts": "a text file beside a photo always replaces its prompt",
 }
-"""Switches for what is done in any case: accepted, and said."""
+"""Switches for what is always done: accepted, with a remark."""
 
 REFUSED_FLAGS = {
     "num_train_epochs": "count optimizer steps instead: --max_train_steps",
     "tokenizer_name": "the tokenizer is the one in the model's folder: --pretrained_model_name_or_path",
-    "tokenizer_max_length": "the length is the one of the model's tokenizer; leave it out",
+    "tokenizer_max_length": "the length is that of the model's tokenizer; leave it out",
     "text_encoder_use_attention_mask": "Stable Diffusion attends to all tokens; leave it out",
-    "skip_save_text_encoder": "final/ is always a whole model; leave it out",
-    "lr_num_cycles": "restarts are not offered: --lr_scheduler constant, linear or cosine",
-    "lr_power": "polynomial decay is not offered: --lr_scheduler constant, linear or cosine",
+    "skip_save_text_encoder": "final/ is always a complete model; leave it out",
+    "lr_num_cycles": "restarts are not supported: --lr_scheduler constant, linear or cosine",
+    "lr_power": "polynomial decay is not supported: --lr_scheduler constant, linear or cosine",
     "logging_dir": "TensorBoard's files are in output_dir/tensorboard: --output_dir",
     "dataloader_num_workers": "batches come from the caches, without workers; leave it out",
     "hub_token": "log in with: hf auth login",
     "validation_images": "set the prompts instead: --validation_prompt",
-    "class_labels_conditioning": "only upscalers know it; leave it out",
-    "local_rank": "one device trains; leave it out",
-    "train_text_encoder_frac": "say the step: --stop_text_encoder_training",
-    "caption_column": "a caption is a text file beside its photo, of the same name",
-    "repeats": "photos are drawn again until --max_train_steps are done; leave it out",
+    "class_labels_conditioning": "only upscalers use it; leave it out",
+    "local_rank": "training uses one device; leave it out",
+    "train_text_encoder_frac": "give the step instead: --stop_text_encoder_training",
+    "caption_column": "a caption is a text file beside its photo, with the same name",
+    "repeats": "photos are repeated until --max_train_steps are done; leave it out",
     "offload_ema": "the average stays on the device; leave it out",
-    "optimizer": "AdamW in 8 bits is --use_8bit_adam, AdamW in fp32 needs no flag",
-    "lora_layers": "say what gets adapters: lora.targets=[attention, unet.mid_block.*]",
-    "output_kohya_format": "write it when the run is done: lowmem-db export RUN --format lora-kohya",
+    "optimizer": "for 8-bit AdamW use --use_8bit_adam; AdamW in fp32 needs no flag",
+    "lora_layers": "choose what gets adapters: lora.targets=[attention, unet.mid_block.*]",
+    "output_kohya_format": "export it when the run is done: lowmem-db export RUN --format lora-kohya",
     "validation_epochs": "count optimizer steps instead: --validation_steps",
     "do_edm_style_training": "the noise schedule is the one in the model's folder; leave it out",
-    "image_interpolation_mode": "pictures are resized with Lanczos' filter; leave it out",
+    "image_interpolation_mode": "photos are always resized with a Lanczos filter; leave it out",
     "save_model_as": "final/ is always a folder of safetensors in diffusers' layout; leave it out",
-    "full_bf16": "weights in bf16 lose small updates: memory.weights=bf16_extra_bits keeps eight more bits",
-    "multires_noise_iterations": "only noise of one resolution is offered: --noise_offset",
-    "masked_loss": "the whole picture counts; leave it out",
-    "not_cache_latents": "latents are always cached, as moments that every step draws from; leave it out",
+    "full_bf16": "bf16 weights lose small updates: memory.weights=bf16_extra_bits keeps eight more bits",
+    "multires_noise_iterations": "multi-resolution noise is not supported: --noise_offset",
+    "masked_loss": "the loss always covers the whole image; leave it out",
+    "not_cache_latents": "latents are always cached, as moments that every step samples from; leave it out",
     "concepts_list": "a run has one subject: --instance_data_dir, --instance_prompt, --class_prompt",
 }
-"""Flags without a meaning here, and what to use."""
+"""Flags without a counterpart, and what to use instead."""
 
 LORA_FLAGS = {"rank", "lora_alpha", "lora_dropout", "use_dora"}
-"""Flags of diffusers' ``train_dreambooth_lora.py`` and its relatives: each of them asks for adapters."""
+"""Flags of diffusers' ``train_dreambooth_lora.py`` and its relatives: each of them enables adapters."""
 
 _KNOWN = {
     *VALUE_FLAGS, *SWITCH_FLAGS, *CHOICE_FLAGS, *ALWAYS_SO, *REFUSED_FLAGS,
@@ -148,12 +148,12 @@ _KNOWN = {
 
 @dataclass
 class Arguments:
-    """What the command line says.
+    """The parsed command line.
 
     Attributes:
         overrides: Fields and their values, in order.
-        resume: Continue the newest complete checkpoint.
-        notes: What the user should know of the flags given.
+        resume: Continue from the newest complete checkpoint.
+        notes: Remarks about the given flags.
         flags: Names of the flags given.
         positional: Arguments that are neither flags nor overrides.
     """
@@ -168,7 +168,7 @@ class Arguments:
 def parse_arguments(arguments: Sequence[str]) -> Arguments:
     """Read flags, ``section.key=value`` overrides and positional arguments, in any order.
 
-    Without a configuration file, diffusers' default for prior preservation holds: off unless its flag is given.
+    Without a configuration file, diffusers' default for prior preservation applies: off unless its flag is given.
 
     Raises:
         ConfigError: With every argument that cannot be understood, one per line.
@@ -200,9 +200,9 @@ def _read_flag(argument: str, rest: list[str], parsed: Arguments) -> None:
     parsed.flags.add(name)
     if name in REFUSED_FLAGS:
         _skip_value(separator, rest)
-        raise ConfigError(f"--{name}: has no meaning here; {REFUSED_FLAGS[name]}")
+        raise ConfigError(f"--{name}: is not supported; {REFUSED_FLAGS[name]}")
     if separator and name in {*ALWAYS_SO, *SWITCH_FLAGS, "resume"}:
-        raise ConfigError(f"--{name}: takes no value, {inline!r} was given; say --{name}, or leave it out")
+        raise ConfigError(f"--{name}: takes no value, but {inline!r} was given; use --{name}, or leave it out")
     if name in ALWAYS_SO:
         parsed.notes.append(f"--{name}: {ALWAYS_SO[name]}")
     elif name in SWITCH_FLAGS:
@@ -215,7 +215,7 @@ def _read_flag(argument: str, rest: list[str], parsed: Arguments) -> None:
         _skip_value(separator, rest)
         nearest = difflib.get_close_matches(name, _KNOWN, n=1)
         hint = f"did you mean --{nearest[0]}?" if nearest else "a field without a flag is set as section.key=value"
-        raise ConfigError(f"--{text}: there is no such flag; {hint}")
+        raise ConfigError(f"--{text}: unknown flag; {hint}")
 
 
 def _read_value_flag(name: str, value: str, parsed: Arguments) -> None:
@@ -224,7 +224,7 @@ def _read_value_flag(name: str, value: str, parsed: Arguments) -> None:
     elif name in CHOICE_FLAGS:
         path, choices = CHOICE_FLAGS[name]
         if value not in choices:
-            raise ConfigError(f"--{name}: {value!r} is not offered; allowed: {', '.join(choices)}")
+            raise ConfigError(f"--{name}: {value!r} is not supported; allowed: {', '.join(choices)}")
         parsed.overrides.append((path, choices[value]))
     elif name == "validation_prompt":
         parsed.overrides.append(("sampling.prompts", [value]))
@@ -232,13 +232,13 @@ def _read_value_flag(name: str, value: str, parsed: Arguments) -> None:
         parsed.resume = True
     else:
         raise ConfigError(
-            f"--{name}: {value!r} is not offered; allowed: latest, the newest complete checkpoint of --output_dir"
+            f"--{name}: {value!r} is not supported; allowed: latest, the newest complete checkpoint in --output_dir"
         )
 
 
 def _value(name: str, rest: list[str]) -> str:
     if not rest or rest[0].startswith("--"):
-        raise ConfigError(f"--{name}: needs a value; --{name}=VALUE")
+        raise ConfigError(f"--{name}: needs a value: --{name}=VALUE")
     return rest.pop(0)
 
 

@@ -1,6 +1,6 @@
 """From a YAML file, ``section.key=value`` arguments and known flags to one checked configuration.
 
-Every problem is found before the first one is reported, and each names its field.
+All problems are reported together, and each names its field.
 """
 
 import difflib
@@ -26,8 +26,8 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
     """Read, override and check a configuration.
 
     Args:
-        path: YAML file, or None where the overrides say everything.
-        overrides: Dotted field paths and their values, the later ones winning.
+        path: YAML file, or None if the overrides hold everything.
+        overrides: Dotted field paths and their values; later ones win.
 
     Raises:
         ConfigError: With every problem of the configuration, one per line.
@@ -47,12 +47,12 @@ def read_yaml(path: Path) -> Tree:
     """Read a YAML file that holds a mapping.
 
     Raises:
-        ConfigError: The file is missing, is no YAML, names a key twice, or is no mapping.
+        ConfigError: The file is missing, is not YAML, has a key twice, or is not a mapping.
     """
     try:
         tree = parse_yaml(read_text(path))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such configuration file{_nearby(path)}") from None
+        raise ConfigError(f"{path}: the configuration file does not exist{_nearby(path)}") from None
     except (OSError, ValueError, YamlError) as error:
         raise ConfigError(f"{show_path(path)}: cannot be read as YAML: {_reason(error)}") from None
     if not isinstance(tree, dict):
@@ -63,7 +63,7 @@ def read_yaml(path: Path) -> Tree:
 
 
 def write_yaml(config: Config, path: Path) -> None:
-    """Write a resolved configuration, every field of it."""
+    """Write all fields of a resolved configuration."""
     path.write_text(to_yaml(config), encoding="utf-8")
 
 
@@ -73,21 +73,21 @@ def to_yaml(config: Config) -> str:
     readable = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     if yaml.safe_load(readable) == tree:
         return readable
-    return yaml.safe_dump(tree, sort_keys=False)  # a rare line separator in a text has to be escaped
+    return yaml.safe_dump(tree, sort_keys=False)  # an unusual line separator in a text has to be escaped
 
 
 def parse_override(argument: str) -> tuple[str, Any]:
-    """Split ``section.key=value``; the value is read as YAML, but for a text, which is taken as it is.
+    """Split ``section.key=value``; the value is read as YAML, unless the field holds text, which is taken literally.
 
     YAML would cut ``a dog #1`` at its comment, and read ``yes`` as true and ``2024-11-23`` as a date.
 
     Raises:
-        ConfigError: There is no ``=``, or a number that YAML reads otherwise than it looks.
+        ConfigError: There is no ``=``, or a number that YAML misreads.
     """
     field, separator, text = argument.partition("=")
     if not separator or not field:
         raise ConfigError(
-            f"{argument}: is no override; allowed: section.key=value, for instance training.learning_rate=2e-6"
+            f"{argument}: is not an override; allowed: section.key=value, such as training.learning_rate=2e-6"
         )
     is_text = field in {path for path, kind in _fields(Config) if _holds_text(kind)}
     if is_text and text not in {"", "null"} and text[:1] not in {'"', "'"}:
@@ -125,7 +125,7 @@ def _holds_text(kind: Any) -> bool:
 def _set(tree: Tree, field: str, value: Any) -> str | None:
     """Set a dotted path in the tree; return what is wrong, or None."""
     *sections, name = field.split(".")
-    if len(sections) > 1 and sections != ["memory", "techniques"]:  # no other section holds one
+    if len(sections) > 1 and sections != ["memory", "techniques"]:  # no other section is nested
         return _unknown(field)
     for section in sections:
         child = tree.setdefault(section, {})
@@ -137,7 +137,7 @@ def _set(tree: Tree, field: str, value: Any) -> str | None:
 
 
 def _without_empty_sections(tree: Tree) -> Tree:
-    """Leave out sections whose fields are all commented out: YAML reads them as null."""
+    """Drop sections whose fields are all commented out; YAML reads them as null."""
     sections = {path.partition(".")[0] for path in field_paths() if "." in path}
     return {name: value for name, value in tree.items() if value is not None or name not in sections}
 
@@ -156,7 +156,7 @@ def _validate(tree: Tree) -> tuple[Config | None, list[str]]:
 
 
 def _field_of(location: tuple[int | str, ...]) -> str:
-    """Return the field of a problem, without the kinds of value that were tried for it."""
+    """Return the field of a problem, without the alternative types that were tried for it."""
     path = ".".join(map(str, location))
     known = set(field_paths())
     prefixes = [".".join(map(str, location[:length])) for length in range(1, len(location) + 1)]
@@ -164,13 +164,13 @@ def _field_of(location: tuple[int | str, ...]) -> str:
 
 
 def _describe(field: str, problems: list[dict[str, Any]]) -> str:
-    """Say what is wrong with a field; where it takes several kinds of value, what each of them allows."""
+    """Say what is wrong with a field; if it has alternative types, what each of them allows."""
     problem = problems[0]
     if problem["type"] == "extra_forbidden":
         return _unknown(field)
     if problem["type"] == "missing":
         return f"{field}: is missing; set {field}=VALUE"
-    said = [each["msg"].removeprefix("Value error, ") for each in problems]
+    said = [found["msg"].removeprefix("Value error, ") for found in problems]
     messages = dict.fromkeys(message[0].lower() + message[1:] for message in said)
     return f"{field}: {show(problem['input'])} is not allowed: {', or '.join(messages)}"
 
@@ -182,11 +182,11 @@ def _unknown(field: str) -> str:
     same_name = [path for path in known if path.rpartition(".")[2] == name]
     nearest = same_name or difflib.get_close_matches(field, [*Config.model_fields, *known], n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]}?" if nearest else f"; allowed sections: {', '.join(Config.model_fields)}"
-    return f"{field}: there is no such field{hint}"
+    return f"{field}: unknown field{hint}"
 
 
 def show_path(path: Path) -> str:
-    """Return a path for a message, shortened where it is endless."""
+    """Return a path for a message, shortened if it is very long."""
     text = str(path)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
@@ -198,9 +198,9 @@ def _reason(error: OSError | ValueError | YamlError) -> str:
 
 def _nearby(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"; the folder {path.parent} is missing too"
+        return f"; the folder {path.parent} does not exist either"
     if not os.access(path.parent, os.R_OK | os.X_OK):
-        return f"; the folder {path.parent} may not be read"
+        return f"; the folder {path.parent} is not readable"
     names = sorted(file.name for file in path.parent.iterdir() if file.suffix in {".yaml", ".yml"})
     nearest = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / nearest[0]}?" if nearest else f" in {path.parent.absolute()}"

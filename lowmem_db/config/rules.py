@@ -1,4 +1,4 @@
-"""The table of refused combinations: each row says what is refused, and the way out."""
+"""The table of refused combinations: each row has a condition and a message with the way out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ class Rule:
 
     Attributes:
         refuses: Whether a configuration holds the combination.
-        message: The field, what is allowed and the way out; formatted with ``config``.
+        message: The field, what is allowed and the way out; a format string with ``config``.
     """
 
     refuses: Callable[[Config], bool]
     message: str
 
 
-def _no_use(field: str, when: Callable[[Config], bool], why: str) -> Rule:
-    """Return the rule that a field is left out where nothing uses it."""
+def _no_effect(field: str, when: Callable[[Config], bool], why: str) -> Rule:
+    """Return the rule that refuses a field when it has no effect."""
     value = attrgetter(field)
     return Rule(
         lambda c: value(c) not in (None, ()) and when(c),
-        f"{field}: {{config.{field}}} has no use {why}, or leave it out",
+        f"{field}: {{config.{field}}} has no effect {why}, or leave it out",
     )
 
 
@@ -41,13 +41,13 @@ RULES = (
         "data.resolution: {config.data.resolution} is not a multiple of 8, the size of a latent pixel; round it",
     ),
     *(
-        _no_use(field, lambda c: not c.data.aspect_ratio_buckets, "without data.aspect_ratio_buckets=true; set that")
+        _no_effect(field, lambda c: not c.data.aspect_ratio_buckets, "without data.aspect_ratio_buckets=true; set that")
         for field in ("data.bucket_step", "data.min_bucket_side", "data.max_bucket_side")
     ),
     Rule(
         lambda c: bool(c.objective.zero_terminal_snr) and c.objective.prediction_type == "epsilon",
-        "objective.zero_terminal_snr: true leaves nothing to predict from the last timestep's epsilon, which is all "
-        "noise; set objective.prediction_type=v_prediction, or zero_terminal_snr=false",
+        "objective.zero_terminal_snr: true makes the last timestep pure noise, from which epsilon teaches nothing; set "
+        "objective.prediction_type=v_prediction, or objective.zero_terminal_snr=false",
     ),
     Rule(
         lambda c: c.objective.snr_gamma is not None and c.objective.debiased,
@@ -55,7 +55,7 @@ RULES = (
         "loss; leave one of them out",
     ),
     *(
-        _no_use(
+        _no_effect(
             field,
             lambda c: not c.training.train_text_encoder,
             "while the text encoders are frozen; set training.train_text_encoder=true",
@@ -72,23 +72,23 @@ RULES = (
         "allowed: less than training.max_train_steps, {config.training.max_train_steps}",
     ),
     *(
-        _no_use(field, lambda c: c.evaluation.every is None, "without scores; set evaluation.every=100")
+        _no_effect(field, lambda c: c.evaluation.every is None, "without scores; set evaluation.every=100")
         for field in ("evaluation.prompts", "evaluation.patience")
     ),
     Rule(
         lambda c: c.sampling.every is not None and not c.sampling.prompts,
-        "sampling.every: {config.sampling.every} draws nothing without sampling.prompts; "
-        'set sampling.prompts=["a sks dog"] or leave it out',
+        "sampling.every: {config.sampling.every} has no effect without sampling.prompts; "
+        'set sampling.prompts=["a sks dog"], or leave it out',
     ),
     Rule(
         lambda c: bool(c.memory.optimizer_in_backward) and c.training.gradient_accumulation_steps > 1,
-        "memory.optimizer_in_backward: true frees each gradient before the next batch could be added "
+        "memory.optimizer_in_backward: true frees each gradient before the next batch can be added "
         "(training.gradient_accumulation_steps is {config.training.gradient_accumulation_steps}); use a larger "
         "training.train_batch_size, or memory.optimizer_in_backward=false",
     ),
     Rule(
         lambda c: bool(c.memory.optimizer_in_backward) and c.training.clipping == "global",
-        "training.clipping: 'global' needs all gradients at once, and memory.optimizer_in_backward frees each of them; "
+        "training.clipping: 'global' needs all gradients at once, but memory.optimizer_in_backward frees each of them; "
         "allowed in the backward pass: update_rms, lagged, per_tensor, none",
     ),
     Rule(
@@ -98,7 +98,7 @@ RULES = (
     ),
     Rule(
         lambda c: _has_bf16_weights(c) and c.training.mixed_precision in {"no", "fp16"},
-        "memory.weights: {config.memory.weights!r} computes in bf16, and training.mixed_precision is "
+        "memory.weights: {config.memory.weights!r} computes in bf16, but training.mixed_precision is "
         "{config.training.mixed_precision!r}; leave that out, or set memory.weights=fp32",
     ),
     Rule(
@@ -107,54 +107,54 @@ RULES = (
             and c.training.mixed_precision == "fp16"
             and c.optimizer.name != "adamw8bit"
         ),
-        "training.mixed_precision: 'fp16' with memory.optimizer_in_backward leaves out each parameter whose gradient "
-        "is not finite, which optimizer.name={config.optimizer.name!r} cannot; set optimizer.name=adamw8bit, or "
+        "training.mixed_precision: 'fp16' with memory.optimizer_in_backward has to skip parameters whose gradient is "
+        "not finite, which optimizer.name={config.optimizer.name!r} cannot do; set optimizer.name=adamw8bit, or "
         "memory.optimizer_in_backward=false",
     ),
     Rule(
         lambda c: bool(c.memory.stream_optimizer_state) and c.ema.enabled and c.memory.weights == "bf16_extra_bits",
-        "ema.enabled: true averages whole weights, and memory.stream_optimizer_state keeps their extra bits on the "
+        "ema.enabled: true averages complete weights, but memory.stream_optimizer_state keeps their extra bits on the "
         "host; set ema.enabled=false, memory.stream_optimizer_state=false, or memory.weights=fp32",
     ),
     Rule(
         lambda c: bool(c.memory.offload_checkpoints) and _checkpoints_nothing(c),
-        "memory.offload_checkpoints: true has nothing to keep on the host while memory.checkpointing is none; "
-        "set memory.checkpointing=segments, or leave offload_checkpoints out",
+        "memory.offload_checkpoints: true has no effect while memory.checkpointing is none; set "
+        "memory.checkpointing=segments, or leave offload_checkpoints out",
     ),
     Rule(
         lambda c: bool(_unregistered(c)),
-        "memory.techniques: {config.memory.techniques} names a technique that nobody registered; import the package "
+        "memory.techniques: {config.memory.techniques} names a technique that is not registered; import the package "
         "that registers it first, or leave it out",
     ),
     Rule(
         lambda c: not c.lora.enabled and c.lora != LoraConfig(),
-        "lora.enabled: false leaves the other fields of lora without use; set lora.enabled=true, or leave them out",
+        "lora.enabled: false gives the other fields of lora no effect; set lora.enabled=true, or leave them out",
     ),
     Rule(
         lambda c: c.lora.enabled and _has_bf16_weights(c),
-        "memory.weights: {config.memory.weights!r} is for weights that train, and adapters train in fp32; leave it "
-        "out, or set it to fp32; the type of the frozen weights is lora.base_weights",
+        "memory.weights: {config.memory.weights!r} is for weights that train, but adapters train in fp32; leave it out "
+        "or set it to fp32; for the type of the frozen weights use lora.base_weights",
     ),
     Rule(
         lambda c: c.lora.enabled and bool(c.training.layers),
-        "training.layers: {config.training.layers!r} chooses among the weights of a full fine-tuning; with "
-        "lora.enabled=true use lora.targets",
+        "training.layers: {config.training.layers!r} selects weights of a full fine-tuning; with lora.enabled=true use "
+        "lora.targets",
     ),
     Rule(
         lambda c: c.lora.dora and c.lora.base_weights in {"int8", "nf4"},
-        "lora.dora: true needs whole weights for their norms, and lora.base_weights is {config.lora.base_weights!r}; "
-        "allowed: fp32, fp16, bf16",
+        "lora.dora: true needs the norms of unquantized weights, but lora.base_weights is {config.lora.base_weights!r}"
+        "; allowed: fp32, fp16, bf16",
     ),
     Rule(
         lambda c: c.lora.base_weights not in {None, "fp32"} and c.training.mixed_precision not in _compute_types(c),
         "training.mixed_precision: {config.training.mixed_precision!r} cannot be combined with "
-        "lora.base_weights={config.lora.base_weights!r}; the frozen weights compute in their own type, int8 and nf4 in "
+        "lora.base_weights={config.lora.base_weights!r}; frozen weights compute in their own type, int8 and nf4 in "
         "fp16 or bf16; leave it out, or set lora.base_weights=fp32",
     ),
     Rule(
         lambda c: c.final.hub_model_id is not None and not c.final.push_to_hub,
-        "final.hub_model_id: {config.final.hub_model_id!r} has no use without final.push_to_hub=true; set it, or leave "
-        "hub_model_id out",
+        "final.hub_model_id: {config.final.hub_model_id!r} has no effect without final.push_to_hub=true; set that, or "
+        "leave hub_model_id out",
     ),
 )
 
@@ -164,7 +164,7 @@ def _has_bf16_weights(config: Config) -> bool:
 
 
 def _compute_types(config: Config) -> set[str | None]:
-    """Return what goes with the type of the frozen weights of a LoRA run."""
+    """Return the compute types that can be combined with the frozen weights of a LoRA run."""
     is_quantized = config.lora.base_weights in {"int8", "nf4"}
     return {None, "fp16", "bf16"} if is_quantized else {None, config.lora.base_weights}
 
@@ -180,5 +180,5 @@ def _checkpoints_nothing(config: Config) -> bool:
 
 
 def refusals(config: Config) -> list[str]:
-    """Return the messages of all refused combinations that a configuration holds."""
+    """Return the messages of all refused combinations in a configuration."""
     return [rule.message.format(config=config) for rule in RULES if rule.refuses(config)]

@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write them."""
+"""Sizes in bytes, in the notations that people use."""
 
 import re
 
@@ -14,9 +14,9 @@ def parse_bytes(size: object) -> int:
     """Return the bytes of ``8GiB`` (2^30 each), ``8GB`` (10^9 each), or of a number of bytes.
 
     Raises:
-        ValueError: It is no size.
+        ValueError: It is not a size.
     """
     match = _SIZE.fullmatch(str(size)) if isinstance(size, str | int | float) and not isinstance(size, bool) else None
     if match is None or match[2].lower() not in _UNITS:
-        raise ValueError("is no size; allowed: for instance 8GiB, 7.5GB, or a number of bytes")
+        raise ValueError("is not a size; allowed: 8GiB, 7.5GB and the like, or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2].lower()])

@@ -1,8 +1,8 @@
 """How a run saves memory: the fields that a configuration may leave open, each declared once.
 
-A *resolved* configuration leaves none of them open; it is all that anything below planning is told. From the
-declaration follow what a strategy is called, what it is compared by, which traces of the planner it shares with others,
-what a resumed run takes over, and its JSON.
+A *resolved* configuration leaves none of them open, and everything below planning gets only that. The declaration of a
+field determines how a strategy is named and compared, which of the planner's traces it shares with others, what a
+resumed run takes over, and its JSON.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -14,7 +14,7 @@ from lowmem_db.config.choices import Situation
 from lowmem_db.config.schema import Config, Placement
 
 Trace = Literal["weights", "resident", "class_images", "encode_images", "encode_text", "train", "sample"]
-"""What the planner measures: weights as they are loaded, what stays between steps, and the phases of a run."""
+"""What the planner measures: weights as loaded, what stays in memory between steps, and the phases of a run."""
 
 
 def _itself(value: Any) -> Hashable:
@@ -23,19 +23,19 @@ def _itself(value: Any) -> Hashable:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyField:
-    """A field of the configuration that the planner fills where it is left open.
+    """A field of the configuration that the planner fills in if it is left open.
 
     Attributes:
-        path: Where it is in the configuration; ``memory.techniques.NAME`` for a technique from outside this package.
-        choices: What the planner tries, what does least first.
-        plain: Its value in a run that nobody planned.
-        words: What it is called on the screen, given a resolved configuration; None: nothing is said.
-        rank: Fields with a lower rank come first when it is counted how much a strategy does.
-        effort: How much a value does.
-        overhead: Share of a step's time that a value costs, beside what is recomputed.
-        traced: What the planner measures that depends on the field, each with what two values have to have in common
-            so that one measurement serves both.
-        applies: Whether a configuration has a use for the field; it stays None elsewhere.
+        path: Its path in the configuration; ``memory.techniques.NAME`` for a technique from outside this package.
+        choices: The values that the planner tries, the mildest first.
+        plain: Its value in a run without a plan.
+        words: Its words on the screen for a resolved configuration, or None to say nothing.
+        rank: Fields with a lower rank weigh more when the effort of strategies is compared.
+        effort: How much a value does to save memory.
+        overhead: Fraction of a step's time that a value costs, in addition to recomputation.
+        traced: The measurements that depend on the field. Each has a function that maps values to keys; values with
+            the same key share one measurement.
+        applies: Whether the field has an effect in a configuration; it stays None otherwise.
     """
 
     path: str
@@ -54,14 +54,14 @@ class StrategyField:
         return self.path.rpartition(".")[2]
 
     def of(self, config: Config | Mapping[str, Any]) -> Any:
-        """Return its value in a configuration, or in what was read from a file; None where it is not there."""
+        """Return its value in a configuration or in a tree read from a file, or None if it is missing."""
         value: Any = config
         for name in self.path.split("."):
             value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
         return value
 
     def is_open(self, config: Config) -> bool:
-        """Say whether a configuration leaves it to the planner."""
+        """Return whether a configuration leaves it to the planner."""
         return self.of(config) is None and self.applies(config)
 
 
@@ -74,15 +74,15 @@ def switch(
     overhead: float = 0.0,
     traced: Iterable[Trace] = ("train",),
 ) -> StrategyField:
-    """Return a field that is on or off; off where nobody planned.
+    """Return a field that is on or off, and off in a run without a plan.
 
     Args:
         path: As in :class:`StrategyField`.
-        words: What it is called where it is on.
-        choices: As in :class:`StrategyField`; off alone by default, so that only a configuration turns it on.
+        words: Its words on the screen if it is on.
+        choices: As in :class:`StrategyField`. Default: only off, so that only a configuration turns it on.
         rank: As in :class:`StrategyField`.
-        overhead: Share of a step's time that it costs.
-        traced: What the planner measures that depends on it.
+        overhead: Fraction of a step's time that it costs.
+        traced: The measurements that depend on it.
     """
 
     def said(config: Config) -> str | None:
@@ -102,15 +102,15 @@ def switch(
 
 
 def autocast(config: Config) -> Literal["no", "fp16", "bf16"]:
-    """Return the type of the autocast of a resolved configuration: none where the weights are bf16 themselves."""
+    """Return the autocast type of a resolved configuration; there is no autocast if the weights themselves are bf16."""
     precision = config.training.mixed_precision
     return precision if config.memory.weights == "fp32" and precision is not None else "no"
 
 
 def _weights_in_words(config: Config) -> str:
     base, compute_type = config.lora.base_weights, autocast(config)
-    kind = f"{config.memory.weights}" if base is None else f"LoRA beside {base} weights"
-    return kind + (f" with {compute_type} autocast" if compute_type != "no" else "")
+    weights = f"{config.memory.weights}" if base is None else f"LoRA on {base} weights"
+    return weights + (f" with {compute_type} autocast" if compute_type != "no" else "")
 
 
 def _placement_in_words(config: Config) -> str:
@@ -124,7 +124,7 @@ def _placement_in_words(config: Config) -> str:
 
 
 def _depth(placement: Placement | Mapping[str, Placement]) -> int:
-    """Return how much is recomputed: all blocks before some, and more blocks before fewer."""
+    """Return how much is recomputed: all blocks rank above some, and more blocks above fewer."""
     depth = {"none": 0, "layers": 1, "segments": 2, "nested": 3}
     return 1000 * depth[placement] + 1 if isinstance(placement, str) else 1000 + len(placement)
 
@@ -223,28 +223,28 @@ FIELDS: tuple[StrategyField, ...] = (
         traced={"train": _itself},
     ),
 )
-"""Fields of this package, in the order in which they are chosen and said."""
+"""Fields of this package, in the order in which they are chosen and shown."""
 _registered: list[StrategyField] = []
 
 
 def register(field: StrategyField) -> Callable[[], None]:
-    """Let the field of a technique from outside this package be planned; return what takes that back."""
+    """Let the planner choose the field of a technique from outside this package; return a function that undoes this."""
     _registered.append(field)
     return lambda: _registered.remove(field)
 
 
 def is_registered(name: str) -> bool:
-    """Say whether a technique from outside this package is known."""
+    """Return whether a technique from outside this package is known."""
     return any(field.path == f"memory.techniques.{name}" for field in _registered)
 
 
 def fields() -> tuple[StrategyField, ...]:
-    """Return all fields in the order in which they are chosen; what was registered comes last."""
+    """Return all fields in the order in which they are chosen; registered ones come last."""
     return (*FIELDS, *_registered)
 
 
 def changed(config: Config, values: Mapping[str, Any]) -> Config:
-    """Return a configuration with other values, by the paths of their fields; they are not checked."""
+    """Return a configuration with some values replaced, keyed by field path; they are not validated."""
     sections: dict[str, dict[str, Any]] = {}
     for path, value in values.items():
         section, name, *key = path.split(".", 2)
@@ -259,11 +259,11 @@ def changed(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def resolve(config: Config, choices: Mapping[str, Any] | None = None) -> Config:
-    """Fill what a configuration leaves open: with choices, and else as in a run that nobody planned.
+    """Fill in what a configuration leaves open, with the given choices or the values of a run without a plan.
 
     Args:
-        config: The configuration; what it gives stays.
-        choices: Values by the paths of their fields.
+        config: The configuration; fields that it gives are kept.
+        choices: Values, keyed by field path.
     """
     for field in fields():
         if field.is_open(config):
@@ -273,12 +273,12 @@ def resolve(config: Config, choices: Mapping[str, Any] | None = None) -> Config:
 
 
 def open_paths(config: Config) -> frozenset[str]:
-    """Return the paths of the fields that a configuration leaves open; none where it is resolved."""
+    """Return the paths of the fields that a configuration leaves open; empty if it is resolved."""
     return frozenset(field.path for field in fields() if field.is_open(config))
 
 
 def check_resolved(config: Config) -> None:
-    """Refuse a configuration that is not resolved; a mistake of the caller, not of the user.
+    """Refuse a configuration that is not resolved, which is a mistake of the caller, not of the user.
 
     Raises:
         ValueError: A field is open.
@@ -288,22 +288,22 @@ def check_resolved(config: Config) -> None:
 
 
 def values_of(config: Config) -> dict[str, Any]:
-    """Return the strategy of a resolved configuration: values by the names of their fields, as in JSON."""
+    """Return the strategy of a resolved configuration: values keyed by field name, as in JSON."""
     return {field.name: field.of(config) for field in fields()}
 
 
 def key_of(config: Config, trace: Trace) -> tuple[Hashable, ...]:
-    """Return what a measurement depends on in a resolved configuration, as something that can be looked up."""
+    """Return a hashable key of everything in a resolved configuration that a measurement depends on."""
     return tuple(field.traced[trace](field.of(config)) for field in fields() if trace in field.traced)
 
 
 def describe(config: Config) -> str:
-    """Return what the strategy of a resolved configuration is called on the screen."""
+    """Return the strategy of a resolved configuration in words, for the screen."""
     return ", ".join(words for field in fields() if (words := field.words(config)) is not None)
 
 
 def effort_of(config: Config) -> tuple[int, ...]:
-    """Return how much a strategy does to save memory, as something that can be compared."""
+    """Return how much a strategy does to save memory, as a tuple for comparison."""
     totals: dict[int, int] = {}
     for field in fields():
         totals[field.rank] = totals.get(field.rank, 0) + field.effort(field.of(config))
@@ -311,5 +311,5 @@ def effort_of(config: Config) -> tuple[int, ...]:
 
 
 def overhead_of(config: Config) -> float:
-    """Return the share of a step's time that a strategy costs, beside what is recomputed."""
+    """Return the fraction of a step's time that a strategy costs, in addition to recomputation."""
     return sum(field.overhead(field.of(config)) for field in fields())

@@ -1,4 +1,4 @@
-"""What no value of a configuration may be, whatever its field: asked before the fields are, with one line for each."""
+"""Checks that apply to the value of every field, made before the checks of the fields; each gives one line."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,11 +13,11 @@ _SHOWN_CHARACTERS = 200
 
 
 def problems_of_values(tree: dict[str, Any], kind_of: Callable[[str], Any]) -> list[str]:
-    """Return a line for every value that cannot be.
+    """Return a line for every impossible value.
 
     Args:
         tree: Nested sections of values.
-        kind_of: Returns the type of a field by its dotted path, or None where there is no such field.
+        kind_of: Returns the type of a field by its dotted path, or None if the field does not exist.
     """
     return [
         f"{field}: {show(value)} {problem}"
@@ -27,10 +27,10 @@ def problems_of_values(tree: dict[str, Any], kind_of: Callable[[str], Any]) -> l
 
 
 def show(value: object) -> str:
-    """Return a value for a message: on one line, and not longer than that."""
+    """Return a value for a message, on one line of limited length."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no number of more than 4300 digits
+    except ValueError:  # Python refuses to print numbers with more than 4300 digits
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
@@ -49,9 +49,9 @@ def _leaves(value: Any, field: str) -> Iterator[tuple[str, Any]]:
 def _problem(value: Any, kind: Any) -> str | None:
     if isinstance(value, bool):
         refused = kind is not None and _holds(kind, (int, float)) and not _holds(kind, (bool, str))
-        return "is not allowed: a number, not true or false" if refused else None
+        return "is not allowed: it must be a number, not true or false" if refused else None
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:
-        return f"is not allowed: numbers have {_MAX_BITS} bits at most"
+        return f"is not allowed: numbers can have at most {_MAX_BITS} bits"
     if not isinstance(value, str):
         return None
     return _problem_of_text(value) or (_problem_of_path(value) if kind is not None and _holds(kind, (Path,)) else None)
@@ -59,9 +59,9 @@ def _problem(value: Any, kind: Any) -> str | None:
 
 def _problem_of_text(text: str) -> str | None:
     if len(text) > MAX_CHARACTERS:
-        return f"is not allowed: texts have {MAX_CHARACTERS} characters at most"
+        return f"is not allowed: texts can have at most {MAX_CHARACTERS} characters"
     if "\0" in text:
-        return "is not allowed: it holds a NUL character"
+        return "is not allowed: it contains a NUL character"
     if any("\ud800" <= sign <= "\udfff" for sign in text):
         return "is not allowed: it is not UTF-8; save or type it as UTF-8"
     return None
@@ -70,7 +70,7 @@ def _problem_of_text(text: str) -> str | None:
 def _problem_of_path(text: str) -> str | None:
     too_long = len(os.fsencode(text)) > _MAX_PATH_BYTES
     if too_long or any(len(os.fsencode(name)) > _MAX_NAME_BYTES for name in Path(text).parts):
-        return f"is not allowed: names have {_MAX_NAME_BYTES} bytes at most, and whole paths {_MAX_PATH_BYTES}"
+        return f"is not allowed: names can have at most {_MAX_NAME_BYTES} bytes, and whole paths {_MAX_PATH_BYTES}"
     return None
 
 

@@ -1,7 +1,7 @@
-"""YAML as a configuration needs it: bounded in size, depth and aliases, every key a word, no number that means another.
+"""YAML for configurations: limited in size, depth and aliases, with words as keys and without ambiguous numbers.
 
-YAML 1.1 reads ``010`` as 8 and ``1:30`` as 90; whoever writes them means something else. Keys are taken as they are
-spelled, so that ``on`` and ``3`` are words too.
+YAML 1.1 reads ``010`` as 8 and ``1:30`` as 90, which nobody who writes them means. Keys are taken literally, so that
+``on`` and ``3`` are words too.
 """
 
 import re
@@ -24,14 +24,14 @@ class YamlError(Exception):
 
 
 class AmbiguousNumber(YamlError):
-    """A number that YAML reads otherwise than a person does."""
+    """A number that YAML and people read differently."""
 
 
 def read_text(path: Path) -> str:
-    """Read a text file of a configuration's size.
+    """Read a text file that is small enough to be a configuration.
 
     Raises:
-        YamlError: It is no regular file, too large, or not UTF-8.
+        YamlError: It is not a regular file, too large, or not UTF-8.
         OSError: It cannot be read.
     """
     if path.is_dir():
@@ -41,7 +41,7 @@ def read_text(path: Path) -> str:
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
-        raise YamlError(f"it has more than {MAX_BYTES} bytes; a configuration has some thousand")
+        raise YamlError(f"it has more than {MAX_BYTES} bytes; a configuration has a few thousand")
     if encoding := _BYTE_ORDER_MARKS.get(content[:2]):
         raise YamlError(f"it is {encoding}; save it as UTF-8")
     try:
@@ -51,11 +51,11 @@ def read_text(path: Path) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what a YAML text holds.
+    """Return the value of a YAML text.
 
     Raises:
-        YamlError: It is no YAML, too large or too deep, or has a key twice or a key that is no word.
-        AmbiguousNumber: It has a number that means another one.
+        YamlError: It is not YAML, too large or too deep, has a key twice, or has a key that is not a word.
+        AmbiguousNumber: It has a number that YAML misreads.
     """
     try:
         loader = _Loader(text)
@@ -92,7 +92,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise YamlError(f"line {line} has a {key.id} as a key; allowed: a word")
             if key.value in seen:
-                raise YamlError(f"{key.value} stands twice, in line {seen[key.value]} and in line {line}")
+                raise YamlError(f"{key.value} appears twice, in line {seen[key.value]} and in line {line}")
             seen[key.value] = line
         self.flatten_mapping(node)
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
@@ -112,25 +112,25 @@ def _unambiguous(node: yaml.ScalarNode, value: Any) -> Any:
     if ":" not in node.value and not _OCTAL.fullmatch(node.value):
         return value
     raise AmbiguousNumber(
-        f"{node.value} in line {node.start_mark.line + 1} is {value} to YAML; write the number plainly, or in quotes "
-        f"where it is a text: '{node.value}'"
+        f"YAML reads {node.value} in line {node.start_mark.line + 1} as {value}; write that number, or quote it if it "
+        f"is a text: '{node.value}'"
     )
 
 
 def _count(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
-    """Return how many values a node unfolds to, its aliases included.
+    """Return how many values a node expands to, including its aliases.
 
     Raises:
-        YamlError: They are too many, or without end.
+        YamlError: There are too many, or infinitely many.
     """
     if id(node) in above:
-        raise YamlError(f"line {node.start_mark.line + 1} holds an alias of itself")
+        raise YamlError(f"line {node.start_mark.line + 1} contains an alias of itself")
     if id(node) not in known:
         below = above | {id(node)}
         children = _children(node)
         known[id(node)] = 1 + sum(_count(child, known, below) for child in children)
     if known[id(node)] > MAX_VALUES:
-        raise YamlError(f"its aliases unfold to more than {MAX_VALUES} values")
+        raise YamlError(f"its aliases expand to more than {MAX_VALUES} values")
     return known[id(node)]
 
 
@@ -143,4 +143,4 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
 def _in_a_line(error: Exception, text: str) -> str:
     said = " ".join(str(error).split())
     hint = "escape" in said and "\\" in text
-    return said + "; between double quotes \\ begins an escape: write single quotes, or / in paths" * hint
+    return said + "; in double quotes \\ starts an escape: use single quotes, or / in paths" * hint

@@ -1,1 +1,1 @@
-"""Photos to records, crops, order, batches, identifiers. A tokenizer is passed in; models are not known here."""
+"""Photos, captions, crops, order, batches, identifiers. Knows nothing about models; a tokenizer is passed in."""

@@ -16,13 +16,13 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedImage:
-    """Moments of one picture in the space of the denoiser, a row for each of its crops.
+    """Latent moments of one image, with one row per crop.
 
     Attributes:
-        record: The picture.
+        record: The image.
         mean: Mean of each crop.
         std: Standard deviation of each crop.
-        picture: What the denoiser is told about each crop, as in :class:`Conditioning`.
+        picture: Conditioning on each crop, as in :class:`Conditioning`.
     """
 
     record: ImageRecord
@@ -38,11 +38,11 @@ class EncodedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTable:
-    """What the denoiser is told of every prompt of a run.
+    """Tokens and embeddings of all prompts of a run.
 
     Attributes:
         tokens: Tokens of each prompt, by name.
-        embeds: Embeddings of each prompt, by name; None: the text encoders are part of what trains.
+        embeds: Embeddings of each prompt, by name. None if the text encoders train.
         zeroes_empty_prompt: Whether the embeddings of the empty prompt are zeros.
     """
 
@@ -52,19 +52,19 @@ class PromptTable:
 
     @classmethod
     def of(cls, prompts: Sequence[str], tokens: Mapping[str, Tensor], *, zeroes_empty_prompt: bool) -> "PromptTable":
-        """Return the table of prompts and the rows of their tokens, without embeddings."""
+        """Build a table from prompts and their rows of tokens, without embeddings."""
         return cls(tokens=_by_prompt(prompts, tokens), zeroes_empty_prompt=zeroes_empty_prompt)
 
     def with_embeds(self, prompts: Sequence[str], embeds: Mapping[str, Tensor]) -> "PromptTable":
-        """Return the table with the rows of the embeddings of all its prompts."""
+        """Return a copy of the table with embeddings for all its prompts."""
         return replace(self, embeds=_by_prompt(prompts, embeds))
 
     def conditioning(self, prompts: Sequence[str], picture: Mapping[str, Tensor] | None = None) -> Conditioning:
         """Return the rows of some prompts.
 
         Args:
-            prompts: Prompts of the table.
-            picture: What is told about the pictures, a row for each prompt.
+            prompts: Prompts in the table.
+            picture: Conditioning on the images, one row per prompt.
         """
         zeroes = self.zeroes_empty_prompt and "" in prompts
         return Conditioning(
@@ -90,11 +90,11 @@ class BatchSource:
     Attributes:
         instance_images: The photos.
         class_images: The class images; empty without prior preservation.
-        prompts: Conditioning of every prompt, the empty one included.
+        prompts: Conditioning for every prompt, including the empty one.
         seed: The run's seed.
-        train_batch_size: Photos in a batch.
-        gradient_accumulation_steps: Batches in a step.
-        conditioning_dropout: Share of samples that get the empty prompt.
+        train_batch_size: Photos per batch.
+        gradient_accumulation_steps: Batches per step.
+        conditioning_dropout: Fraction of samples that get the empty prompt.
     """
 
     instance_images: Sequence[EncodedImage]
@@ -106,10 +106,10 @@ class BatchSource:
     conditioning_dropout: float = 0.0
 
     def batches_at(self, step: int) -> list[Batch]:
-        """Return the batches of one optimizer step, each of pictures of one size.
+        """Return the batches of one optimizer step; all images in a batch have the same size.
 
-        Sample ids count the photos of a step first and its class images after them, so that accumulating batches draws
-        the same numbers as one large batch does.
+        Sample ids number the photos of a step first and its class images after them, so that accumulated batches draw
+        the same random numbers as one large batch.
         """
         size, count = self.train_batch_size, self.gradient_accumulation_steps
         batches = []
@@ -125,9 +125,9 @@ class BatchSource:
         return batches
 
     def _place_of(self, number: int) -> tuple[Shape, int]:
-        """Return the size of the pictures of a batch, and its first position in the order of those of that size.
+        """Return the image size of a batch, and the batch's first position in the order of images of that size.
 
-        In an epoch of as many batches as there are photos, each size has a batch for each of its photos.
+        An epoch has as many batches as there are photos, and each size has as many batches as it has photos.
         """
         shapes = [image.shape for image in self.instance_images]
         if len(set(shapes)) == 1:

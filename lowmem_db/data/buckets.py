@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: sizes of about equal pixel count, so that photos are cropped little and cost the same."""
+"""Aspect-ratio buckets: sizes with similar pixel counts, so that photos lose little and cost the same."""
 
 import math
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ USUAL_STEP = 64
 
 
 def bucket_sizes(*, resolution: int, step: int, min_side: int, max_side: int) -> list[Size]:
-    """Return the buckets: for each width the largest height whose pixels are no more than those of the square.
+    """Return the buckets: for each width, the largest height that has no more pixels than the square.
 
     Args:
-        resolution: Pixels of a side of the square.
+        resolution: Side length of the square in pixels.
         step: Both sides are multiples of it.
-        min_side: Least pixels of a side.
-        max_side: Most pixels of a side.
+        min_side: Shortest side in pixels.
+        max_side: Longest side in pixels.
 
     Returns:
-        Heights and widths, the lowest first; none is as wide as another and less high.
+        Heights and widths, in order of height. Of several widths with the same height only the largest is kept.
     """
     sides = range(-(-min_side // step) * step, max_side + 1, step)
     found = [(min(resolution**2 // width, max_side) // step * step, width) for width in sides]
@@ -29,21 +29,20 @@ def bucket_sizes(*, resolution: int, step: int, min_side: int, max_side: int) ->
 
 
 def nearest_bucket(sizes: Sequence[Size], *, width: int, height: int) -> Size:
-    """Return the bucket of the least difference in aspect ratio, as a logarithm; of equals that with more pixels."""
+    """Return the bucket with the nearest aspect ratio (logarithmic); among equals, the one with more pixels."""
     return min(sizes, key=lambda size: (abs(math.log(size[1] * height / (size[0] * width))), -size[0] * size[1], size))
 
 
 def sizes_of(config: DataConfig, records: Sequence[ImageRecord], *, least_step: int) -> list[Size]:
-    """Return the height and width that each picture trains at.
+    """Return the height and width that each image is trained at.
 
     Args:
         config: The section ``data``.
-        records: The pictures.
-        least_step: Pixels that the lowest level of the model stands for; the step where the configuration gives none
-            is a multiple of it.
+        records: The images.
+        least_step: Smallest step in pixels that fits the model; the default step is a multiple of it.
 
     Raises:
-        ConfigError: The step does not fit the model, or no size lies between the limits.
+        ConfigError: The step does not fit the model, or no size lies within the limits.
     """
     square = (config.resolution, config.resolution)
     if not config.aspect_ratio_buckets:
@@ -57,29 +56,30 @@ def sizes_of(config: DataConfig, records: Sequence[ImageRecord], *, least_step: 
     if not sizes:
         raise ConfigError(
             f"data.min_bucket_side, data.max_bucket_side: no size of at most {config.resolution} x {config.resolution} "
-            f"pixels lies between them; allowed: up to {config.resolution} and from it on; leave them out"
+            f"pixels lies between them; allowed: a minimum up to {config.resolution} and a maximum from "
+            f"{config.resolution}; or leave them out"
         )
     return [nearest_bucket(sizes, width=record.width, height=record.height) for record in records]
 
 
 def bucket_step(config: DataConfig, *, least_step: int) -> int:
-    """Return the step of the buckets: 64 pixels from 512 pixels on, else the least that the model takes.
+    """Return the step of the buckets. Default: 64 pixels for 512 pixels and more, else the model's smallest step.
 
     Raises:
-        ConfigError: The one that is given is no multiple of that.
+        ConfigError: ``data.bucket_step`` is not a multiple of the model's smallest step.
     """
     if config.bucket_step is not None:
         if config.bucket_step % least_step:
             raise ConfigError(
-                f"data.bucket_step: {config.bucket_step} is not a multiple of {least_step}, the pixels that the lowest "
-                "level of this model's UNet stands for; round it, or leave it out"
+                f"data.bucket_step: {config.bucket_step} is not a multiple of {least_step}, the size in pixels of one "
+                "cell in the lowest level of this model's UNet; round it, or leave it out"
             )
         return config.bucket_step
     return math.lcm(least_step, USUAL_STEP) if config.resolution >= 8 * USUAL_STEP else least_step
 
 
 def share_out(count: int, sizes: Sequence[Size]) -> dict[Size, int]:
-    """Share ``count`` pictures out among the sizes that occur, in proportion to how often, at least one for each."""
+    """Distribute ``count`` images over the sizes in proportion to their frequency, at least one for each."""
     wanted = {size: count * sizes.count(size) / len(sizes) for size in sorted(set(sizes))}
     shares = {size: max(1, math.floor(share)) for size, share in wanted.items()}
     by_remainder = sorted(wanted, key=lambda size: (shares[size] - wanted[size], size))

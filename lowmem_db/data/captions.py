@@ -1,4 +1,4 @@
-"""The prompt of a single photo: from a text file beside it, or from a table of the folder."""
+"""The prompt of a single photo: from a text file beside it, or from a table in the folder."""
 
 import json
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ class Captions:
     """The captions of a folder.
 
     Args:
-        found: What the folder is.
+        found: The files of the folder.
 
     Raises:
         DataError: Its table cannot be used.
@@ -30,17 +30,17 @@ class Captions:
         self._table_file = found.table
 
     def of(self, photo: Path) -> str | None:
-        """Return the caption of a photo, or None where it has none of its own.
+        """Return the caption of a photo, or None if it has none.
 
         Raises:
-            DataError: A file cannot be used, or two differ.
+            DataError: A file cannot be used, or two captions differ.
         """
         found = {file: read_caption(file) for file in self._files[photo]}
         if self._table_file is not None and photo in self._table:
             found[self._table_file] = self._table[photo]
         if len(set(found.values())) > 1:
             raise DataError(
-                f"{photo}: has captions that differ, in {', '.join(file.name for file in found)}; allowed: one. Remove "
+                f"{photo}: has different captions in {', '.join(file.name for file in found)}; allowed: one. Remove "
                 "the others"
             )
         return next(iter(found.values()), None)
@@ -50,22 +50,22 @@ def read_caption(path: Path) -> str:
     """Read a caption file, its lines joined.
 
     Raises:
-        DataError: It cannot be read, is no UTF-8 text, is empty, or is longer than any prompt.
+        DataError: It cannot be read, is not UTF-8 text, is empty, or is longer than any prompt.
     """
     caption = " ".join(_read_text(path, MAX_CAPTION_BYTES, "the prompt of the picture beside it").split())
     if not caption:
         raise DataError(
-            f"{path}: is empty; allowed: the prompt of the picture beside it. Write one, or remove the file: the "
-            "picture then has the prompt of all"
+            f"{path}: is empty; allowed: the prompt of the picture beside it. Write one, or remove the file to use "
+            "subject.instance_prompt"
         )
     return caption
 
 
 def read_table(path: Path, photos: Iterable[Path]) -> dict[Path, str]:
-    """Read ``metadata.jsonl``: a row for each photo, with its ``file_name`` and its ``text``.
+    """Read ``metadata.jsonl``: one row per photo, with its ``file_name`` and its ``text``.
 
     Raises:
-        DataError: A row is no JSON object, names no file, names a photo that is not there, or stands twice.
+        DataError: A row is not a JSON object or names no file; or a photo does not exist or has two rows.
     """
     by_name = {same_name(photo.name): photo for photo in photos}
     captions: dict[Path, str] = {}
@@ -75,10 +75,10 @@ def read_table(path: Path, photos: Iterable[Path]) -> dict[Path, str]:
         row = _parse_row(line, f"{path}: line {number}")
         photo = by_name.get(same_name(row["file_name"]))
         if photo is None or photo in captions:
-            what = "is not in this folder" if photo is None else "stands twice"
+            what = "is not in this folder" if photo is None else "appears twice"
             raise DataError(
-                f"{path}: line {number}: file_name {row['file_name']!r} {what}; allowed: each photo beside it, once. "
-                "Correct the row, or remove it"
+                f"{path}: line {number}: file_name {row['file_name']!r} {what}; allowed: each photo in this folder, "
+                "once. Correct the row, or remove it"
             )
         text = next((row[name] for name in _COLUMNS if isinstance(row.get(name), str)), "")
         if caption := " ".join(text.split()):
@@ -93,14 +93,14 @@ def _parse_row(line: str, where: str) -> dict[str, Any]:
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise DataError(
-            f'{where}: is no row of captions; allowed: {{"file_name": "dog.jpg", "text": "a photo of a dog"}}. Correct '
+            f'{where}: is not a caption row; allowed: {{"file_name": "dog.jpg", "text": "a photo of a dog"}}. Correct '
             "it, or remove the file"
         )
     return row
 
 
 def _read_text(path: Path, max_bytes: int, what: str) -> str:
-    """Return a UTF-8 text; no more than its greatest size is ever read."""
+    """Read a UTF-8 text file, but never more than ``max_bytes``."""
     try:
         with path.open("rb") as file:
             content = file.read(max_bytes + 1)

@@ -1,4 +1,4 @@
-"""Crops of photos, as tensors. A crop depends on the picture, its size and its number, so every run can share it."""
+"""Crops of photos, as tensors. A crop depends only on the image, its size and its number, so runs can share it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +19,7 @@ Crop = Literal["random", "center"]
 
 @dataclass(frozen=True)
 class Box:
-    """What is cut out of a picture: left, top, width and height in its own pixels."""
+    """A rectangle in an image: left, top, width and height in pixels."""
 
     left: float
     top: float
@@ -28,49 +28,49 @@ class Box:
 
 
 def num_distinct_crops(record: ImageRecord, *, size: Size, crop: Crop, num_crops: int) -> int:
-    """Return how many crops of a picture are worth encoding.
+    """Return how many crops of an image are worth encoding.
 
     Args:
-        record: The picture.
+        record: The image.
         size: Height and width of the crop.
-        crop: Where it is cut.
+        crop: Where to crop.
         num_crops: How many random crops are wanted.
 
     Returns:
-        1 for centre crops and pictures of the crop's own shape; never more than there are positions that differ by a
-        whole pixel.
+        1 for centre crops and images with the aspect ratio of the crop; at most the number of positions that differ by
+        a whole pixel.
     """
     if crop == "center":
         return 1
     height, width = size
-    too_wide = record.width * height - record.height * width  # the picture's shape against that of the crop
+    too_wide = record.width * height - record.height * width  # compares aspect ratios
     free_pixels = too_wide // record.height if too_wide > 0 else -too_wide // record.width
     return min(num_crops, 1 + free_pixels)
 
 
 def load_pixels(record: ImageRecord, *, size: Size, crop: Crop, index: int) -> Float[Tensor, "3 h w"]:
-    """Read one crop of a picture, which is resized so that it just covers the crop.
+    """Read one crop of an image, which is resized to just cover the crop.
 
-    The filter is Lanczos, its support scaled to the reduction. Photos are usually reduced several times: a filter
-    without antialiasing gives moire there and a bilinear or box filter gives blur, and the model learns either.
+    The filter is Lanczos with antialiasing. Photos are usually reduced several times: without antialiasing that gives
+    moire, and a bilinear or box filter gives blur; the model would learn either.
 
     Args:
-        record: The picture.
+        record: The image.
         size: Height and width of the crop.
-        crop: Where it is cut.
-        index: Number of the random crop; without effect on centre crops and pictures of the crop's own shape.
+        crop: Where to crop.
+        index: Number of the random crop; no effect on centre crops and images with the aspect ratio of the crop.
 
     Returns:
         Values in [-1, 1], float32.
 
     Raises:
-        DataError: The file can no longer be read, or has another size than the record says.
+        DataError: The file can no longer be read, or its size has changed.
     """
     image = read_photo(record.path)
     if image.size != (record.width, record.height):
         raise DataError(
-            f"{record.path}: is {image.width} x {image.height} pixels, it was {record.width} x {record.height} when "
-            "its folder was read; leave the photos alone while a run prepares, and start it again"
+            f"{record.path}: is {image.width} x {image.height} pixels, but was {record.width} x {record.height} when "
+            "its folder was read; start the run again, and do not change the photos meanwhile"
         )
     box = crop_box(record, size, crop, index)
     corners = (box.left, box.top, min(box.left + box.width, image.width), min(box.top + box.height, image.height))
@@ -79,11 +79,11 @@ def load_pixels(record: ImageRecord, *, size: Size, crop: Crop, index: int) -> F
 
 
 def crop_facts(record: ImageRecord, *, size: Size, crop: Crop, index: int) -> Float[Tensor, " 6"]:
-    """Return what a model may be told of a crop; SDXL is (arXiv:2307.01952, section 2.2).
+    """Return the sizes and position of a crop, on which SDXL is conditioned (arXiv:2307.01952, section 2.2).
 
     Returns:
-        Height and width of the picture as it is; top and left of the crop in the resized picture; height and width of
-        the crop. All in pixels.
+        Height and width of the original image; top and left of the crop in the resized image; height and width of the
+        crop. All in pixels.
     """
     box = crop_box(record, size, crop, index)
     scale = size[0] / box.height
@@ -92,12 +92,12 @@ def crop_facts(record: ImageRecord, *, size: Size, crop: Crop, index: int) -> Fl
 
 
 def whole_picture_facts(size: Size, count: int) -> Float[Tensor, "b 6"]:
-    """Return the facts of pictures that are neither resized nor cropped, as those that are drawn."""
+    """Return the facts of images that are neither resized nor cropped, such as generated ones."""
     return torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(count, 1)
 
 
 def crop_box(record: ImageRecord, size: Size, crop: Crop, index: int) -> Box:
-    """Return the largest box of the crop's shape, at its place."""
+    """Return the largest box with the aspect ratio of the crop, at its position."""
     height, width = size
     is_too_wide = record.width * height > record.height * width
     box_width = record.height * width / height if is_too_wide else float(record.width)
@@ -107,5 +107,5 @@ def crop_box(record: ImageRecord, size: Size, crop: Crop, index: int) -> Box:
 
 
 def _place(content_key: str, index: int) -> float:
-    """Draw where a crop lies on its way along the longer side, uniform in [0, 1)."""
+    """Draw the position of a crop along the longer side, uniform in [0, 1)."""
     return torch.rand((), dtype=torch.float64, generator=generator(0, f"crop:{content_key}", index)).item()

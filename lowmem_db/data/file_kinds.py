@@ -1,7 +1,7 @@
-"""What a file is by its first bytes, whatever its name says."""
+"""Recognises a file by its first bytes, whatever its name says."""
 
 _KINDS = (
-    (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull` where it came from"),
+    (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull` in its repository"),
     (b"\xff\xd8\xff", "JPEG"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"GIF8", "GIF"), (b"BM", "BMP"),
     (b"8BPS", "a Photoshop document"), (b"%PDF", "a PDF document"), (b"\xff\x0a", "JPEG XL"),
     (b"\x00\x00\x00\x0cJXL ", "JPEG XL"), (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"), (b"gimp xcf", "a GIMP document"),
@@ -9,7 +9,7 @@ _KINDS = (
     (b"7z\xbc\xaf", "a 7-Zip archive"), (b"\x1aE\xdf\xa3", "a video (Matroska or WebM)"), (b"OggS", "an Ogg file"),
     (b"ID3", "an MP3 file"), (b"\x00\x00\x01\x00", "a Windows icon"), (b"FUJIFILMCCD-RAW", "a camera's raw file"),
     (b"II\x1a\x00\x00\x00HEAPCCDR", "a camera's raw file"), (b"IIU\x00", "a camera's raw file"),
-    (b"<!doctype html", "a web page and no picture"), (b"<html", "a web page and no picture"),
+    (b"<!doctype html", "a web page, not a picture"), (b"<html", "a web page, not a picture"),
     (b"<svg", "an SVG drawing"),
     (b"<?xml", "an XML file"), (b"\x7fELF", "a program"), (b"MZ", "a program"),
 )  # fmt: skip
@@ -24,10 +24,10 @@ HEAD_BYTES = 64
 
 
 def kind_of(head: bytes) -> str | None:
-    """Return what a file is that begins so, or None where that is not known.
+    """Return what kind of file starts with these bytes, or None if that is unknown.
 
     Args:
-        head: Its first ``HEAD_BYTES`` bytes.
+        head: The first ``HEAD_BYTES`` bytes of the file.
     """
     if head[4:8] == b"ftyp":
         return _BRANDS.get(head[8:12])

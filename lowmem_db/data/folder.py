@@ -1,6 +1,6 @@
-"""What a folder of photos is: which files are photos, which captions belong to which, and what is left over, and why.
+"""Sorts the files of a photo folder: photos, their captions, and what is not read and why.
 
-Nothing is decoded here and nothing heavy is imported, so that a wrong folder is known at once.
+Nothing is decoded here and nothing heavy is imported, so that a wrong folder is reported at once.
 """
 
 import difflib
@@ -24,10 +24,10 @@ PHOTO_SUFFIXES = frozenset(
 )  # fmt: skip
 CAPTION_SUFFIXES = frozenset((".txt", ".caption"))
 _REASONS = {
-    ".csv": "captions in CSV are not read: write metadata.jsonl or a text file for each photo",
-    ".npz": "latents of another program are not read",
-    ".json": "is no picture", ".jsonl": "is no picture", ".yaml": "is no picture", ".yml": "is no picture",
-    ".toml": "is no picture", ".md": "is no picture", ".ini": "is no picture", ".db": "is no picture",
+    ".csv": "captions in CSV are not supported: write metadata.jsonl or a text file for each photo",
+    ".npz": "latents of other programs are not supported",
+    ".json": "not a picture", ".jsonl": "not a picture", ".yaml": "not a picture", ".yml": "not a picture",
+    ".toml": "not a picture", ".md": "not a picture", ".ini": "not a picture", ".db": "not a picture",
 }  # fmt: skip
 
 
@@ -38,7 +38,7 @@ class LeftOver:
     Attributes:
         name: Its name.
         reason: Why it is not read.
-        is_expected: Whether nobody will have wanted it to be read.
+        is_expected: Whether nobody would expect it to be read.
     """
 
     name: str
@@ -48,16 +48,16 @@ class LeftOver:
 
 @dataclass(frozen=True)
 class PhotoFolder:
-    """What belongs together in a folder, and what is left over.
+    """The photos of a folder with their captions, and what is left over.
 
     Attributes:
         path: The folder.
-        photos: Files that are pictures by their names, in the order of these.
-        captions: For each photo its caption files: one, or several that must agree.
-        table: The table of captions, or None.
-        without_photo: Caption files that belong to no photo.
+        photos: Files with the suffix of a picture, sorted by name.
+        captions: The caption files of each photo: one, or several that must agree.
+        table: The caption table, or None.
+        without_photo: Caption files without a photo.
         left_over: Everything else.
-        broken: A line for each entry that cannot be read at all, such as a dangling link.
+        broken: One line for each entry that cannot be read at all, such as a dangling link.
     """
 
     path: Path
@@ -69,38 +69,38 @@ class PhotoFolder:
     broken: tuple[str, ...]
 
     def remarks(self) -> list[str]:
-        """Return a line for what nobody will miss."""
-        expected = [f"{one.name} ({one.reason})" for one in self.left_over if one.is_expected]
+        """Return a line about files that nobody would expect to be read."""
+        expected = [f"{entry.name} ({entry.reason})" for entry in self.left_over if entry.is_expected]
         return [f"not read: {', '.join(expected)}"] * bool(expected)
 
     def orphans(self) -> list[str]:
-        """Return a line for each caption that belongs to no photo."""
-        return [f"{file.name} is the caption of no photo{self._nearest(file)}" for file in self.without_photo]
+        """Return a line for each caption without a photo."""
+        return [f"{file.name} is a caption without a photo{self._nearest(file)}" for file in self.without_photo]
 
     def unread(self) -> list[str]:
-        """Return a line for each reason why a file is not read that somebody may have wanted to be."""
+        """Return one line per reason about files that somebody may expect to be read."""
         lines: list[str] = []
-        unexpected = [one for one in self.left_over if not one.is_expected]
-        for reason in dict.fromkeys(one.reason for one in unexpected):
-            names = ", ".join(one.name for one in unexpected if one.reason == reason)
+        unexpected = [entry for entry in self.left_over if not entry.is_expected]
+        for reason in dict.fromkeys(entry.reason for entry in unexpected):
+            names = ", ".join(entry.name for entry in unexpected if entry.reason == reason)
             lines.append(f"not read: {names}; {reason}")
         return lines
 
     def _nearest(self, caption: Path) -> str:
         stems = {photo.stem: photo.name for photo in self.photos if not self.captions[photo]}
         found = difflib.get_close_matches(caption.stem, stems, n=1)
-        return f"; is it that of {stems[found[0]]}?" if found else ""
+        return f"; is it for {stems[found[0]]}?" if found else ""
 
 
 def look_into(folder: Path, field: str) -> PhotoFolder:
-    """Tell what a folder of photos is; sub-folders are not read.
+    """Sort the files of a photo folder; sub-folders are not read.
 
     Args:
         folder: The folder.
         field: The configuration field that named it, for messages.
 
     Raises:
-        DataError: The folder is missing, may not be read, or has no picture.
+        DataError: The folder does not exist, cannot be read, or holds no picture.
     """
     files, left_over, broken = _sort(_entries(folder, field))
     photos = tuple(file for file in files if file.suffix.lower() in PHOTO_SUFFIXES)
@@ -110,7 +110,7 @@ def look_into(folder: Path, field: str) -> PhotoFolder:
     used = {file for found in belonging.values() for file in found}
     others = [file for file in files if file not in {*photos, *captions, table}]
     if not photos:
-        names = [*(file.name for file in files), *(one.name for one in left_over)]
+        names = [*(file.name for file in files), *(entry.name for entry in left_over)]
         raise DataError("\n".join([*(f"{field}: {line}" for line in broken), _no_photos(field, folder, names)]))
     return PhotoFolder(
         path=folder,
@@ -124,7 +124,7 @@ def look_into(folder: Path, field: str) -> PhotoFolder:
 
 
 def same_name(name: str) -> str:
-    """Return a name in the form in which names are compared: without case, and ``é`` always spelled alike."""
+    """Return a name in the form for comparison: without case, and with one spelling of letters such as ``é``."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -143,19 +143,21 @@ def _entries(folder: Path, field: str) -> list[Path]:
 
 
 def _sort(entries: Iterable[Path]) -> tuple[list[Path], list[LeftOver], list[str]]:
-    """Return the files, what is left over by its kind, and a line for what cannot be read."""
+    """Return the files, the entries that are not read, and one line for each entry that cannot be read."""
     files: list[Path] = []
     left_over: list[LeftOver] = []
     broken: list[str] = []
     for entry in entries:
         if entry.name.startswith("."):
-            left_over.append(LeftOver(entry.name, "is hidden", is_expected=True))
+            left_over.append(LeftOver(entry.name, "hidden", is_expected=True))
         elif entry.is_symlink() and not entry.exists():
-            broken.append(f"{entry}: is a link to {entry.readlink()}, which is not there; allowed: pictures. Remove it")
+            broken.append(
+                f"{entry}: is a link to {entry.readlink()}, which does not exist; allowed: pictures. Remove it"
+            )
         elif entry.is_dir():
-            left_over.append(LeftOver(entry.name, "is a sub-folder", is_expected=True))
+            left_over.append(LeftOver(entry.name, "a sub-folder", is_expected=True))
         elif not entry.is_file():
-            left_over.append(LeftOver(entry.name, "is no regular file"))
+            left_over.append(LeftOver(entry.name, "not a regular file"))
         else:
             files.append(entry)
     return files, left_over, broken
@@ -170,11 +172,11 @@ def _left_over(file: Path) -> LeftOver:
     reason = _REASONS.get(file.suffix.lower())
     if reason is None:
         return LeftOver(file.name, f"pictures are {ALLOWED} files")
-    return LeftOver(file.name, reason, is_expected=reason == "is no picture")
+    return LeftOver(file.name, reason, is_expected=reason == "not a picture")
 
 
 def _nearest(folder: Path) -> str:
-    """Return a hint at the folder that was probably meant."""
+    """Return a hint about the folder that was probably meant."""
     parent = folder.absolute().parent
     names = list(_folders_in(parent)) if parent.is_dir() else []
     found = difflib.get_close_matches(folder.name, names, n=1)
@@ -184,7 +186,7 @@ def _nearest(folder: Path) -> str:
 def _folders_in(parent: Path) -> Iterator[str]:
     try:
         yield from (entry.name for entry in parent.iterdir() if entry.is_dir())
-    except OSError:  # not ours to read: no hint then
+    except OSError:  # not readable: no hint
         return
 
 

@@ -1,8 +1,8 @@
 """Rare-token identifiers (Ruiz et al. 2022, arXiv:2208.12242, section 3.2).
 
 The identifier names the subject in the prompt. A word that the model knows brings its meaning along, and a random
-string such as ``xxy5syt00`` is split into letters, each with a meaning of its own. The paper therefore draws rare
-tokens of the model's vocabulary and inverts them to text.
+string such as ``xxy5syt00`` is split into letters that each have a meaning. The paper therefore draws rare tokens from
+the model's vocabulary and turns them back into text.
 """
 
 import string
@@ -16,16 +16,16 @@ from lowmem_db.errors import ConfigError
 from lowmem_db.randomness import generator
 
 MAX_TOKENS = 3
-"""Longest sequence that the paper found to work well."""
+"""Longest sequence that worked well in the paper."""
 MAX_CHARACTERS = 3
-"""Most Unicode characters of one token."""
+"""Maximum number of Unicode characters per token."""
 _MAX_TRIES = 2000
 _SENTENCEPIECE_SPACE = "\u2581"
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer; those of transformers have it."""
+    """The methods of a tokenizer that are used here; those of transformers have them."""
 
     def __len__(self) -> int:
         """Return the size of the vocabulary."""
@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Identifier:
-    """A rare identifier: its text, and the ids that the text tokenises to."""
+    """A rare identifier: its text and the token ids of the text."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -64,13 +64,13 @@ def rare_identifiers(
 
     Args:
         tokenizer: The model's tokenizer.
-        count: How many identifiers are wanted; a longer list begins with the shorter one.
+        count: How many identifiers to draw; a longer list starts with the shorter one.
         seed: The same seed gives the same identifiers.
-        num_tokens: Tokens of an identifier, 1 to 3. None: each length equally often.
-        rank_range: First rank, and the one after the last. None: :func:`default_rank_range`.
+        num_tokens: Tokens per identifier, 1 to 3. Default: each length equally often.
+        rank_range: First rank, and the one after the last. Default: :func:`default_rank_range`.
 
     Raises:
-        ConfigError: There are not that many identifiers.
+        ConfigError: There are not enough identifiers.
 
     Reference: Ruiz et al. 2022, arXiv:2208.12242, section 3.2.
     """
@@ -81,7 +81,7 @@ def rare_identifiers(
     for place in range(count):
         draws = _draws(tokens, lengths, generator(seed, "identifiers", place))
         inverted = (invert(tokenizer, token_ids) for token_ids in draws)
-        new = next((each for each in inverted if each is not None and each.text not in found), None)
+        new = next((one for one in inverted if one is not None and one.text not in found), None)
         if new is None:
             raise ConfigError(_too_few(count, lengths, ranks, len(found), len(tokenizer)))
         found[new.text] = new
@@ -89,14 +89,14 @@ def rare_identifiers(
 
 
 def default_rank_range(tokenizer: Tokenizer) -> tuple[int, int]:
-    """Return the ranks in which identifiers are looked for: the first, and the one after the last.
+    """Return the ranks to search for identifiers: the first, and the one after the last.
 
     T5 (SentencePiece): 5000 to 10000, as in the paper. CLIP's ids are ranks too: after the 512 bytes they follow its
     merges, which byte-pair encoding makes in the order of their frequency. The range is the last fifth, 39526 to 49408
-    for Stable Diffusion. Merges that late mostly make long words ("stargazing", "expeditions"), so what has only three
-    letters there is as rare as the tokenizer's training text can tell, and yet frequent enough for a trained embedding.
-    The identifiers that are known to work lie in it (``ohwx`` 47993, ``sks`` 48136). Some of its single tokens are
-    abbreviations that the model knows (``hmv``); two or three in a row hardly ever are. A fifth also serves the demo
+    for Stable Diffusion. Merges that late mostly make long words ("stargazing", "expeditions"), so a token of three
+    letters there is very rare in the tokenizer's training text, yet frequent enough to have a trained embedding. The
+    identifiers that are known to work lie in this range (``ohwx`` 47993, ``sks`` 48136). Some of its single tokens are
+    abbreviations that the model knows (``hmv``); two or three in a row hardly ever are. A fifth also suits the demo
     model, whose vocabulary is a prefix of CLIP's.
     """
     size = len(tokenizer)
@@ -106,10 +106,10 @@ def default_rank_range(tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def rare_tokens(tokenizer: Tokenizer, rank_range: tuple[int, int]) -> list[int]:
-    """Return the ids of a rank range whose text is at most 3 letters or digits.
+    """Return the ids in a rank range whose text is at most 3 letters or digits.
 
-    The paper allows any 3 Unicode characters without spaces. Here they are ASCII letters and digits, because an
-    identifier has to pass through keyboards, shells, YAML and the terminals of all systems.
+    The paper allows any 3 Unicode characters without spaces. Here only ASCII letters and digits are allowed, because an
+    identifier has to survive keyboards, shells, YAML and the terminals of all systems.
     """
     ranks = range(max(0, rank_range[0]), min(len(tokenizer), rank_range[1]))
     texts = ((rank, _text(tokenizer, [rank])) for rank in ranks)
@@ -117,7 +117,7 @@ def rare_tokens(tokenizer: Tokenizer, rank_range: tuple[int, int]) -> list[int]:
 
 
 def invert(tokenizer: Tokenizer, token_ids: tuple[int, ...]) -> Identifier | None:
-    """Return the identifier that tokenises to exactly these ids, or None where no text without spaces does."""
+    """Return the identifier with exactly these token ids, or None if no text without spaces has them."""
     text = _text(tokenizer, list(token_ids))
     if not _is_typeable(text) or tuple(tokenizer.encode(text, add_special_tokens=False)) != token_ids:
         return None
@@ -125,9 +125,9 @@ def invert(tokenizer: Tokenizer, token_ids: tuple[int, ...]) -> Identifier | Non
 
 
 def identifier_warnings(prompt: str, class_prompt: str | None, tokenizer: Tokenizer) -> list[str]:
-    """Say what is wrong with the identifier of a prompt, in words for whoever meets DreamBooth for the first time.
+    """Explain what is wrong with the identifier in a prompt, in words for people who are new to DreamBooth.
 
-    The identifier is among the words of the prompt that the class prompt has not.
+    The identifier is one of the words that the instance prompt has and the class prompt does not.
 
     Args:
         prompt: The instance prompt.
@@ -153,7 +153,7 @@ def _lengths(num_tokens: int | None) -> tuple[int, ...]:
         return allowed
     if num_tokens not in allowed:
         raise ConfigError(
-            f"num_tokens: {num_tokens} is not possible; allowed: 1 to {MAX_TOKENS}, or none for all of them"
+            f"num_tokens: {num_tokens} is not possible; allowed: 1 to {MAX_TOKENS}, or None for all lengths"
         )
     return (num_tokens,)
 
@@ -167,8 +167,8 @@ def _draws(tokens: list[int], lengths: tuple[int, ...], source: torch.Generator)
 
 def _too_few(count: int, lengths: tuple[int, ...], ranks: tuple[int, int], num_found: int, size: int) -> str:
     return (
-        f"count: {count} identifiers of {' or '.join(map(str, lengths))} tokens were asked for, ranks {ranks[0]} to "
-        f"{ranks[1] - 1} gave {num_found}; allowed: ranks 0 to {size - 1}. Take a wider range of ranks, or fewer"
+        f"count: {count} identifiers of {' or '.join(map(str, lengths))} tokens were asked for, but ranks {ranks[0]} "
+        f"to {ranks[1] - 1} have only {num_found}; allowed: ranks 0 to {size - 1}. Widen the range, or ask for fewer"
     )
 
 
@@ -187,22 +187,22 @@ def _words(prompt: str) -> list[str]:
 
 def _split_warning(word: str, num_tokens: int) -> str:
     return (
-        f"subject.instance_prompt: the identifier {word!r} is {num_tokens} tokens to this model, each with a meaning "
-        f"of its own; 1 to {MAX_TOKENS} work well. `lowmem-db identifiers` lists rare ones"
+        f"subject.instance_prompt: the identifier {word!r} is {num_tokens} tokens for this model, each with its own "
+        f"meaning; 1 to {MAX_TOKENS} work well. `lowmem-db identifiers` lists rare ones"
     )
 
 
 def _common_warning(prompt: str, words: list[str]) -> str:
     named = ", ".join(map(repr, words))
     return (
-        f"subject.instance_prompt: {prompt!r} has no rare identifier: the model knows {named} well, and mixes what it "
-        "knows into the subject. Use a rare word, as in 'a sks dog'; `lowmem-db identifiers` lists some"
+        f"subject.instance_prompt: {prompt!r} has no rare identifier: the model knows {named} well and mixes that "
+        "meaning into the subject. Use a rare word, as in 'a sks dog'; `lowmem-db identifiers` lists some"
     )
 
 
 def _missing_warning(prompt: str, class_prompt: str | None) -> str:
     reason = f"the class prompt {class_prompt!r} has all its words" if class_prompt else "the model knows all its words"
     return (
-        f"subject.instance_prompt: {prompt!r} has no identifier, {reason}: the subject would take the place of the "
-        "whole class. Put a rare word before the class noun, as in 'a sks dog'; `lowmem-db identifiers` lists some"
+        f"subject.instance_prompt: {prompt!r} has no identifier, {reason}: the subject would replace the whole class. "
+        "Put a rare word before the class noun, as in 'a sks dog'; `lowmem-db identifiers` lists some"
     )

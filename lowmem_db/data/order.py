@@ -6,17 +6,17 @@ from lowmem_db import randomness
 
 
 def sample_indices(seed: int, stream: str, start: int, count: int, length: int) -> list[int]:
-    """Return the items at some positions of an endless sequence of shuffled epochs.
+    """Return the items at consecutive positions of an endless sequence of shuffled epochs.
 
     Args:
         seed: The run's seed.
         stream: What is shuffled; streams are independent of each other.
         start: First position.
         count: Number of positions.
-        length: Number of items, each of which comes once per epoch.
+        length: Number of items; each occurs once per epoch.
 
     Raises:
-        ValueError: There is no item.
+        ValueError: There are no items.
     """
     if length < 1:
         raise ValueError(f"length is {length}; allowed: 1 or more")

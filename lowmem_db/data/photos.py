@@ -1,7 +1,7 @@
 """From a folder of photos to checked records, and from a file to sRGB pixels.
 
-This module owns what a picture file may be. Every file is decoded once before anything is loaded, so that a damaged one
-is known at the start of a run and not in the middle of it.
+This module decides which picture files are allowed. Every file is decoded once before anything is loaded, so that a
+damaged one is reported at the start of a run and not in the middle.
 """
 
 import io
@@ -26,12 +26,12 @@ from lowmem_db.errors import DataError, DependencyError
 from lowmem_db.records import ImageRecord
 
 MIN_PIXELS = 64
-"""Smallest shorter side that is worth enlarging to 512 pixels and more."""
+"""Shortest side that is worth enlarging to 512 pixels and more."""
 MAX_MEGAPIXELS = 150
-"""Largest picture that is decoded: 450 MB as RGB, and below the size at which Pillow refuses by itself (179)."""
+"""Largest picture that is decoded: 450 MB as RGB, and below Pillow's own limit (179)."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
-_MAX_TEXT_BYTES = 1 << 26  # ComfyUI writes its workflow into a PNG: more than the megabyte that Pillow takes
+_MAX_TEXT_BYTES = 1 << 26  # ComfyUI writes its workflow into a PNG, which can exceed Pillow's limit of a megabyte
 _DECODING_ERRORS = (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error)
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,20 +47,20 @@ _log = logging.getLogger(__name__)
 
 
 def scan_photos(folder: Path, *, prompt: str, resolution: int, field: str) -> list[ImageRecord]:
-    """Check every picture of a folder and describe it; sub-folders are not read.
+    """Check and describe every picture in a folder; sub-folders are not read.
 
     Args:
-        folder: Folder of pictures. A text file of the same stem beside a picture, or a row of ``metadata.jsonl``, holds
-            its own prompt.
-        prompt: Prompt of the pictures without a caption. Empty where none is needed; then nothing is said of captions.
-        resolution: Pixels of the shorter side that the pictures will be resized to.
+        folder: The folder. A text file with the same stem beside a picture, or a row of ``metadata.jsonl``, holds the
+            picture's own prompt.
+        prompt: Prompt of pictures without a caption. If empty, captions are not mentioned.
+        resolution: Length in pixels to which the shorter side will be resized.
         field: The configuration field that named the folder, for messages.
 
     Returns:
-        One record per picture, in the order of the names.
+        One record per picture, sorted by name.
 
     Raises:
-        DataError: The folder is missing or has no picture, or pictures cannot be used; the message has a line for each.
+        DataError: The folder does not exist, has no picture, or has unusable pictures; the message has a line for each.
     """
     found = look_into(folder, field)
     try:
@@ -84,12 +84,12 @@ def scan_photos(folder: Path, *, prompt: str, resolution: int, field: str) -> li
 
 
 def read_photo(path: Path) -> Image.Image:
-    """Read the first frame of a picture as upright 8-bit sRGB, transparent parts on white.
+    """Read the first frame of a picture as upright 8-bit sRGB, with transparent parts on white.
 
-    A colour profile or an EXIF block that is broken is ignored and logged.
+    A broken colour profile or EXIF block is ignored and logged.
 
     Raises:
-        DataError: The file is missing, empty, damaged, of another format, or larger than ``MAX_MEGAPIXELS``.
+        DataError: The file is missing, empty, damaged, in another format, or larger than ``MAX_MEGAPIXELS``.
         DependencyError: The file is HEIC and pillow-heif is not installed.
     """
     with _quiet_pillow():
@@ -97,7 +97,7 @@ def read_photo(path: Path) -> Image.Image:
 
 
 def duplicates(records: Sequence[ImageRecord]) -> list[tuple[ImageRecord, ...]]:
-    """Return the groups of records whose files are the same byte for byte."""
+    """Return the groups of records whose files are identical."""
     groups: dict[str, list[ImageRecord]] = {}
     for record in records:
         groups.setdefault(record.content_key, []).append(record)
@@ -107,13 +107,13 @@ def duplicates(records: Sequence[ImageRecord]) -> list[tuple[ImageRecord, ...]]:
 def photo_warnings(
     records: Sequence[ImageRecord], *, resolution: int, field: str, aspect_ratio_buckets: bool = False
 ) -> list[str]:
-    """Say what is allowed and yet makes the result worse: the same file twice, pictures that must be enlarged.
+    """Warn about what is allowed but makes the result worse: duplicate files, and pictures that must be enlarged.
 
-    In aspect-ratio buckets a picture is enlarged where it has fewer pixels than the square has, else where its shorter
-    side has.
+    With aspect-ratio buckets a picture is enlarged if it has fewer pixels than the square, otherwise if its shorter
+    side is shorter than ``resolution``.
     """
     repeated = [
-        f"{field}: {', '.join(record.path.name for record in group)} are the same file, so that photo counts "
+        f"{field}: {', '.join(record.path.name for record in group)} are identical, so this photo counts "
         f"{len(group)} times; remove all but one"
         for group in duplicates(records)
     ]
@@ -124,18 +124,18 @@ def photo_warnings(
         < resolution**2
     ]
     names = ", ".join(f"{record.path.name} ({record.width} x {record.height})" for record in small)
-    enlarged = f"{field}: enlarged to {resolution} pixels and therefore blurred: {names}; larger originals train better"
+    enlarged = f"{field}: enlarged to {resolution} pixels, which blurs them: {names}; larger originals train better"
     return repeated + [enlarged] * bool(small)
 
 
 def _tell(found: PhotoFolder, records: Sequence[ImageRecord], prompt: str, field: str) -> None:
-    """Say how many photos have captions of their own, which captions have no photo, and what else is there."""
+    """Say how many photos have captions, which captions have no photo, and which files are not read."""
     for line in found.orphans():
         _log.warning("%s: %s", field, line)
     own = sum(bool(found.captions[record.path]) or record.prompt != prompt for record in records)
     if own:
-        rest = f"; the others have the prompt {prompt!r}" if own < len(records) else ""
-        say(f"{field}: captions: {own} of {len(records)} photos have their own{rest}")
+        rest = f"; the others use the prompt {prompt!r}" if own < len(records) else ""
+        say(f"{field}: {own} of {len(records)} photos have their own caption{rest}")
     for line in found.remarks():
         say(f"{field}: {line}")
 
@@ -159,7 +159,7 @@ def _record(path: Path, prompt: str, resolution: int) -> ImageRecord:
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    """Silence Pillow's warnings: sizes are checked here, and odd metadata does not matter."""
+    """Silence Pillow's warnings: sizes are checked here, and unusual metadata does not matter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -188,7 +188,7 @@ def _open(path: Path) -> Image.Image:
     kind = _kind(path)
     if kind == "AVIF" and not features.check("avif"):
         raise DependencyError(
-            f"{path}: is AVIF, which this Pillow does not read: pip install -U pillow, or save it as PNG"
+            f"{path}: is AVIF, which this version of Pillow cannot read: pip install -U pillow, or save it as PNG"
         )
     if kind != "HEIC":
         return Image.open(path, formats=_FORMATS)
@@ -208,7 +208,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _undecodable(path: Path, error: Exception) -> str:
-    """Say why a file cannot be decoded: it is something else, or damaged."""
+    """Say why a file cannot be decoded: it is another kind of file, or damaged."""
     reason = " ".join(str(error).split()).replace(str(path), path.name)
     if not path.is_file() or not os.access(path, os.R_OK):
         return f"cannot be read ({reason}); allowed: {ALLOWED}. Check its permissions"
@@ -216,15 +216,15 @@ def _undecodable(path: Path, error: Exception) -> str:
     if kind is not None and kind not in ALLOWED:
         return f"is {kind}; allowed: {ALLOWED}. Save the picture as one of these, or remove the file"
     return (
-        f"cannot be decoded, it is damaged or cut off ({reason}); allowed: {ALLOWED}. Save it again from the original, "
-        "or remove it"
+        f"cannot be decoded; it is damaged or truncated ({reason}); allowed: {ALLOWED}. Save it again from the "
+        "original, or remove it"
     )
 
 
 def _tell_frames(path: Path, image: Image.Image) -> None:
     count = getattr(image, "n_frames", 1)
-    if count > 1 and image.format != "MPO":  # a photo of a phone with its depth or its second eye
-        _warn_once(f"{path}: has {count} pictures; the first one is read")
+    if count > 1 and image.format != "MPO":  # a phone's photo with its depth map or second view
+        _warn_once(f"{path}: has {count} pictures; only the first one is used")
 
 
 @cache
@@ -238,7 +238,7 @@ def _check_size(path: Path, width: int, height: int) -> None:
 
 
 def _too_large(size: str) -> str:
-    return f"is too large ({size}); allowed: up to {MAX_MEGAPIXELS} megapixels. Save it smaller: 4000 pixels are plenty"
+    return f"is too large ({size}); allowed: up to {MAX_MEGAPIXELS} megapixels. Reduce it: 4000 pixels are plenty"
 
 
 def _upright(image: Image.Image, path: Path) -> Image.Image:
@@ -246,13 +246,15 @@ def _upright(image: Image.Image, path: Path) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except _DECODING_ERRORS as error:
-        _log.warning("%s: its EXIF block is broken and ignored (%s); check that it is upright", path, error)
+        _log.warning(
+            "%s: its EXIF block is broken and was ignored (%s); check that the picture is upright", path, error
+        )
         return image
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
 def _to_srgb(image: Image.Image, path: Path) -> Image.Image:
-    """Convert any mode of Pillow to RGB in sRGB, on white."""
+    """Convert any Pillow mode to sRGB on white."""
     profile = image.info.get("icc_profile")
     colour, alpha = _split_alpha(_to_8_bits(image))
     rgb = _apply_profile(colour, profile, path) if profile else colour.convert("RGB")
@@ -262,7 +264,7 @@ def _to_srgb(image: Image.Image, path: Path) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale greyscale of 16 bits and more to 8 bits; Pillow would clip it."""
+    """Scale greyscale with 16 bits or more to 8 bits; Pillow would clip it."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
@@ -271,17 +273,17 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _white(mode: str, largest: float) -> float:
-    """Return the value of white: the least that is usual for the mode and not below the largest value."""
+    """Return the value of white: the smallest usual one for the mode that is not below the largest value."""
     usual = (1.0, 255.0, 65535.0) if mode == "F" else (65535.0, 2.0**31 - 1)
     return next((white for white in usual if largest <= white), largest)
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return the colours in mode L, RGB or CMYK, and the opacity or None."""
+    """Return the colours in mode L, RGB or CMYK, and the alpha channel or None."""
     grey = image.mode in ("1", "L", "LA", "La")
     if not image.has_transparency_data:
         return (image if image.mode == "CMYK" else image.convert("L" if grey else "RGB")), None
-    # Pillow leaves premultiplied modes only by way of RGBA or LA, which un-premultiplies them.
+    # Pillow converts premultiplied modes only to RGBA or LA, which un-premultiplies them.
     image = image.convert("LA" if grey else "RGBA")
     return image.convert("L" if grey else "RGB"), image.getchannel("A")
 
@@ -294,6 +296,6 @@ def _apply_profile(colour: Image.Image, profile: bytes, path: Path) -> Image.Ima
         pixels = colour.convert("RGB") if is_for_rgb else colour
         converted = ImageCms.profileToProfile(pixels, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, *_DECODING_ERRORS) as error:
-        _log.warning("%s: its colour profile is broken and ignored (%s); colours may be a little off", path, error)
+        _log.warning("%s: its colour profile is broken and was ignored (%s); colours may be slightly off", path, error)
         return colour.convert("RGB")
     return converted or colour.convert("RGB")

@@ -2,6 +2,7 @@
 
 import torch
 
+from lowmem_db import nvidia
 from lowmem_db.adaptation.finding import find_adaptation
 from lowmem_db.adaptation.layers import count_trained, that_train
 from lowmem_db.config.schema import Config
@@ -94,11 +95,19 @@ def build_ema(config: Config, denoiser: Denoiser, optimizer: OptimizerHandle) ->
 
 
 def set_arithmetic(config: Config, device: torch.device) -> None:
-    """Make CUDA deterministic, and allow TF32 only if the configuration does."""
+    """Make CUDA deterministic, and allow TF32 only if the configuration does.
+
+    Preparation, the measured steps of a plan, and training all use it. With ``warn_only``, torch would leave the
+    backward pass of attention non-deterministic.
+
+    Raises:
+        ConfigError: The environment asks cuBLAS for something else.
+    """
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.training.allow_tf32
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        nvidia.check_variables()
+        torch.use_deterministic_algorithms(True)
         # Otherwise every new tensor would be filled before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -24,11 +24,11 @@ NOUNS = (
     "dog", "dog face", "cat", "cat face", "clock", "bird", "car", "flower", "cup", "house", "tree", "shoe", "boot",
     "hat", "glasses", "fish", "ball", "apple", "horse", "rabbit", "umbrella", "backpack", "teddy bear", "robot",
     "butterfly", "elephant", "penguin", "pig", "owl", "turtle", "mushroom", "bus", "airplane", "boat", "banana",
-    "strawberry", "cake", "guitar", "crown", "bell", "snowman", "pumpkin",
+    "strawberry", "cake", "guitar", "crown", "bell", "snowman", "pumpkin", "bear", "frog", "lion", "cow", "monkey",
+    "panda", "bee", "octopus", "fox", "snail", "train", "bicycle", "truck", "rocket", "bowl", "vase", "candle", "book",
+    "camera", "television", "gift", "star", "lemon", "pineapple", "hamburger", "dress", "teapot", "balloon",
 )  # fmt: skip
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
-OWN_COLOURS = "its own"
-"""The classifier's answer for a drawing that was not tinted; it does not occur in captions."""
 PLAIN = ("white", "blue", "yellow", "green", "red", "pink", "purple", "orange", "gray", "black")
 SCENES = {
     "beach": ("on the beach", "on a beach"),
@@ -38,15 +38,24 @@ SCENES = {
     "city": ("in the city", "in a city", "on a street"),
     "night": ("at night", "under a night sky"),
     "room": ("on a wooden floor", "in a room"),
+    "mountains": ("in the mountains", "in front of a mountain"),
+    "water": ("on the water", "floating on water"),
+    "desert": ("in the desert", "in a desert"),
+    "sunset": ("at sunset", "under a sunset sky"),
+    "space": ("in space", "in outer space"),
+    "table": ("on a table", "on a wooden table"),
 }
-LABELS = {"noun": NOUNS, "colour": (*COLOURS, OWN_COLOURS), "background": (*PLAIN, *SCENES)}
+LABELS = {"noun": NOUNS, "colour": COLOURS, "background": (*PLAIN, *SCENES)}
 FOLDER = Path(__file__).parent / "caption_classifier"
 WEIGHTS_FILE = "classifier.safetensors"
 ACCURACY_FILE = "accuracy.json"
-PIXELS = 128
-"""Height and width of the classifier's input."""
+PIXELS = 224
+"""Height and width of the classifier's input, at which EfficientNet-Lite0 was trained."""
 
-_PREFIX = re.compile(r"an? (?:flat drawing|drawing|picture|photo|photograph|painting) of ")
+_PREFIX = re.compile(
+    r"(?:an? (?:flat drawing|drawing|picture|photo|photograph|painting|(?:pencil )?sketch|watercolor(?: painting)?"
+    r"|pixel art picture|black and white (?:picture|drawing))|pixel art) of "
+)
 _POSITION = re.compile(r" (?:on the (?:left|right)|at the (?:top|bottom))$")
 _SIZES = ("small", "large")
 _BACKGROUNDS = {f" on {'an' if name[0] in 'aeiou' else 'a'} {name} background": name for name in PLAIN} | {
@@ -57,6 +66,7 @@ _NO_IDENTIFIERS = {
     *PLAIN, *(word for noun in NOUNS for word in noun.split()), *_SIZES, "a", "an", "the", "of", "on", "in", "at",
     "and", "with", "without", "no", "not",
 }  # fmt: skip
+_SMALL = 128
 _LEVELS = 6
 _GRID = 8
 _BORDER = 6
@@ -85,7 +95,9 @@ def read_caption(prompt: str) -> Caption | None:
     A prefix such as "a photo of", a size, a position and one unknown word before the noun or its colour (an identifier
     such as "sks") are skipped. All text after the noun must be known.
     """
-    text = _PREFIX.sub("", " ".join(prompt.lower().split()).rstrip("."), count=1)
+    text = " ".join(prompt.lower().split()).rstrip(".")
+    prefix = _PREFIX.match(text)
+    text = text[prefix.end() :] if prefix else text
     phrase = next((phrase for phrase in _BACKGROUNDS if text.endswith(phrase)), "")
     words = _POSITION.sub("", text.removesuffix(phrase)).split()
     words = words[1:] if words[:1] in (["a"], ["an"]) else words
@@ -117,11 +129,11 @@ def caption_pairs(said: Sequence[Caption], shown: Sequence[Sequence[Caption]]) -
 
 
 class CaptionClassifier(nn.Module):
-    """Heads with one hidden layer: the noun from EfficientNet-Lite0's features, the others from pixel statistics."""
+    """The noun by one linear layer on EfficientNet-Lite0's features, the others from pixel statistics."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.noun = nn.Sequential(nn.Dropout(0.5), *_head(NUM_FEATURES, 256, len(LABELS["noun"])))
+        self.noun = nn.Linear(NUM_FEATURES, len(LABELS["noun"]))
         self.colour = _head(_NUM_STATISTICS, 128, len(LABELS["colour"]))
         self.background = _head(_NUM_STATISTICS, 128, len(LABELS["background"]))
 
@@ -130,7 +142,7 @@ class CaptionClassifier(nn.Module):
     ) -> dict[str, Float[Tensor, "b labels"]]:
         """Return logits by attribute, in the order of ``LABELS``."""
         return {
-            "noun": self.noun(functional.layer_norm(features.sqrt(), (NUM_FEATURES,))),
+            "noun": self.noun(noun_inputs(features)),
             "colour": self.colour(statistics),
             "background": self.background(statistics),
         }
@@ -144,6 +156,11 @@ class CaptionClassifier(nn.Module):
             Caption(noun=noun, colour=colour, background=background)
             for noun, colour, background in zip(named["noun"], named["colour"], named["background"], strict=True)
         ]
+
+
+def noun_inputs(features: Float[Tensor, "b 1280"]) -> Float[Tensor, "b 1280"]:
+    """Return what the noun is read from: square roots, each picture's with mean 0 and deviation 1."""
+    return functional.layer_norm(features.sqrt(), (NUM_FEATURES,))
 
 
 def load_classifier(folder: Path = FOLDER) -> CaptionClassifier:
@@ -168,14 +185,11 @@ def accuracy_on(captions: Sequence[Caption], attribute: str) -> float | None:
 def pixel_statistics(pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b statistics"]:
     """Return statistics of colour and background: a coarse picture, and histograms of all pixels and of the foreground.
 
-    A pixel is foreground if it differs from the left and right border of its row: backgrounds vary from top to bottom.
-
     Args:
         pixels: Values in [0, 255].
     """
-    values = pixels / 255
-    border = torch.cat((values[..., :_BORDER], values[..., -_BORDER:]), dim=-1).median(dim=-1, keepdim=True).values
-    is_foreground = ((values - border).abs().amax(dim=1) > _DIFFERS).flatten(1).float()
+    values = _shrink(pixels)
+    is_foreground = _foreground(values).flatten(1)
     levels = (values * _LEVELS).long().clamp(max=_LEVELS - 1).flatten(2)
     bins = (levels[:, 0] * _LEVELS + levels[:, 1]) * _LEVELS + levels[:, 2]
     return torch.cat(
@@ -186,6 +200,30 @@ def pixel_statistics(pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b stati
         ),
         dim=1,
     )
+
+
+def foreground_centre(pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 2"]:
+    """Return the centre of mass (x, y) of the foreground as shares of the side; the middle where there is none.
+
+    Args:
+        pixels: Values in [0, 255], best of one subject on a plain background.
+    """
+    is_foreground = _foreground(_shrink(pixels))
+    places = (torch.arange(_SMALL, device=pixels.device) + 0.5) / _SMALL
+    amount = is_foreground.sum(dim=(1, 2))
+    sums = torch.stack((is_foreground.sum(1) @ places, is_foreground.sum(2) @ places), dim=1)
+    return torch.where(amount[:, None] > 0, sums / amount[:, None].clamp(min=1), 0.5)
+
+
+def _shrink(pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 small small"]:
+    """Return the pictures at the size that statistics are taken at, with values in [0, 1]."""
+    return functional.interpolate(pixels / 255, size=(_SMALL, _SMALL), mode="bilinear", antialias=True).clamp(0, 1)
+
+
+def _foreground(values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b h w"]:
+    """Return one where a picture differs from the left and right border of its row: backgrounds change downwards."""
+    border = torch.cat((values[..., :_BORDER], values[..., -_BORDER:]), dim=-1).median(dim=-1, keepdim=True).values
+    return ((values - border).abs().amax(dim=1) > _DIFFERS).float()
 
 
 def _histogram(bins: Int[Tensor, "b n"], weights: Float[Tensor, "b n"]) -> Float[Tensor, "b bins"]:

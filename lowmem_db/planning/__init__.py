@@ -1,1 +1,1 @@
-"""The peak of every phase before it runs, by tracing the real code; the fastest strategy that fits a budget."""
+"""Predicts the peak memory of every phase by tracing the real code, and finds the fastest strategy for a budget."""

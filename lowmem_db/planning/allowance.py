@@ -1,21 +1,48 @@
-"""What a device needs beside the tensors of a trace. These are defaults: nothing here was measured on a card yet."""
+"""Memory that a device needs in addition to the tensors of a trace.
 
+
+The shares for fragmentation hold what a model of the caching allocator reserves beyond the tensors of real strategies
+(:mod:`lowmem_db.planning.caching_allocator`, with a test). The other figures are defaults: nothing here was measured on
+a card yet.
+"""
+
+from lowmem_db import nvidia
 from lowmem_db.planning.cards import Card
 
-_CUDA_CONTEXT = 450 << 20  # the context, and the kernels that are loaded into it
-_CUDA_WORKSPACES = 150 << 20  # of cuBLAS and cuDNN
-_CUDA_FRAGMENTATION = 0.05  # of the peak: blocks of the caching allocator that no tensor fills
+_CUDA_CONTEXT = 450 << 20  # the context and the kernels loaded into it
+_CUDA_WORKSPACES = 150 << 20  # of cuBLAS (32 MiB), cuDNN, and the backward pass of deterministic attention
+_FRAGMENTATION = 0.05  # of the peak: gaps in the blocks of the caching allocator
+_FRAGMENTATION_OF_FIXED_SEGMENTS = 0.10
 _PROCESS = 640 << 20  # Python, torch, diffusers and transformers on the CPU
-_CPU_FRAGMENTATION = 0.05
 
 
 def allowance_bytes(peak_bytes: int, card: Card) -> int:
-    """Return the bytes to be set aside beside a peak of so many bytes.
+    """Return the bytes to set aside in addition to a peak.
+
+    Args:
+        peak_bytes: Bytes of tensors at the peak.
+        card: The card that holds them.
+    """
+    if card.is_cpu:
+        return _PROCESS + int(peak_bytes * _FRAGMENTATION)
+    return _CUDA_CONTEXT + _CUDA_WORKSPACES + fragmentation_bytes(peak_bytes)
+
+
+def reserved_bytes(peak_bytes: int, card: Card) -> int | None:
+    """Return what the caching allocator takes for a peak of so many bytes; None on the CPU, which has none.
 
     Args:
         peak_bytes: Bytes of tensors at the peak.
         card: Where they are.
     """
-    if card.is_cpu:
-        return _PROCESS + int(peak_bytes * _CPU_FRAGMENTATION)
-    return _CUDA_CONTEXT + _CUDA_WORKSPACES + int(peak_bytes * _CUDA_FRAGMENTATION)
+    return None if card.is_cpu else peak_bytes + _CUDA_WORKSPACES + fragmentation_bytes(peak_bytes)
+
+
+def fragmentation_bytes(peak_bytes: int) -> int:
+    """Return what the caching allocator of a card reserves beyond its tensors.
+
+    Args:
+        peak_bytes: Bytes of tensors at the peak.
+    """
+    share = _FRAGMENTATION if nvidia.has_expandable_segments() else _FRAGMENTATION_OF_FIXED_SEGMENTS
+    return int(peak_bytes * share)

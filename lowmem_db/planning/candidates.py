@@ -1,4 +1,4 @@
-"""The strategies a configuration leaves open, each as a resolved configuration."""
+"""The strategies that a configuration leaves open, each as a resolved configuration."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,24 +16,24 @@ from lowmem_db.records import Refusal
 
 
 def candidates(config: Config, card: Card, block_names: Sequence[str]) -> tuple[list[Config], list[Refusal]]:
-    """Return every strategy that the configuration and the card leave open, and those a rule refuses.
+    """Return every strategy that the configuration and the card leave open, and those that a rule refuses.
 
-    What a field of the configuration gives is a constraint; what it leaves out is enumerated.
+    Fields that the configuration gives are constraints; fields that it leaves out are enumerated.
 
     Args:
         config: The configuration.
-        card: Where the run takes place.
-        block_names: Blocks that can have a placement of their own.
+        card: The card that the run uses.
+        block_names: Blocks that can have their own placement.
 
     Returns:
-        Resolved configurations, the first of them with the fewest measures; and why others are none of them.
+        Resolved configurations, starting with the one that does the least; and the refusals of others.
     """
     where = Situation(card=card, block_names=block_names, open_paths=open_paths(config))
     missing = {path: reason for path, reason in _missing(where) if path in where.open_paths}
     kept: list[Config] = []
     refused: dict[str, Refusal] = {}
     for candidate in _enumerate(config, where):
-        problems = [*_beyond(card, candidate, missing), *refusals(candidate)]
+        problems = [*_unsupported(card, candidate, missing), *refusals(candidate)]
         if not problems:
             kept.append(candidate)
         elif problems[0] not in refused:
@@ -42,16 +42,16 @@ def candidates(config: Config, card: Card, block_names: Sequence[str]) -> tuple[
 
 
 def _enumerate(config: Config, where: Situation) -> list[Config]:
-    """Return the configuration with every mixture of choices of what it leaves open."""
+    """Return the configuration with every combination of choices for the fields that it leaves open."""
     found = [config]
     for field in fields():
         if field.path in where.open_paths:
-            found = [changed(each, {field.path: value}) for each in found for value in field.choices(each, where)]
+            found = [changed(mixed, {field.path: value}) for mixed in found for value in field.choices(mixed, where)]
     return found
 
 
 def _missing(where: Situation) -> Iterator[tuple[str, str]]:
-    """Yield what the planner does not choose by itself on this machine, and why."""
+    """Yield the fields that the planner does not choose on this machine, and why."""
     if not environment.is_installed("bitsandbytes"):
         yield "lora.base_weights", "bitsandbytes is missing"
     if not where.card.is_cpu and torch.cuda.is_available():
@@ -60,8 +60,8 @@ def _missing(where: Situation) -> Iterator[tuple[str, str]]:
             yield "memory.fused_layers", reason
 
 
-def _beyond(card: Card, config: Config, missing: Mapping[str, str]) -> Iterator[str]:
-    """Say what a card or this machine cannot do."""
+def _unsupported(card: Card, config: Config, missing: Mapping[str, str]) -> Iterator[str]:
+    """Yield what the card or this machine does not support."""
     weights, base, precision = config.memory.weights, config.lora.base_weights, config.training.mixed_precision
     if base in {"int8", "nf4"} and "lora.base_weights" in missing:
         yield missing["lora.base_weights"]
@@ -72,18 +72,18 @@ def _beyond(card: Card, config: Config, missing: Mapping[str, str]) -> Iterator[
     if precision != "bf16" or card.has_bf16 or card.is_cpu:
         return
     if base == "bf16":
-        yield f"lora.base_weights: 'bf16' is not native on {card.name}; allowed there: fp16, fp32, nf4, int8"
+        yield f"lora.base_weights: {card.name} does not support 'bf16'; allowed there: fp16, fp32, nf4, int8"
     elif weights == "fp32":
-        yield f"training.mixed_precision: 'bf16' is not native on {card.name}; allowed there: fp16, no"
+        yield f"training.mixed_precision: {card.name} does not support 'bf16'; allowed there: fp16, no"
     else:
         yield (
-            f"memory.weights: {weights!r} computes in bf16, which is not native on {card.name}; set "
+            f"memory.weights: {weights!r} computes in bf16, which {card.name} does not support; set "
             "memory.weights=fp32 (with training.mixed_precision=fp16), or leave both out"
         )
 
 
 def open_choices(config: Config, card: Card) -> list[Config]:
-    """Return the candidates but for mixtures of placements, the first of them with the fewest measures.
+    """Return the candidates without mixed placements, starting with the one that does the least.
 
     Raises:
         ConfigError: A rule refuses all of them.
@@ -95,6 +95,6 @@ def open_choices(config: Config, card: Card) -> list[Config]:
 
 
 def placement_of(config: Config, block: str) -> Placement:
-    """Return the placement of one block under a resolved configuration."""
+    """Return the placement of one block in a resolved configuration."""
     placement = config.memory.checkpointing or "none"
     return placement.get(block, "none") if isinstance(placement, Mapping) else placement

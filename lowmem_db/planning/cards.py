@@ -1,7 +1,7 @@
 """Public figures of consumer and Colab cards, and how long a trace would take on them.
 
-Tensor TFLOPS are dense and with accumulation in fp32, as training multiplies. The times are predictions for an order of
-strategies, not measurements: they assume the shares of the public figures that stand below.
+Tensor TFLOPS are dense and accumulate in fp32, as in training. The times are predictions for ranking strategies, not
+measurements: they assume that the fractions of the public figures below are reached.
 """
 
 import difflib
@@ -18,24 +18,24 @@ from lowmem_db.planning.costs import COMPUTE_TYPES, Costs
 _SHARE_OF_FLOPS = 0.5
 _SHARE_OF_BANDWIDTH = 0.75
 _SHARE_OF_PCIE = 0.8
-_SHARE_FOR_PROGRAMS = 0.97  # a card's own firmware keeps the rest
+_SHARE_FOR_PROGRAMS = 0.97  # the card's firmware keeps the rest
 _SECONDS_PER_LAUNCH = 5e-6
-_PCIE_3_LANE = 0.985e9  # bytes per second, each way; every generation doubles it
+_PCIE_3_LANE = 0.985e9  # bytes per second in each direction; every generation doubles it
 
 
 @dataclass(frozen=True)
 class Card:
-    """A device a run is planned for.
+    """A device that a run is planned for.
 
     Attributes:
-        name: As it is sold.
+        name: Its commercial name.
         memory_gib: Its memory.
-        bandwidth: GB/s of its memory.
+        bandwidth: Memory bandwidth in GB/s.
         tflops: Dense half-precision TFLOPS of the tensor cores, accumulated in fp32.
         fp32_tflops: TFLOPS in fp32.
-        pcie_generation: 3, 4 or 5; 0: the host itself.
+        pcie_generation: 3, 4 or 5; 0 for the host itself.
         pcie_lanes: 8 or 16.
-        capability: CUDA compute capability; None: the CPU.
+        capability: CUDA compute capability, or None for the CPU.
     """
 
     name: str
@@ -49,17 +49,17 @@ class Card:
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it computes in bf16: from compute capability 8.0 on."""
+        """Whether it supports bf16: compute capability 8.0 or higher."""
         return self.capability is not None and self.capability >= (8, 0)
 
     @property
     def is_cpu(self) -> bool:
-        """Whether it is no card but the CPU."""
+        """Whether it is the CPU."""
         return self.capability is None
 
     @property
     def usable_bytes(self) -> int:
-        """What programs can use of its memory."""
+        """Bytes of its memory that programs can use."""
         return int(self.memory_gib * GIB * _SHARE_FOR_PROGRAMS)
 
 
@@ -100,10 +100,10 @@ ASSUMED = next(card for card in CARDS if card.name == "RTX 3060")
 
 
 def find_card(name: str) -> Card:
-    """Find a card by its name, whatever its spelling: ``rtx 3060``, ``RTX3060``, ``3060``, ``RTX 3060 8GB``.
+    """Find a card by name, in any spelling: ``rtx 3060``, ``RTX3060``, ``3060``, ``RTX 3060 8GB``.
 
     Raises:
-        ConfigError: There is none of that name; the message names near ones.
+        ConfigError: The name is unknown; the message suggests similar ones.
     """
     cards = _by_plain_name()
     plain = _plain(name)
@@ -118,13 +118,13 @@ def find_card(name: str) -> Card:
     near = difflib.get_close_matches(plain, cards, n=6, cutoff=0.6)
     hint = f"did you mean {' or '.join(cards[key].name for key in near)}? " if near else ""
     raise ConfigError(
-        f"--gpu: {name!r} is not known; {hint}Allowed: {', '.join(card.name for card in CARDS)}; or leave --gpu out "
+        f"--gpu: {name!r} is unknown; {hint}Allowed: {', '.join(card.name for card in CARDS)}; or leave --gpu out "
         "and give --budget"
     )
 
 
 def card_of(name: str, *, total_bytes: int, capability: tuple[int, int]) -> Card:
-    """Return the card of a device in this machine, with its own memory; an unknown one is as fast as ``ASSUMED``."""
+    """Return the card for a device in this machine, with its real memory; an unknown one is as fast as ``ASSUMED``."""
     plain = _plain(name)
     known = [key for key in _by_plain_name() if plain.startswith(key)]
     like = _by_plain_name()[max(known, key=len)] if known else ASSUMED
@@ -132,9 +132,9 @@ def card_of(name: str, *, total_bytes: int, capability: tuple[int, int]) -> Card
 
 
 def seconds_per_step(costs: Costs, card: Card) -> float:
-    """Predict the seconds a traced step takes on a card: each operator computes or moves bytes, whichever is longer.
+    """Predict the seconds of a traced step on a card; an operator takes its computing or memory time, the longer one.
 
-    What crosses PCIe is hidden behind the step as far as it takes no longer; the two ways do not slow each other down.
+    Copies over PCIe overlap with the step; the two directions do not slow each other down.
     """
     crossing = max(costs.host_to_device_bytes, costs.device_to_host_bytes)
     return max(float(operator_seconds(costs, card).sum()), pcie_seconds(crossing, card))
@@ -150,7 +150,7 @@ def operator_seconds(costs: Costs, card: Card) -> np.ndarray:
 
 
 def pcie_seconds(num_bytes: int, card: Card) -> float:
-    """Predict the seconds that bytes take to or from the host."""
+    """Predict the seconds that a copy to or from the host takes."""
     if card.is_cpu:
         return num_bytes / (card.bandwidth * 1e9 * _SHARE_OF_BANDWIDTH)
     lane = _PCIE_3_LANE * 2 ** (card.pcie_generation - 3)
@@ -162,5 +162,5 @@ def _by_plain_name() -> dict[str, Card]:
 
 
 def _plain(name: str) -> str:
-    """Return a name without spaces, case, maker and line of products."""
+    """Return a name without spaces, case, maker and product line."""
     return re.sub(r"nvidia|geforce|tesla|laptop|gpu|[^a-z0-9]", "", name.lower())

@@ -1,4 +1,4 @@
-"""What each operator of a trace does: floating-point operations, bytes read and written, bytes over PCIe."""
+"""The costs of each operator in a trace: floating-point operations, bytes read and written, bytes over PCIe."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ class Costs:
         flops: Floating-point operations of matrix products and convolutions.
         moved_bytes: Bytes that are read and written.
         compute_type: Index into ``COMPUTE_TYPES``.
-        block: Index into ``block_names``; -1: of none.
-        block_names: Parts of the model the rows are told apart by.
-        host_to_device_bytes: What crosses PCIe one way.
-        device_to_host_bytes: And the other way.
+        block: Index into ``block_names``, or -1 for none.
+        block_names: Blocks of the model to which the rows belong.
+        host_to_device_bytes: Bytes copied from the host over PCIe.
+        device_to_host_bytes: Bytes copied to the host over PCIe.
     """
 
     flops: np.ndarray
@@ -62,13 +62,13 @@ class CostRecorder:
         self._crossed = [0, 0]
 
     def start_block(self, name: str) -> None:
-        """Count what follows as a block's, until :meth:`end_block`."""
+        """Assign the following operators to a block, until :meth:`end_block`."""
         if name not in self._block_names:
             self._block_names.append(name)
         self._block = self._block_names.index(name)
 
     def end_block(self) -> None:
-        """Count what follows as no block's."""
+        """Assign the following operators to no block."""
         self._block = -1
 
     @no_type_check
@@ -96,7 +96,7 @@ class CostRecorder:
 
 
 def row_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], made: Any) -> Row | None:
-    """Return what an operator that is no view costs, or None where it costs nothing."""
+    """Return the costs of an operator that is not a view, or None if it costs nothing."""
     if func in _FREE:
         return None
     tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]

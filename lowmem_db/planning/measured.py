@@ -1,6 +1,7 @@
-"""A plan against the real thing: three real steps, and what they needed."""
+"""A plan compared with reality: the memory of three real steps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
-from lowmem_db.engine.build import build_ema, build_step
+from lowmem_db.engine.build import build_ema, build_step, set_arithmetic
 from lowmem_db.engine.step import train_step
 from lowmem_db.environment import GIB
 from lowmem_db.models.finding import model_of
@@ -25,7 +26,7 @@ _NUM_STEPS = 3
 
 @dataclass(frozen=True)
 class Verified:
-    """A prediction and what was measured: bytes of tensors at the peak of training."""
+    """A prediction and a measurement: bytes of tensors at the peak of training."""
 
     predicted_bytes: int
     measured_bytes: int
@@ -35,7 +36,7 @@ class Verified:
         return {"predicted_train_bytes": self.predicted_bytes, "measured_train_bytes": self.measured_bytes}
 
     def describe(self) -> str:
-        """Say both, and how far apart they are."""
+        """Return both in words, and how far apart they are."""
         error = self.predicted_bytes / self.measured_bytes - 1.0
         return (
             f"train: predicted {self.predicted_bytes / GIB:.3f} GiB, measured {self.measured_bytes / GIB:.3f} GiB of "
@@ -43,40 +44,67 @@ class Verified:
         )
 
 
+@dataclass(frozen=True)
+class MeasuredMemory:
+    """Bytes at the peak of training, counted at three places.
+
+    Attributes:
+        tensor_bytes: Of tensors.
+        reserved_bytes: That the caching allocator took from the driver; None: the device has none.
+        process_bytes: That ``nvidia-smi`` shows as used, other programs included; None: not a CUDA device.
+    """
+
+    tensor_bytes: int
+    reserved_bytes: int | None = None
+    process_bytes: int | None = None
+
+
 def verify(plan: Plan) -> Verified:
     """Run three real training steps of a plan.
 
     Raises:
-        ModelError: The model has no weights here.
+        ModelError: The model's weights are missing.
     """
     predicted = next(phase.parts.total for phase in plan.phases if phase.name == "train")
     device = environment.resolve_device(plan.config.device)
     model = model_of(plan.config)
-    return Verified(predicted, measure_train(plan.config, model, device))
+    return Verified(predicted, measure_train(plan.config, model, device).tensor_bytes)
 
 
-def measure_train(config: Config, model: ModelFolder, device: torch.device, *, num_steps: int = _NUM_STEPS) -> int:
-    """Run real training steps on made-up latents; return the bytes of tensors at their peak.
+def measure_train(
+    config: Config,
+    model: ModelFolder,
+    device: torch.device,
+    *,
+    num_steps: int = _NUM_STEPS,
+    around_steps: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> MeasuredMemory:
+    """Run real training steps on dummy latents, with the arithmetic of a run; return the peak memory they needed.
 
-    On a CUDA device its allocator is asked; on the CPU storages are followed as in a trace, with real tensors.
+    On a CUDA device the allocator counts; on the CPU, storages are tracked as in a trace, but with real tensors.
 
     Args:
-        config: The configuration, resolved.
+        config: The resolved configuration.
         model: The model, with its weights.
-        device: Where the steps run.
-        num_steps: How many.
+        device: The device to run on.
+        num_steps: Number of steps.
+        around_steps: Returns a context for the steps, entered after everything is built.
     """
+    set_arithmetic(config, device)
     if device.type != "cuda":
-        return _follow(config, model, device, num_steps)
+        return MeasuredMemory(_follow(config, model, device, num_steps))
     denoiser, objective, optimizer = build_step(config, model, device)
     ema = build_ema(config, denoiser, optimizer)
     optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))
+    environment.release_memory(device)
     torch.cuda.reset_peak_memory_stats(device)
-    for step in range(num_steps):
-        train_step(denoiser, objective, optimizer, training_batches(config, model, denoiser), step)
-        if ema is not None:
-            ema.update(step + 1)
-    return torch.cuda.max_memory_allocated(device)
+    with around_steps():
+        for step in range(num_steps):
+            train_step(denoiser, objective, optimizer, training_batches(config, model, denoiser), step)
+            if ema is not None:
+                ema.update(step + 1)
+    free, total = torch.cuda.mem_get_info(device)
+    return MeasuredMemory(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), total - free)
 
 
 def _follow(config: Config, model: ModelFolder, device: torch.device, num_steps: int) -> int:
@@ -105,11 +133,11 @@ def write_plan(run: RunFolder, plan: Plan) -> None:
 
 
 def write_measured(run: RunFolder, measured_bytes: int) -> None:
-    """Put the measured peak of training beside the prediction in ``plan.json``.
+    """Add the measured peak of training to the prediction in ``plan.json``.
 
     Args:
-        run: The run folder; nothing is written where it holds no plan.
-        measured_bytes: Bytes of tensors at the peak, as the device's allocator counted them.
+        run: The run folder; nothing is written if it holds no plan.
+        measured_bytes: Bytes of tensors at the peak, as counted by the device's allocator.
 
     Raises:
         StorageError: The disk is full.
@@ -118,7 +146,7 @@ def write_measured(run: RunFolder, measured_bytes: int) -> None:
 
 
 def write_trained(run: RunFolder, counts: Mapping[str, int]) -> None:
-    """Put the number of parameters that train into ``plan.json``, of each component and of all.
+    """Add the number of trained parameters to ``plan.json``, per component and in total.
 
     Raises:
         StorageError: The disk is full.

@@ -1,7 +1,7 @@
-"""Remembers what operators return on the meta device: a model repeats the same shapes hundreds of times.
+"""Caches the results of operators on the meta device, because a model repeats the same shapes hundreds of times.
 
-Most of a trace's time goes into working out shapes. An operator's result on meta depends on the shapes, strides and
-types of its arguments alone, so a second call with the same ones is answered from memory, whatever the trace.
+Most of the time of a trace is spent on computing shapes. On the meta device a result depends only on the shapes,
+strides and types of the arguments, so that repeated calls are answered from the cache, in every trace.
 """
 
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ class _New(NamedTuple):
 
 
 class _UnknownError(Exception):
-    """Arguments that cannot be remembered."""
+    """Arguments for which results cannot be cached."""
 
 
-_Result = _New | int | None  # a new tensor, the number of an argument that is returned, or nothing
+_Result = _New | int | None  # a new tensor, the index of a returned argument, or nothing
 
 
 @dataclass(slots=True)
@@ -37,13 +37,13 @@ class _Known:
     row: Row | None
 
 
-_known: dict[tuple[Any, ...], _Known | None] = {}  # None: has to run every time
+_known: dict[tuple[Any, ...], _Known | None] = {}  # None: must run every time
 _EXCLUDED = {torch.ops.aten.set_, torch.ops.aten.resize_}
 
 
 @no_type_check
 def run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Row | None]:
-    """Run an operator that is no view, or return what it returned for arguments like these; and what it costs."""
+    """Run an operator that is not a view, or take its result from the cache; also return its costs."""
     key = _key(func, args, kwargs)
     known = _known.get(key) if key is not None else None
     if known is None:
@@ -71,7 +71,7 @@ def _describe(value: Any) -> Any:
     """Return what a result depends on.
 
     Raises:
-        _UnknownError: It depends on data.
+        _UnknownError: The result depends on data.
     """
     kind = value.__class__
     if kind in _PLAIN:  # most arguments are numbers
@@ -91,12 +91,12 @@ def _remember(args: tuple[Any, ...], made: Any, row: Row | None) -> _Known | Non
     is_single = isinstance(made, Tensor)
     if not is_single and not isinstance(made, tuple):
         return None
-    results = [_result(each, args) for each in ((made,) if is_single else made)]
+    results = [_result(value, args) for value in ((made,) if is_single else made)]
     return None if _CANNOT in results else _Known(is_single, results, row)
 
 
 def _result(made: Any, args: tuple[Any, ...]) -> _Result:
-    """Return what stands for a result; ``_CANNOT`` where it cannot be made again."""
+    """Return a description of a result, or ``_CANNOT`` if it cannot be made again."""
     if made is None:
         return None
     if not isinstance(made, Tensor) or not made.is_meta:

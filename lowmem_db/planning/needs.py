@@ -1,4 +1,4 @@
-"""What the phases of a run need of a device under a strategy, with what is set aside beside their tensors."""
+"""The device memory that the phases of a run need with a strategy, including the allowance."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from lowmem_db.records import PhaseMemory
 
 
 class Needs:
-    """Bytes of strategies, each given as a resolved configuration.
+    """Bytes that strategies need, each given as a resolved configuration.
 
     Args:
-        predictor: Where the figures come from.
+        predictor: The source of the figures.
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -20,7 +20,7 @@ class Needs:
         self._card = predictor.run.card
 
     def phases(self, strategy: Config) -> list[PhaseMemory]:
-        """Return the phases of a run, training traced exactly as it will be."""
+        """Return the phases of a run, with an exact trace of training."""
         traced = self._predictor.train(strategy)
         phases = self._predictor.before_training(strategy)
         phases.append(PhaseMemory(name="train", parts=traced.peak, host_bytes=traced.host_bytes))
@@ -30,7 +30,7 @@ class Needs:
         return phases
 
     def of_phases(self, phases: Sequence[PhaseMemory]) -> int:
-        """Return what phases need, one after the other."""
+        """Return what phases need if they run one after the other."""
         return self._with_allowance(max(phase.parts.total for phase in phases))
 
     def before_training(self, strategy: Config) -> int:
@@ -38,7 +38,7 @@ class Needs:
         return self.of_phases(self._predictor.before_training(strategy))
 
     def between_steps(self, strategy: Config) -> int:
-        """Return what training needs at the least: what stays in memory, and all gradients where they meet."""
+        """Return the least that training needs: what stays in memory, and all gradients unless they are freed early."""
         kept = self._predictor.resident(strategy)
         gradients = 0 if strategy.memory.optimizer_in_backward else kept.trained_bytes
         return self._with_allowance(kept.resident.total + gradients)
@@ -48,15 +48,15 @@ class Needs:
         return self._with_allowance(self._predictor.sample(strategy).total) if strategy.prompts_drawn else 0
 
     def training(self, strategy: Config) -> int:
-        """Return what training needs; predicted from figures of its blocks where it was not traced."""
+        """Return what training needs, predicted from the figures of its blocks if it was not traced."""
         return self._with_allowance(self._predictor.train_bytes(strategy))
 
     def at_least(self, strategy: Config) -> int:
-        """Return what a run needs at the least, without a trace of training."""
+        """Return the least that a run needs, without a trace of training."""
         return max(self.before_training(strategy), self.between_steps(strategy), self.samples(strategy))
 
     def whole_run(self, strategy: Config) -> int:
-        """Return what a run needs, training as :meth:`training` says."""
+        """Return what a run needs, including :meth:`training`."""
         return max(self.at_least(strategy), self.training(strategy))
 
     def _with_allowance(self, num_bytes: int) -> int:

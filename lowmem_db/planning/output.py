@@ -1,4 +1,4 @@
-"""A plan as JSON, and as a person sees it."""
+"""A plan as JSON, and as text on the screen."""
 
 from dataclasses import asdict
 from typing import Any
@@ -19,9 +19,16 @@ _HEADINGS = ("weights", "states", "grads", "act.", "other", "host")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Return a plan as JSON values; sizes in bytes, times in seconds."""
+    """Return a plan as JSON values; sizes in bytes, times in seconds.
+
+    ``tensor_bytes`` is what tensors take at the peak, ``reserved_bytes`` what the caching allocator takes for them, and
+    ``process_bytes`` what ``nvidia-smi`` shows; ``peak_bytes`` is the last, which the budget is compared with.
+    """
     return {
         "peak_bytes": plan.peak_bytes,
+        "tensor_bytes": plan.tensor_bytes,
+        "reserved_bytes": plan.reserved_bytes,
+        "process_bytes": plan.peak_bytes,
         "budget_bytes": plan.budget_bytes,
         "allowance_bytes": plan.allowance_bytes,
         "device": plan.device,
@@ -46,8 +53,8 @@ def show(plan: Plan, out: Console) -> None:
     """Print a plan: the strategy, a bar for each phase, and why faster strategies were refused."""
     out.print(f"{describe(plan.config)}", markup=False, style="bold")
     out.print(
-        f"peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} on {plan.device}, of that "
-        f"{_gib(plan.allowance_bytes)} set aside for context, workspaces and fragmentation; "
+        f"peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} on {plan.device}, including "
+        f"{_gib(plan.allowance_bytes)} for context, workspaces and fragmentation; "
         f"predicted {plan.seconds_per_step:.2f} s/step; planned in {plan.seconds_to_plan:.1f} s",
         markup=False,
     )
@@ -57,14 +64,14 @@ def show(plan: Plan, out: Console) -> None:
     if plan.refused:
         out.print(_refused(plan.refused))
     if len(plan.refused) > _NUM_REFUSED:
-        out.print(f"and {len(plan.refused) - _NUM_REFUSED} more: --json names all", markup=False)
+        out.print(f"and {len(plan.refused) - _NUM_REFUSED} more; --json lists all", markup=False)
 
 
 def summary(plan: Plan) -> str:
     """Return a plan in one line, for the start of a run."""
     return (
         f"plan: {describe(plan.config)}; predicted peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} "
-        f"(memory.budget), {len(plan.refused)} faster strategies refused: see plan.json"
+        f"(memory.budget); {len(plan.refused)} faster strategies refused, see plan.json"
     )
 
 
@@ -95,5 +102,5 @@ def _gib(num_bytes: int) -> str:
 
 
 def _short(num_bytes: int) -> str:
-    """Return a size without its unit, GiB; a dash for nothing."""
+    """Return a size in GiB without the unit; a dash for nothing."""
     return "-" if num_bytes < GIB // 200 else f"{num_bytes / GIB:.2f}"

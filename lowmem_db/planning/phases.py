@@ -1,4 +1,4 @@
-"""The phases of a run, each traced by running its real code on the meta device."""
+"""The phases of a run; each is traced by running its real code on the meta device."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ from lowmem_db.models.loading import CPU, META
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.models.text_encoders import load_text_encoders
 from lowmem_db.optimizers.build import build_optimizer
+from lowmem_db.planning.caching_allocator import Event
 from lowmem_db.planning.cards import Card
 from lowmem_db.planning.costs import CostRecorder, Costs
 from lowmem_db.planning.timeline import BlockFigures, Timeline
@@ -29,14 +30,14 @@ from lowmem_db.records import Batch, Conditioning, MemoryParts
 
 @dataclass(frozen=True, kw_only=True)
 class Traced:
-    """What a trace of a phase found.
+    """The result of tracing a phase.
 
     Attributes:
-        peak: Bytes of the device when most were in use.
-        resident: Bytes that stay in use when the phase's work is done.
-        host_bytes: Most bytes of the host in use at once.
-        costs: What its operators do.
-        blocks: Figures of the blocks of a training step, in the order of the forward pass.
+        peak: Bytes on the device at the peak.
+        resident: Bytes on the device that stay in use when the phase is done.
+        host_bytes: Peak bytes on the host.
+        costs: The costs of its operators.
+        blocks: Figures of the blocks in a training step, in the order of the forward pass.
         trained_bytes: Bytes of the parameters that train.
     """
 
@@ -50,7 +51,7 @@ class Traced:
 
 @dataclass(frozen=True, kw_only=True)
 class TracedRun:
-    """What is traced: a resolved configuration and its model, for a card."""
+    """The run to trace: a resolved configuration and its model, for a card."""
 
     config: Config
     model: ModelFolder
@@ -58,7 +59,7 @@ class TracedRun:
 
     @contextmanager
     def tracing(self, *, autocast: bool = False) -> Iterator[tuple[AllocationTracker, CostRecorder]]:
-        """Return a context with a tracker that follows what runs in it as if that ran on the card."""
+        """Return a context that tracks the code in it as if it ran on the card."""
         costs = CostRecorder()
         rounding = 1 if self.card.is_cpu else CUDA_ROUNDING
         tracker = AllocationTracker(rounding=rounding, cpu_kernels=self.card.is_cpu, costs=costs)
@@ -67,7 +68,7 @@ class TracedRun:
 
 
 def trace_class_images(run: TracedRun) -> Traced:
-    """Trace the generation of one batch of class images: the denoiser, and after it what decodes them."""
+    """Trace the drawing of one batch of class images: first the denoiser, then the decoder."""
     config, model = _short(run.config), run.model
     dtype = DTYPES[config.prior.precision or ("fp32" if run.card.is_cpu else "fp16")]
     count = min(config.prior.sample_batch_size, config.prior.num_class_images)
@@ -90,7 +91,7 @@ def trace_class_images(run: TracedRun) -> Traced:
 
 
 def trace_encode_images(run: TracedRun) -> Traced:
-    """Trace what encodes on one picture, in fp32."""
+    """Trace the encoding of one image, in fp32."""
     resolution = run.config.data.resolution
     with run.tracing() as (tracker, costs):
         with tracker.new_tensors_are("weights"):
@@ -117,7 +118,7 @@ def trace_encode_text(run: TracedRun) -> Traced:
 
 
 def trace_train(run: TracedRun) -> Traced:
-    """Trace one training step that others went before, and the moving average after it."""
+    """Trace one training step that is not the first, and the moving average after it."""
     config = run.config
     with run.tracing(autocast=autocast(config) != "no") as (tracker, costs):
         with tracker.new_tensors_are("optimizer_state"):
@@ -138,8 +139,27 @@ def trace_train(run: TracedRun) -> Traced:
         return _found(tracker, costs, timeline.figures())
 
 
+def trace_allocations(run: TracedRun, *, num_steps: int = 2) -> tuple[list[Event], int]:
+    """Trace training steps one after the other, from what stays in memory between them.
+
+    Returns:
+        What is allocated and freed, in its order, and the bytes of tensors at the peak.
+    """
+    config = run.config
+    with run.tracing(autocast=autocast(config) != "no") as (tracker, _):
+        denoiser, objective, optimizer = build_step(config, run.model, META)
+        optimizer.set_learning_rates(dict.fromkeys(denoiser.modules(), 1e-6))
+        tracker.register(weights_of(denoiser.modules().values()), "weights")
+        batches = training_batches(config, run.model, denoiser)
+        events = tracker.record_events()
+        tracker.reset_peak()
+        for step in range(num_steps):
+            train_step(denoiser, objective, optimizer, batches, step)
+        return list(events), tracker.peak.total
+
+
 def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced]:
-    """Trace what stays in memory between steps, under strategies whose weights are loaded in the same types."""
+    """Trace what stays in memory between steps, for strategies that load their weights in the same types."""
     after_backward = [_stepping_after_backward(strategy) for strategy in strategies]
     found: list[Traced] = []
     with run.tracing() as (tracker, costs):
@@ -159,7 +179,7 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
 
 
 def trace_sample(run: TracedRun) -> Traced:
-    """Trace the samples of one prompt from the model in memory; optimizer states and averages are not counted."""
+    """Trace the samples for one prompt with the model in memory; optimizer states and averages are not counted."""
     config, model = _short(_stepping_after_backward(run.config)), run.model
     with run.tracing(autocast=autocast(config) != "no") as (tracker, costs):
         denoiser = build_step(config, model, META)[0]
@@ -177,7 +197,7 @@ def trace_sample(run: TracedRun) -> Traced:
 
 
 def _stepping_after_backward(config: Config) -> Config:
-    """Return a configuration without hooks on parameters, which would keep optimizer states alive."""
+    """Return a configuration without hooks on parameters, because hooks would keep optimizer states alive."""
     return changed(config, {"memory.optimizer_in_backward": False})
 
 
@@ -192,7 +212,7 @@ def _found(tracker: AllocationTracker, costs: CostRecorder, blocks: Mapping[str,
 
 
 def _short(config: Config) -> Config:
-    """Return a configuration that samples in one step, which needs what fifty need."""
+    """Return a configuration that samples in one step, which needs as much memory as fifty."""
     prior = config.prior.model_copy(update={"num_inference_steps": 1})
     num_images = min(config.sampling.num_images, 2) if config.memory.tiled_samples else config.sampling.num_images
     sampling = config.sampling.model_copy(update={"num_inference_steps": 1, "num_images": num_images})
@@ -207,7 +227,7 @@ def weights_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
 
 
 def training_batches(config: Config, model: ModelFolder, denoiser: Denoiser) -> list[Batch]:
-    """Return batches of the shapes of a step, on the host; more than two need no more memory than two."""
+    """Return batches with the shapes of a step, on the host; more than two need no more memory than two."""
     count = config.training.train_batch_size * (2 if config.prior.enabled else 1)
     size = config.data.resolution // model.space.cell
     moments = torch.zeros(count, model.space.channels, size, size)
@@ -223,7 +243,7 @@ def training_batches(config: Config, model: ModelFolder, denoiser: Denoiser) -> 
 
 
 def _conditioning(model: ModelFolder, denoiser: Denoiser, count: int) -> Conditioning:
-    """Return tokens on the host, and what frozen text encoders have made."""
+    """Return tokens on the host, and the embeddings of frozen text encoders."""
     family, is_frozen = model.family, not denoiser.text_encoders()
     return Conditioning(
         tokens=family.blank_tokens(model, count),

@@ -1,4 +1,4 @@
-"""The plan of a run: the fastest strategy whose peak fits the budget, and why each faster one was refused."""
+"""The plan of a run: the fastest strategy whose peak fits the budget, and why faster ones were refused."""
 
 import math
 import time
@@ -11,7 +11,7 @@ from lowmem_db.environment import GIB
 from lowmem_db.errors import BudgetError
 from lowmem_db.models.finding import model_of
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.planning.allowance import allowance_bytes
+from lowmem_db.planning.allowance import allowance_bytes, reserved_bytes
 from lowmem_db.planning.candidates import candidates, open_choices
 from lowmem_db.planning.needs import Needs
 from lowmem_db.planning.phases import TracedRun
@@ -27,24 +27,24 @@ def plan(config: Config, target: Target, *, model: ModelFolder | None = None) ->
     """Plan a run.
 
     Args:
-        config: The configuration; what it leaves open is chosen.
+        config: The configuration; the planner fills in what it leaves open.
         target: The device and the budget.
-        model: Its configuration files are enough; found by ``model.base`` where it is left out.
+        model: The model; its configuration files are enough. Default: the one named by ``model.base``.
 
     Raises:
-        BudgetError: Nothing fits; the message names the smallest budget that would do.
+        BudgetError: Nothing fits; the message names the smallest budget that would be enough.
         ConfigError: A rule refuses every strategy.
-        ModelError: The model's configuration files are nowhere.
+        ModelError: The model's configuration files cannot be found.
     """
     run = TracedRun(config=config, model=model or model_of(config, weights=False), card=target.card)
     return Planner(run).plan(target.budget_bytes, notes=target.notes)
 
 
 class Planner:
-    """Plans one configuration for any number of budgets; what was traced for one serves the others.
+    """Plans one configuration for any number of budgets; traces are reused.
 
     Args:
-        run: What is planned, with what its configuration leaves open.
+        run: The run to plan; its configuration may leave fields open.
 
     Raises:
         ConfigError: A rule refuses every strategy.
@@ -64,8 +64,8 @@ class Planner:
         """Plan for a budget.
 
         Args:
-            budget_bytes: What the run may use of the device.
-            notes: Remarks that come before those of the plan.
+            budget_bytes: Device memory that the run may use.
+            notes: Remarks to put before those of the plan.
 
         Raises:
             BudgetError: Nothing fits.
@@ -76,18 +76,18 @@ class Planner:
         return replace(found, notes=(*notes, *found.notes), seconds_to_plan=seconds)
 
     def smallest(self) -> Smallest:
-        """Find the strategy that needs the least."""
+        """Find the strategy that needs the least memory."""
         kept, _ = self.candidates()
         return find_smallest(self.needs, [tiled for strategy in kept for tiled in self.with_tiled_samples(strategy)])
 
     def with_tiled_samples(self, strategy: Config) -> list[Config]:
-        """Return a strategy, and what it is with tiled samples where that is open and samples are drawn."""
+        """Return a strategy, and also the same with tiled samples if that is open and samples are drawn."""
         is_open = "memory.tiled_samples" in open_paths(self.run.config) and bool(strategy.prompts_drawn)
         return [strategy, *([changed(strategy, {"memory.tiled_samples": True})] if is_open else [])]
 
 
 class _Search:
-    """The search for the strategy of one budget."""
+    """The search for a strategy that fits one budget."""
 
     def __init__(self, planner: Planner, budget_bytes: int) -> None:
         self._planner = planner
@@ -100,7 +100,7 @@ class _Search:
         kept, refused = self._planner.candidates()
         too_large: set[str] = set()
         for strategy in sorted(kept, key=self._preference):
-            family = _family(strategy)
+            family = _name_without_activations(strategy)
             if family in too_large:
                 continue
             refusal, chosen = self._predict(strategy)
@@ -115,23 +115,23 @@ class _Search:
         raise BudgetError(_too_small(self._planner, self._budget_bytes))
 
     def _preference(self, strategy: Config) -> tuple[object, ...]:
-        """Return what strategies are ordered by: exact weights come before speed, and fewer measures break a tie."""
+        """Return the sort key of strategies: exact weights first, then speed; a tie is broken by the least effort."""
         is_rounded = strategy.memory.weights == "bf16_stochastic" or strategy.lora.base_weights in {"int8", "nf4"}
         return is_rounded, round(self._predictor.seconds(strategy), 4), effort_of(strategy)
 
     def _predict(self, strategy: Config) -> tuple[Refusal | None, Config]:
-        """Return why a strategy will not fit, cheap reasons first, and the strategy.
+        """Return why a strategy does not fit, checking cheap reasons first, and the strategy.
 
-        Samples are tiled where they would not fit otherwise and the configuration leaves that open.
+        Samples are tiled if they would not fit otherwise and the configuration leaves that open.
         """
         needs, budget = self._needs, self._budget_bytes
         if (needed := needs.before_training(strategy)) > budget:
-            return self._refusal(_family(strategy), needed, ", before training"), strategy
+            return self._refusal(_name_without_activations(strategy), needed, ", before training"), strategy
         if (needed := needs.between_steps(strategy)) > budget:
             gradients = "" if strategy.memory.optimizer_in_backward else " and gradients"
             held = f"weights{',' if gradients else ' and'} optimizer state{gradients}"
-            return self._refusal(_family(strategy), needed, f", for {held} alone"), strategy
-        fitting = [each for each in self._planner.with_tiled_samples(strategy) if needs.samples(each) <= budget]
+            return self._refusal(_name_without_activations(strategy), needed, f", for {held} alone"), strategy
+        fitting = [tried for tried in self._planner.with_tiled_samples(strategy) if needs.samples(tried) <= budget]
         if not fitting:
             tiled = self._planner.with_tiled_samples(strategy)[-1]
             return self._refusal(describe(tiled), needs.samples(tiled), ", while samples are drawn"), tiled
@@ -145,12 +145,13 @@ class _Search:
 
     def _plan(self, strategy: Config, phases: list[PhaseMemory], refused: list[Refusal]) -> Plan:
         peak = max(phases, key=lambda phase: phase.parts.total)
-        notes = [] if peak.name == "train" else [f"the peak of the run is that of {peak.name}, not of train"]
+        notes = [] if peak.name == "train" else [f"the peak of the run is in the phase {peak.name}, not in train"]
         return MemoryPlan(
             device=self._card.name,
             config=strategy,
             phases=tuple(phases),
             allowance_bytes=allowance_bytes(peak.parts.total, self._card),
+            reserved_bytes=reserved_bytes(peak.parts.total, self._card),
             budget_bytes=self._budget_bytes,
             seconds_per_step=self._predictor.seconds(strategy),
             refused=tuple(refused),
@@ -160,10 +161,10 @@ class _Search:
 
 
 def _too_small(planner: Planner, budget_bytes: int) -> str:
-    """Say which budget would do, and which fields of the configuration keep it from being smaller."""
+    """Say which budget would be enough, and which fields of the configuration keep it from being smaller."""
     smallest = planner.smallest()
     message = (
-        f"memory.budget: {gib(budget_bytes)} is less than any strategy needs; the smallest budget that would do is "
+        f"memory.budget: {gib(budget_bytes)} is less than any strategy needs; the smallest budget that is enough is "
         f"{smallest.describe()}"
     )
     config = planner.run.config
@@ -175,8 +176,8 @@ def _too_small(planner: Planner, budget_bytes: int) -> str:
     found = Planner(replace(planner.run, config=without(config, fields))).smallest()
     is_enough = ", which is within the budget" if found.num_bytes <= budget_bytes else ""
     return (
-        f"{message}. The configuration gives {_listed(config, fields)}: left out, {found.budget} would do{is_enough}: "
-        f"{describe(found.strategy)}"
+        f"{message}. The configuration sets {_listed(config, fields)}; without that, {found.budget} is enough"
+        f"{is_enough}: {describe(found.strategy)}"
     )
 
 
@@ -185,12 +186,12 @@ def _listed(config: Config, fields: Iterable[StrategyField]) -> str:
     return " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
 
 
-def _family(strategy: Config) -> str:
-    """Return what a strategy and those with other activations are called together."""
+def _name_without_activations(strategy: Config) -> str:
+    """Return the common name of a strategy and those that differ only in activations."""
     alike = {"memory.checkpointing": "none", "memory.offload_checkpoints": False, "memory.fused_layers": False}
     return describe(changed(strategy, alike)).replace("no checkpointing", "any checkpointing")
 
 
 def gib(num_bytes: int) -> str:
-    """Return a size to a tenth of a GiB."""
+    """Return a size, rounded to a tenth of a GiB."""
     return f"{num_bytes / GIB:.1f} GiB"

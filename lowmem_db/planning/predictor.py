@@ -1,8 +1,8 @@
-"""Figures of strategies from as few traces as they need.
+"""Predicts the memory and time of strategies from as few traces as possible.
 
-What a strategy keeps between steps, and what its steps add to that, are told apart: the kinds of weights of one type
-and where optimizer states live change the first alone, the placement of checkpoints the second alone. Steps are traced
-with one placement for all blocks; mixtures are put together from the figures of their blocks.
+What a strategy keeps between steps is predicted separately from what its steps add. The form of the weights and the
+place of the optimizer states change only the former, the placement of activation checkpoints only the latter. Steps are
+traced with one placement for all blocks; mixed placements are composed from the figures of the blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,16 +33,16 @@ class Predictor:
     """Predicts bytes and seconds of strategies, each given as a resolved configuration.
 
     Args:
-        run: What is planned.
-        strategies: Candidates without mixtures of placements. All figures are derived from traces like that of the
-            first which steps in the backward pass or, where that is ruled out, after it.
+        run: The run to plan.
+        strategies: Candidates without mixed placements. All figures are derived from traces like that of the first
+            one, but with the optimizer in the backward pass if that is a candidate too.
     """
 
     def __init__(self, run: TracedRun, strategies: Sequence[Config]) -> None:
         self.run = run
         self._by_residents = {key_of(strategy, "resident"): strategy for strategy in reversed(strategies)}
-        alike = [each for each in strategies if _differ_in_when_alone(each, strategies[0])]
-        self._first = max(alike, key=lambda each: bool(each.memory.optimizer_in_backward))
+        alike = [strategy for strategy in strategies if _differ_only_in_stepping(strategy, strategies[0])]
+        self._first = max(alike, key=lambda strategy: bool(strategy.memory.optimizer_in_backward))
         self._traces: dict[Any, Traced] = {}
         self._residents: dict[Any, Traced] = {}
         self._trained: dict[Any, int] = {}
@@ -63,7 +63,7 @@ class Predictor:
         return found
 
     def train(self, strategy: Config) -> Traced:
-        """Return the trace of a step under exactly this strategy."""
+        """Return the trace of a step with exactly this strategy."""
         return self._traced("train", strategy, trace_train)
 
     def resident(self, strategy: Config) -> Traced:
@@ -71,7 +71,7 @@ class Predictor:
         key = key_of(strategy, "resident")
         if key not in self._residents:
             weights = key_of(strategy, "weights")
-            alike = {k: each for k, each in self._by_residents.items() if key_of(each, "weights") == weights}
+            alike = {k: other for k, other in self._by_residents.items() if key_of(other, "weights") == weights}
             traced = trace_residents(self.run, [*alike.values()] or [strategy])
             self._residents.update(zip(alike or [key], traced, strict=True))
         return self._residents[key]
@@ -87,7 +87,7 @@ class Predictor:
         return self._trained[key]
 
     def sample(self, strategy: Config) -> MemoryParts:
-        """Predict the peak of the samples during training: the model and its optimizer stay in memory."""
+        """Predict the peak of samples during training, while the model and its optimizer stay in memory."""
         drawn, resident = self._traced("sample", strategy, trace_sample), self.resident(strategy).resident
         return replace(
             resident,
@@ -97,16 +97,16 @@ class Predictor:
         )
 
     def seconds(self, strategy: Config) -> float:
-        """Predict the seconds of a step: those of the first trace, and what is recomputed or copied beside it.
+        """Predict the seconds of a step: those of the first trace, plus recomputation and copies.
 
-        They do not depend on what else was traced, so that strategies have one order whatever the budget.
+        They do not depend on other traces, so that the order of strategies is the same for every budget.
         """
         step = self._computing_seconds(strategy)
         crossing = self.resident(strategy).host_bytes if strategy.memory.stream_optimizer_state else 0
         return max(step, pcie_seconds(crossing, self.run.card)) * (1.0 + overhead_of(strategy))
 
     def _traced(self, phase: Trace, strategy: Config, trace: Callable[[TracedRun], Traced]) -> Traced:
-        """Return the trace of a phase, made once for all strategies between which it does not differ."""
+        """Return the trace of a phase, which is shared by all strategies with the same key."""
         key = (phase, key_of(strategy, phase))
         if key not in self._traces:
             self._traces[key] = trace(replace(self.run, config=strategy))
@@ -126,7 +126,7 @@ class Predictor:
         return total
 
     def _figures(self, strategy: Config, block: str) -> BlockFigures:
-        """Return the figures of one block from a trace in which all blocks have its placement."""
+        """Return the figures of one block, from a trace in which all blocks have its placement."""
         placement = placement_of(strategy, self.block_names[-1] if block == END else block)
         first = self._first.memory
         uniform = changed(
@@ -140,8 +140,8 @@ class Predictor:
         return self.train(uniform).blocks[block]
 
 
-def _differ_in_when_alone(strategy: Config, other: Config) -> bool:
-    """Say whether the strategies differ only in when the optimizer steps."""
+def _differ_only_in_stepping(strategy: Config, other: Config) -> bool:
+    """Return whether two strategies differ only in when the optimizer steps."""
     memory, training = other.memory, other.training
     when = {"memory.optimizer_in_backward": memory.optimizer_in_backward, "training.clipping": training.clipping}
     return changed(strategy, when) == other

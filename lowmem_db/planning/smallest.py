@@ -1,4 +1,4 @@
-"""The smallest budget that would do, and what a configuration gives that keeps it from being smaller."""
+"""The smallest budget that is enough, and the fields of a configuration that keep it from being smaller."""
 
 import math
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from lowmem_db.planning.needs import Needs
 from lowmem_db.records import PhaseMemory
 
 _ADVICE = {
-    "class_images": "; a smaller prior.sample_batch_size, for a LoRA lora.base_weights=nf4, lower it",
-    "encode_images": "; a smaller data.resolution lowers it",
-    "sample": "; fewer sampling.num_images, or no sampling.prompts and no evaluation.every, lower it",
+    "class_images": "; to lower it, reduce prior.sample_batch_size, or for a LoRA set lora.base_weights=nf4",
+    "encode_images": "; to lower it, reduce data.resolution",
+    "sample": "; to lower it, reduce sampling.num_images, or leave out sampling.prompts and evaluation.every",
     "train": "; a frozen text encoder, optimizer.name=adamw8bit or a smaller data.resolution may lower it",
 }
 
 
 @dataclass(frozen=True)
 class Smallest:
-    """The strategy that needs the least.
+    """The strategy that needs the least memory.
 
     Attributes:
-        strategy: As a resolved configuration.
-        phases: What its phases need.
-        num_bytes: What the run needs, with what is set aside.
+        strategy: The strategy, as a resolved configuration.
+        phases: The memory of its phases.
+        num_bytes: Bytes that the run needs, including the allowance.
     """
 
     strategy: Config
@@ -35,11 +35,11 @@ class Smallest:
 
     @property
     def budget(self) -> str:
-        """A budget that is enough: the next tenth of a GiB."""
+        """A budget that is enough, rounded up to a tenth of a GiB."""
         return f"{math.ceil(self.num_bytes / GIB * 10) / 10:.1f}GiB"
 
     def describe(self) -> str:
-        """Say what budget it would do with, what it is called, and where its peak is."""
+        """Return its budget, its name and the phase of its peak, in words."""
         peak = max(self.phases, key=lambda phase: phase.parts.total)
         return (
             f"{self.budget}: {describe(self.strategy)}; its peak is in the phase {peak.name}"
@@ -48,15 +48,15 @@ class Smallest:
 
 
 def find_smallest(needs: Needs, strategies: Sequence[Config]) -> Smallest:
-    """Find the strategy that needs the least of all.
+    """Find the strategy that needs the least memory.
 
     Args:
-        needs: What strategies need.
+        needs: Tells what strategies need.
         strategies: All that can be chosen; not empty.
     """
     best: Smallest | None = None
     by_effort = sorted(strategies, key=effort_of, reverse=True)
-    for strategy in sorted(by_effort, key=needs.at_least):  # the first is often the best, and rules most others out
+    for strategy in sorted(by_effort, key=needs.at_least):  # the first one is often the best and rules out most others
         if best is not None and needs.at_least(strategy) >= best.num_bytes:
             break
         if best is None or needs.training(strategy) < best.num_bytes:
@@ -68,21 +68,21 @@ def find_smallest(needs: Needs, strategies: Sequence[Config]) -> Smallest:
 
 
 def given_fields(config: Config) -> list[StrategyField]:
-    """Return the fields of a strategy that a configuration gives, so that the planner does not choose them."""
+    """Return the strategy fields that a configuration gives, so that the planner does not choose them."""
     return [field for field in fields() if field.of(config) is not None and field.applies(config)]
 
 
 def without(config: Config, given: Sequence[StrategyField]) -> Config:
-    """Return a configuration that leaves fields open."""
+    """Return a configuration that leaves these fields open."""
     return changed(config, {field.path: None for field in given})
 
 
 def in_the_way(config: Config, needs: Needs, best: Smallest) -> list[StrategyField]:
-    """Return the fields that a configuration gives and that have to be left out for a smaller strategy.
+    """Return the given fields of a configuration that must be left out for a smaller strategy.
 
     Args:
         config: The configuration.
-        needs: What strategies need.
+        needs: Tells what strategies need.
         best: The smallest strategy without any of the fields.
     """
     strategy, needed = best.strategy, []

@@ -1,4 +1,4 @@
-"""What a run is planned for: a card and the bytes of it that may be used."""
+"""What a run is planned for: a card, and how much of its memory may be used."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.errors import ConfigError
 from lowmem_db.planning.cards import ASSUMED, CPU, Card, card_of, find_card
 
-_UNKNOWN = 1 << 62  # where the system does not say what is free
+_UNKNOWN = 1 << 62  # if the system does not tell what is free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,8 @@ class Target:
 
     Attributes:
         card: The device.
-        budget_bytes: What the run may use of its memory.
-        notes: What was assumed.
+        budget_bytes: Bytes of its memory that the run may use.
+        notes: Assumptions that were made.
     """
 
     card: Card
@@ -30,19 +30,19 @@ class Target:
 def find_target(
     config: Config, *, gpu: str | None = None, budget_bytes: int | None = None, here: bool = False
 ) -> Target:
-    """Find what a plan is made for.
+    """Find the device and the budget of a plan.
 
-    A card that is named comes first, then the device of the configuration. Where that is ``auto``, there is no CUDA
-    device here and a budget is given, a card is assumed that the budget fits.
+    A named card comes first, then the device in the configuration. If that is ``auto``, this machine has no CUDA device
+    and a budget is given, a card with this budget is assumed.
 
     Args:
-        config: The configuration; ``memory.budget`` counts where no budget is given here.
+        config: The configuration; ``memory.budget`` is the default budget.
         gpu: Name of a card.
-        budget_bytes: What the run may use.
-        here: The plan has to be for a device of this machine.
+        budget_bytes: Bytes that the run may use.
+        here: Whether the plan must be for a device of this machine.
 
     Raises:
-        ConfigError: The card is not known, or the device is not there.
+        ConfigError: The card is unknown, or the device does not exist.
     """
     if budget_bytes is not None:
         memory = config.memory.model_copy(update={"budget": budget_bytes})
@@ -55,15 +55,15 @@ def find_target(
         return Target(card=card, budget_bytes=budget or card.usable_bytes)
     if config.device == "auto" and budget is not None and not here and not torch.cuda.is_available():
         note = (
-            f"no CUDA device here: planned for a card with bf16, as fast as an {ASSUMED.name}; name yours with --gpu, "
-            "or plan for this CPU with device=cpu"
+            f"no CUDA device here: planned for a card that supports bf16 and is as fast as an {ASSUMED.name}; name "
+            "yours with --gpu, or plan for this CPU with device=cpu"
         )
         return Target(card=ASSUMED, budget_bytes=budget, notes=(note,))
     return target_of_device(config, environment.resolve_device(config.device))
 
 
 def target_of_device(config: Config, device: torch.device) -> Target:
-    """Return the target of a run on a device of this machine: ``memory.budget`` of it, or what is free now."""
+    """Return the target for a device of this machine, with ``memory.budget`` or the memory that is free now."""
     given = None if config.memory.budget == "auto" else config.memory.budget
     budget = given or environment.free_bytes(device) or _UNKNOWN
     if device.type != "cuda":

@@ -1,8 +1,8 @@
-"""What each block of a model adds to the peak of a step: any mixture of placements can be put together from that.
+"""What each block of a model adds to the peak of a step, from which any mix of placements can be composed.
 
-A block's forward pass leaves bytes behind for its backward pass. While a block runs backward, what the blocks before it
-have left is still there, and what the blocks behind it left is gone. So a block's own figures do not depend on how the
-others are checkpointed, but for a tensor that two blocks share.
+A block's forward pass leaves bytes for its backward pass. While a block runs backward, the bytes left by earlier blocks
+are still there, and those of later blocks are gone. A block's own figures therefore do not depend on how the others are
+checkpointed, except for tensors that blocks share.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,11 +21,11 @@ END = "end"
 
 @dataclass(frozen=True)
 class BlockFigures:
-    """Bytes of one block under one placement.
+    """Bytes of one block with one placement.
 
     Attributes:
-        left: What its forward pass leaves for its backward pass.
-        peak: Most bytes in use while it runs, forward or backward, beyond what blocks before it have left.
+        left: Bytes that its forward pass leaves for its backward pass.
+        peak: Peak bytes while it runs, forward or backward, in addition to those left by earlier blocks.
     """
 
     left: int
@@ -37,15 +37,15 @@ class Timeline:
 
     Args:
         tracker: Counts the bytes.
-        costs: Is told of the blocks too.
+        costs: Is notified of the blocks too.
     """
 
     def __init__(self, tracker: AllocationTracker, costs: CostRecorder) -> None:
         self._tracker = tracker
         self._costs = costs
         self._start_bytes = 0
-        self._left: dict[str, int] = {}  # bytes beyond the start after each block's forward pass
-        self._peaks: dict[str, int] = {}  # and the most while it ran
+        self._left: dict[str, int] = {}  # bytes after each block's forward pass, relative to the start
+        self._peaks: dict[str, int] = {}  # peak while the block ran, relative to the start
         self._running_backward = END
 
     @contextmanager
@@ -66,7 +66,7 @@ class Timeline:
                 handle.remove()
 
     def figures(self) -> dict[str, BlockFigures]:
-        """Return the figures of the blocks in the order of the forward pass, then those of what comes behind them."""
+        """Return the figures of the blocks in the order of the forward pass, then those of the code after them."""
         found: dict[str, BlockFigures] = {}
         before = 0
         for name, live in self._left.items():
@@ -81,7 +81,7 @@ class Timeline:
         self._left[name] = self._tracker.live_bytes - self._start_bytes
         self._running_backward = END
         output = made if isinstance(made, Tensor) else made[0]
-        if output.requires_grad:  # nothing in it or before it trains otherwise: it has no backward pass
+        if output.requires_grad:  # otherwise nothing up to here trains, and there is no backward pass
             output.register_hook(lambda _: self._before_backward(name))
 
     def _before_backward(self, name: str) -> None:
@@ -93,7 +93,7 @@ class Timeline:
 
 
 def mixed_peak(figures: Mapping[str, BlockFigures]) -> int:
-    """Return the peak of a step, beyond what is in use before it, from the figures of its blocks in their order."""
+    """Return the peak of a step, relative to its start, from the figures of its blocks in order."""
     peak = left = 0
     for block in figures.values():
         peak = max(peak, left + block.peak)

@@ -1,4 +1,4 @@
-"""What a trace on the meta device needs so that the code takes the paths it takes on the real device."""
+"""Makes code on the meta device take the same paths as on the real device."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -26,11 +26,11 @@ _FULL_PRECISION = {
 
 @contextmanager
 def real_paths(*, on_cpu: bool, autocast: bool) -> Iterator[None]:
-    """Let attention and autocast on the meta device do what they do on a CUDA device, or on the CPU.
+    """Let attention and autocast on the meta device behave as on a CUDA device or on the CPU.
 
     Args:
-        on_cpu: The trace stands for the CPU.
-        autocast: Autocast is used inside the block.
+        on_cpu: Whether the trace is for the CPU.
+        autocast: Whether autocast is used inside the block.
     """
     attention, real_autocast = functional.scaled_dot_product_attention, torch.autocast
     mode, checkpoint = MetaAutocast(raises=not on_cpu), segments.checkpoint
@@ -42,7 +42,7 @@ def real_paths(*, on_cpu: bool, autocast: bool) -> Iterator[None]:
 
     functional.scaled_dot_product_attention = _cpu_attention if on_cpu else _cuda_attention
     torch.autocast = autocast_on_meta  # type: ignore[misc, assignment]
-    if autocast:  # no mode of the forward pass is on in the backward pass, where segments are recomputed
+    if autocast:  # modes of the forward pass are off in the backward pass, where segments are recomputed
         segments.checkpoint = partial(checkpoint, context_fn=lambda: (nullcontext(), mode))
     try:
         with mode if autocast else nullcontext():
@@ -56,7 +56,7 @@ def _cuda_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Do what SDPA chooses on a CUDA device; on meta it would choose the path that keeps the attention matrix."""
+    """Run what SDPA chooses on a CUDA device; on meta it would choose the path that keeps the attention matrix."""
     del enable_gqa
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
     return kernel(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
@@ -66,19 +66,19 @@ def _cpu_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Do what SDPA chooses on the CPU."""
+    """Run what SDPA chooses on the CPU."""
     del enable_gqa
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
 class MetaAutocast(TorchFunctionMode):
-    """Autocast for the meta device, which torch has none for: the lists of operators of CUDA's autocast, no cache.
+    """Autocast for the meta device, which torch lacks: with CUDA's lists of operators, without a cache.
 
-    It casts inside its ``enabled`` block, and from then on where the backward pass recomputes.
+    It casts inside its ``enabled`` block, and afterwards in recomputations of the backward pass.
 
     Args:
-        raises: Norms and the like compute in fp32, as on CUDA devices; the CPU's autocast leaves them.
+        raises: Whether norms and the like compute in fp32, as on CUDA devices; the CPU's autocast leaves them alone.
     """
 
     def __init__(self, *, raises: bool) -> None:

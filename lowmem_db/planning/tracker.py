@@ -1,8 +1,8 @@
-"""Counts the bytes of every tensor that lives while a block of code runs, on the meta device or on a real one.
+"""Counts the bytes of all tensors that are alive while code runs, on the meta device or on a real one.
 
-A dispatch mode sees each operator's outputs. A storage counts from the operator that made it until nobody refers to it,
-as the caching allocator of CUDA counts it. What an operator allocates inside itself is not seen, but for the operators
-of ``lowmem_db_kernels`` where their eager twins serve.
+A dispatch mode sees each operator's outputs. A storage counts from the operator that made it until nothing refers to
+it, as in CUDA's caching allocator. Allocations inside an operator are not seen, except in the eager twins of
+``lowmem_db_kernels``.
 """
 
 import weakref
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_db import host_memory
 from lowmem_db.planning import meta_results
+from lowmem_db.planning.caching_allocator import Event
 from lowmem_db.planning.costs import CostRecorder, Row
 from lowmem_db.records import PARTS, MemoryParts
 
@@ -38,13 +39,13 @@ class _Storage:
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Follows the storages that operators make on one kind of device while :meth:`tracking`.
+    """Follows the storages that operators make on one type of device while :meth:`tracking`.
 
     Args:
         device_type: ``meta`` in a trace, ``cpu`` for real tensors; storages elsewhere do not count.
-        rounding: Every storage counts a multiple of this many bytes.
-        cpu_kernels: Look inside those operators of ``lowmem_db_kernels`` that eager twins serve on the CPU.
-        costs: Is told of every operator of a trace.
+        rounding: Sizes of storages are rounded up to a multiple of this many bytes.
+        cpu_kernels: Whether to look inside the operators of ``lowmem_db_kernels`` that run as eager twins on the CPU.
+        costs: Is notified of every operator in a trace.
     """
 
     def __init__(
@@ -66,37 +67,45 @@ class AllocationTracker(TorchDispatchMode):
         self._peak_before: tuple[int, tuple[int, ...], int] = (0, (), 0)
         self._interval_peak = 0
         self._part_of_new = PARTS.index("other")
+        self._events: list[Event] | None = None
         self.reset_peak()
 
     @property
     def live(self) -> MemoryParts:
-        """Bytes of the device that are in use now."""
+        """Bytes in use on the device."""
         return MemoryParts(*self._totals)
 
     @property
     def peak(self) -> MemoryParts:
-        """Bytes of the device at the moment when most were in use, since the last :meth:`reset_peak`."""
+        """Bytes in use on the device at the peak since the last :meth:`reset_peak`."""
         return MemoryParts(*self._peak_totals)
 
     @property
     def peak_host_bytes(self) -> int:
-        """Most bytes in use at once of what :mod:`lowmem_db.host_memory` allocated, since :meth:`reset_peak`."""
+        """Peak bytes allocated by :mod:`lowmem_db.host_memory` since the last :meth:`reset_peak`."""
         return self._peak_host_bytes
 
     def reset_peak(self) -> None:
-        """Start the peak from what is in use now."""
+        """Restart the peak from what is in use now."""
         self._peak_bytes, self._peak_totals = self._live_bytes, tuple(self._totals)
         self._peak_host_bytes = self._host_bytes
 
     @property
     def live_bytes(self) -> int:
-        """Bytes of the device that are in use now, all parts together."""
+        """Bytes in use on the device, all parts together."""
         return self._live_bytes
 
     def end_interval(self) -> int:
-        """Return the most bytes in use at once since this was called last."""
+        """Return the peak bytes since the last call."""
         peak, self._interval_peak = self._interval_peak, self._live_bytes
         return peak
+
+    def record_events(self) -> list[Event]:
+        """Return what is in use now as allocations; those from now on, and what is freed, are added to the list."""
+        self._events = [
+            (key, each.num_bytes) for key, each in self._storages.items() if each.num_bytes and not each.on_host
+        ]
+        return self._events
 
     @contextmanager
     def tracking(self) -> Iterator[None]:
@@ -105,14 +114,14 @@ class AllocationTracker(TorchDispatchMode):
             yield
 
     def register(self, tensors: Iterable[Tensor], part: str) -> None:
-        """Count tensors as a part, whether they are known or were made outside."""
+        """Assign tensors to a part, including tensors that were made outside."""
         for tensor in tensors:
             self._follow(tensor)
             self._retag(tensor, PARTS.index(part))
 
     @contextmanager
     def new_tensors_are(self, part: str) -> Iterator[None]:
-        """Count what operators make inside the block as a part."""
+        """Assign tensors that operators make inside the block to a part."""
         before, self._part_of_new = self._part_of_new, PARTS.index(part)
         try:
             yield
@@ -121,7 +130,7 @@ class AllocationTracker(TorchDispatchMode):
 
     @contextmanager
     def gradients_of(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Count as gradients what the backward pass hands to parameters inside the block."""
+        """Count what the backward pass assigns to parameters inside the block as gradients."""
         gradients = PARTS.index("gradients")
 
         def is_complete(gradient: Tensor) -> None:
@@ -166,18 +175,18 @@ class AllocationTracker(TorchDispatchMode):
 
     @no_type_check
     def _follow_all(self, made: Any) -> bool:
-        """Follow the storages of what an operator returned; return whether one of them was unknown."""
+        """Follow the storages that an operator returned; return whether one of them is new."""
         if isinstance(made, Tensor):
             return self._follow(made)
         is_new = False
         if isinstance(made, list | tuple):
-            for each in made:
-                is_new |= self._follow_all(each)
+            for value in made:
+                is_new |= self._follow_all(value)
         return is_new
 
     @no_type_check
     def _follow(self, tensor: Tensor) -> bool:
-        """Follow a tensor's storage; return whether it was unknown."""
+        """Follow a tensor's storage; return whether it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._storages or storage.device.type != self.device_type:
@@ -191,6 +200,8 @@ class AllocationTracker(TorchDispatchMode):
         if self._live_bytes > self._peak_bytes:
             self._peak_bytes, self._peak_totals = self._live_bytes, tuple(self._totals)
         self._interval_peak = max(self._interval_peak, self._live_bytes)
+        if self._events is not None and num_bytes:
+            self._events.append((key, num_bytes))
         return True
 
     @no_type_check
@@ -201,6 +212,8 @@ class AllocationTracker(TorchDispatchMode):
         else:
             self._totals[storage.part] -= storage.num_bytes
             self._live_bytes -= storage.num_bytes
+            if self._events is not None and storage.num_bytes:
+                self._events.append((key, 0))
 
     @no_type_check
     def _retag(self, tensor: Tensor, part: int) -> None:
@@ -211,30 +224,32 @@ class AllocationTracker(TorchDispatchMode):
             storage.part = part
 
     def _is_on_host(self, tensor: Tensor) -> None:
-        """Take the tensor that was followed last off the device."""
+        """Move the tensor that was followed last from the device to the host."""
         storage = self._storages.get(tensor.untyped_storage()._cdata)
         if storage is None:
             return
         self._totals[storage.part] -= storage.num_bytes
         self._live_bytes -= storage.num_bytes
         self._peak_bytes, self._peak_totals, self._interval_peak = self._peak_before
+        if self._events is not None and storage.num_bytes:
+            self._events.pop()
         storage.on_host = True
         self._host_bytes += storage.num_bytes
         self._peak_host_bytes = max(self._peak_host_bytes, self._host_bytes)
 
     @no_type_check
     def is_on_host(self, tensor: Tensor) -> bool:
-        """Say whether :mod:`lowmem_db.host_memory` allocated a tensor's storage."""
+        """Return whether :mod:`lowmem_db.host_memory` allocated a tensor's storage."""
         storage = self._storages.get(tensor.untyped_storage()._cdata)
         return storage is not None and storage.on_host
 
 
 def _is_native(func: Any) -> bool:
-    """Say whether compiled code serves an operator on the CPU, which allocates nothing that could be seen."""
+    """Return whether an operator runs as compiled code on the CPU, whose allocations cannot be seen."""
     name = func._schema.name.partition("::")[2]
     return name in registry and choose(name, torch.device("cpu")).backend == "native"
 
 
 def _likely_value(dtype: torch.dtype) -> bool | float:
-    """Return what a scalar of a step that goes well may be: yes, finite, nothing to clip."""
+    """Return a likely scalar in a successful step: true, finite, nothing to clip."""
     return True if dtype == torch.bool else 1.0

@@ -1,4 +1,4 @@
 """Everything before training that writes to disk: class images, latent moments, text embeddings.
 
-Each phase loads one component, uses it, and frees it; what is there already is not made again.
+Each phase loads one component, uses it and frees it. Existing results are reused.
 """

@@ -1,8 +1,8 @@
 """Class images for prior preservation, drawn from the frozen model (arXiv:2208.12242, section 3.3).
 
-A manifest beside the images records what they were drawn with. They are used again only where it matches, topped up
-deterministically, and a killed run goes on with the next missing image. A folder without a manifest that holds pictures
-belongs to the user and is used as it is.
+A manifest beside the images records how they were drawn. Images are reused only if it matches, and missing ones are
+added deterministically, also after a killed run. A folder of pictures without a manifest belongs to the user and is
+used as it is.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ from lowmem_db.sampling.latents import SamplingSettings
 from lowmem_db.storage.atomic import write_file
 
 _FORMAT_VERSION = 1
-_IMAGES_PER_LOAD = 32  # what a killed run loses at most
+_IMAGES_PER_LOAD = 32  # the most that a killed run loses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class ClassImages:
     """Class images of one size.
 
     Attributes:
-        folder: Where they are.
+        folder: Their folder.
         size: Height and width in pixels.
-        files: Those that were asked for; None: the folder is the user's own, and all of it counts.
+        files: The files to use. None if the folder is the user's own and all of its files are used.
     """
 
     folder: Path
@@ -54,7 +54,7 @@ class ClassImages:
 
 @dataclass(frozen=True, kw_only=True)
 class _Set:
-    """Class images that are to be drawn: their manifest, folder and size, and how many there shall be."""
+    """Class images to draw: their manifest, folder, size and number."""
 
     wanted: dict[str, Any]
     folder: Path
@@ -68,39 +68,39 @@ class _Set:
 def prepare_class_images(
     config: Config, model: ModelFolder, device: torch.device, counts: Mapping[Size, int]
 ) -> list[ClassImages]:
-    """See to it that the class images are there; return them by size.
+    """Draw the class images that are missing; return all of them by size.
 
     Args:
         config: The configuration.
         model: The model that draws them.
-        device: Where it draws.
-        counts: How many there shall be of each size, in pixels.
+        device: The device to draw on.
+        counts: Number of images for each size in pixels.
 
     Raises:
-        DataError: The folder holds class images of another model, prompt or sampler.
+        DataError: The folder holds class images drawn with another model, prompt or sampler.
     """
     own = config.prior.class_dir
     if own is not None and _is_users_own(own):
-        say(f"class images: the pictures in {own} are used as they are")
+        say(f"class images: using the pictures in {own} as they are")
         return [ClassImages(folder=own, size=size, files=None) for size in counts]
     sets = [_set(config, model, device, size, count) for size, count in counts.items()]
-    for one in sets:
-        _check_manifest(one.folder, one.wanted)
-    to_draw = [one for one in sets if one.missing()]
-    for one in sets:
-        if one in to_draw:
-            say(f"class images: drawing {len(one.missing())} of {one.count} into {one.folder}")
+    for group in sets:
+        _check_manifest(group.folder, group.wanted)
+    to_draw = [group for group in sets if group.missing()]
+    for group in sets:
+        if group in to_draw:
+            say(f"class images: drawing {len(group.missing())} of {group.count} into {group.folder}")
         else:
-            say(f"class images: all {one.count} are there, in {one.folder}")
+            say(f"class images: found all {group.count} in {group.folder}")
     if to_draw:
         _draw(config, model, device, to_draw)
     return [
         ClassImages(
-            folder=one.folder,
-            size=one.size,
-            files=tuple(_image_file(one.folder, index) for index in range(one.count)),
+            folder=group.folder,
+            size=group.size,
+            files=tuple(_image_file(group.folder, index) for index in range(group.count)),
         )
-        for one in sets
+        for group in sets
     ]
 
 
@@ -128,7 +128,7 @@ def _manifest(config: Config, model: ModelFolder, device: torch.device, resoluti
 
 
 def _precision(config: Config, device: torch.device) -> str:
-    """Return the type of the frozen UNet: that of a LoRA run where it is quantized, so that it fits here too."""
+    """Return the type of the frozen UNet; a LoRA run with quantized weights draws with them too, to save memory."""
     if config.lora.base_weights in {"int8", "nf4"}:
         return str(config.lora.base_weights)
     return config.prior.precision or ("fp16" if device.type == "cuda" else "fp32")
@@ -151,38 +151,40 @@ def _is_users_own(folder: Path) -> bool:
 
 def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
     if found := differences(folder, wanted):
-        differing = "; ".join(f"{name} {before!r}, not {now!r}" for name, (before, now) in found.items())
+        differing = "; ".join(f"{name} is {before!r} instead of {now!r}" for name, (before, now) in found.items())
         raise DataError(
-            f"prior.class_dir: {folder} holds class images drawn otherwise ({differing}); "
+            f"prior.class_dir: {folder} holds class images drawn with other settings ({differing}); "
             "choose another folder, delete this one, or leave prior.class_dir out"
         )
 
 
 def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequence[_Set]) -> None:
-    """Draw what is missing of some sets; the denoiser and what decodes are in memory one after the other."""
+    """Draw the missing images of some sets; the denoiser and the decoder are in memory one after the other."""
     dtype = DTYPES.get(sets[0].wanted["precision"], torch.float16)
     table = _embed(config, model, device, dtype)
     environment.release_memory(device)
-    for one in sets:
-        write_manifest(one.folder, one.wanted)
+    for group in sets:
+        write_manifest(group.folder, group.wanted)
     batches = [
-        (one, indices) for one in sets for indices in _whole_batches(one.missing(), config.prior.sample_batch_size)
+        (group, indices)
+        for group in sets
+        for indices in _whole_batches(group.missing(), config.prior.sample_batch_size)
     ]
     drawn = draw(
         class_artist(config, model),
         table,
-        [class_job(config, indices, one.size) for one, indices in batches],
+        [class_job(config, indices, group.size) for group, indices in batches],
         loaded_for_use(partial(load_frozen_denoiser, config, model, device, dtype), device),
         loaded_for_use(partial(model.space.load, device, dtype), device),
         jobs_at_once=max(1, _IMAGES_PER_LOAD // config.prior.sample_batch_size),
         progress="class images",
     )
-    for (one, indices), images in zip(batches, drawn, strict=True):
-        _save_missing(one, indices, images)
+    for (group, indices), images in zip(batches, drawn, strict=True):
+        _save_missing(group, indices, images)
 
 
 def load_frozen_denoiser(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> Denoiser:
-    """Load the denoiser that draws class images; in 8 or 4 bits where a LoRA run has its frozen weights so."""
+    """Load the denoiser that draws class images, in 8 or 4 bits if a LoRA run quantizes its frozen weights."""
     family, kind = model.family, config.lora.base_weights
     if kind == "int8" or kind == "nf4":
         module = model.load(family.denoiser, device if device.type == "meta" else CPU, dtype)
@@ -194,23 +196,23 @@ def load_frozen_denoiser(config: Config, model: ModelFolder, device: torch.devic
 
 
 def class_artist(config: Config, model: ModelFolder) -> Artist:
-    """Return what draws class images: the model as it was before training."""
+    """Return the artist for class images: the model before training."""
     return Artist(model=model, settings=_settings(config))
 
 
 def class_job(config: Config, indices: Sequence[int], size: Size) -> Job:
-    """Return the class images of some numbers, each with its own noise, of a height and a width in pixels."""
+    """Return a job for the class images with these indices, each with its own noise; ``size`` is in pixels."""
     height, width = size
     stream = "class_images" if height == width else f"class_images {width}x{height}"
     generators = [generator(config.seed, stream, index) for index in indices]
     return Job(prompts=[str(config.subject.class_prompt)], size=size, generators=generators)
 
 
-def _save_missing(one: _Set, indices: Sequence[int], images: Sequence[Image]) -> None:
-    missing = one.missing()
+def _save_missing(group: _Set, indices: Sequence[int], images: Sequence[Image]) -> None:
+    missing = group.missing()
     for index, image in zip(indices, images, strict=True):
         if index in missing:
-            write_file(_image_file(one.folder, index), lambda path, image=image: image.save(path, format="PNG"))
+            write_file(_image_file(group.folder, index), lambda path, image=image: image.save(path, format="PNG"))
 
 
 def _embed(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> PromptTable:
@@ -221,9 +223,9 @@ def _embed(config: Config, model: ModelFolder, device: torch.device, dtype: torc
 
 
 def _whole_batches(missing: Iterable[int], size: int) -> list[list[int]]:
-    """Return the batches of consecutive images that hold a missing one.
+    """Return the batches of consecutive images that contain a missing one.
 
-    Batches are always drawn whole, because the last bits of an image depend on the size of its batch.
+    Batches are always drawn whole, because the last bits of an image depend on its batch size.
     """
     firsts = sorted({index - index % size for index in missing})
     return [list(range(first, first + size)) for first in firsts]

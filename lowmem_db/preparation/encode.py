@@ -1,7 +1,7 @@
-"""Latent moments of pictures and embeddings of prompts, by content key.
+"""Latent moments of images and embeddings of prompts, by content key.
 
-A key holds the picture's bytes, the autoencoder's files, the resolution, the crop and the format's version: a changed
-photo is encoded anew, and that photo alone.
+The key covers the image's bytes, the autoencoder's files, the resolution, the crop and the format version, so that only
+a changed photo is encoded again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -30,16 +30,16 @@ _Loaded = TypeVar("_Loaded")
 def encode_images(
     config: Config, model: ModelFolder, device: torch.device, records: Sequence[ImageRecord], sizes: Sequence[Size]
 ) -> list[EncodedImage]:
-    """Return the moments of pictures in the space of the denoiser, from the cache where they are there.
+    """Return the moments of images in the denoiser's space, from the cache if they are in it.
 
-    What encodes is loaded when the first picture needs it, and computes in fp32.
+    The encoder is loaded when the first image needs it, and computes in fp32.
 
     Args:
         config: The configuration.
-        model: Where the autoencoder is, if there is one.
-        device: Where it computes.
-        records: The pictures.
-        sizes: Height and width in pixels that each is cropped to.
+        model: The model, with its autoencoder if it has one.
+        device: The device to encode on.
+        records: The images.
+        sizes: Height and width in pixels to which each image is cropped.
     """
     store = TensorStore(config.cache_dir / "latents")
     space_key = model.space.content_key()
@@ -58,7 +58,7 @@ def encode_images(
 
 
 def encode_prompts(config: Config, model: ModelFolder, device: torch.device, prompts: Iterable[str]) -> PromptTable:
-    """Return token ids of prompts, and their embeddings while the text encoders are frozen.
+    """Return the token ids of prompts, and their embeddings if the text encoders are frozen.
 
     The text encoders are loaded when the first prompt needs them, and compute in fp32.
     """
@@ -84,7 +84,7 @@ def encode_prompts(config: Config, model: ModelFolder, device: torch.device, pro
 
 @dataclass(frozen=True)
 class _Crops:
-    """The crops of a picture that are encoded."""
+    """The crops of an image to encode."""
 
     record: ImageRecord
     size: Size
@@ -96,7 +96,7 @@ class _Crops:
 
     @property
     def index_name(self) -> str:
-        """What it is called in the index: its name, and its size where that is not the usual square."""
+        """Name in the index: the file name, and the size unless it is the usual square."""
         is_square = self.size == (self.config.resolution, self.config.resolution)
         return self.record.path.name if is_square else f"{self.record.path.name} {self.size[1]}x{self.size[0]}"
 
@@ -123,13 +123,13 @@ def _read_moments(store: TensorStore, key: str) -> dict[str, Tensor] | None:
 
 def _encoded(model: ModelFolder, store: TensorStore, record: ImageRecord, key: str) -> EncodedImage:
     moments = _read_moments(store, key)
-    assert moments is not None, f"{store.path(key)} was written and is not there"
+    assert moments is not None, f"{store.path(key)} was written but does not exist"
     picture = model.family.describe_pictures(moments["time_ids"])
     return EncodedImage(record=record, mean=moments["mean"], std=moments["std"], picture=picture)
 
 
 def _say_reused(config: Config, crops: Sequence[_Crops], keys: Sequence[str], missing: Sequence[_Crops]) -> None:
-    """Say what is reused, and for each picture that is not, why; remember the keys for the next run."""
+    """Say how many images are reused and why others are not; remember the keys for the next run."""
     folder = crops[0].record.path.parent.absolute()
     index_file = config.cache_dir / "latents" / f"index-{fingerprint.of_values(str(folder))}.json"
     index = read_json(index_file) or {}
@@ -137,7 +137,7 @@ def _say_reused(config: Config, crops: Sequence[_Crops], keys: Sequence[str], mi
     for picture, key in zip(crops, keys, strict=True):
         known = index.get(picture.index_name)
         if picture in missing and known is not None:
-            say(f"latents: {picture.record.path.name} is encoded anew: {_reason(known, picture.record, key)}")
+            say(f"latents: encoding {picture.record.path.name} again: {_reason(known, picture.record, key)}")
         index[picture.index_name] = {"content_key": picture.record.content_key, "moments_key": key}
     write_json(index_file, index)
 

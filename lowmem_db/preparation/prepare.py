@@ -1,4 +1,4 @@
-"""The phases before training, one after the other, and what they leave for it."""
+"""The phases before training, one after the other, and their results."""
 
 import torch
 
@@ -17,7 +17,7 @@ from lowmem_db.records import ImageRecord, Size
 
 
 def check_photos(config: Config) -> list[ImageRecord]:
-    """Read the photos, before a model is looked for; warn of those that train badly.
+    """Read the photos, before a model is searched; warn about those that train badly.
 
     Raises:
         DataError: A photo cannot be used.
@@ -39,20 +39,20 @@ def check_photos(config: Config) -> list[ImageRecord]:
 
 
 def check_prompts(config: Config, model: ModelFolder, photos: list[ImageRecord]) -> None:
-    """Warn where a prompt does not tell the model what its writer thinks."""
+    """Warn if a prompt does not tell the model what its author expects."""
     prompts = sorted({photo.prompt for photo in photos} | {config.subject.class_prompt or ""})
     for name in model.family.names_of("tokenizer")[:1]:  # all of them read the same words
         tokenizer = model.load(name)
         for prompt in prompts:
             if cut := num_cut_tokens(tokenizer, prompt):
                 read = tokenizer.model_max_length
-                warn(f"the model reads {read} tokens and does not see the last {cut} of {prompt!r}")
+                warn(f"the model reads {read} tokens and ignores the last {cut} of {prompt!r}")
         for message in identifier_warnings(config.subject.instance_prompt, config.subject.class_prompt, tokenizer):
             warn(message)
 
 
 def prepare(config: Config, model: ModelFolder, device: torch.device, photos: list[ImageRecord]) -> BatchSource:
-    """Make class images, latent moments and text embeddings where they are missing; return the batches of the run.
+    """Make missing class images, latent moments and text embeddings; return the batches of the run.
 
     Raises:
         DataError: The class images cannot be used.
@@ -85,7 +85,7 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
 def _class_images(
     config: Config, model: ModelFolder, device: torch.device, sizes: list[Size]
 ) -> list[tuple[list[ImageRecord], Size]]:
-    """Return class images for every size of the photos, in proportion; pictures of the user's own serve each size."""
+    """Return class images for every photo size, in proportion; the user's own pictures are used for each size."""
     counts = share_out(config.prior.num_class_images, sizes)
     prepared = prepare_class_images(config, model, device, counts)
     environment.release_memory(device)
@@ -101,7 +101,7 @@ def _class_records(config: Config, images: ClassImages) -> list[ImageRecord]:
     )
     if images.files is None:
         if len(records) < config.prior.num_class_images:
-            say(f"class images: {images.folder} holds {len(records)} of {config.prior.num_class_images} asked for")
+            say(f"class images: {images.folder} holds only {len(records)} of {config.prior.num_class_images} asked for")
         return records[: config.prior.num_class_images]
     return [record for record in records if record.path in set(images.files)]
 

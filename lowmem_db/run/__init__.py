@@ -1,1 +1,1 @@
-"""A run from its first to its last line: checks, plan, preparation, training, the final model."""
+"""A run from start to finish: checks, plan, preparation, training, the final model."""

@@ -1,4 +1,4 @@
-"""What is refused before anything expensive happens: what this machine cannot do, and what its disk cannot hold."""
+"""Checks before anything expensive happens: what this machine can do, and what its disk can hold."""
 
 from pathlib import Path
 
@@ -19,12 +19,13 @@ _STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1}
 
 
 def check_machine(config: Config, device: torch.device) -> None:
-    """Refuse what this machine cannot do, before a model is looked for.
+    """Refuse what this machine cannot do, before a model is searched.
 
     Raises:
-        ConfigError: The device cannot compute in ``training.mixed_precision``.
-        DependencyError: A library that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for what cannot serve.
-        StorageError: The final model shall be uploaded and nobody is logged in.
+        ConfigError: The device does not support ``training.mixed_precision``.
+        DependencyError: A library that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for kernels that cannot
+            run here.
+        StorageError: The final model is to be uploaded, but nobody is logged in.
     """
     environment.check_precision(config.training.mixed_precision or "no", device)
     techniques.check(config, device)
@@ -37,7 +38,7 @@ def check_machine(config: Config, device: torch.device) -> None:
 
 
 def check_disk(config: Config, model: ModelFolder) -> None:
-    """Refuse a run whose checkpoints and final model do not fit the disk.
+    """Refuse a run whose checkpoints and final model do not fit on the disk.
 
     Raises:
         StorageError: The disk is too small.
@@ -47,19 +48,19 @@ def check_disk(config: Config, model: ModelFolder) -> None:
     if needed > free:
         raise StorageError(
             f"output_dir: {config.output_dir} needs {needed / environment.GIB:.1f} GiB for checkpoints and the final "
-            f"model, and {free / environment.GIB:.1f} GiB are free; lower checkpointing.keep, or choose another disk"
+            f"model, but only {free / environment.GIB:.1f} GiB are free; lower checkpointing.keep, or use another disk"
         )
 
 
 def _bytes_to_be_replaced(output_dir: Path) -> int:
-    """Return the bytes of checkpoints and final model that stand there already, as when a run goes on."""
+    """Return the bytes of the checkpoints and the final model that already exist, as when a run is resumed."""
     run = RunFolder(output_dir)
     files = [file for folder in (run.checkpoints_dir, run.final_dir) for file in folder.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
 
 
 def disk_bytes(config: Config, model: ModelFolder) -> int:
-    """Return the most bytes that checkpoints and the final model of a run take on the disk at once."""
+    """Return the most bytes that the checkpoints and the final model of a run occupy on the disk at once."""
     adaptation, trained = find_adaptation(config), count_on_meta(config, model)
     of_checkpoint = adaptation.values_in_checkpoint(model, trained) * _WEIGHT_BYTES[config.memory.weights or "fp32"]
     of_checkpoint += sum(trained.values()) * (_STATE_BYTES[config.optimizer.name] + 4 * config.ema.enabled)

@@ -1,4 +1,4 @@
-"""The model that is left when a run is done."""
+"""The final model of a run."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +14,7 @@ from lowmem_db.training.trainer import Trainer
 
 
 def write_final(trainer: Trainer, model: ModelFolder) -> None:
-    """Write ``final/``, for ``from_pretrained`` or, a LoRA, ``load_lora_weights``; upload it where that is asked for.
+    """Write ``final/``, for ``from_pretrained`` or, for a LoRA, ``load_lora_weights``; upload it if asked to.
 
     Raises:
         StorageError: The disk is full, or the upload failed.
@@ -27,7 +27,7 @@ def write_final(trainer: Trainer, model: ModelFolder) -> None:
 
 def _save_final(trainer: Trainer, model: ModelFolder, folder: Path) -> None:
     extra_bits = trainer.optimizer.extra_bits()
-    if trainer.ema is not None:  # the average has all bits of what it averages
+    if trainer.ema is not None:  # the average is kept in full precision
         extra_bits = {name: bits for name, bits in extra_bits.items() if name not in trainer.ema.parameters}
     with nullcontext() if trainer.ema is None else trainer.ema.applied(torch.float32):
         trainer.adaptation.write(folder, model, trainer.trained_modules, extra_bits)

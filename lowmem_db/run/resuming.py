@@ -1,4 +1,4 @@
-"""Whether a run may be started or continued in a folder, and what differs from when it was begun."""
+"""Whether a run may start or continue in a folder, and which fields differ from when it started."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,28 +33,28 @@ FIXED_FIELDS = (
     "evaluation.prompts",
     "evaluation.keep_best",
 )
-"""Fields that a run keeps from its first step to its last."""
+"""Fields that cannot change during a run."""
 
 
 def with_choices_of_run(run: RunFolder, config: Config) -> Config:
-    """Return the configuration with what it leaves open filled in as the run was begun, where there is a checkpoint.
+    """Fill in what the configuration leaves open with the choices of the run, if it has a checkpoint.
 
-    A field that the version which began the run did not know is filled as in a run that nobody planned.
+    A field that is unknown to the version that started the run gets its value without a plan.
 
     Raises:
-        ConfigError: A choice of the run cannot be combined with what the configuration gives.
+        ConfigError: A choice of the run cannot be combined with the configuration.
     """
     if not run.complete_steps():
         return config
     before = read_yaml(run.config_file)
     filled = resolve(config, {field.path: field.of(before) for field in fields()})
     if problems := refusals(filled):
-        raise ConfigError("\n".join(f"{problem} (what is left open is that of {run.root})" for problem in problems))
+        raise ConfigError("\n".join(f"{problem} (fields left open are taken from {run.root})" for problem in problems))
     return filled
 
 
 def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
-    """Refuse to overwrite a run, or to continue it with a field that it cannot change; say what else differs.
+    """Refuse to overwrite a run, or to continue it with a changed fixed field; say which other fields differ.
 
     Raises:
         CheckpointError: The folder holds checkpoints and ``--resume`` was not given, or a fixed field differs.
@@ -68,11 +68,11 @@ def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
             "output_dir, or delete the folder"
         )
     before, now = (dict(_flat(tree)) for tree in (read_yaml(run.config_file), config.model_dump(mode="json")))
-    changed = {  # a field that the run's version did not know is none that was changed
+    changed = {  # a field that is unknown to the run's version has not changed
         field: (before[field], value) for field, value in now.items() if field in before and before[field] != value
     }
     fixed = [
-        f"{field} was {changed[field][0]!r}, is {changed[field][1]!r}" for field in FIXED_FIELDS if field in changed
+        f"{field} from {changed[field][0]!r} to {changed[field][1]!r}" for field in FIXED_FIELDS if field in changed
     ]
     if fixed:
         raise CheckpointError(
@@ -86,7 +86,7 @@ def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
 def _refuse_finished_model(run: RunFolder) -> None:
     if run.final_dir.exists():
         raise CheckpointError(
-            f"output_dir: {run.final_dir} holds a finished model and its run has no checkpoint left; choose another "
+            f"output_dir: {run.final_dir} holds a finished model, and its run has no checkpoints; choose another "
             "output_dir, or delete the folder"
         )
 

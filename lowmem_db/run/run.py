@@ -1,4 +1,4 @@
-"""A run as a function: what ``lowmem_db.train`` and ``lowmem-db train`` do, from the first check to ``final/``."""
+"""A run as a function, from the first check to ``final/``: what ``lowmem_db.train`` and ``lowmem-db train`` call."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -38,11 +38,11 @@ def train(config: Config, *, resume: bool = False, observers: Sequence[Observer]
 
     Args:
         config: The configuration.
-        resume: Continue the newest complete checkpoint of ``output_dir``, or start where there is none.
-        observers: Are told what happens while it trains, after the run's own.
+        resume: Continue from the newest complete checkpoint in ``output_dir``; start from scratch if there is none.
+        observers: Notified while the run trains, after the run's own observers.
 
     Raises:
-        LowmemDbError: What the user can mend; each class says what.
+        LowmemDbError: An error that the user can fix; each subclass says which.
         RunInterrupted: The run was asked to stop; a checkpoint was saved.
     """
     run = RunFolder(config.output_dir)
@@ -53,26 +53,27 @@ def train(config: Config, *, resume: bool = False, observers: Sequence[Observer]
 
 
 def prepare_data(config: Config) -> BatchSource:
-    """Fill the caches of a run: class images, latents, text embeddings; return its batches.
+    """Fill the caches of a run (class images, latents, text embeddings) and return its batches.
 
     Args:
         config: The configuration.
 
     Raises:
-        LowmemDbError: What the user can mend; each class says what.
+        LowmemDbError: An error that the user can fix; each subclass says which.
     """
     sweep(config.cache_dir)
     device = environment.resolve_device(config.device)
     photos = check_photos(config)
     model = model_of(config)
     check_prompts(config, model, photos)
+    set_arithmetic(config, device)
     return prepare(config, model, device, photos)
 
 
 def _check_and_plan(
     run: RunFolder, config: Config, *, resume: bool
 ) -> tuple[Config, ModelFolder, torch.device, list[ImageRecord]]:
-    """See that the run can be made, and choose how; nothing expensive has happened yet."""
+    """Check that the run is possible and choose its strategy, before anything expensive happens."""
     sweep(config.cache_dir)
     config = with_choices_of_run(run, config)
     check_run_folder(run, config, resume=resume)
@@ -101,7 +102,8 @@ def _train(
     resume: bool,
     observers: Sequence[Observer],
 ) -> None:
-    """Prepare the data, train, and leave the final model."""
+    """Prepare the data, train, and write the final model."""
+    set_arithmetic(config, device)
     scorer = Scorer(config, [photo.path for photo in photos]) if config.evaluation.every else None
     batches = prepare(config, model, device, photos)
     trainer = build_trainer(config, model, device, batches, run)
@@ -115,28 +117,27 @@ def _train(
         write_measured(run, trainer.peak_step_bytes)
     best = trainer.step_to_keep()
     if best is not None and best != trainer.step:
-        say(f"the final model is that of step {best}, which scored best")
+        say(f"the final model is taken from step {best}, which scored best")
         del trainer
         environment.release_memory(device)
         trainer = build_trainer(config, model, device, batches, run)
         trainer.resume(best)
     write_final(trainer, model)
-    say(f"done: {run.final_dir} is the {trainer.adaptation.noun}; draw from it with: lowmem-db generate {run.root}")
+    say(f"done: {run.final_dir} holds the {trainer.adaptation.noun}; draw with it: lowmem-db generate {run.root}")
 
 
 def build_trainer(
     config: Config, model: ModelFolder, device: torch.device, batches: BatchSource, run: RunFolder
 ) -> Trainer:
-    """Load what trains onto the device and put the trainer together; nobody observes it yet.
+    """Load the model onto the device and build the trainer, without observers.
 
     Args:
         config: The resolved configuration.
         model: The model.
-        device: Where it trains.
+        device: The device to train on.
         batches: All batches of the run.
         run: The run folder.
     """
-    set_arithmetic(config, device)
     denoiser, objective, optimizer = build_step(config, model, device)
     ema = build_ema(config, denoiser, optimizer)
     return Trainer(config, run, denoiser, find_adaptation(config), objective, optimizer, batches, ema)

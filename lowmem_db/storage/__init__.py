@@ -1,1 +1,1 @@
-"""What is kept on disk: atomic writes, the tensor store, the run folder, checkpoints. Knows nothing of models."""
+"""What is kept on disk: atomic writes, the tensor store, the run folder, checkpoints. Knows nothing about models."""

@@ -1,4 +1,4 @@
-"""Writes that either happen whole or not at all, also when the process is killed or the disk fills up."""
+"""Writes that happen completely or not at all, even if the process is killed or the disk fills up."""
 
 import errno
 import os
@@ -50,17 +50,17 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; its lines end in a line feed on every system."""
+    """Write a text file atomically; its lines end in a line feed on every system."""
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary folder beside ``path``, flush it, and rename it to ``path``.
 
-    A folder that stands at ``path`` is replaced.
+    An existing folder at ``path`` is replaced.
 
     Raises:
-        StorageError: The disk is full; what stood at ``path`` still stands.
+        StorageError: The disk is full; an existing folder at ``path`` is untouched.
     """
     temporary = path.with_name(temporary_name(path))
     try:
@@ -76,7 +76,7 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         flush_tree(temporary)
         _replace_folder(path, temporary)
         flush_folder(path.parent)
-    except StorageError as error:  # of a file in it: name the place the user knows
+    except StorageError as error:  # for a file in it: name the path that the user knows
         raise type(error)(str(error).replace(str(temporary), str(path))) from error
     except _FAILURES as error:
         raise as_storage_error(error, path) from error
@@ -91,21 +91,21 @@ def as_storage_error(error: OSError | SafetensorError, path: Path) -> StorageErr
         return DiskFullError(f"{path}: the disk is full; free some space, then run the same command again")
     if isinstance(error, OSError) and is_too_long(path, error):
         return StorageError(
-            f"{path}: the name or the path is longer than this system takes ({len(str(path))} characters); choose a "
-            "shorter one"
+            f"{path}: the name or the path is too long for this system ({len(str(path))} characters); choose a shorter "
+            "one"
         )
     reason = os.strerror(number) if number else str(error)
     return StorageError(f"{path}: cannot be written ({reason}); check the folder and its permissions")
 
 
 def _number_in(message: str) -> int | None:
-    """Return the number of the system's error in safetensors' message, such as 28 in ``(os error 28)``."""
+    """Return the system error number in a message of safetensors, such as 28 in ``(os error 28)``."""
     found = re.search(r"os error (\d+)", message)
     return int(found[1]) if found else None
 
 
 def _replace_folder(path: Path, new: Path) -> None:
-    """Rename ``new`` to ``path``; what stands there is deleted afterwards, and put back where the renaming fails."""
+    """Rename ``new`` to ``path``; an existing folder is deleted afterwards, or restored if the renaming fails."""
     if not path.exists():
         rename_folder(new, path)
         return

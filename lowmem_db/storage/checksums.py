@@ -1,7 +1,7 @@
-"""Checksums of files: bits that rot on a disk are found when they are read.
+"""Checksums of files, so that bit rot on a disk is noticed when a file is read.
 
-The checksums of the files of a folder stand in one manifest in it. A CRC-32 finds every flipped bit and every burst of
-up to 32, at 0.4 s of processor time per GB; it is no protection against somebody who wants to deceive.
+A manifest in each folder holds the checksums of its files. A CRC-32 detects every flipped bit and every burst of up to
+32, at 0.4 s of processor time per GB; it does not protect against tampering.
 """
 
 import json
@@ -16,7 +16,7 @@ from lowmem_db.storage.atomic import write_folder, write_text
 from lowmem_db.storage.disk import flush_tree
 
 MANIFEST = "checksums.json"
-"""Manifest of a folder that is no checkpoint, whose manifest is its marker."""
+"""Manifest of a folder; in a checkpoint, the marker is the manifest instead."""
 
 _CHUNK_BYTES = 1 << 22
 
@@ -32,7 +32,7 @@ def of_file(path: Path) -> str:
 
 
 def of_bytes(parts: Iterable[bytes | memoryview]) -> str:
-    """Return the checksum of bytes, one part after another."""
+    """Return the checksum of the concatenated parts."""
     value = 0
     for part in parts:
         value = zlib.crc32(part, value)
@@ -40,7 +40,7 @@ def of_bytes(parts: Iterable[bytes | memoryview]) -> str:
 
 
 def of_folder(folder: Path) -> dict[str, str]:
-    """Force a folder to the disk and return the checksums of its files, by their paths in it; both at the same time."""
+    """Flush a folder to the disk and at the same time compute the checksums of its files, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(max_workers=1) as pool:
         found = pool.map(of_file, files)
@@ -49,10 +49,10 @@ def of_folder(folder: Path) -> dict[str, str]:
 
 
 def write_checked_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder, whole or not at all, with a manifest of the checksums of its files.
+    """Write a folder atomically, with a manifest of the checksums of its files.
 
     Raises:
-        StorageError: The disk is full; what stood at ``path`` still stands.
+        StorageError: The disk is full; an existing folder at ``path`` is untouched.
     """
 
     def write_and_sum(folder: Path) -> None:
@@ -63,15 +63,15 @@ def write_checked_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def manifest_text(checksums: Mapping[str, str], **values: Any) -> str:
-    """Return what a manifest holds."""
+    """Return the text of a manifest."""
     return json.dumps({**values, "checksums": dict(checksums)}, indent=2) + "\n"
 
 
 def check_file(path: Path, manifest: Path) -> bool:
-    """Compare a file with its manifest; return False where that is missing or older than checksums.
+    """Compare a file with its manifest; return False if that is missing or has no checksums because of its age.
 
     Raises:
-        StorageError: The file is missing, unknown to the manifest, or not what was written; or the manifest is damaged.
+        StorageError: The file is missing, not in the manifest, or has changed; or the manifest is damaged.
     """
     checksums = _read_manifest(manifest)
     if checksums is None:
@@ -81,10 +81,10 @@ def check_file(path: Path, manifest: Path) -> bool:
 
 
 def check_folder(folder: Path, manifest_name: str = MANIFEST) -> bool:
-    """Compare every file of a manifest with it; return False where that is missing or older than checksums.
+    """Compare all files with their manifest; return False if that is missing or has no checksums because of its age.
 
     Raises:
-        StorageError: A file is missing or not what was written; or the manifest is damaged.
+        StorageError: A file is missing or has changed; or the manifest is damaged.
     """
     manifest = folder / manifest_name
     checksums = _read_manifest(manifest)
@@ -97,15 +97,15 @@ def check_folder(folder: Path, manifest_name: str = MANIFEST) -> bool:
 
 def _check(path: Path, checksum: str | None, manifest: Path) -> None:
     if checksum is None:
-        raise StorageError(f"{path}: {manifest.name} beside it does not know it, so it is not of this program's making")
+        raise StorageError(f"{path}: is not listed in {manifest.name}, so this program did not write it")
     try:
         found = of_file(path)
     except FileNotFoundError:
-        raise StorageError(f"{path}: there is no such file") from None
+        raise StorageError(f"{path}: does not exist") from None
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
     if found != checksum:
-        raise StorageError(f"{path}: is damaged: its checksum is {found}, that in {manifest.name} is {checksum}")
+        raise StorageError(f"{path}: is damaged: its checksum is {found}, but {manifest.name} has {checksum}")
 
 
 def _read_manifest(path: Path) -> dict[str, str] | None:

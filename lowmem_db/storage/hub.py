@@ -7,7 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from lowmem_db.errors import StorageError
 
-# The hub's own HTTP error shares its base with the errors of the library that carries it, requests, httpx or httpx2.
+# The hub's HTTP error shares its base class with the errors of the HTTP library: requests, httpx or httpx2.
 _TRANSPORT_ERRORS: tuple[type[Exception], ...] = tuple(
     base for base in HfHubHTTPError.__mro__ if issubclass(base, Exception) and base.__name__ == "HTTPError"
 )
@@ -15,7 +15,7 @@ _HUB_ERRORS = (HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled,
 
 
 def check_login() -> None:
-    """See before a run whether its model can be uploaded afterwards.
+    """Check before a run that its model can be uploaded afterwards.
 
     Raises:
         StorageError: Nobody is logged in, or the hub cannot be reached.
@@ -24,20 +24,20 @@ def check_login() -> None:
         HfApi().whoami()
     except _HUB_ERRORS as error:
         raise StorageError(
-            f"final.push_to_hub: true, but the hub knows no login here ({_first_line(error)}); run `hf auth login`, or "
-            "leave final.push_to_hub out"
+            f"final.push_to_hub: true, but there is no login for the hub ({_first_line(error)}); run `hf auth login`, "
+            "or leave final.push_to_hub out"
         ) from error
 
 
 def upload_model(folder: Path, model_id: str) -> str:
-    """Upload a folder as a model repository, made where it is not there yet; return its address.
+    """Upload a folder as a model repository, which is created if necessary; return its URL.
 
     Args:
-        folder: A whole model.
+        folder: A complete model.
         model_id: ``name`` or ``owner/name``.
 
     Raises:
-        StorageError: The hub refuses or cannot be reached; the folder is untouched.
+        StorageError: The hub refused the upload or cannot be reached; the folder is untouched.
     """
     api = HfApi()
     try:

@@ -1,8 +1,8 @@
-"""What a killed process left half written: which names it has, and when it may be deleted.
+"""Temporary files that killed processes left behind: their names, and when they may be deleted.
 
-A write goes to ``.NAME.PID.tmp`` beside its target, and safetensors writes to ``.tmpXXXXXX`` beside that. Such a name
-is deleted only where it is this user's, the process in its name is gone, and nothing in it was touched for a while: the
-process may live on another machine that shares the disk.
+A write goes to ``.NAME.PID.tmp`` beside its target, and safetensors writes to ``.tmpXXXXXX`` beside that. Such an entry
+is deleted only if it belongs to this user, the process in its name is gone, and it has not been touched for a while:
+the process may be running on another machine that shares the disk.
 """
 
 import os
@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 IDLE_SECONDS = 600.0
-"""How long something must have been left alone before it counts as left behind."""
+"""How long an entry must be untouched before it counts as left behind."""
 
 _STARTED = time.time()
 _LONGEST_NAME = 120
@@ -24,17 +24,17 @@ _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 
 
 def temporary_name(path: Path) -> str:
-    """Return the name under which this process writes what will be ``path``."""
+    """Return the name of the temporary file that this process writes for ``path``."""
     return f".{_stem(path)}.{os.getpid()}.tmp"
 
 
 def sweep(root: Path, *, idle_seconds: float = IDLE_SECONDS) -> list[Path]:
-    """Delete what dead processes left half written anywhere below a folder; return what was deleted.
+    """Delete what dead processes left behind anywhere below a folder; return what was deleted.
 
     Args:
-        root: The folder; it need not be there.
-        idle_seconds: How long it must have been left alone; 0 where nobody else can be writing. What safetensors left
-            names no process and must always have been left alone for ``IDLE_SECONDS``.
+        root: The folder; it need not exist.
+        idle_seconds: How long an entry must be untouched; 0 if nobody else can be writing. The files of safetensors
+            name no process, so they must always be untouched for ``IDLE_SECONDS``.
     """
     return _delete(_leftovers(root), idle_seconds)
 
@@ -46,7 +46,7 @@ def sweep_writes_of(path: Path) -> list[Path]:
 
 
 def _stem(path: Path) -> str:
-    """Return the name, or so much of it that the temporary name is not too long."""
+    """Return the name, shortened so that the temporary name is not too long."""
     return os.fsencode(path.name)[:_LONGEST_NAME].decode("utf-8", errors="ignore")
 
 
@@ -63,7 +63,7 @@ def _leftovers(folder: Path) -> Iterator[Path]:
 def _entries(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
-    except OSError:  # missing, or not ours to read
+    except OSError:  # missing, or not readable
         return []
 
 
@@ -90,7 +90,7 @@ def _is_left_behind(entry: Path, idle_seconds: float) -> bool:
 
 
 def _has_live_writer(name: str, touched: float) -> bool:
-    """Return whether the process in a name runs; this one only if it was there when the file was touched."""
+    """Return whether the process in a name is alive; this one counts only if it touched the file."""
     named = _OURS.fullmatch(name)
     if named is None:
         return False
@@ -99,7 +99,7 @@ def _has_live_writer(name: str, touched: float) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
-    if os.name == "nt":  # there, signal 0 would end the process
+    if os.name == "nt":  # where signal 0 would end the process
         return _is_alive_on_windows(pid)
     try:
         os.kill(pid, 0)

@@ -14,16 +14,15 @@ _SILENT_SECONDS = 1.0
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other processes out of the block that name the same file; wait for one that is in it, and say so.
+    """Hold the lock of a file in the block; wait if another process holds it, and say so.
 
-    On a disk that knows no locks nobody is kept out, and that is said: writes are whole all the same, work may be done
-    twice.
+    On a disk without locks, warn and continue: writes are still atomic, but work may be done twice.
 
     Args:
-        path: The file of the lock. It stays: deleting it would let two processes in.
+        path: The lock file. It is kept: deleting it would let two processes in.
 
     Raises:
-        StorageError: The file cannot be made.
+        StorageError: The file cannot be created.
     """
     lock = FileLock(path)
     try:
@@ -32,7 +31,7 @@ def locked(path: Path) -> Iterator[None]:
     except OSError as error:
         raise as_storage_error(error, path) from error
     except NotImplementedError:
-        warn(f"{path.parent}: lies on a disk that knows no locks; runs that share it may do the same work twice")
+        warn(f"{path.parent}: is on a disk that does not support locks; runs that share it may do the same work twice")
     try:
         yield
     finally:
@@ -44,5 +43,5 @@ def _acquire(lock: FileLock, path: Path) -> None:
     try:
         lock.acquire(timeout=_SILENT_SECONDS)
     except Timeout:
-        say(f"waiting for another run, which is making what this one needs too (lock: {path})")
+        say(f"waiting for another run, which is making files that this one needs too (lock: {path})")
         lock.acquire()

@@ -1,6 +1,6 @@
-"""The run folder: where each file of a run stands, and which checkpoints are complete.
+"""The run folder: the place of each file of a run, and which checkpoints are complete.
 
-A checkpoint exists only when its marker ``COMPLETE``, written last, exists.
+A checkpoint counts only if its marker ``COMPLETE`` exists, which is written last.
 """
 
 import errno
@@ -44,11 +44,11 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder, and clear away what killed ones left half written.
+        """Lock the folder against other runs, and delete what killed ones left behind.
 
         Raises:
-            CheckpointError: Another run writes to it now.
-            StorageError: The folder cannot be made, or its disk knows no locks.
+            CheckpointError: Another run is writing to it.
+            StorageError: The folder cannot be created, or its disk does not support locks.
         """
         check_path(self.root.absolute(), "output_dir")
         try:
@@ -60,14 +60,14 @@ class RunFolder:
             lock.acquire(timeout=0)
         except Timeout:
             raise CheckpointError(
-                f"output_dir: {self.root} is being written by another run; wait for it, or choose another output_dir"
+                f"output_dir: {self.root} is in use by another run; wait for it, or choose another output_dir"
             ) from None
         except OSError as error:
             raise as_storage_error(error, self.root) from error
         except NotImplementedError as error:
             raise StorageError(
-                f"output_dir: {self.root} lies on a disk that knows no locks, so two runs could write to it at once; "
-                "choose an output_dir on another disk, and copy the run there afterwards"
+                f"output_dir: {self.root} is on a disk that does not support locks, so two runs could write to it at "
+                "once; choose an output_dir on another disk, and copy the run afterwards"
             ) from error
         sweep(self.root, idle_seconds=0.0)
         try:
@@ -84,7 +84,7 @@ class RunFolder:
         return self.checkpoints_dir / f"step-{step:06d}"
 
     def complete_steps(self) -> list[int]:
-        """Return the steps that have a complete checkpoint, the oldest first."""
+        """Return the steps that have a complete checkpoint, in ascending order."""
         if not self.checkpoints_dir.is_dir():
             return []
         found = ((_STEP_FOLDER.fullmatch(folder.name), folder) for folder in self.checkpoints_dir.iterdir())
@@ -93,14 +93,14 @@ class RunFolder:
     def write_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
         """Write a checkpoint: temporary folder, flush, rename, marker with the checksums of its files.
 
-        The rows of the steps up to it are forced to the disk before it counts.
+        The rows of the steps up to it are flushed to the disk before the marker is written.
 
         Args:
             step: Optimizer steps done.
-            write: Fills the folder it is given.
+            write: Fills the folder that it is given.
 
         Raises:
-            StorageError: The disk is full; older checkpoints still stand.
+            StorageError: The disk is full; older checkpoints are untouched.
         """
         path = self.checkpoint_dir(step)
         if (path / MARKER).is_file():  # the same step of the same run: the same bytes
@@ -117,7 +117,7 @@ class RunFolder:
         return path
 
     def flush_rows(self) -> None:
-        """Force the rows of metrics and scores to the disk.
+        """Flush the rows of metrics and scores to the disk.
 
         Raises:
             StorageError: The disk is full or broken.
@@ -130,7 +130,7 @@ class RunFolder:
                 raise as_storage_error(error, file) from error
 
     def make_room(self, keep: int | None, also: int | None = None) -> list[int]:
-        """Delete the checkpoints that the next one will make superfluous, but never the newest; return their steps."""
+        """Delete the checkpoints that the next one supersedes, but never the newest; return their steps."""
         complete = self.complete_steps()
         if keep is not None:
             self.prune_checkpoints(max(1, keep - 1), also)
@@ -139,8 +139,8 @@ class RunFolder:
     def prune_checkpoints(self, keep: int | None, also: int | None = None) -> None:
         """Delete all but the newest ``keep`` complete checkpoints, and what killed runs left behind.
 
-        The checkpoint of the step ``also`` stays too, and what is not of this program's making, such as ``.DS_Store``
-        or a checkpoint under another name.
+        The checkpoint of the step ``also`` is kept too, and so is everything that this program did not write, such as
+        ``.DS_Store`` or a renamed checkpoint.
         """
         complete = self.complete_steps()
         steps = {*(complete if keep is None else complete[-keep:]), *(() if also is None else (also,))}
@@ -152,14 +152,14 @@ class RunFolder:
         sweep(self.checkpoints_dir, idle_seconds=0.0)
 
     def truncate_rows(self, step: int) -> None:
-        """Drop the rows of metrics and scores after a step, and last rows that were not written whole."""
+        """Drop the rows of metrics and scores after a step, and incomplete last rows."""
         for file in (self.metrics_file, self.scores_file):
             if file.is_file():
                 write_text(file, "".join(json.dumps(row) + "\n" for row in read_rows(file) if row["step"] <= step))
 
 
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
-    """Append the row of a step, whole or not at all.
+    """Append the row of a step, completely or not at all.
 
     Raises:
         StorageError: The disk is full, or the folder has vanished.
@@ -180,7 +180,7 @@ def append_row(file: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of steps that were written whole; none where there is no file."""
+    """Return the complete rows of a file; none if it does not exist."""
     if not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -188,12 +188,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any | None:
-    """Return what a JSON file holds, or None where it is missing or damaged."""
+    """Return the value in a JSON file, or None if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,7 +1,7 @@
 """Writing a safetensors file tensor by tensor: one tensor is in memory at a time, however large the file is.
 
-The layout of the file is that of https://huggingface.co/docs/safetensors: eight bytes with the length of a JSON header,
-the header, and the tensors one after another.
+The layout follows https://huggingface.co/docs/safetensors: eight bytes with the length of a JSON header, the header,
+and the tensors one after another.
 """
 
 import json
@@ -27,12 +27,12 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor that is made when it is written.
+    """A tensor that is computed when it is written.
 
     Attributes:
         shape: Its shape.
         dtype: Its type.
-        make: Returns it.
+        make: Computes the tensor.
     """
 
     shape: tuple[int, ...]
@@ -46,14 +46,14 @@ class StreamedTensor:
 
 
 def write_streamed(path: Path, tensors: Mapping[str, StreamedTensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file atomically.
 
     The bytes are those that safetensors itself would write: wide types first, so that every tensor starts at a multiple
     of its own width.
 
     Raises:
         StorageError: The disk is full.
-        ValueError: A tensor is not what was announced.
+        ValueError: A tensor does not have the announced shape or type.
     """
     ordered = sorted(tensors.items(), key=lambda item: (_RANKS[item[1].dtype], item[0]))
     header = _header(ordered, metadata)
@@ -72,10 +72,10 @@ def write_streamed(path: Path, tensors: Mapping[str, StreamedTensor], metadata: 
 
 
 def dtype_of_name(name: str, file: Path) -> torch.dtype:
-    """Return the type that a safetensors header names.
+    """Return the type for a name in a safetensors header.
 
     Raises:
-        StorageError: It is none that weights are stored in here.
+        StorageError: The type is not supported.
     """
     if name not in DTYPES_BY_NAME:
         raise StorageError(f"{file}: holds tensors of type {name}; allowed: {', '.join(DTYPES_BY_NAME)}")

@@ -1,6 +1,6 @@
 """Tensors in safetensors files: a content-addressed store, and nested states.
 
-A file that cannot be read whole is as good as missing: the store says so, and the caller makes it anew.
+A file that cannot be read completely counts as missing, and the caller makes it again.
 """
 
 import json
@@ -22,7 +22,7 @@ from lowmem_db.storage.locks import locked
 from lowmem_db.storage.run_folder import MARKER
 
 _CHECKSUM = "checksum"
-_LOCKS = ".locks"  # one for all keys that begin alike: their number is bounded, so none needs to be deleted
+_LOCKS = ".locks"  # one per key prefix: their number is bounded, so none needs to be deleted
 _Identity = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 
 
@@ -30,7 +30,7 @@ class TensorStore:
     """Small groups of tensors by content key: ``root/ab/abcdef….safetensors``.
 
     Args:
-        root: Folder of the store; made when the first group is written.
+        root: Folder of the store; created when the first group is written.
     """
 
     def __init__(self, root: Path) -> None:
@@ -41,44 +41,46 @@ class TensorStore:
         return self.root / key[:2] / f"{key}.safetensors"
 
     def read(self, key: str) -> dict[str, Tensor] | None:
-        """Return the tensors of a key, or None where there are none or the file is damaged."""
+        """Return the tensors of a key, or None if the file is missing or damaged."""
         try:
             mapped, metadata = read_tensors(self.path(key))
         except StorageError:
             return None
-        found = {name: tensor.clone() for name, tensor in mapped.items()}  # what is mapped dies with its file
+        found = {
+            name: tensor.clone() for name, tensor in mapped.items()
+        }  # mapped tensors become invalid with their file
         if _CHECKSUM not in metadata:
-            _say_once(f"{self.root}: holds files of an older version, which have no checksums and are not checked")
+            _say_once(f"{self.root}: holds files of an older version without checksums, which are not verified")
         elif metadata[_CHECKSUM] != _checksum(found):
             return None
         return found
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write the tensors of a key with their checksum, whole or not at all."""
+        """Write the tensors of a key atomically, with their checksum."""
         write_tensors(self.path(key), tensors, {_CHECKSUM: _checksum(tensors)})
 
     def read_or_make(self, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the tensors of a key, made where they are missing or damaged, by one process alone.
+        """Return the tensors of a key; if they are missing or damaged, one process makes them.
 
         Args:
             key: Their content key.
-            make: Makes them; called while other processes wait for this key.
+            make: Makes the tensors; called while other processes wait for this key.
         """
         found = self.read(key)
         if found is not None:
             return found
         with locked(self.root / _LOCKS / f"{key[:2]}.lock"):
-            found = self.read(key)  # another process may have made it meanwhile
+            found = self.read(key)  # another process may have made it in the meantime
             if found is None:
                 self.write(key, make())
                 found = self.read(key)
         if found is None:
-            raise StorageError(f"{self.path(key)}: was written and cannot be read; check the disk it lies on")
+            raise StorageError(f"{self.path(key)}: was written but cannot be read; check the disk")
         return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all; the same tensors and metadata make the same bytes."""
+    """Write a safetensors file atomically; the same tensors and metadata give the same bytes."""
     own = _without_shared_memory(tensors)
 
     def write(temporary: Path) -> None:
@@ -89,7 +91,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in order, in place: the library leaves their order to chance."""
+    """Sort the metadata of a safetensors file in place, because the library writes it in random order."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -110,7 +112,7 @@ def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
         with safe_open(path, framework="pt", device=device) as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError:
-        raise StorageError(f"{path}: there is no such file") from None
+        raise StorageError(f"{path}: does not exist") from None
     except (SafetensorError, OSError) as error:
         raise StorageError(f"{path}: is damaged ({error}); delete it") from error
 
@@ -127,7 +129,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_state` wrote, in a checkpoint after a look at its checksum.
+    """Read what :func:`write_state` wrote; in a checkpoint, verify its checksum first.
 
     Raises:
         StorageError: The file is missing or damaged.
@@ -139,14 +141,14 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = _put_tensors(json.loads(metadata["state"]), tensors)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StorageError(f"{path}: holds no state that can be read ({_in_a_line(error)}); delete it") from error
+        raise StorageError(f"{path}: holds no readable state ({_in_a_line(error)}); delete it") from error
     if not isinstance(state, dict):
-        raise StorageError(f"{path}: holds {type(state).__name__} in place of a state; delete it")
+        raise StorageError(f"{path}: holds {type(state).__name__} instead of a state; delete it")
     return state
 
 
 def _without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that lie on another one, which safetensors refuses; neighbours in one buffer may stay."""
+    """Copy tensors that overlap another one, which safetensors refuses; neighbours in one buffer are fine."""
     own: dict[str, Tensor] = {}
     taken: dict[int, list[tuple[int, int]]] = {}
     for name, tensor in tensors.items():
@@ -175,7 +177,7 @@ def _take_tensors(value: Any, tensors: dict[str, Tensor], names: dict[_Identity,
 
 def _put_tensors(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(skeleton, dict) or len(skeleton) != 1:
-        raise ValueError("its skeleton is odd")
+        raise ValueError("its skeleton is malformed")
     ((kind, content),) = skeleton.items()
     if kind == "tensor":
         return tensors[content]
@@ -185,7 +187,7 @@ def _put_tensors(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [_put_tensors(item, tensors) for item in content]
     if kind == "value":
         return content
-    raise ValueError(f"its skeleton holds {kind!r}")
+    raise ValueError(f"its skeleton contains {kind!r}")
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -1,1 +1,1 @@
-"""The loop around the training step, what watches it, and what a run is continued from; no family is known here."""
+"""The loop around the training step, its observers and its checkpoints. Nothing here depends on the model family."""

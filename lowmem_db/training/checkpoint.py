@@ -1,6 +1,6 @@
-"""What a run is continued from: the one list of stateful objects, saved and restored as a whole.
+"""Checkpoints: the list of stateful objects, saved and restored as a whole.
 
-Random numbers, the order of the data and the learning rates need no state: they are functions of the step.
+Random numbers, the order of the data and the learning rates need no state; they are functions of the step.
 """
 
 import shlex
@@ -21,7 +21,7 @@ def save_checkpoint(run: RunFolder, step: int, objects: Mapping[str, Stateful], 
     """Write the state of every object after ``step`` optimizer steps.
 
     Raises:
-        StorageError: The disk is full; older checkpoints still stand.
+        StorageError: The disk is full; older checkpoints are untouched.
     """
 
     def write(folder: Path) -> None:
@@ -33,16 +33,16 @@ def save_checkpoint(run: RunFolder, step: int, objects: Mapping[str, Stateful], 
 
 
 def restore_checkpoint(run: RunFolder, step: int, objects: Mapping[str, Stateful]) -> str:
-    """Give every object the state it had after ``step`` steps; return the key of the data the run had.
+    """Restore every object to its state after ``step`` steps; return the key of the data used by then.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, or holds other objects.
+        CheckpointError: The checkpoint is damaged, or holds different objects.
     """
     folder = run.checkpoint_dir(step)
     names, data_key = _read_list(run, step)
     if names != sorted(objects):
         raise CheckpointError(
-            f"{folder}: holds {', '.join(names)}, this run has {', '.join(sorted(objects))}; resume with "
+            f"{folder}: holds {', '.join(names)}, but this run has {', '.join(sorted(objects))}; resume with "
             f"the settings in {run.config_file}, or choose another output_dir"
         )
     try:
@@ -57,12 +57,12 @@ def restore_checkpoint(run: RunFolder, step: int, objects: Mapping[str, Stateful
 
 
 def _read_list(run: RunFolder, step: int) -> tuple[list[str], str]:
-    """Return the names of the objects in a checkpoint, and the key of the data."""
+    """Return the names of the objects in a checkpoint, and the key of its data."""
     folder = run.checkpoint_dir(step)
     file = folder / _STATE_FILE
     try:
         if not check_file(file, folder / MARKER):
-            say(f"{folder}: was written by an older version, without checksums; its files are not checked")
+            say(f"{folder}: was written by an older version without checksums, so its files are not verified")
     except StorageError as error:
         raise CheckpointError(f"{error}; {_way_out(run, step)}") from error
     state = read_json(file)
@@ -75,14 +75,14 @@ def _read_list(run: RunFolder, step: int) -> tuple[list[str], str]:
 
 
 def _way_out(run: RunFolder, damaged: int) -> str:
-    """Say what to delete, and the command that goes on from the last checkpoint that is whole."""
+    """Say what to delete, and the command that continues from the last intact checkpoint."""
     older = [step for step in run.complete_steps() if step < damaged]
     whole = next((step for step in reversed(older) if _is_whole(run, step)), None)
     in_the_way = [step for step in run.complete_steps() if (-1 if whole is None else whole) < step <= damaged]
     delete = " and ".join(str(run.checkpoint_dir(step)) for step in in_the_way)
     command = f"lowmem-db train {shlex.quote(str(run.config_file))} --resume"
-    goes_on = "starts anew" if whole is None else f"goes on after step {whole}, the last one that is whole"
-    return f"delete {delete}, then this command {goes_on}: {command}"
+    goes_on = "start from scratch" if whole is None else f"continue after step {whole}, the last intact checkpoint,"
+    return f"delete {delete}, then {goes_on} with: {command}"
 
 
 def _is_whole(run: RunFolder, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a run writes about its steps: a row in ``metrics.jsonl``, and TensorBoard curves where asked for."""
+"""What a run records about its steps: a row in ``metrics.jsonl``, and TensorBoard curves if enabled."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,11 +15,11 @@ class MetricsWriter:
 
     Args:
         run: The run folder; rows after ``start_step`` must be gone already.
-        tensorboard: Whether to write event files; None: where tensorboard is installed.
+        tensorboard: Whether to write event files. None means: if tensorboard is installed.
         start_step: Steps that are done.
 
     Raises:
-        DependencyError: TensorBoard is asked for and is missing.
+        DependencyError: TensorBoard is asked for but missing.
     """
 
     def __init__(self, run: RunFolder, *, tensorboard: bool | None, start_step: int) -> None:
@@ -28,7 +28,7 @@ class MetricsWriter:
         self._curves = _open_curves(run.tensorboard_dir, start_step) if wanted else None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; values that are None are null in the file and absent from the curves.
+        """Append one row; a None is null in the file and absent from the curves.
 
         Raises:
             StorageError: The disk is full.
@@ -52,7 +52,7 @@ class MetricsWriter:
             raise as_storage_error(error, self._folder) from error
 
     def close(self) -> None:
-        """Flush and close the curves; a full disk was reported by what was written before."""
+        """Flush and close the curves; a full disk was already reported by an earlier write."""
         if self._curves is not None:
             with suppress(OSError):
                 self._curves.close()

@@ -1,7 +1,7 @@
-"""What watches a run: the screen, the metrics, samples, scores, and whatever else wants to know.
+"""What watches a run: the console, the metrics, samples and scores, and your own observers.
 
-The trainer tells every observer what has happened, in their order, and asks each of them what it wants. A report or a
-page is one observer more: ``lowmem_db.train(config, observers=[...])``.
+The trainer notifies all observers of each event, in order, and asks what they want. Add your own:
+``lowmem_db.train(config, observers=[...])``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ _LINES_WITHOUT_TERMINAL = 20
 
 @runtime_checkable
 class Training(Protocol):
-    """What an observer may ask of a run, which is a :class:`lowmem_db.training.trainer.Trainer`.
+    """What an observer may use of the :class:`lowmem_db.training.trainer.Trainer`.
 
     Attributes:
         config: The resolved configuration.
@@ -47,7 +47,7 @@ class Training(Protocol):
         ...
 
     def save_checkpoint(self) -> None:
-        """Save what a run is continued from, now."""
+        """Save a checkpoint now."""
         ...
 
     def tell(self, event: Event, *details: Any) -> None:
@@ -56,10 +56,10 @@ class Training(Protocol):
 
 
 class Observer:
-    """Watches a run; here every method does nothing. An error that one of them raises ends the run."""
+    """Base class: every method does nothing. An error raised by an observer ends the run."""
 
     def start(self, trainer: Training) -> None:
-        """The run begins, or goes on after ``trainer.step`` steps."""
+        """The run starts, or continues after ``trainer.step`` steps."""
 
     def step(self, row: Mapping[str, Any]) -> None:
         """A step is done; ``row`` is its row of ``metrics.jsonl``."""
@@ -74,10 +74,10 @@ class Observer:
         """The images of a step were scored."""
 
     def end(self) -> None:
-        """The run stops, for whatever reason; nothing more is told."""
+        """The run ends, for whatever reason; no event follows."""
 
     def wants_checkpoint(self, step: int) -> bool:
-        """Whether a checkpoint has to be saved after a step."""
+        """Whether to save a checkpoint after a step."""
         return False
 
     def step_to_keep(self) -> int | None:
@@ -100,7 +100,7 @@ class ConsoleBar(Observer):
         self._task: TaskID = self._bar.add_task("training", total=self._total, completed=trainer.step, loss="")
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Move it on."""
+        """Advance the bar."""
         prior = "" if row["loss_prior"] is None else f" prior {row['loss_prior']:.4f}"
         text = f"loss {row['loss']:.4f} instance {row['loss_instance']:.4f}{prior} {row['seconds']:.2f} s/step"
         self._bar.update(self._task, advance=1, loss=text)
@@ -109,22 +109,22 @@ class ConsoleBar(Observer):
             say(f"step {step}/{self._total} {text}")
 
     def end(self) -> None:
-        """Take it away."""
+        """Remove the bar."""
         self._bar.stop()
 
 
 class MetricsFiles(Observer):
-    """Rows of ``metrics.jsonl``, and curves of TensorBoard where it is asked for or installed."""
+    """Writes ``metrics.jsonl``, and TensorBoard curves if asked for or installed."""
 
     def start(self, trainer: Training) -> None:
-        """Open the files; rows of steps that are done again are gone."""
+        """Open the files; rows of steps that will be repeated are gone already."""
         self._trainer = trainer
         self._writer = MetricsWriter(
             trainer.run, tensorboard=trainer.config.logging.tensorboard, start_step=trainer.step
         )
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Append the row; where the disk refuses it, the model in memory is saved before the run ends."""
+        """Append the row; if the disk refuses it, save the model in memory before the run ends."""
         trainer = self._trainer
         write_row_or_save(
             trainer.run,
@@ -135,7 +135,7 @@ class MetricsFiles(Observer):
         )
 
     def score(self, step: int, metrics: Metrics) -> None:
-        """Add the scores to the curves; their file is that of :class:`ScoreKeeper`."""
+        """Add the scores to the curves; :class:`ScoreKeeper` writes their file."""
         self._writer.write_curves({"step": step, **metrics})
 
     def end(self) -> None:
@@ -156,7 +156,7 @@ class Samples(Observer):
         self._config, self._run, self._draw = config, run, draw
 
     def start(self, trainer: Training) -> None:
-        """Draw what a run that was killed after a checkpoint still owes."""
+        """Draw the samples that are missing if the run was killed after a checkpoint."""
         self._trainer = trainer
         self.checkpoint(trainer.step)
 
@@ -166,7 +166,7 @@ class Samples(Observer):
         return bool(self._config.sampling.prompts) and _is_due(step, every, self._config)
 
     def checkpoint(self, step: int) -> None:
-        """Draw them, unless they are there."""
+        """Draw the samples, unless they exist."""
         folder = self._run.samples_dir(step)
         if self.wants_checkpoint(step) and not folder.is_dir():
             with self._trainer.weights():
@@ -176,13 +176,13 @@ class Samples(Observer):
 
 
 class ScoreKeeper(Observer):
-    """Scores images when that is due, keeps the best checkpoint, and stops a run that no longer gets better.
+    """Scores images when due, keeps the best checkpoint, and stops a run that no longer improves.
 
     Args:
         config: The configuration.
         run: The run folder.
-        draw: Draws what is scored: images by prompt.
-        score: Returns what :meth:`Scores.add` takes.
+        draw: Draws the images to score, by prompt.
+        score: Returns the metrics for :meth:`Scores.add`.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class ScoreKeeper(Observer):
         self._scores = Scores(run, config.evaluation.patience)
 
     def start(self, trainer: Training) -> None:
-        """Score what a run that was killed after a checkpoint still owes."""
+        """Score the step that is missing if the run was killed after a checkpoint."""
         self._trainer = trainer
         self.checkpoint(trainer.step)
 
@@ -206,7 +206,7 @@ class ScoreKeeper(Observer):
         return every is not None and _is_due(step, every, self._config)
 
     def checkpoint(self, step: int) -> None:
-        """Score the step, unless it has its score."""
+        """Score the step, unless it has a score."""
         if not self.wants_checkpoint(step) or self._scores.has(step):
             return
         with self._trainer.weights():
@@ -216,11 +216,11 @@ class ScoreKeeper(Observer):
         self._trainer.tell("score", step, found)
 
     def step_to_keep(self) -> int | None:
-        """The step with the best score, where ``evaluation.keep_best`` says so."""
+        """The step with the best score, if ``evaluation.keep_best`` is set."""
         return self._scores.best_step() if self._config.evaluation.keep_best else None
 
     def reason_to_stop(self) -> str | None:
-        """Whether the last scores had no new best."""
+        """A reason if the last scores brought no new best."""
         if not self._scores.out_of_patience():
             return None
         return f"no better score since step {self._scores.best_step()}"

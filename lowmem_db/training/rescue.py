@@ -1,4 +1,4 @@
-"""What a full or vanished disk must not cost: the model in memory is saved before the run ends."""
+"""Save the model in memory before a full or missing disk ends the run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,16 +12,16 @@ from lowmem_db.storage.run_folder import RunFolder
 
 
 def save_with_room(run: RunFolder, save: Callable[[], object], *, keep: int | None, also: int | None) -> None:
-    """Save a checkpoint; where the disk is full, delete first those that it makes superfluous.
+    """Save a checkpoint; if the disk is full, first delete the checkpoints that it supersedes.
 
     Args:
         run: The run folder.
         save: Writes the checkpoint.
         keep: The field ``checkpointing.keep``.
-        also: A step whose checkpoint stays in any case.
+        also: A step whose checkpoint is always kept.
 
     Raises:
-        StorageError: There is no room even so; the newest checkpoint still stands.
+        StorageError: There is still no room; the newest checkpoint is untouched.
     """
     try:
         save()
@@ -35,10 +35,10 @@ def save_with_room(run: RunFolder, save: Callable[[], object], *, keep: int | No
 
 @contextmanager
 def saving_first(run: RunFolder, config: Config, step: int, save: Callable[[], object]) -> Iterator[None]:
-    """Save the model in memory before an error of the disk in the block ends the run.
+    """Save the model in memory before a disk error in the block ends the run.
 
     Args:
-        run: The run folder; its configuration is written again where the folder has vanished.
+        run: The run folder; its configuration is written again if the folder has vanished.
         config: The configuration.
         step: Optimizer steps done.
         save: Writes the checkpoint.
@@ -61,7 +61,7 @@ def saving_first(run: RunFolder, config: Config, step: int, save: Callable[[], o
 def write_row_or_save(
     run: RunFolder, config: Config, step: int, *, write: Callable[[], object], save: Callable[[], object]
 ) -> None:
-    """Write the row of a step; where that fails, save a checkpoint, try once more, and end the run.
+    """Write the row of a step; if that fails, save a checkpoint, try once more, and end the run.
 
     Raises:
         StorageError: The row could not be written at first.
@@ -69,7 +69,7 @@ def write_row_or_save(
 
     def save_and_write() -> None:
         save()
-        with suppress(StorageError):  # the row of a step that has its checkpoint is missed by nobody who resumes
+        with suppress(StorageError):  # a resume does not need the row of a step that has a checkpoint
             write()
 
     with saving_first(run, config, step, save_and_write):

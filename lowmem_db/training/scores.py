@@ -1,6 +1,6 @@
-"""Scores of the steps of a run: which was the best, and whether it is time to stop.
+"""Scores of the steps of a run: which one was best, and whether it is time to stop.
 
-Both follow from the rows of ``scores.jsonl`` alone, so a run that is resumed decides as one that was not.
+Both follow from ``scores.jsonl`` alone, so a resumed run decides like an uninterrupted one.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ class Scores:
 
     Args:
         run: The run folder.
-        patience: Scores in a row without a new best after which the run stops. None: it never does.
+        patience: Stop after so many scores in a row without a new best. None: never stop.
     """
 
     def __init__(self, run: RunFolder, patience: int | None) -> None:
@@ -23,11 +23,11 @@ class Scores:
         self._patience = patience
 
     def has(self, step: int) -> bool:
-        """Return whether a step has its score."""
+        """Return whether a step has a score."""
         return any(row["step"] == step for row in self._rows())
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write down what a step scored: ``score``, the greater the better, and the metrics behind it.
+        """Record the scores of a step: ``score``, higher is better, and the metrics behind it.
 
         Raises:
             StorageError: The disk is full.
@@ -37,12 +37,12 @@ class Scores:
         say(f"scores of step {step}: {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())}{best}")
 
     def best_step(self) -> int | None:
-        """Return the step of the greatest score, of equal ones the first; None before the first."""
+        """Return the step with the highest score, the first one among equals; None if there is no score yet."""
         rows = self._rows()
         return max(rows, key=lambda row: row["score"])["step"] if rows else None
 
     def out_of_patience(self) -> bool:
-        """Return whether the last ``patience`` scores had no new best."""
+        """Return whether the last ``patience`` scores brought no new best."""
         if self._patience is None or (best := self.best_step()) is None:
             return False
         return sum(row["step"] > best for row in self._rows()) >= self._patience

@@ -1,4 +1,4 @@
-"""A signal while a model trains: the step in progress is finished, a checkpoint is saved, and then the run stops."""
+"""Signals during training: the current step is finished, a checkpoint is saved, and the run stops."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ class StopRequest:
 
     @contextmanager
     def after_checkpoint(self, what: str) -> Iterator[None]:
-        """Mark what is done after a checkpoint of this step and before the next one: the run stops when it is done.
+        """Mark work that follows a checkpoint of this step; a run that was asked to stop ends after it.
 
         Args:
             what: Its name in messages: ``samples``, ``scores``.
@@ -46,7 +46,7 @@ class StopRequest:
             self.stop()
 
     def stop(self) -> None:
-        """End the run, whose checkpoint stands.
+        """End the run; its checkpoint is saved.
 
         Raises:
             RunInterrupted: Always.
@@ -54,7 +54,7 @@ class StopRequest:
         raise RunInterrupted(f"{self.signal_name}: stopped after step {self._step()}; continue with --resume")
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note the first signal; on a second one stop at once, and say what that costs."""
+        """Note the first signal; on the second, stop at once and say what is lost."""
         name = signal.Signals(number).name
         if self:
             raise RunInterrupted(f"{name}: {self._what_is_given_up()}; continue with --resume")
@@ -62,14 +62,14 @@ class StopRequest:
         if self._after_checkpoint:
             say(
                 f"{name}: the checkpoint of step {self._step()} is saved; stopping after its {self._after_checkpoint}; "
-                "once more to give them up"
+                "a second signal skips them"
             )
         else:
-            say(f"{name}: saving a checkpoint after this step; once more to stop at once ({self._steps_lost()})")
+            say(f"{name}: saving a checkpoint after this step; a second signal stops at once ({self._steps_lost()})")
 
     def _what_is_given_up(self) -> str:
         if self._after_checkpoint:
-            return f"gave up the {self._after_checkpoint} of step {self._step()}, which --resume makes up for"
+            return f"skipped the {self._after_checkpoint} of step {self._step()}; --resume makes them"
         return f"stopped at once; {self._steps_lost()}"
 
     def _steps_lost(self) -> str:
@@ -82,7 +82,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(run: RunFolder, step: Callable[[], int]) -> Iterator[StopRequest]:
-    """Turn the first signal into a request; a second one stops at once, without a checkpoint.
+    """Turn the first signal into a request to stop; the second stops at once, without a checkpoint.
 
     Args:
         run: The run folder.

@@ -1,4 +1,4 @@
-"""The loop: when to step, to save and to stop. What else happens along the way is an observer's."""
+"""The loop: when to step, save and stop. Observers do everything else."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -32,23 +32,23 @@ from lowmem_db.training.signals import StopRequest, stop_on_signals
 
 
 class Trainer:
-    """Trains a denoiser from the step it stands at to ``training.max_train_steps``.
+    """Trains a denoiser from its current step to ``training.max_train_steps``.
 
     Args:
         config: The resolved configuration.
         run: The run folder.
-        denoiser: The model; what trains in it is attached.
-        adaptation: What trains.
+        denoiser: The model, with the adaptation attached.
+        adaptation: What trains: all weights, or adapters.
         objective: The loss.
-        optimizer: Its groups are named after the components of the denoiser.
+        optimizer: The optimizer; its groups are named after the components of the denoiser.
         batches: All batches of the run.
         ema: Moving average of the weights, or None.
-        observers: Are told what happens, in this order.
+        observers: Notified of each event, in this order.
 
     Attributes:
         step: Optimizer steps done.
-        peak_step_bytes: Most memory in use in a step so far, as :func:`environment.peak_bytes` counts it.
-        trained_modules: Components in which something trains, or did before it was stopped.
+        peak_step_bytes: Peak memory of a step so far, as counted by :func:`environment.peak_bytes`.
+        trained_modules: Components that train, or trained until they were stopped.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Trainer:
         self.peak_step_bytes = 0
 
     def stateful_objects(self) -> dict[str, Stateful]:
-        """Return the one list of what a checkpoint holds."""
+        """Return the objects that a checkpoint holds, by name."""
         objects: dict[str, Stateful] = {
             name: self.adaptation.state(name, module) for name, module in self.trained_modules.items()
         }
@@ -85,21 +85,21 @@ class Trainer:
         return objects if self.ema is None else objects | {"ema": self.ema}
 
     def resume(self, step: int | None = None) -> None:
-        """Continue from the checkpoint of a step, by default the newest complete one, or start where there is none.
+        """Continue from the checkpoint of a step (default: the newest complete one), or start if there is none.
 
         Raises:
-            CheckpointError: The checkpoint is damaged, or belongs to other settings.
+            CheckpointError: The checkpoint is damaged, or was written with different settings.
         """
         complete = self.run.complete_steps()
         if not complete:
-            say(f"resume: {self.run.root} has no complete checkpoint, starting at step 1")
+            say(f"resume: {self.run.root} has no complete checkpoint; starting at step 1")
             return
         self.step = complete[-1] if step is None else step
         self._stop_text_encoders_where_due()
         data_key = restore_checkpoint(self.run, self.step, self.stateful_objects())
         if data_key != self._data_key():
             say("resume: photos, class images or captions have changed since the checkpoint; the new ones are used")
-        say(f"resume: going on after step {self.step}")
+        say(f"resume: continuing after step {self.step}")
 
     def train(self) -> None:
         """Train to the last step, or until an observer has a reason to stop.
@@ -126,7 +126,7 @@ class Trainer:
         return self.step == self.config.training.max_train_steps
 
     def tell(self, event: Event, *details: Any) -> None:
-        """Tell every observer what has happened."""
+        """Notify every observer of an event."""
         for observer in self.observers:
             getattr(observer, event)(*details)
 
@@ -140,7 +140,7 @@ class Trainer:
 
     @contextmanager
     def _observed(self, stop: StopRequest) -> Iterator[None]:
-        """Start the observers, and end those that were started, the last one first."""
+        """Start the observers; afterwards end those that were started, in reverse order."""
         started: list[Observer] = []
         try:
             with stop.after_checkpoint("samples and scores") if self.step else nullcontext():
@@ -182,13 +182,13 @@ class Trainer:
         if is_saved:
             with stop.after_checkpoint("samples and scores"):
                 self.tell("checkpoint", self.step)
-                self._prune_checkpoints()  # once more: a score may have made another one the best
+                self._prune_checkpoints()  # again: a score may have changed which one is best
 
     def save_checkpoint(self) -> None:
-        """Save what a run is continued from, now.
+        """Save a checkpoint now.
 
         Raises:
-            StorageError: The disk is full; the newest checkpoint still stands.
+            StorageError: The disk is full; the newest checkpoint is untouched.
         """
         try:
             save_with_room(
@@ -216,7 +216,7 @@ class Trainer:
         for name in training:
             self.denoiser.modules()[name].requires_grad_(False)
             self.optimizer.remove_group(name)
-        say(f"the text encoder stays as it is after step {stop}")
+        say(f"the text encoder stops training after step {stop}")
 
     def _row(self, output: StepOutput, rates: dict[str, float], seconds: float) -> dict[str, Any]:
         peak_bytes = environment.peak_bytes(self.denoiser.device)
@@ -233,7 +233,7 @@ class Trainer:
         }
 
     def _rates_of_row(self, rates: dict[str, float]) -> dict[str, float | None]:
-        """Return the rates under their names in ``metrics.jsonl``: null where nothing steps."""
+        """Return the rates under their names in ``metrics.jsonl``; None for a component that does not train."""
         stepped = {name: rates[name] if name in self.optimizer.group_names() else None for name in rates}
         denoiser, *others = rates
         return {"lr": stepped[denoiser], "lr_text_encoder": None} | {f"lr_{name}": stepped[name] for name in others}

@@ -8,8 +8,8 @@ The archive holds, with paths relative to its root, in which every command is gi
 * ``models``, ``photos`` and ``cache``: what all runs share;
 * ``unfinished/CASE``: runs that were killed in their fifth step of six, with the checkpoint of the fourth;
 * ``finished/CASE``: configuration and final model of runs that were not killed;
-* ``expected``: pictures that ``generate`` drew, and the samples of a run. Those of ``finished/lora_xl`` were drawn again
-  when the dropout of its adapters no longer changed what ``generate`` draws.
+* ``expected``: pictures that ``generate`` drew, and the samples of a run. Those of ``finished/lora_xl`` were drawn
+  again when the dropout of its adapters no longer changed what ``generate`` draws.
 """
 
 import json

@@ -109,7 +109,7 @@ def test_questionnaire_is_written_and_tallied(run: Run, images: Path, tmp_path: 
     [
         (("nothing",), "RUN_OR_IMAGES: nothing does not exist"),
         (("images",), "--real: is required"),
-        (("images", "images"), "RUN_OR_IMAGES: 2 are given; allowed: one"),
+        (("images", "images"), "RUN_OR_IMAGES: 2 given; allowed: one"),
         (("images", "--real", "nothing"), "--real: nothing does not exist"),
         (("images", "--real", "empty"), "--real: empty has no pictures"),
         (("empty", "--real", "images"), "IMAGES: empty is empty"),

@@ -41,7 +41,7 @@ def answer(environment_of_commands: dict[str, str], tmp_path: Path) -> Callable[
         ),
         ("subject.instance_dir=empty", "subject.instance_dir: empty is empty; allowed: JPEG"),
         ("subject.instance_dir=tiny.yaml", "subject.instance_dir: tiny.yaml is a file; allowed: a folder"),
-        ("trainin.x=1", "trainin: there is no such field; did you mean training?"),
+        ("trainin.x=1", "trainin: unknown field; did you mean training?"),
         ("subject.instance_dir=\x1b[31mred[/bold]", "subject.instance_dir: \\x1b[31mred[/bold] does not exist"),
     ],
 )
@@ -59,7 +59,7 @@ def test_is_told_in_one_line_and_at_once(
 
 def test_a_missing_configuration_is_told_at_once(answer: Callable[..., tuple[str, str]], config_file: Path) -> None:
     out, err = answer("train", "tny.yaml")
-    assert (out, err) == ("2 []\n", "error: tny.yaml: there is no such configuration file; did you mean tiny.yaml?\n")
+    assert (out, err) == ("2 []\n", "error: tny.yaml: the configuration file does not exist; did you mean tiny.yaml?\n")
 
 
 def test_photos_that_serve_as_class_images_are_refused(tiny_config: Config, tmp_path: Path) -> None:
@@ -69,6 +69,6 @@ def test_photos_that_serve_as_class_images_are_refused(tiny_config: Config, tmp_
     for folder in (photos, link, photos / ".." / photos.name):
         tree = tiny_config.model_dump(mode="json")
         config = load_config(None, [*tree.items(), ("prior", {**tree["prior"], "class_dir": str(folder)})])
-        with pytest.raises(DataError, match=r"prior\.class_dir: .* is the folder of photos too"):
+        with pytest.raises(DataError, match=r"prior\.class_dir: .* is also the photo folder"):
             check_inputs(config)
     check_inputs(tiny_config)

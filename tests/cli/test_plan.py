@@ -29,6 +29,8 @@ def test_json_keeps_its_contract(run: Run, config_file: Path) -> None:
         assert phase["peak_bytes"] == sum(phase["parts"].values())
     largest = max(phase["peak_bytes"] for phase in found["phases"])
     assert found["peak_bytes"] == largest + found["allowance_bytes"] <= found["budget_bytes"] == 2 << 30
+    assert found["tensor_bytes"] == largest < found["process_bytes"] == found["peak_bytes"]
+    assert found["reserved_bytes"] is None
     assert found["strategy"]["checkpointing"] == "none"
     assert all(set(refusal) == {"strategy", "reason"} for refusal in found["refused"])
 
@@ -38,7 +40,7 @@ def test_screen_has_a_bar_for_each_phase(run: Run, config_file: Path) -> None:
     assert outcome.code == 0, outcome.err
     lines = outcome.out.splitlines()
     assert lines[0] == "fp32, no checkpointing"
-    assert " GiB on CPU, of that " in lines[1]
+    assert " GiB on CPU, including " in lines[1]
     train = next(line for line in lines if line.strip().startswith("train"))
     assert "█" in train
 
@@ -55,14 +57,14 @@ def test_budget_that_is_too_small_is_exit_code_3(run: Run, config_file: Path) ->
     assert (outcome.code, outcome.out) == (3, "")
     lines = outcome.err.strip().splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("memory.budget: 0.0 GiB is less than any strategy needs; the smallest budget that would")
+    assert lines[0].startswith("memory.budget: 0.0 GiB is less than any strategy needs; the smallest budget that is")
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (("--gpu", "rtx 3600"), "--gpu: 'rtx 3600' is not known; did you mean RTX 3"),
-        (("--budget", "lots"), "--budget: 'lots' is no size; allowed: for instance 8GiB"),
+        (("--gpu", "rtx 3600"), "--gpu: 'rtx 3600' is unknown; did you mean RTX 3"),
+        (("--budget", "lots"), "--budget: 'lots' is not a size; allowed: 8GiB"),
         (("--gpu", "T4", "--verify"), "--gpu: 'T4' cannot be verified here"),
         (
             ("model.base=nowhere/at-all",),
@@ -84,6 +86,7 @@ def test_mistakes_are_named(
 def test_card_that_is_named_is_planned_for_with_its_memory(run: Run, config_file: Path) -> None:
     found = json.loads(run("plan", config_file, "--gpu", "t4", "--json").out)
     assert found["device"] == "T4"
+    assert found["tensor_bytes"] < found["reserved_bytes"] < found["process_bytes"] == found["peak_bytes"]
     assert found["budget_bytes"] == int(15 * 0.97 * 2**30)
     assert (found["strategy"]["weights"], found["strategy"]["mixed_precision"]) == ("fp32", "fp16")
 

@@ -45,7 +45,7 @@ def test_best_checkpoint_stays_and_becomes_the_final_model(
     scripted([0.1, 0.5, 0.2, 0.4, 0.3, 0.3])
     outcome = run("train", config_file, *FAST)
     assert outcome.code == 0
-    assert "the final model is that of step 2" in outcome.err
+    assert "the final model is taken from step 2" in outcome.err
     folder = RunFolder(tmp_path / "run")
     assert folder.complete_steps() == [2, 6]
     assert [row["score"] for row in read_rows(folder.scores_file)] == [0.1, 0.5, 0.2, 0.4, 0.3, 0.3]

@@ -195,12 +195,12 @@ def test_what_is_no_file_is_refused(path: str) -> None:
 def test_hints(tmp_path: Path) -> None:
     """What the commonest mistakes are told."""
     for content, hint in {
-        b'cache_dir: "C:\\Users\\me"': "write single quotes, or / in paths",
+        b'cache_dir: "C:\\Users\\me"': "use single quotes, or / in paths",
         "seed: 1".encode("utf-16"): "it is UTF-16; save it as UTF-8",
-        b"seed: 010": "010 in line 1 is 8 to YAML; write the number plainly, or in quotes where it is a text: '010'",
-        b"seed: 1:30": "1:30 in line 1 is 90 to YAML",
+        b"seed: 010": "YAML reads 010 in line 1 as 8; write that number, or quote it if it is a text: '010'",
+        b"seed: 1:30": "YAML reads 1:30 in line 1 as 90",
         b"{[1]: 2}": "line 1 has a sequence as a key; allowed: a word",
-        b"\n\na: &a [*a]": "line 3 holds an alias of itself",
+        b"\n\na: &a [*a]": "line 3 contains an alias of itself",
     }.items():
         (tmp_path / "run.yaml").write_bytes(content)
         with pytest.raises(ConfigError) as refused:

@@ -41,16 +41,16 @@ def problems_of(*arguments: str) -> list[str]:
 )
 def test_unknown_field_names_the_nearest(argument: str, nearest: str) -> None:
     (problem,) = problems_of(argument)
-    assert problem == f"{argument.partition('=')[0]}: there is no such field; did you mean {nearest}?"
+    assert problem == f"{argument.partition('=')[0]}: unknown field; did you mean {nearest}?"
 
 
 def test_unknown_section_names_the_nearest() -> None:
-    assert problems_of("trainings.max_train_steps=5") == ["trainings: there is no such field; did you mean training?"]
+    assert problems_of("trainings.max_train_steps=5") == ["trainings: unknown field; did you mean training?"]
 
 
 def test_unknown_field_without_a_neighbour_lists_the_sections() -> None:
     (problem,) = problems_of("xyzzy=1")
-    assert problem.startswith("xyzzy: there is no such field; allowed sections: model, subject, output_dir")
+    assert problem.startswith("xyzzy: unknown field; allowed sections: model, subject, output_dir")
 
 
 def test_every_problem_is_shown_at_once() -> None:
@@ -166,7 +166,7 @@ def test_wrong_value_is_refused_by_the_name_of_its_field(argument: str, field: s
 
 @pytest.mark.parametrize("argument", ["=5", "training.learning_rate"])
 def test_argument_that_is_no_override_is_refused(argument: str) -> None:
-    with pytest.raises(ConfigError, match=r"is no override; allowed: section\.key=value"):
+    with pytest.raises(ConfigError, match=r"is not an override; allowed: section\.key=value"):
         parse_override(argument)
 
 
@@ -214,9 +214,11 @@ def test_file_that_holds_no_configuration_is_refused_in_one_line(tmp_path: Path,
 
 def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "demo.yaml").touch()
-    with pytest.raises(ConfigError, match=r"dmo\.yaml: there is no such configuration file; did you mean .*demo\.yaml"):
+    with pytest.raises(
+        ConfigError, match=r"dmo\.yaml: the configuration file does not exist; did you mean .*demo\.yaml"
+    ):
         read_yaml(tmp_path / "dmo.yaml")
-    with pytest.raises(ConfigError, match=r"the folder .*nowhere is missing too"):
+    with pytest.raises(ConfigError, match=r"the folder .*nowhere does not exist either"):
         read_yaml(tmp_path / "nowhere" / "run.yaml")
     with pytest.raises(ConfigError, match="cannot be read as YAML"):
         read_yaml(tmp_path)
@@ -299,5 +301,5 @@ def test_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     lines = [number for number, line in enumerate(text.splitlines(), 1) if "seed" in line]
-    with pytest.raises(ConfigError, match=f"seed stands twice, in line {lines[0]} and in line {lines[1]}"):
+    with pytest.raises(ConfigError, match=f"seed appears twice, in line {lines[0]} and in line {lines[1]}"):
         read_yaml(path)

@@ -167,7 +167,7 @@ def test_choices_fill_what_is_open_alone():
 def test_frozen_weights_of_a_lora_run_are_part_of_the_strategy():
     config = resolve(config_of({"lora.enabled": True, "lora.base_weights": "nf4"}))
     assert (config.memory.weights, config.lora.base_weights, autocast(config)) == ("fp32", "nf4", "bf16")
-    assert describe(config).startswith("LoRA beside nf4 weights with bf16 autocast, ")
+    assert describe(config).startswith("LoRA on nf4 weights with bf16 autocast, ")
     assert resolve(config_of({"lora.enabled": True})).lora.base_weights == "fp32"
     assert resolve(config_of({})).lora == LoraConfig()
 
@@ -200,7 +200,9 @@ def test_a_registered_field_is_planned_like_those_of_the_package():
         assert config_of({"memory.techniques": {"toy": True}}).memory.techniques == {"toy": True}
     finally:
         forget()
-    with pytest.raises(ConfigError, match=r"memory\.techniques: \{'toy': True\} names a technique that nobody"):
+    with pytest.raises(
+        ConfigError, match=r"memory\.techniques: \{'toy': True\} names a technique that is not registered"
+    ):
         config_of({"memory.techniques": {"toy": True}})
 
 
@@ -212,5 +214,5 @@ def test_plainly_rounded_weights_are_refused_with_the_way_out():
 def test_the_budget_is_a_size_or_auto():
     assert config_of({}).memory.budget == "auto"
     assert config_of({"memory.budget": "8GiB"}).memory.budget == 8 << 30
-    with pytest.raises(ConfigError, match=r"memory\.budget.*'8 gigs'.*allowed: for instance 8GiB"):
+    with pytest.raises(ConfigError, match=r"memory\.budget.*'8 gigs'.*allowed: 8GiB"):
         config_of({"memory.budget": "8 gigs"})

@@ -84,6 +84,6 @@ def test_captions_that_differ_are_refused(folder: Path) -> None:
     assert Captions(look_into(folder, "x")).of(folder / "a.jpg") == "one"
     (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "two"}')
     with pytest.raises(
-        DataError, match=r"a\.jpg: has captions that differ, in a\.caption, a\.txt, metadata\.jsonl; allow"
+        DataError, match=r"a\.jpg: has different captions in a\.caption, a\.txt, metadata\.jsonl; allow"
     ):
         Captions(look_into(folder, "x")).of(folder / "a.jpg")

@@ -101,7 +101,7 @@ class TestLoadPixels:
 
     def test_a_file_of_another_size_than_its_record(self, ramp):
         Image.new("RGB", (80, 80)).save(ramp.path)
-        with pytest.raises(DataError, match=r"ramp.png: is 80 x 80 pixels, it was 256 x 64"):
+        with pytest.raises(DataError, match=r"ramp.png: is 80 x 80 pixels, but was 256 x 64"):
             load_pixels(ramp, size=(64, 64), crop="center", index=0)
 
 

@@ -36,7 +36,7 @@ def test_a_caption_belongs_to_its_photo_however_it_is_spelled(tmp_path: Path, ph
 def test_captions_of_no_photo_are_named_with_the_photo_that_is_meant(tmp_path: Path) -> None:
     found = look_into(fill(tmp_path, "my_dog.jpg", "my_dgo.txt", "readme.txt"), FIELD)
     assert found.orphans() == [
-        "my_dgo.txt is the caption of no photo; is it that of my_dog.jpg?", "readme.txt is the caption of no photo",
+        "my_dgo.txt is a caption without a photo; is it for my_dog.jpg?", "readme.txt is a caption without a photo",
     ]  # fmt: skip
 
 

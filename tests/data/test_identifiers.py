@@ -109,7 +109,7 @@ class TestRareIdentifiers:
 
     def test_a_range_with_too_few(self, clip):
         with pytest.raises(
-            ConfigError, match=r"count: 2 identifiers.*48136 to 48136 gave 1; allowed: ranks 0 to 49407"
+            ConfigError, match=r"count: 2 identifiers.*48136 to 48136 have only 1; allowed: ranks 0 to 49407"
         ):
             rare_identifiers(clip, count=2, num_tokens=1, rank_range=(48136, 48137))
         with pytest.raises(ConfigError, match="gave 0"):

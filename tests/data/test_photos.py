@@ -68,19 +68,19 @@ class TestScan:
             (tmp_path / name).write_text(f"a sks dog, {name}")
         (tmp_path / "notes.md").touch()
         assert [record.prompt for record in scan(tmp_path)] == ["a sks dog, A.TXT", "a sks dog, b.caption", "a sks dog"]
-        assert "subject.instance_dir: c1.txt is the caption of no photo; is it that of c.png?" in caplog.text
+        assert "subject.instance_dir: c1.txt is a caption without a photo; is it for c.png?" in caplog.text
         said = capfd.readouterr().err
-        assert "captions: 2 of 3 photos have their own; the others have the prompt 'a sks dog'" in said
-        assert "subject.instance_dir: not read: notes.md (is no picture)" in said
+        assert "2 of 3 photos have their own caption; the others use the prompt 'a sks dog'" in said
+        assert "subject.instance_dir: not read: notes.md (not a picture)" in said
 
     def test_a_dangling_link_is_no_photo_less(self, tmp_path):
         save(tmp_path / "a.png")
         (tmp_path / "b.png").symlink_to("gone.png")
-        with pytest.raises(DataError, match=r"b\.png: is a link to gone\.png, which is not there; allowed: pictures"):
+        with pytest.raises(DataError, match=r"b\.png: is a link to gone\.png, which does not exist; allowed: pictures"):
             scan(tmp_path)
 
     @pytest.mark.parametrize(("head", "kind"), [
-        (b"<!DOCTYPE html><html>", "a web page and no picture"), (b"\x00\x00\x00\x20ftypmp42....", r"a video \(MP4\)"),
+        (b"<!DOCTYPE html><html>", "a web page, not a picture"), (b"\x00\x00\x00\x20ftypmp42....", r"a video \(MP4\)"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"), (b"%PDF-1.7", "a PDF document"),
         (b"8BPS\x00\x01", "a Photoshop document"), (b"PK\x03\x04....", "a ZIP archive"), (b"\xff\x0a....", "JPEG XL"),
         (b"II*\x00\x10\x00\x00\x00CR\x02\x00", "a camera's raw file"), (b"  <svg xmlns=", "an SVG drawing"),
@@ -112,7 +112,7 @@ class TestScan:
         assert all(line.startswith(f"subject.instance_dir: {tmp_path}") and "allowed: " in line for line in lines)
         for name, reason in {
             "tiny.png": "300 x 63 pixels", "empty.jpg": "0 bytes", "text.png": "cannot be decoded",
-            "cut.jpg": "cut off", "mute.txt": "is empty", "latin.txt": "UTF-8",
+            "cut.jpg": "truncated", "mute.txt": "is empty", "latin.txt": "UTF-8",
         }.items():  # fmt: skip
             assert any(name in line and reason in line for line in lines), name
 
@@ -246,7 +246,7 @@ class TestModes:
         frames[0].save(tmp_path / "a", image_format, save_all=True, append_images=frames[1:])
         for _ in range(2):
             read_photo(tmp_path / "a")
-        assert caplog.text.count("a: has 3 pictures; the first one is read") == 1
+        assert caplog.text.count("a: has 3 pictures; only the first one is used") == 1
 
     @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
     @pytest.mark.parametrize("name", ["a.avif", "a.jpg"])
@@ -319,7 +319,7 @@ class TestColourProfiles:
         whole = _srgb()
         profile = {"garbage": b"x" * 20, "cut": whole[:300], "other colour space": whole[:16] + b"CMYK" + whole[20:]}
         assert corner(save(tmp_path / "a.png", icc_profile=profile[damage])) == RED
-        assert "a.png: its colour profile is broken and ignored" in caplog.text
+        assert "a.png: its colour profile is broken and was ignored" in caplog.text
 
 
 class TestHeic:
@@ -327,7 +327,7 @@ class TestHeic:
 
     def test_without_the_library_the_message_says_how_to_get_it(self, tmp_path, monkeypatch):
         def missing(name):
-            raise DependencyError(f'{name} does not load: pip install "lowmem-db[heic]"')
+            raise DependencyError(f'{name} cannot be loaded: pip install "lowmem-db[heic]"')
 
         monkeypatch.setattr(environment, "require", missing)
         (tmp_path / "a.heic").write_bytes(self.HEAD)
@@ -373,7 +373,7 @@ class TestDamagedFiles:
             raise error("broken\ndata stream")
 
         monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
-        with pytest.raises(DataError, match=r"a.png: cannot be decoded, .*\(broken data stream\)"):
+        with pytest.raises(DataError, match=r"a.png: cannot be decoded; .*\(broken data stream\)"):
             read_photo(save(tmp_path / "a.png"))
 
     @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -398,7 +398,7 @@ class TestDamagedFiles:
     def test_half_a_file_is_refused(self, tmp_path, image_format):
         content = photo_bytes(image_format)
         (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
-        with pytest.raises(DataError, match="damaged or cut off"):
+        with pytest.raises(DataError, match="damaged or truncated"):
             scan(tmp_path)
 
     def test_a_missing_file(self, tmp_path):

@@ -54,7 +54,7 @@ def test_squares_are_shared_with_runs_without_buckets(
     said = capsys.readouterr().err
     assert "photos by size (width x height): 40 x 24: 1, 32 x 32: 1, 24 x 40: 1" in said
     assert said.count("class images: drawing") == 2
-    assert "class images: all 2 are there" in said
+    assert "class images: found all 2 in" in said
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -18,7 +18,6 @@ import pytest
 from lowmem_db import randomness
 from lowmem_db.cli.train import train
 from lowmem_db.errors import CheckpointError
-from lowmem_db.storage import atomic
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_tensors
 from lowmem_db.training import trainer as trainer_module
@@ -148,15 +147,15 @@ def kill_in_write(number: int) -> Callable[[], None]:
     """Return what makes the process kill itself at the n-th flush to disk: inside a checkpoint, a cache or final/."""
 
     def install() -> None:
-        original, count = atomic._flush, [0]
+        original, count = os.fsync, [0]
 
-        def killing(path: Path) -> None:
+        def killing(descriptor: int) -> None:
             count[0] += 1
             if count[0] == number:
                 os.kill(os.getpid(), signal.SIGKILL)
-            original(path)
+            original(descriptor)
 
-        atomic._flush = killing
+        os.fsync = killing
 
     return install
 
@@ -228,13 +227,13 @@ def count_writes(fields: dict[str, object]) -> int:
     counter = multiprocessing.get_context("fork").Value("i", 0)
 
     def install() -> None:
-        original = atomic._flush
+        original = os.fsync
 
-        def counting(path: Path) -> None:
+        def counting(descriptor: int) -> None:
             counter.value += 1
-            original(path)
+            original(descriptor)
 
-        atomic._flush = counting
+        os.fsync = counting
 
     assert run_in_child(fields, install) == 0
     return counter.value

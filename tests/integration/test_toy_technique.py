@@ -114,6 +114,6 @@ def test_it_is_gone_when_it_is_taken_back(fields: dict[str, object]) -> None:
         techniques.register(FIELD, Technique(fields=(FIELD.path,), apply=apply))
     undo()
     assert resolve(with_fields(fields)).memory.techniques == {}
-    with pytest.raises(ConfigError, match=r"memory\.techniques: .*half_activations.* that nobody registered"):
+    with pytest.raises(ConfigError, match=r"memory\.techniques: .*half_activations.* that is not registered"):
         with_fields(fields, **{"memory.techniques.half_activations": True})
     assert with_fields(fields, **{"memory.techniques.half_activations": False})

@@ -1,7 +1,6 @@
 """Predictions from shapes alone, against real steps: tensors that are followed, and the profiler's allocations."""
 
 import pytest
-import torch
 from torch import nn
 
 from lowmem_db.config.schema import Config
@@ -47,7 +46,7 @@ def test_peak_is_that_of_real_tensors(name):
     predicted = trace_train(make_run(config, CPU))
     model = find_model("demo")
     if name in {"plain", "all"}:
-        followed = measure_train(config, model, CPU_DEVICE, num_steps=1)
+        followed = measure_train(config, model, CPU_DEVICE, num_steps=1).tensor_bytes
         assert predicted.peak.total == pytest.approx(followed, rel=0.005)
     profiled = profiled_train_peak(config, model)
     assert predicted.peak.total + predicted.host_bytes == pytest.approx(profiled, rel=0.02)

@@ -24,7 +24,7 @@ def test_typo_names_the_near_ones(typo, near):
 
 
 def test_unknown_card_names_all():
-    with pytest.raises(ConfigError, match=r"--gpu: 'banana' is not known; Allowed: GTX 1660 Ti, .*T4.*--budget"):
+    with pytest.raises(ConfigError, match=r"--gpu: 'banana' is unknown; Allowed: GTX 1660 Ti, .*T4.*--budget"):
         find_card("banana")
 
 

@@ -90,10 +90,10 @@ def test_plan_is_the_configuration_with_nothing_left_open(plans, tiny):
 
 def test_budget_that_is_too_small_names_one_that_is_enough(tiny):
     planner = Planner(make_run(make_config(**tiny)))
-    with pytest.raises(BudgetError, match="the smallest budget that would do is") as raised:
+    with pytest.raises(BudgetError, match="the smallest budget that is enough is") as raised:
         planner.plan(100 << 20)
     assert raised.value.exit_code == 3
-    named = float(str(raised.value).partition("would do is ")[2].partition("GiB")[0])
+    named = float(str(raised.value).partition("is enough is ")[2].partition("GiB")[0])
     assert planner.plan(int(named * GIB)).peak_bytes <= named * GIB
 
 
@@ -119,7 +119,7 @@ def test_rule_that_refuses_every_strategy_is_an_error():
     fields = {"memory__stream_optimizer_state": True, "memory__optimizer_in_backward": True}
     config = make_config(ema__enabled=True, **fields)
     memory = config.memory.model_copy(update={"weights": "bf16_extra_bits"})  # what load_config refuses by itself
-    with pytest.raises(ConfigError, match=r"ema\.enabled: true averages whole weights"):
+    with pytest.raises(ConfigError, match=r"ema\.enabled: true averages complete weights"):
         plan(config.model_copy(update={"memory": memory}), Target(card=ASSUMED, budget_bytes=GIB))
 
 
@@ -162,7 +162,7 @@ def test_samples_are_tiled_where_they_would_be_the_peak(plan_for):
     roomy = plan_for(8 * GIB, **fields)
     tight = plan_for(roomy.peak_bytes - 1, **fields)
     assert (roomy.config.memory.tiled_samples, tight.config.memory.tiled_samples) == (False, True)
-    assert roomy.notes == ("the peak of the run is that of sample, not of train",)
+    assert roomy.notes == ("the peak of the run is in the phase sample, not in train",)
     assert tight.peak_bytes < roomy.peak_bytes
     with pytest.raises(BudgetError, match="phase sample"):
         plan_for(tight.budget_bytes, memory__tiled_samples=False, **fields)
@@ -211,7 +211,7 @@ def test_lora_is_planned_with_the_bytes_of_its_adapters_and_frozen_weights(plan_
 def test_quantized_weights_and_low_precision_are_refused_where_the_card_has_none():
     with pytest.raises(ConfigError, match=r"lora\.base_weights: 'nf4' needs a CUDA device"):
         open_choices(make_config(**LORA, lora__base_weights="nf4"), CPU)
-    with pytest.raises(ConfigError, match=r"lora\.base_weights: 'bf16' is not native on T4"):
+    with pytest.raises(ConfigError, match=r"lora\.base_weights: T4 does not support 'bf16'"):
         open_choices(make_config(**LORA, lora__base_weights="bf16"), find_card("t4"))
 
 
@@ -232,7 +232,7 @@ def test_folder_without_a_denoiser_is_refused(tmp_path):
         ({"memory__weights": "bf16_extra_bits"}, r"memory\.weights: 'bf16_extra_bits' computes in bf16, .* on T4; set"),
         (
             {"training__mixed_precision": "bf16"},
-            r"training\.mixed_precision: 'bf16' is not native on T4; allowed there",
+            r"training\.mixed_precision: T4 does not support 'bf16'; allowed there",
         ),
     ],
 )

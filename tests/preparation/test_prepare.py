@@ -102,7 +102,7 @@ def test_changed_photo_is_encoded_anew_and_no_other(
     capsys.readouterr()
     run(config)
     assert set(encoded) == {"photo1.png"}
-    assert "photo1.png is encoded anew: the file has changed" in capsys.readouterr().err
+    assert "encoding photo1.png again: the file has changed" in capsys.readouterr().err
 
 
 def test_truncated_cache_file_is_made_anew(
@@ -190,9 +190,9 @@ def test_folder_of_ones_own_pictures_is_used_as_it_is(
 def test_class_images_drawn_otherwise_are_refused(tiny_fields: dict[str, object], tmp_path: Path) -> None:
     folder = str(tmp_path / "class")
     run(with_fields(tiny_fields, prior__class_dir=folder))
-    with pytest.raises(DataError, match=r"prompt 'a dog', not 'a cat'.*delete this one"):
+    with pytest.raises(DataError, match=r"prompt is 'a dog' instead of 'a cat'.*delete this one"):
         run(with_fields(tiny_fields, prior__class_dir=folder, subject__class_prompt="a cat"))
-    with pytest.raises(DataError, match="num_inference_steps 2, not 3"):
+    with pytest.raises(DataError, match="num_inference_steps is 2 instead of 3"):
         run(with_fields(tiny_fields, prior__class_dir=folder, prior__num_inference_steps=3))
 
 

@@ -48,7 +48,7 @@ def test_open_choices_are_those_of_the_run(run: RunFolder) -> None:
 def test_what_is_given_stays(run: RunFolder) -> None:
     config = with_choices_of_run(run, config_of({"memory.checkpointing": "none", "memory.weights": "fp32"}))
     assert config.memory.checkpointing == "none"
-    with pytest.raises(CheckpointError, match=r"memory\.weights was 'bf16_extra_bits', is 'fp32'"):
+    with pytest.raises(CheckpointError, match=r"memory\.weights from 'bf16_extra_bits' to 'fp32'"):
         check_run_folder(run, config, resume=True)
 
 
@@ -60,8 +60,10 @@ def test_what_is_given_stays(run: RunFolder) -> None:
         ({"training.clipping": "global"}, r"training\.clipping: 'global' needs all gradients at once"),
     ],
 )
-def test_what_goes_not_with_the_choices_of_the_run_is_refused(run: RunFolder, fields: dict, problem: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{problem}.*what is left open is that of"):
+def test_what_cannot_be_combined_with_the_choices_of_the_run_is_refused(
+    run: RunFolder, fields: dict, problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"{problem}.*fields left open are taken from"):
         with_choices_of_run(run, config_of(fields))
 
 
@@ -70,10 +72,10 @@ def test_a_run_without_a_checkpoint_leaves_open_what_is_open(tmp_path: Path) -> 
     assert with_choices_of_run(RunFolder(tmp_path), config) == config
 
 
-def test_fields_that_came_after_the_run_was_begun_are_no_change(run: RunFolder) -> None:
+def test_fields_that_are_newer_than_the_run_have_not_changed(run: RunFolder) -> None:
     before = run.config_file.read_text()
     assert "  aspect_ratio_buckets: false\n" in before
     run.config_file.write_text(before.replace("  aspect_ratio_buckets: false\n", ""))
     check_run_folder(run, with_choices_of_run(run, config_of({})), resume=True)
-    with pytest.raises(CheckpointError, match=r"data\.resolution was 512, is 64"):
+    with pytest.raises(CheckpointError, match=r"data\.resolution from 512 to 64"):
         check_run_folder(run, with_choices_of_run(run, config_of({"data.resolution": 64})), resume=True)

@@ -209,5 +209,5 @@ def test_a_name_that_leaves_no_room_for_a_temporary_one_can_be_written(tmp_path:
 
 def test_names_that_are_too_long_are_said(tmp_path: Path) -> None:
     for path in (tmp_path / ("x" * 256), tmp_path / "/".join(["x" * 200] * 30) / "file"):
-        with pytest.raises(StorageError, match=r"longer than this system takes .* choose a shorter one"):
+        with pytest.raises(StorageError, match=r"too long for this system .* choose a shorter one"):
             write_text(path, "text")

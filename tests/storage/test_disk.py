@@ -75,7 +75,7 @@ def test_a_file_that_is_open_for_a_moment_is_replaced(tmp_path: Path, monkeypatc
 def test_a_file_that_stays_open_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     failed = busy(monkeypatch, name, 99)
     write, content = {"replace": (write_file, Path.touch), "rename": (write_folder, lambda _: None)}[name]
-    with pytest.raises(StorageError, match=r"target: cannot be replaced .*a program has it open .*close it"):
+    with pytest.raises(StorageError, match=r"target: cannot be replaced .*a program has it open .*close the program"):
         write(tmp_path / "target", content)
     assert len(failed) == 6
     assert list(tmp_path.iterdir()) == []
@@ -92,7 +92,7 @@ def test_a_folder_that_is_open_for_a_moment_is_replaced(tmp_path: Path, monkeypa
 def test_nobody_waits_for_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = busy(monkeypatch, "replace", 99)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(StorageError, match="the folder may not be written"):
+    with pytest.raises(StorageError, match="the folder is not writable"):
         write_text(tmp_path / "target", "new")
     assert len(failed) == 1
 

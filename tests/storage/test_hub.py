@@ -68,5 +68,5 @@ def test_failed_upload_leaves_the_model(
 
 def test_unreachable_hub_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9", token="hf_none"))
-    with pytest.raises(StorageError, match=r"final\.push_to_hub: true, but the hub knows no login here \(.+\)"):
+    with pytest.raises(StorageError, match=r"final\.push_to_hub: true, but there is no login for the hub \(.+\)"):
         hub.check_login()

@@ -65,7 +65,9 @@ def test_waiting_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     said = []
     monkeypatch.setattr(locks, "say", lambda message: (other.release(), said.append(message)))
     with locked(tmp_path / "lock"):
-        assert said == [f"waiting for another run, which is making what this one needs too (lock: {tmp_path / 'lock'})"]
+        assert said == [
+            f"waiting for another run, which is making files that this one needs too (lock: {tmp_path / 'lock'})"
+        ]
 
 
 def test_disk_without_locks_is_said_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
@@ -74,7 +76,7 @@ def test_disk_without_locks_is_said_and_used(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(FileLock, "acquire", acquire)
     with locked(tmp_path / "lock"):
-        assert "lies on a disk that knows no locks" in capfd.readouterr().err
+        assert "is on a disk that does not support locks" in capfd.readouterr().err
 
 
 def test_lock_that_cannot_be_made_is_an_error_of_the_disk(tmp_path: Path) -> None:

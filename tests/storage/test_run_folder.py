@@ -143,7 +143,7 @@ def test_folder_of_another_process_is_refused(run: RunFolder) -> None:
     process.start()
     try:
         assert held.wait(60)
-        with pytest.raises(CheckpointError, match="is being written by another run; wait for it") as refused:
+        with pytest.raises(CheckpointError, match="is in use by another run; wait for it") as refused:
             run.locked().__enter__()
         assert refused.value.exit_code == 2
     finally:
@@ -186,14 +186,14 @@ def test_disk_without_locks_is_refused(run: RunFolder, monkeypatch: pytest.Monke
         raise NotImplementedError("FileSystem does not appear to support flock")
 
     monkeypatch.setattr(FileLock, "acquire", acquire)
-    with pytest.raises(StorageError, match=r"a disk that knows no locks.*choose an output_dir on another disk"):
+    with pytest.raises(StorageError, match=r"a disk that does not support locks.*choose an output_dir on another disk"):
         run.locked().__enter__()
 
 
 def test_name_that_windows_reserves_is_refused_there(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "check_path", partial(check_path, system="nt"))
     with (
-        pytest.raises(StorageError, match=r"output_dir: .*aux.* a device of Windows"),
+        pytest.raises(StorageError, match=r"output_dir: .*aux.* Windows reserves for a device"),
         RunFolder(run.root / "aux").locked(),
     ):
         pass

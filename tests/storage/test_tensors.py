@@ -162,7 +162,7 @@ def test_odd_skeleton_is_no_state(tmp_path: Path, skeleton: str) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"nothing\.safetensors: there is no such file"):
+    with pytest.raises(StorageError, match=r"nothing\.safetensors: does not exist"):
         read_tensors(tmp_path / "nothing.safetensors")
     assert TensorStore(tmp_path).read("abcd") is None
 

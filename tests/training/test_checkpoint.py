@@ -52,7 +52,7 @@ def test_flipped_bit_names_the_file_and_the_command_that_goes_on(
         said = str(refused.value)
         assert said.startswith(f"{file}: is damaged: its checksum is crc32:")
         assert said.endswith(
-            f"delete {run.checkpoint_dir(3)}, then this command goes on after step 2, the last one that is whole: "
+            f"delete {run.checkpoint_dir(3)}, then continue after step 2, the last intact checkpoint, with: "
             f"lowmem-db train '{run.config_file}' --resume"
         )
         flip(file, bit)
@@ -61,11 +61,11 @@ def test_flipped_bit_names_the_file_and_the_command_that_goes_on(
 def test_checkpoints_that_are_damaged_too_are_passed_over(run: RunFolder, objects: dict[str, nn.Module]) -> None:
     for step in (2, 3):
         flip(run.checkpoint_dir(step) / "unet.safetensors", 999)
-    two = f"delete {run.checkpoint_dir(2)} and {run.checkpoint_dir(3)}, then this command goes on after step 1"
+    two = f"delete {run.checkpoint_dir(2)} and {run.checkpoint_dir(3)}, then continue after step 1"
     with pytest.raises(CheckpointError, match=two):
         restore_checkpoint(run, 3, objects)
     flip(run.checkpoint_dir(1) / "unet.safetensors", 999)
-    with pytest.raises(CheckpointError, match=r"step-000003, then this command starts anew: lowmem-db train"):
+    with pytest.raises(CheckpointError, match=r"step-000003, then start from scratch with: lowmem-db train"):
         restore_checkpoint(run, 3, objects)
 
 
@@ -76,7 +76,7 @@ def test_missing_file_is_said(run: RunFolder, objects: dict[str, nn.Module], nam
     if name == MARKER:
         assert run.complete_steps() == [1, 2]
         return
-    with pytest.raises(CheckpointError, match=f"{name}: there is no such file; delete"):
+    with pytest.raises(CheckpointError, match=f"{name}: does not exist; delete"):
         restore_checkpoint(run, 3, objects)
 
 
@@ -85,7 +85,7 @@ def test_checkpoint_of_an_older_version_is_restored_with_a_remark(
 ) -> None:
     (run.checkpoint_dir(3) / MARKER).write_text("3\n")
     assert restore_checkpoint(run, 3, objects) == "data"
-    assert "was written by an older version, without checksums; its files are not checked" in capfd.readouterr().err
+    assert "was written by an older version without checksums, so its files are not verified" in capfd.readouterr().err
 
 
 ODD_LISTS = [
@@ -104,12 +104,12 @@ def test_odd_list_is_refused(run: RunFolder, objects: dict[str, nn.Module], cont
         sign_again(run.checkpoint_dir(3))
     else:
         (run.checkpoint_dir(3) / MARKER).write_text("3\n")
-    with pytest.raises(CheckpointError, match=r"state\.json: is damaged; delete .* goes on after step 2"):
+    with pytest.raises(CheckpointError, match=r"state\.json: is damaged; delete .* continue after step 2"):
         restore_checkpoint(run, 3, objects)
 
 
 def test_other_objects_are_refused_with_the_way_out(run: RunFolder, objects: dict[str, nn.Module]) -> None:
-    with pytest.raises(CheckpointError, match=r"holds optimizer, unet, this run has ema, optimizer, unet; resume with"):
+    with pytest.raises(CheckpointError, match=r"optimizer, unet, but this run has ema, optimizer, unet; resume with"):
         restore_checkpoint(run, 3, {**objects, "ema": nn.Linear(1, 1)})
 
 

@@ -29,7 +29,9 @@ def test_first_signal_is_a_request(run: RunFolder, number: signal.Signals, capfd
         assert stop
         with pytest.raises(RunInterrupted, match=f"{number.name}: stopped after step 3; continue with --resume"):
             stop.stop()
-    assert f"{number.name}: saving a checkpoint after this step; once more to stop at once" in capfd.readouterr().err
+    assert (
+        f"{number.name}: saving a checkpoint after this step; a second signal stops at once" in capfd.readouterr().err
+    )
 
 
 def test_second_signal_stops_at_once_and_says_what_is_lost(run: RunFolder) -> None:
@@ -57,7 +59,7 @@ def test_first_signal_among_samples_stops_after_them(run: RunFolder, capfd: pyte
         draw()
     assert done == ["samples"]
     said = capfd.readouterr().err
-    assert "SIGINT: the checkpoint of step 4 is saved; stopping after its samples; once more to give them up" in said
+    assert "SIGINT: the checkpoint of step 4 is saved; stopping after its samples; a second signal skips them" in said
 
 
 def test_second_signal_gives_the_samples_up(run: RunFolder) -> None:
@@ -66,7 +68,7 @@ def test_second_signal_gives_the_samples_up(run: RunFolder) -> None:
             send(signal.SIGINT)
             send(signal.SIGINT)
 
-    with pytest.raises(RunInterrupted, match="SIGINT: gave up the samples of step 4, which --resume makes up for"):
+    with pytest.raises(RunInterrupted, match="SIGINT: skipped the samples of step 4; --resume makes them"):
         draw()
 
 

@@ -1,0 +1,76 @@
+"""The stage ``speed``: our steps beside a plain loop of diffusers in the same process, and how busy the card is."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from torch.profiler import ProfilerActivity, profile
+
+from lowmem_db import environment
+from lowmem_db.bench.memory import predicted_bytes
+from lowmem_db.bench.plain_loop import Optimizer, PlainLoop, adamw, bitsandbytes_adamw
+from lowmem_db.bench.setting import Setting
+from lowmem_db.bench.stage import Measurement, Row, Stage
+from lowmem_db.bench.steps import Steps, seconds_in_turn
+from lowmem_db.bench.strategies import FP32, TECHNIQUES, Fields, strategy
+
+_UNMEASURED: Row = {"seconds_per_step": None, "plain_seconds_per_step": None, "ratio": None}
+
+
+def _measurements(setting: Setting) -> Iterator[Measurement]:
+    autocast = {
+        "training.mixed_precision": "no" if not setting.is_cuda else "bf16" if setting.card.has_bf16 else "fp16"
+    }
+    yield "adamw", partial(_compared, setting, FP32 | autocast, lambda: adamw(setting))
+    if setting.is_cuda and not environment.is_installed("bitsandbytes"):
+        yield "adamw8bit", lambda: _UNMEASURED | {"skipped": "bitsandbytes is not installed"}
+    elif setting.is_cuda:
+        yield "adamw8bit", partial(_compared, setting, TECHNIQUES["in_backward"], bitsandbytes_adamw)
+    else:
+        yield "adamw8bit", lambda: _UNMEASURED | {"skipped": "bitsandbytes is measured on CUDA devices alone"}
+
+
+def _compared(setting: Setting, fields: Fields, find_optimizer: Callable[[], Optimizer]) -> Row:
+    """Time both loops in turn, both without checkpoints where that fits, else both with them."""
+    make_optimizer = find_optimizer()
+    environment.release_memory(setting.device)
+    checkpointing = not _both_fit(setting, fields)
+    ours = strategy(setting, "ours", fields | {"memory.checkpointing": "segments" if checkpointing else "none"})
+    loops = {
+        "ours": Steps(ours, setting.device),
+        "plain": PlainLoop(ours, setting, make_optimizer, checkpointing=checkpointing),
+    }
+    seconds = seconds_in_turn(loops, setting)
+    return {
+        "checkpointing": checkpointing,
+        "seconds_per_step": seconds["ours"],
+        "plain_seconds_per_step": seconds["plain"],
+        "ratio": seconds["ours"] / seconds["plain"],
+        "busy_share": busy_share(loops["ours"], setting),
+        "plain_busy_share": busy_share(loops["plain"], setting),
+    }
+
+
+def _both_fit(setting: Setting, fields: Fields) -> bool:
+    free = environment.free_bytes(setting.device)
+    needed = predicted_bytes(setting, strategy(setting, "plain", FP32)) + predicted_bytes(
+        setting, strategy(setting, "ours", fields)
+    )
+    return free is None or needed < free
+
+
+def busy_share(step: Callable[[], object], setting: Setting) -> float | None:
+    """Return the share of a step's time in which the card computes; None where there is no card."""
+    if not setting.is_cuda:
+        return None
+    setting.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        started = time.perf_counter()
+        step()
+        setting.synchronize()
+        seconds = time.perf_counter() - started
+    computing = sum(event.self_device_time_total for event in profiled.key_averages()) * 1e-6
+    return min(1.0, computing / seconds)
+
+
+STAGE = Stage(name="speed", rows="comparisons", limit_seconds=70.0, measurements=_measurements)

@@ -1,0 +1,134 @@
+"""The stages themselves, on the CPU: the contract of the JSON, and each of them broken once."""
+
+import getpass
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowmem_db.bench import bandwidth, bits, candidates, capped, kernels, machine, memory, speed
+from lowmem_db.bench.bench import STAGES, run_bench
+from lowmem_db.bench.setting import Setting
+from lowmem_db.bench.steps import Steps, first_difference
+from tests.cli.conftest import REPOSITORY
+
+NAMES = ["environment", "kernels", "bits", "memory", "speed", "candidates", "bandwidth", "capped"]
+SETTING = Setting(torch.device("cpu"), tiny=True)
+USER, HOME = "wilhelmina-user", "/home/wilhelmina-user"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """Run the command once, without network, with time that decides nothing."""
+    folder = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "-m", "lowmem_db", "bench", "--device", "cpu", "--tiny", "--share", "--minutes", "80"]
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    done = subprocess.run(
+        [*command, "--output", str(folder / "bench.json")],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "USER": USER},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done, folder
+
+
+def test_command_measures_every_stage(finished: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, folder = finished
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "bench.json").read_text())
+    assert {"card", "versions", "stages"} <= found.keys()
+    assert [stage["name"] for stage in found["stages"]] == NAMES
+    assert all(stage["ok"] is True and stage["seconds"] >= 0.0 for stage in found["stages"])
+    assert found["versions"]["torch"] == torch.__version__
+    assert all(row["same_bits"] is True for row in found["stages"][2]["strategies"])
+
+
+def test_prediction_of_each_strategy_stands_beside_what_it_needed(
+    finished: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    strategies = json.loads((finished[1] / "bench.json").read_text())["stages"][3]["strategies"]
+    assert len(strategies) == 3
+    for row in strategies:
+        assert row["predicted_bytes"] == pytest.approx(row["allocated_bytes"], rel=0.02)
+        assert row["reserved_bytes"] is None
+
+
+def test_command_prints_a_table_and_what_can_be_shared(
+    finished: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    done, folder = finished
+    assert "| stage | what | ok | found |" in done.stdout
+    (file,) = folder.glob("*-shared.json")
+    text = file.read_text()
+    assert text in done.stdout
+    assert not any(each in text for each in (str(folder), str(Path.home()), USER, f'"{socket.gethostname()}', "/tmp"))
+    assert getpass.getuser() not in json.loads(text)["card"].values()
+    assert {"card", "versions", "stages"} <= json.loads(text).keys()
+
+
+def broken(*args: object, **kwargs: object) -> Any:
+    raise RuntimeError("broken on purpose")
+
+
+BREAKS = {
+    "environment": (machine.environment, "back_ends"),
+    "kernels": (kernels.lowmem_db_kernels, "status"),
+    "bits": (bits, "Steps"),
+    "memory": (memory, "trace_train"),
+    "speed": (speed, "PlainLoop"),
+    "candidates": (candidates, "seconds_in_turn"),
+    "bandwidth": (bandwidth, "_rate"),
+    "capped": (capped, "Planner"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stage_that_breaks_fails_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are measured by name alone here, the broken one is the real one."""
+    monkeypatch.setattr(*BREAKS[name], broken)
+    nothing = [("nothing", dict)]
+    stages = [each if each.name == name else replace(each, measurements=lambda setting: nothing) for each in STAGES]
+    found = run_bench(SETTING, tmp_path / "bench.json", stages=stages, minutes=80.0)["stages"]
+    assert [stage["name"] for stage in found] == NAMES
+    assert [stage["name"] for stage in found if not stage["ok"]] == [name]
+    assert "broken on purpose" in next(stage["error"] for stage in found if stage["name"] == name)
+
+
+def test_state_that_is_not_restored_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Steps, "restore", lambda self, state: None)
+    with pytest.raises(ValueError, match="is not what was saved"):
+        bits._repeated(SETTING, "in_backward")
+
+
+def test_first_difference_is_named_by_its_place() -> None:
+    state = {"unet": {"a": torch.zeros(2), "b": torch.zeros(2)}, "number": 1}
+    other = {"unet": {"a": torch.zeros(2), "b": torch.tensor([0.0, 1.0])}, "number": 1}
+    assert first_difference(state, state) is None
+    assert first_difference(state, other) == "unet.b"
+
+
+def test_kernel_whose_self_test_failed_fails_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = kernels.lowmem_db_kernels.OperatorStatus("geglu", "eager", "its self-test failed on cuda: wrong")
+    monkeypatch.setattr(kernels.lowmem_db_kernels, "status", lambda device: [status])
+    with pytest.raises(AssertionError, match="self-test failed"):
+        partial(kernels._tested, "geglu")(SETTING)
+
+
+def test_strategy_that_does_not_fit_is_predicted_and_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.environment, "free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(memory, "predicted_bytes", lambda setting, strategy: 1 << 30)
+    monkeypatch.setattr(memory, "measure_train", broken)
+    ((_, measure),) = [each for each in memory.STAGE.measurements(SETTING) if each[0] == "streamed"]
+    row = measure()
+    assert (row["predicted_bytes"], row["allocated_bytes"]) == (1 << 30, None)
+    assert "more memory than is free" in row["skipped"]
