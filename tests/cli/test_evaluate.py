@@ -111,7 +111,7 @@ def test_questionnaire_is_written_and_tallied(run: Run, images: Path, tmp_path: 
         (("images",), "--real: is required"),
         (("images", "images"), "RUN_OR_IMAGES: 2 given; allowed: one"),
         (("images", "--real", "nothing"), "--real: nothing does not exist"),
-        (("images", "--real", "empty"), "--real: empty holds no picture"),
+        (("images", "--real", "empty"), "--real: empty has no pictures"),
         (("empty", "--real", "images"), "IMAGES: empty is empty"),
         (("images", "--real", "damaged"), "photo.png: cannot be decoded"),
         (("images", "--real", "images", "--encoder", "foo"), "--encoder: 'foo' is unknown"),

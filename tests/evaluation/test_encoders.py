@@ -89,8 +89,8 @@ def test_only_the_papers_architecture_is_the_papers(dino_folder: Path, clip_fold
     ("requests", "part"),
     [
         (["foo"], "'foo' is unknown; allowed: en0, captions, dino, clip, lpips"),
-        (["en0", "en0"], "en0 is asked for 2 times"),
-        (["paper", "clip"], "clip is asked for 2 times"),
+        (["en0", "en0"], "en0 is given 2 times"),
+        (["paper", "clip"], "clip is given 2 times"),
     ],
 )
 def test_unknown_and_repeated_encoders_are_refused(requests: list[str], part: str) -> None:
@@ -105,7 +105,7 @@ def test_folders_that_are_no_encoders_are_refused(dino_folder: Path, clip_folder
         find_encoders([f"clip={dino_folder}"])
     with pytest.raises(ModelError, match="is not a file; allowed: en0, or the weights file"):
         find_encoders([f"en0={tmp_path}"])
-    with pytest.raises(ModelError, match="holds 0 weights files; allowed: one"):
+    with pytest.raises(ModelError, match="has 0 weights files; allowed: one"):
         find_encoders([f"lpips={tmp_path}"])
     with pytest.raises(ModelError, match=r"lpips needs its weights: .*torch\.save\(lpips\.LPIPS"):
         find_encoders(["lpips"])

@@ -95,7 +95,7 @@ def test_subjects_without_images_are_left_out_and_named(
     shutil.rmtree(many[0] / "cat")
     assert [subject.name for subject in find_subjects(*many, None, EVERYTHING)] == ["dog", "robot"]
     assert "skipped, because there are no images: cat" in capsys.readouterr().err
-    with pytest.raises(DataError, match="--subjects: cat: not there; allowed: dog, robot"):
+    with pytest.raises(DataError, match="--subjects: cat not found; allowed: dog, robot"):
         find_subjects(*many, None, Limits(subjects=("cat",)))
 
 
@@ -129,7 +129,7 @@ def test_missing_and_empty_folders_are_named(images_dir: Path, photos: Path, tmp
         find_subjects(tmp_path / "nothing", photos, None, EVERYTHING)
     with pytest.raises(DataError, match=r"IMAGES: .*empty is empty"):
         find_subjects(empty, photos, None, EVERYTHING)
-    with pytest.raises(DataError, match=r"--real: .*empty holds no picture"):
+    with pytest.raises(DataError, match=r"--real: .*empty has no pictures"):
         find_subjects(images_dir, empty, None, EVERYTHING)
     with pytest.raises(DataError, match="has no folder named like a subject in"):
         find_subjects(images_dir, write_pictures(tmp_path / "real" / "dog", "a.png").parent, None, EVERYTHING)

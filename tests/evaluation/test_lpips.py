@@ -86,7 +86,7 @@ def test_vgg16_is_recognised() -> None:
 def test_weights_that_are_not_whole_are_refused(lost: str) -> None:
     weights = alexnet_weights()
     del weights[lost]
-    with pytest.raises(ModelError, match=r"of LPIPS .*allowed: lpips\.LPIPS"):
+    with pytest.raises(ModelError, match=r"LPIPS .*allowed: the complete lpips\.LPIPS"):
         Lpips(weights)
 
 

@@ -52,7 +52,7 @@ def test_processor_that_holds_an_image_processor_is_read(tmp_path: Path) -> None
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"holds no preprocessor_config\.json"):
+    with pytest.raises(ModelError, match=r"has no preprocessor_config\.json"):
         read_preprocessing(tmp_path)
 
 

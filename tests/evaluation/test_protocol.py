@@ -184,7 +184,7 @@ def test_changed_weights_are_noticed(run: Run, run_folder: Path, tiny_model: Pat
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(DataError, match=r"drawn otherwise \(model\)"):
+    with pytest.raises(DataError, match=r"drawn with other settings \(model\)"):
         draw_runs([run], tmp_path / "out", QUICK, ALL)
 
 
@@ -203,7 +203,7 @@ def test_changed_adapters_of_a_lora_run_are_noticed(
         (run,) = find_runs(folder, PromptChoice(), Limits())
         if seed == 0:
             draw_runs([run], tmp_path / "out", QUICK, ALL)
-    with pytest.raises(DataError, match=r"drawn otherwise \(checkpoint\)"):
+    with pytest.raises(DataError, match=r"drawn with other settings \(checkpoint\)"):
         draw_runs([run], tmp_path / "out", QUICK, ALL)
 
 

@@ -167,7 +167,7 @@ def test_files_that_do_not_belong_together_are_refused(page: Path, tmp_path: Pat
     one = answer(page, tmp_path, "a", {"subject-000": "ours"})
     again = tmp_path / "again.json"
     again.write_text(one.read_text())
-    with pytest.raises(DataError, match=r"again\.json is of the same person as .*a\.json"):
+    with pytest.raises(DataError, match=r"again\.json is from the same person as .*a\.json"):
         tally([one, again])
     again.write_text(
         one.read_text().replace('"rater": "a"', '"rater": "b"').replace('"questionnaire": "', '"questionnaire": "0')

@@ -243,7 +243,7 @@ def test_disk_is_asked_for_both_text_encoders(fields: dict[str, object], model: 
 
 def test_learning_rate_of_a_text_encoder_that_is_not_there(tiny_fields: dict[str, object], tiny_model: Path) -> None:
     config = load_config(None, list((tiny_fields | BOTH).items()))
-    with pytest.raises(ConfigError, match=r"training\.learning_rate_text_encoder_2: 0\.0002 has no use with Stable"):
+    with pytest.raises(ConfigError, match=r"training\.learning_rate_text_encoder_2: 0\.0002 has no effect on Stable"):
         build_step(resolve(config), find_model(str(tiny_model)), CPU)
 
 
