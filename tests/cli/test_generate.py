@@ -98,7 +98,7 @@ def test_suites_are_listed(run: Run) -> None:
         (("--suite", "nothing"), "--suite: "),
         (("--prompt-file", "nothing.txt"), "nothing.txt: cannot be read"),
         (("--prompt", "x", "--resolution", 33), "--resolution: 33 is not a multiple of 2, the size of a latent pixel"),
-        (("--prompt", "x", "--device", "cuda:9"), "device: 'cuda:9' is not there"),
+        (("--prompt", "x", "--device", "cuda:9"), "device: 'cuda:9' does not exist"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(run: Run, tiny_model: Path, arguments: tuple, part: str) -> None:

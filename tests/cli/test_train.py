@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from lowmem_db import environment
+from lowmem_db.engine import samples
 from lowmem_db.interruption import stop_signals
 from lowmem_db.storage import tensors
 from lowmem_db.storage.run_folder import RunFolder
-from lowmem_db.training import samples
 from tests.cli.conftest import Run
 
 
@@ -78,7 +78,7 @@ def test_two_configuration_files_are_refused(run: Run, config_file: Path) -> Non
     [
         ("model.base=nowhere/at/all", ("model.base: ", "not a folder, a file or a hub id")),
         ("subject.instance_dir=nowhere", ("subject.instance_dir: ", "nowhere")),
-        ("device=cuda:9", ("device: 'cuda:9' is not there",)),
+        ("device=cuda:9", ("device: 'cuda:9' does not exist",)),
         ("memory.attention=xformers", ("xformers",)),
     ],
 )

@@ -220,7 +220,7 @@ def test_scales_are_tensors(scales):
         ({"param": torch.zeros(8, dtype=torch.bfloat16)}, "lose small updates by rounding"),
         ({"rounding_seed": 1}, "are for bf16 weights"),
         ({"param": torch.zeros(4, 4)[:, :2]}, "is not dense"),
-        ({"grad": torch.zeros(4, 2)}, "grad differs"),
+        ({"grad": torch.zeros(4, 2)}, "grad must have the shape"),
     ],
 )
 def test_what_cannot_be_stepped_is_refused(change, match):
@@ -232,7 +232,7 @@ def test_what_cannot_be_stepped_is_refused(change, match):
 
 def test_a_gradient_in_another_layout_is_refused():
     param = draw(8, 4, 3, 3).to(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match="grad differs"):
+    with pytest.raises(ValueError, match="grad must have the shape"):
         adamw8bit_step(param, draw(8, 4, 3, 3), init_state(param), lr=1e-3, step=1)
 
 
@@ -257,7 +257,7 @@ def test_an_empty_parameter_is_stepped(shape):
     [
         ({"state1": torch.zeros(4999, dtype=torch.uint8)}, "state1 is torch.uint8 with 4999 elements"),
         ({"state2": torch.zeros(5000)}, "needs 5000 dense elements of torch.uint8"),
-        ({"absmax1": torch.zeros(19)}, "absmax1 is torch.float32 with 19 elements .* needs 20"),
+        ({"absmax1": torch.zeros(19)}, "absmax1 is torch.float32 with 19 elements.*needs 20"),
         ({"absmax2": torch.zeros(40)[::2]}, r"absmax2 .* strides \(2,\)"),
         ({"absmax2": None}, "a state must have both absmax1 and absmax2, or neither"),
     ],

@@ -58,7 +58,7 @@ def test_timesteps_of_a_diffusion_are_those_of_earlier_versions() -> None:
 
 
 def test_unknown_prediction_type_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"objective\.prediction_type: 'flow_prediction' is not one of epsilon"):
+    with pytest.raises(ConfigError, match=r"objective\.prediction_type: 'flow_prediction'; allowed: epsilon"):
         Diffusion(ALPHAS_CUMPROD, "flow_prediction")
 
 
