@@ -173,7 +173,7 @@ def test_prepare_fills_the_caches_and_says_what_it_reused(run: Run, config_file:
     first, second = run(*arguments), run(*arguments)
     assert (first.code, second.code) == (0, 0)
     assert "drawing 2 of 2" in first.err
-    assert "all 2 are there" in second.err
+    assert "found all 2" in second.err
     assert "3 of 3 pictures" in second.err
     assert "ready: 3 photos, 2 class images" in second.err
     assert not (tmp_path / "run").exists()
@@ -231,7 +231,7 @@ def test_signal_among_samples_stops_without_another_step(
     assert folder.complete_steps() == [2]
     assert len(folder.metrics_file.read_text().splitlines()) == 2
     assert folder.samples_dir(2).is_dir() == (times == 1)
-    said = {1: "SIGINT: stopped after step 2; continue with --resume", 2: "SIGINT: skipped the samples of step 2"}
+    said = {1: "SIGINT: stopped after step 2; continue with --resume", 2: "SIGINT: skipped the samples and scores of step 2"}
     assert outcome.err.splitlines()[-1].startswith(said[times])
 
 
