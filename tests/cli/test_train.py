@@ -231,7 +231,10 @@ def test_signal_among_samples_stops_without_another_step(
     assert folder.complete_steps() == [2]
     assert len(folder.metrics_file.read_text().splitlines()) == 2
     assert folder.samples_dir(2).is_dir() == (times == 1)
-    said = {1: "SIGINT: stopped after step 2; continue with --resume", 2: "SIGINT: skipped the samples and scores of step 2"}
+    said = {
+        1: "SIGINT: stopped after step 2; continue with --resume",
+        2: "SIGINT: skipped the samples and scores of step 2",
+    }
     assert outcome.err.splitlines()[-1].startswith(said[times])
 
 
