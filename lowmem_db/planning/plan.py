@@ -131,12 +131,12 @@ class _Search:
             gradients = "" if strategy.memory.optimizer_in_backward else " and gradients"
             held = f"weights{',' if gradients else ' and'} optimizer state{gradients}"
             return self._refusal(_name_without_activations(strategy), needed, f", for {held} alone"), strategy
-        fitting = [tried for tried in self._planner.with_tiled_samples(strategy) if needs.samples(tried) <= budget]
-        if not fitting:
-            tiled = self._planner.with_tiled_samples(strategy)[-1]
-            return self._refusal(describe(tiled), needs.samples(tiled), ", while samples are drawn"), tiled
-        needed = needs.training(fitting[0])
-        return (self._refusal(describe(fitting[0]), needed) if needed > budget else None), fitting[0]
+        drawn = self._planner.with_tiled_samples(strategy)
+        chosen = next((each for each in drawn if needs.samples(each) <= budget), None)  # tiles are traced if need be
+        if chosen is None:
+            return self._refusal(describe(drawn[-1]), needs.samples(drawn[-1]), ", while samples are drawn"), drawn[-1]
+        needed = needs.training(chosen)
+        return (self._refusal(describe(chosen), needed) if needed > budget else None), chosen
 
     def _refusal(self, strategy: str, needed: int, why: str = "") -> Refusal:
         more = needed - self._budget_bytes
