@@ -118,6 +118,7 @@ def _train(
     best = trainer.step_to_keep()
     if best is not None and best != trainer.step:
         say(f"the final model is taken from step {best}, which scored best")
+        trainer.observers = ()  # which refer to it, so that the model would stay in memory
         del trainer
         environment.release_memory(device)
         trainer = build_trainer(config, model, device, batches, run)

@@ -1,6 +1,8 @@
 """Who watches a run is told everything in order, and is heard."""
 
+import gc
 import json
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,11 @@ from typing import Any
 import pytest
 
 from lowmem_db.config.loading import load_config
+from lowmem_db.run import run as run_module
 from lowmem_db.run.run import train
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.observers import Observer, Training
+from lowmem_db.training.trainer import Trainer
 
 
 class Diary(Observer):
@@ -82,3 +86,26 @@ def test_every_observer_that_was_started_is_ended_when_one_fails(fields: dict[st
     assert diary.entries == [("start", 0), ("step", 1), ("end",)]
     rows = RunFolder(tmp_path / "run").metrics_file.read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1]
+
+
+def test_the_last_model_is_freed_before_the_best_one_is_loaded(
+    fields: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[weakref.ref[Trainer]] = []
+    alive: list[int] = []
+    build = run_module.build_trainer
+
+    def recording(*arguments: Any) -> Trainer:
+        alive.append(sum(trainer() is not None for trainer in built))
+        made = build(*arguments)
+        built.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(run_module, "build_trainer", recording)
+    monkeypatch.setattr(Trainer, "step_to_keep", lambda trainer: 2)
+    gc.disable()  # the collector would free it some time later
+    try:
+        train(load_config(None, list(fields.items())))
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
