@@ -18,6 +18,7 @@ from lowmem_db.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from lowmem_db.engine.source import Step
     from lowmem_db.planning.plan import Plan
     from lowmem_db.storage.run_folder import RunFolder
     from lowmem_db.training.observers import Observer
@@ -75,7 +76,7 @@ def train(config: Config, *, resume: bool = False, observers: Sequence["Observer
         LowmemDbError: An error that the caller can fix; each subclass says which.
         RunInterrupted: The run was asked to stop; a checkpoint was saved.
     """
-    from lowmem_db.data.inputs import check_inputs
+    from lowmem_db.run.inputs import check_inputs
 
     check_inputs(config)
 
@@ -86,55 +87,91 @@ def train(config: Config, *, resume: bool = False, observers: Sequence["Observer
 
 def generate(
     source: PathLike,
-    prompts: Sequence[str],
+    prompts: Sequence[str] = (),
     *,
     num_images: int = 4,
     seed: int = 0,
-    sampler: Sampler = "ddim",
-    num_inference_steps: int = 50,
-    guidance_scale: float = 7.5,
+    negative_prompt: str | None = None,
+    sampler: Sampler | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     resolution: int | None = None,
+    width: int | None = None,
+    height: int | None = None,
     precision: Precision | None = None,
     device: str = "auto",
-) -> "list[tuple[str, list[Image]]]":
+    step: "Step | None" = None,
+    steps: "Sequence[Step]" = (),
+    base: PathLike | None = None,
+    output: PathLike | None = None,
+) -> "list[tuple[str, Sequence[Image]]]":
     """Draw images for prompts; image ``i`` of every prompt starts from the same noise.
 
+    What is left out is taken from the run, as its samples are drawn.
+
     Args:
-        source: A run folder, a model folder, a hub id, or ``"demo"``.
-        prompts: What to draw.
+        source: A run folder, a folder with a LoRA, or a model as ``model.base`` names it.
+        prompts: What to draw. Default: the instance prompt of the run.
         num_images: Images per prompt.
         seed: Seed of the noise.
-        sampler: ``"ddim"``, ``"dpm_solver"``, or ``"ddpm"``, the ancestral sampler.
-        num_inference_steps: Sampling steps.
-        guidance_scale: Classifier-free guidance (arXiv:2207.12598).
-        resolution: Side length in pixels. Default: that of the run, or the model's native one.
+        negative_prompt: What guidance leads away from.
+        sampler: ``"ddim"``, ``"dpm_solver"``, or ``"ddpm"``, the ancestral sampler. Default without a run: ``"ddim"``.
+        num_inference_steps: Sampling steps. Default without a run: 50.
+        guidance_scale: Classifier-free guidance (arXiv:2207.12598). Default without a run: 7.5.
+        resolution: Width and height in pixels. Default: that of the run, or the model's native one.
+        width: Width alone.
+        height: Height alone.
         precision: Type to compute in. Default: fp16 on CUDA devices, fp32 on the CPU.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        step: A checkpoint of the run, or ``"final"``. Default: the final model, or else the newest checkpoint.
+        steps: Several checkpoints to compare: each prompt is drawn with each of them.
+        base: Where the model is that a run or a LoRA was trained on, if it has moved.
+        output: Folder for the images, a grid of them, and ``images.json`` with the settings and seeds.
 
     Returns:
-        Each prompt with its images.
+        Each prompt, after its step if there are several, with its images.
 
     Raises:
-        DataError: The run has no model yet, or the resolution does not fit the model.
+        DataError: The run has no such model, there is no prompt, or a size does not fit the model.
         ModelError: The model does not exist.
     """
-    from lowmem_db import environment
-    from lowmem_db.engine.generate import generate_images
-    from lowmem_db.engine.source import find_source
-    from lowmem_db.models.saving import DTYPES
-    from lowmem_db.sampling.latents import SamplingSettings
+    _refuse_both({"--step": step, "--steps": steps or None})
+    _refuse_both({"--resolution": resolution, "--width": width})
+    _refuse_both({"--resolution": resolution, "--height": height})
 
-    found, where = find_source(str(source)), environment.resolve_device(device)
-    return generate_images(
-        found,
-        prompts,
-        SamplingSettings(sampler=sampler, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale),
-        num_images=num_images,
-        resolution=resolution or found.resolution,
-        seed=seed,
-        device=where,
-        dtype=DTYPES[precision or environment.drawing_precision(where)],
+    from lowmem_db.run.inputs import check_source
+
+    check_source(str(source), None if base is None else str(base))
+
+    from lowmem_db import environment
+    from lowmem_db.engine.generate import Wishes, generate_at, save
+    from lowmem_db.models.saving import DTYPES
+    from lowmem_db.sampling.images import make_folder
+
+    if output is not None:
+        make_folder(Path(output))
+    where = environment.resolve_device(device)
+    rows, settings = generate_at(
+        str(source),
+        steps or [step],
+        None if base is None else str(base),
+        Wishes(
+            prompts=prompts,
+            negative_prompt=negative_prompt,
+            num_images=num_images,
+            seed=seed,
+            sampler=sampler,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            width=width or resolution,
+            height=height or resolution,
+        ),
+        where,
+        DTYPES[precision or environment.drawing_precision(where)],
     )
+    if output is not None:
+        save(Path(output), rows, settings)
+    return [(row.label if steps else row.prompt, row.images) for row in rows]
 
 
 def evaluate(
@@ -160,6 +197,8 @@ def evaluate(
     device: str = "auto",
     shard: str | None = None,
     output: PathLike = "evaluation",
+    step: "Step | None" = None,
+    base: PathLike | None = None,
 ) -> dict[str, Any]:
     """Measure how good a result is, with the metrics and the protocol of arXiv:2208.12242, section 4.
 
@@ -186,6 +225,8 @@ def evaluate(
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         shard: Draw one part of a run's images, such as ``"1/4"``, and score nothing.
         output: Folder for images, contact sheets and ``evaluation.json``.
+        step: Checkpoint of a run to evaluate, or ``"final"``. Default: the final model, or else the newest checkpoint.
+        base: Where the model is that a run was trained on, if it has moved.
 
     Returns:
         The report, as written to ``evaluation.json``. For a shard, ``{"num_missing": N}``: images that other shards
@@ -197,7 +238,7 @@ def evaluate(
     """
     from lowmem_db import environment
     from lowmem_db.evaluation.folders import Limits, parse_subjects
-    from lowmem_db.evaluation.protocol import NUM_CLASS_IMAGES, NUM_IMAGES, Drawing, PromptChoice
+    from lowmem_db.evaluation.protocol import NUM_CLASS_IMAGES, NUM_IMAGES, Drawing, PromptChoice, Whereabouts
     from lowmem_db.evaluation.request import Request, evaluate_request
     from lowmem_db.models.saving import DTYPES
 
@@ -236,9 +277,12 @@ def evaluate(
                 "--guidance-scale": guidance_scale,
                 "--resolution": resolution,
                 "--precision": precision,
+                "--step": step,
+                "--base": base,
             },
             shard=shard,
             output=Path(output),
+            at=Whereabouts(step=step, base=None if base is None else str(base)),
         )
     )
 
@@ -251,7 +295,8 @@ def export(
     precision: Precision | None = None,
     merge: bool = False,
     extract_lora: int | None = None,
-    base: str | None = None,
+    base: PathLike | None = None,
+    step: "Step | None" = None,
 ) -> Path:
     """Write a trained model in a layout that other programs load.
 
@@ -262,7 +307,9 @@ def export(
         precision: Type of the weights. Default: unchanged.
         merge: Merge a LoRA into its base model first.
         extract_lora: Rank of the LoRA to extract from a full fine-tuning.
-        base: Model that the fine-tuning started from, for ``extract_lora``. Default: that of the run.
+        base: Model that the training started from, for ``extract_lora``, ``merge`` and ``step``. Default: where the run
+            says.
+        step: Checkpoint of a run to export instead of its final model.
 
     Returns:
         What was written.
@@ -271,6 +318,10 @@ def export(
         ModelError: The source cannot be found, or does not fit the request.
         StorageError: The disk is full.
     """
+    from lowmem_db.run.inputs import check_source
+
+    check_source(str(source), None if base is None else str(base))
+
     from lowmem_db.exporting.request import Request, export_model
     from lowmem_db.models.saving import DTYPES
 
@@ -282,9 +333,16 @@ def export(
             out=_path(out),
             merge=merge,
             extract_rank=extract_lora,
-            base=base,
+            base=None if base is None else str(base),
+            step=step,
         )
     )
+
+
+def _refuse_both(options: Mapping[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: only one of them can be given; leave the other out")
 
 
 def _path(path: PathLike | None) -> Path | None:

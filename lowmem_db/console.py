@@ -1,9 +1,13 @@
 """Remarks and progress bars for people, on standard error; standard output holds only results."""
 
 import errno
+import os
 import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from rich.console import Console
@@ -50,6 +54,11 @@ console = Console(file=cast("IO[str]", _StandardError()), highlight=False, soft_
 def printable(text: str) -> str:
     """Return a text with its control characters escaped: file names may contain some."""
     return _CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def quoted(path: Path) -> str:
+    """Return a path as it is written in a command, in quotation marks if the shell needs them."""
+    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
 
 
 def say(message: str) -> None:

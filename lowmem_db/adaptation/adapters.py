@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from lowmem_db import environment
 from lowmem_db.adaptation import low_rank, quantized
 from lowmem_db.adaptation.base import Adaptation, Attached, Modules
-from lowmem_db.adaptation.lora_file import LORA_FILE, lora_file, write_lora
+from lowmem_db.adaptation.lora_file import lora_file, write_lora
 from lowmem_db.config.strategy import autocast
 from lowmem_db.models.denoiser import AUTOCAST_TYPES
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.places import LORA_FILE
 from lowmem_db.models.saving import DTYPES
 
 

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_db.adaptation.low_rank import adapters_of, inject, load_adapters, name_in_files, peft_settings
-from lowmem_db.config.schema import Config
+from lowmem_db.config.schema import Config, ModelConfig
 from lowmem_db.errors import ModelError
 from lowmem_db.storage.tensors import read_state, read_tensors, write_tensors
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' key; its fields are ``component.field``
 _BASE = "lowmem_db_base"
 
@@ -38,6 +37,12 @@ class LoraFile:
     settings: Mapping[str, Mapping[str, Any]]
     base: Mapping[str, Any]
     metadata: Mapping[str, str]
+
+    @property
+    def trained_on(self) -> ModelConfig | None:
+        """The base model, or None if the file does not say."""
+        known = {name: value for name, value in self.base.items() if name in ModelConfig.model_fields}
+        return ModelConfig(**known) if known.get("base") else None
 
     def of_component(self, component: str) -> dict[str, Tensor]:
         """Return a component's tensors, without the component in their names."""

@@ -61,6 +61,13 @@ def evaluate(
         Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Default: fp16 on CUDA devices, fp32 on the CPU.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    step: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Evaluate this checkpoint of a run. Default: the final model, or the newest."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Where the model is that a run was trained on, if it has moved.")
+    ] = None,
     shard: Annotated[
         str | None, typer.Option(help="Draw one part of a run's images, such as 1/4, and score nothing.")
     ] = None,
@@ -86,6 +93,7 @@ def evaluate(
         return
 
     from lowmem_db import api
+    from lowmem_db.cli.steps import parse_step
 
     if pairs:
         _write_page(paths, real, subjects, prompts, images, output, num_pairs, seed)
@@ -114,6 +122,8 @@ def evaluate(
         device=device,
         shard=shard,
         output=output,
+        step=None if step is None else parse_step(step),
+        base=base,
     )
     if shard is not None:
         missing = report["num_missing"]

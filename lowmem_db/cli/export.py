@@ -35,7 +35,13 @@ def export(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Model that the fine-tuning started from, for --extract-lora. Default: that of the run."),
+        typer.Option(
+            help="Model that the training started from, for --merge, --extract-lora and --step. Default: where the run "
+            "says."
+        ),
+    ] = None,
+    step: Annotated[
+        str | None, typer.Option(metavar="N", help="Export this checkpoint of a run instead of its final model.")
     ] = None,
 ) -> None:
     """Write a trained model in a layout that other programs load.
@@ -44,8 +50,16 @@ def export(
     XL have such a layout; export other models with --format diffusers.
     """
     from lowmem_db import api
+    from lowmem_db.cli.steps import parse_step
 
     written = api.export(
-        source, out, layout=layout, precision=precision, merge=merge, extract_lora=extract_lora, base=base
+        source,
+        out,
+        layout=layout,
+        precision=precision,
+        merge=merge,
+        extract_lora=extract_lora,
+        base=base,
+        step=None if step is None else parse_step(step),
     )
     typer.echo(written)

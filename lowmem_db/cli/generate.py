@@ -7,8 +7,25 @@ import typer
 
 
 def generate(
-    source: Annotated[str, typer.Argument(help="A run folder, a model folder, a hub id, or demo.")],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What to draw; can be repeated.")] = None,
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a LoRA, or a model as in model.base.")
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="What to draw; can be repeated. Default: the prompt of the run."),
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the images should not show.")] = None,
+    step: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Draw with this checkpoint of a run. Default: the final model, or the newest."),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,final", help="Compare checkpoints: every prompt is drawn with each of them."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Where the model is that a run or a LoRA was trained on, if it has moved.")
+    ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A text file with one prompt per line.")] = None,
     suite: Annotated[
         list[str] | None, typer.Option(help="A suite of the paper's prompts; --list-suites lists them.")
@@ -23,13 +40,22 @@ def generate(
     num_images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed; image i of every prompt starts from the same noise.")] = 0,
     sampler: Annotated[
-        Literal["ddim", "dpm_solver", "ddpm"], typer.Option(help="ddpm is the ancestral sampler.")
-    ] = "ddim",
-    num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance.")] = 7.5,
-    resolution: Annotated[
-        int | None, typer.Option(min=8, help="Side length in pixels. Default: that of the run, or the model's own.")
+        Literal["ddim", "dpm_solver", "ddpm"] | None,
+        typer.Option(help="ddpm is the ancestral sampler. Default: that of the run's samples, or ddim."),
     ] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps. Default: those of the run's samples, or 50.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Classifier-free guidance. Default: that of the run's samples, or 7.5."),
+    ] = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(min=8, help="Width and height in pixels. Default: that of the run, or the model's own."),
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="Width in pixels.")] = None,
+    height: Annotated[int | None, typer.Option(min=8, help="Height in pixels.")] = None,
     precision: Annotated[
         Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Default: fp16 on CUDA devices, fp32 on the CPU.")
     ] = None,
@@ -38,16 +64,21 @@ def generate(
         "images"
     ),
 ) -> None:
-    """Draw images for prompts, and a grid of all of them."""
+    """Draw images for prompts, and a grid of all of them.
+
+    Without options [bold]lowmem-db generate runs/dog[/bold] draws the prompt of the run as its samples are drawn.
+    images.json beside the images holds the settings and the seed of each image.
+    """
+    from lowmem_db.cli.steps import parse_step, parse_steps
+    from lowmem_db.run.inputs import check_source, config_of
     from lowmem_db.sampling.prompts import collect_prompts, suite_names
 
     if list_suites:
         typer.echo("\n".join(suite_names()))
         return
+    check_source(source, base)
 
     from lowmem_db import api
-    from lowmem_db.engine.source import find_source
-    from lowmem_db.sampling.images import GRID_FILE, make_folder, save_rows
 
     prompts = collect_prompts(
         prompt or [],
@@ -55,20 +86,25 @@ def generate(
         suite or [],
         identifier=identifier,
         class_noun=class_noun,
-        run_config=find_source(source).run_config,
+        run_config=config_of(source),
     )
-    make_folder(output)
-    rows = api.generate(
+    api.generate(
         source,
         prompts,
         num_images=num_images,
         seed=seed,
+        negative_prompt=negative_prompt,
         sampler=sampler,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         resolution=resolution,
+        width=width,
+        height=height,
         precision=precision,
         device=device,
+        step=None if step is None else parse_step(step),
+        steps=parse_steps(steps),
+        base=base,
+        output=output,
     )
-    save_rows(output, rows)
-    typer.echo(output / GRID_FILE)
+    typer.echo(output / "grid.png")

@@ -15,7 +15,7 @@ def prepare(
 ) -> None:
     """Fill the caches of a run: class images, latents and text embeddings. Existing ones are kept."""
     from lowmem_db.cli.arguments import read_arguments
-    from lowmem_db.data.inputs import check_inputs
+    from lowmem_db.run.inputs import check_inputs
 
     config, _ = read_arguments(arguments or [])
     check_inputs(config)

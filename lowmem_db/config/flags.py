@@ -13,6 +13,7 @@ from lowmem_db.errors import ConfigError
 
 VALUE_FLAGS = {
     "pretrained_model_name_or_path": "model.base",
+    "base": "model.base",
     "revision": "model.revision",
     "variant": "model.variant",
     "instance_data_dir": "subject.instance_dir",

@@ -70,6 +70,8 @@ class ModelConfig(Section):
     """Branch, tag or commit on the hub."""
     variant: str | None = None
     """Variant of the weight files, such as ``fp16``."""
+    content_key: str | None = None
+    """Key of the model's bytes: another model in its place is refused. A run writes it into its ``config.yaml``."""
     allow_pickle: bool = False
     """Also load pickled weights (``.bin``), with ``weights_only=True``. Default: only safetensors."""
 

@@ -123,6 +123,17 @@ def look_into(folder: Path, field: str) -> PhotoFolder:
     )
 
 
+def holds_nothing(folder: Path) -> bool:
+    """Return whether a folder is as good as empty: it holds at most what systems leave there, such as ``Thumbs.db``."""
+    files, left_over, broken = _sort(folder.iterdir())
+    return not broken and all(entry.reason == "hidden" for entry in left_over) and all(map(is_negligible, files))
+
+
+def is_negligible(file: Path) -> bool:
+    """Return whether nobody would miss a file, because it is hidden or no picture by its name."""
+    return file.name.startswith(".") or (file.is_file() and _left_over(file).is_expected)
+
+
 def same_name(name: str) -> str:
     """Return a name in the form for comparison: without case, and with one spelling of letters such as ``é``."""
     return unicodedata.normalize("NFC", name).casefold()

@@ -1,68 +1,223 @@
 """Drawing prompts with a model on disk: a run, a folder, or a hub id. One component is in memory at a time."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
+from lowmem_db.config.schema import Sampler
+from lowmem_db.console import say, warn
 from lowmem_db.engine.draw import Artist, Job, draw, loaded_for_use
-from lowmem_db.engine.source import ImageSource
+from lowmem_db.engine.source import ImageSource, Step, find_source
 from lowmem_db.errors import DataError
-from lowmem_db.randomness import generator
+from lowmem_db.models.text_encoders import cut_prompt_warnings
+from lowmem_db.randomness import derive_seed, generator
+from lowmem_db.records import Size
+from lowmem_db.sampling.images import make_folder, save_rows
 from lowmem_db.sampling.latents import SamplingSettings
+from lowmem_db.storage.run_folder import write_json
+
+STREAM = "samples"
+SETTINGS_FILE = "images.json"
 
 
-def generate_images(
-    source: ImageSource,
-    prompts: Sequence[str],
-    settings: SamplingSettings,
-    *,
-    num_images: int,
-    resolution: int,
-    seed: int,
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What is drawn, and how; what is left out is taken from the run, or is the default.
+
+    Attributes:
+        prompts: What to draw. Default: the instance prompt of the run.
+        negative_prompt: What guidance leads away from. Default: nothing.
+        num_images: Images of each prompt.
+        seed: Seed of the noise.
+        sampler: Default: that of the run's samples, or ``ddim``.
+        num_inference_steps: Default: those of the run's samples, or 50.
+        guidance_scale: Default: that of the run's samples, or 7.5.
+        width: In pixels. Default: the resolution of the run, or the model's own.
+        height: In pixels. Default: as for the width.
+    """
+
+    prompts: Sequence[str] = ()
+    negative_prompt: str | None = None
+    num_images: int = 4
+    seed: int = 0
+    sampler: Sampler | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The images of one prompt, from one model.
+
+    Attributes:
+        number: The number of the prompt, from zero.
+        prompt: The prompt.
+        step: The checkpoint that drew them, ``final``, or None if nothing was chosen.
+        images: The images.
+    """
+
+    number: int
+    prompt: str
+    step: Step | None
+    images: Sequence[Image.Image]
+
+    @property
+    def label(self) -> str:
+        """What stands above the images in a grid."""
+        return self.prompt if self.step is None else f"{_in_words(self.step)}: {self.prompt}"
+
+
+def generate_at(
+    source: str,
+    steps: Sequence[Step | None],
+    base: str | None,
+    wishes: Wishes,
     device: torch.device,
     dtype: torch.dtype,
-) -> list[tuple[str, list[Image.Image]]]:
-    """Draw ``num_images`` images of each prompt.
-
-    Image ``i`` starts from the same noise for every prompt, so that prompts can be compared.
+) -> tuple[list[Row], dict[str, Any]]:
+    """Draw each prompt with each of several checkpoints.
 
     Args:
-        source: The model to draw from.
-        prompts: The prompts to draw.
-        settings: Sampler, steps and guidance.
-        num_images: Number of images of each prompt.
-        resolution: Height and width in pixels.
-        seed: Seed of the noise.
+        source: As in :func:`find_source`.
+        steps: Checkpoints; ``[None]`` for the model that :func:`find_source` chooses.
+        base: As in :func:`find_source`.
+        wishes: What is drawn.
         device: Device to compute on.
         dtype: Type to compute in.
 
+    Returns:
+        The rows, those of a prompt together, and the settings that they were drawn with.
+
     Raises:
-        DataError: The resolution is not a multiple of the size of a latent pixel.
+        DataError: A checkpoint does not exist, there is nothing to draw, or a size does not fit the model.
+        ModelError: The model does not exist.
     """
-    check_resolution(source, resolution)
-    table = source.embed([*prompts, ""], device, dtype)
+    sources = [find_source(source, step=step, base=base) for step in steps]
+    wishes = _with_defaults(sources[0], wishes)
+    fields = ("--resolution", "--resolution") if wishes.width == wishes.height else ("--height", "--width")
+    for found in sources:
+        check_size(found, _size(wishes), fields)
+    for message in cut_prompt_warnings(sources[0].model, [*wishes.prompts, wishes.negative_prompt or ""]):
+        warn(message)
+    by_step = []
+    for step, found in zip(steps, sources, strict=True):
+        if len(steps) > 1:
+            say(f"drawing with {_in_words(step)}")
+        drawn = _draw(found, wishes, device, dtype)
+        by_step.append(
+            [
+                Row(number=number, prompt=prompt, step=step, images=images)
+                for number, (prompt, images) in enumerate(zip(wishes.prompts, drawn, strict=True))
+            ]
+        )
+    rows = [row for of_prompt in zip(*by_step, strict=True) for row in of_prompt]
+    return rows, asdict(wishes) | {"precision": str(dtype).removeprefix("torch.")}
+
+
+def save(folder: Path, rows: Sequence[Row], settings: dict[str, Any]) -> None:
+    """Save the images, a grid of them, and ``images.json`` with the settings and the seed of each image.
+
+    ``torch_seed`` is the seed of a generator on the CPU with which diffusers draws the same noise.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    make_folder(folder)
+    names = [("" if row.step is None else f"{_in_a_name(row.step)}-") + f"{row.number:02d}" for row in rows]
+    save_rows(folder, [(row.label, row.images) for row in rows], names)
+    images = [
+        {
+            "file": f"{name}-{index:02d}.png",
+            "prompt": row.prompt,
+            "step": row.step,
+            "torch_seed": derive_seed(settings["seed"], STREAM, index),
+        }
+        for row, name in zip(rows, names, strict=True)
+        for index in range(len(row.images))
+    ]
+    write_json(folder / SETTINGS_FILE, {**settings, "images": images})
+
+
+def check_size(source: ImageSource, size: Size, fields: Sequence[str]) -> None:
+    """Refuse a size that the model cannot draw.
+
+    Args:
+        source: The model.
+        size: Height and width in pixels.
+        fields: What they are called, for messages.
+
+    Raises:
+        DataError: A side is not a multiple of the size of a latent pixel.
+    """
+    cell = source.model.space.cell
+    for field, side in zip(fields, size, strict=True):
+        if side % cell:
+            raise DataError(f"{field}: {side} is not a multiple of {cell}, the size of a latent pixel")
+
+
+def _with_defaults(source: ImageSource, wishes: Wishes) -> Wishes:
+    """Fill in what is left out."""
+    config = source.run_config
+    own = None if config is None else config.sampling
+    if not wishes.prompts and config is None:
+        raise DataError('there is nothing to draw; add --prompt "a sks dog", --prompt-file FILE or --suite NAME')
+    if not wishes.prompts and config is not None:
+        say(f"drawing {config.subject.instance_prompt!r}, the prompt of the run")
+    guidance = wishes.guidance_scale
+    return replace(
+        wishes,
+        prompts=tuple(wishes.prompts) or ((config.subject.instance_prompt,) if config is not None else ()),
+        sampler=wishes.sampler or ("ddim" if own is None else own.sampler),
+        num_inference_steps=wishes.num_inference_steps or (50 if own is None else own.num_inference_steps),
+        guidance_scale=guidance if guidance is not None else 7.5 if own is None else own.guidance_scale,
+        width=wishes.width or source.resolution,
+        height=wishes.height or source.resolution,
+    )
+
+
+def _draw(source: ImageSource, wishes: Wishes, device: torch.device, dtype: torch.dtype) -> list[list[Image.Image]]:
+    """Draw the images of each prompt; image ``i`` of every prompt starts from the same noise, for comparison."""
+    assert wishes.sampler, "defaults are filled in"
+    assert wishes.num_inference_steps, "defaults are filled in"
+    assert wishes.guidance_scale is not None, "defaults are filled in"
+    negative = wishes.negative_prompt or ""
+    table = source.embed([*wishes.prompts, negative], device, dtype)
+    settings = SamplingSettings(
+        sampler=wishes.sampler,
+        num_inference_steps=wishes.num_inference_steps,
+        guidance_scale=wishes.guidance_scale,
+    )
     artist = Artist(model=source.model, settings=settings, objective=source.objective)
     jobs = [
         Job(
             prompts=[prompt],
-            size=(resolution, resolution),
-            generators=[generator(seed, "samples", index) for index in range(num_images)],
+            size=_size(wishes),
+            generators=[generator(wishes.seed, STREAM, index) for index in range(wishes.num_images)],
+            negative=negative,
         )
-        for prompt in prompts
+        for prompt in wishes.prompts
     ]
     denoiser = loaded_for_use(partial(source.load_denoiser, device, dtype), device)
     codec = loaded_for_use(partial(source.model.space.load, device), device)
-    return list(zip(prompts, draw(artist, table, jobs, denoiser, codec, progress="drawing prompts"), strict=True))
+    return list(draw(artist, table, jobs, denoiser, codec, progress="drawing prompts"))
 
 
-def check_resolution(source: ImageSource, resolution: int) -> None:
-    """Refuse a resolution that the model cannot draw.
+def _size(wishes: Wishes) -> Size:
+    assert wishes.width, "defaults are filled in"
+    assert wishes.height, "defaults are filled in"
+    return wishes.height, wishes.width
 
-    Raises:
-        DataError: It is not a multiple of the size of a latent pixel.
-    """
-    cell = source.model.space.cell
-    if resolution % cell:
-        raise DataError(f"--resolution: {resolution} is not a multiple of {cell}, the size of a latent pixel")
+
+def _in_words(step: Step | None) -> str:
+    return f"step {step}" if isinstance(step, int) else "the final model"
+
+
+def _in_a_name(step: Step) -> str:
+    return f"step-{step:06d}" if isinstance(step, int) else step

@@ -3,23 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, lora_of_checkpoint, put_into, read_lora
+from lowmem_db.adaptation.lora_file import LoraFile, lora_of_checkpoint, put_into, read_lora
 from lowmem_db.config.loading import load_config
-from lowmem_db.config.schema import Config, ObjectiveConfig
+from lowmem_db.config.schema import Config, ModelConfig, ObjectiveConfig
 from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
+from lowmem_db.engine.checkpoint_weights import checkpoint_weights, trained_components
 from lowmem_db.errors import DataError
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.finding import find_model, model_of
+from lowmem_db.models.finding import find_base, find_model
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.places import INDEX, LORA_FILE
 from lowmem_db.models.text_encoders import embed_prompts
 from lowmem_db.storage.run_folder import RunFolder
-from lowmem_db.storage.tensors import read_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,50 +79,99 @@ class ImageSource:
         """
         if self.lora is not None:
             put_into(component, module, self.lora)
-        if self.checkpoint is None or not (self.checkpoint / f"{component}.safetensors").is_file():
-            return
-        module.load_state_dict(read_state(self.checkpoint / f"{component}.safetensors"))
-        if self.run_config is not None and self.run_config.ema.enabled:
-            average = read_state(self.checkpoint / "ema.safetensors")
-            prefix = f"{component}."
-            own = {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
-            module.load_state_dict(own, strict=False)
+        if (
+            self.checkpoint is not None
+            and self.run_config is not None
+            and component in trained_components(self.checkpoint)
+        ):
+            module.load_state_dict(checkpoint_weights(self.checkpoint, component, self.run_config))
 
 
-def find_source(source: str) -> ImageSource:
-    """Find a model to draw from: the final model of a run, or else its newest checkpoint; or any model.
+Step = int | Literal["final"]
+"""A checkpoint of a run by its step, or its final model."""
+
+
+def find_source(source: str, *, step: Step | None = None, base: str | None = None) -> ImageSource:
+    """Find a model to draw from: a run at some step, a LoRA, or any model.
+
+    Args:
+        source: A run folder, a folder with a LoRA, or anything that ``model.base`` accepts.
+        step: A checkpoint of the run, or ``final``. Default: the final model, or else the newest checkpoint.
+        base: Where the model is that it was trained on. Default: where its run or its LoRA says.
 
     Raises:
-        DataError: A run folder has neither.
-        ModelError: There is no such model.
+        DataError: A run folder has no model, or not of this step; an argument has no effect.
+        ModelError: There is no such model, or the base has other bytes.
     """
     run = RunFolder(Path(source))
     if not run.config_file.is_file():
-        return _lora_source(Path(source)) or ImageSource(model=find_model(source))
+        if step is not None:
+            raise DataError(f"--step: {step}, but {source} is not a run, which has checkpoints; leave it out")
+        return _source_outside_runs(source, base)
     config = load_config(run.config_file)
-    if (of_lora := _lora_source(run.final_dir, config)) is not None:
-        return of_lora
-    if run.final_dir.is_dir():
-        return ImageSource(model=find_model(str(run.final_dir)), run_config=config)
-    steps = run.complete_steps()
-    if not steps:
-        raise DataError(f"{run.root}: the run has no final model and no complete checkpoint yet; train it first")
-    say(f"the run is not finished: drawing from its checkpoint of step {steps[-1]}")
-    model, checkpoint = model_of(config), run.checkpoint_dir(steps[-1])
+    if step in (None, "final"):
+        if (run.final_dir / LORA_FILE).is_file():
+            return _lora_source(run.final_dir / LORA_FILE, config, run, base)
+        if run.final_dir.is_dir():
+            _refuse_base(base, run.final_dir)
+            return ImageSource(model=find_model(str(run.final_dir)), run_config=config)
+    chosen = choose_step(run, step)
+    if step is None:
+        say(f"the run is not finished: drawing from its checkpoint of step {chosen}")
+    checkpoint = run.checkpoint_dir(chosen)
     if config.lora.enabled:
         files = tuple(sorted(checkpoint.glob("*.safetensors")))
+        model = _base(config.model, base, str(run.root), config)
         return ImageSource(
             model=model, lora=lora_of_checkpoint(checkpoint, config), lora_files=files, run_config=config
         )
+    model = _base(config.model, base, str(run.root), config, exact=True)
     return ImageSource(model=model, checkpoint=checkpoint, run_config=config)
 
 
-def _lora_source(folder: Path, run_config: Config | None = None) -> ImageSource | None:
-    """Return the base model and the adapters if a folder holds a LoRA, as ``final/`` of a LoRA run does."""
-    if not (folder / LORA_FILE).is_file():
-        return None
-    lora = read_lora(folder / LORA_FILE)
-    if run_config is None and not lora.base:
-        raise DataError(f"{folder / LORA_FILE}: does not name its base model; draw from the run folder instead")
-    model = find_model(**lora.base) if run_config is None else model_of(run_config)
-    return ImageSource(model=model, lora=lora, lora_files=(folder / LORA_FILE,), run_config=run_config)
+def _source_outside_runs(source: str, base: str | None) -> ImageSource:
+    path = Path(source)
+    file = path if path.name == LORA_FILE else path / LORA_FILE
+    if file.is_file() and not (path / INDEX).is_file():
+        return _lora_source(file, None, None, base)
+    model = find_model(source)
+    _refuse_base(base, model.path)
+    return ImageSource(model=model)
+
+
+def choose_step(run: RunFolder, step: Step | None) -> int:
+    """Return the step of a complete checkpoint: the one asked for, or the newest.
+
+    Raises:
+        DataError: There is none.
+    """
+    steps = run.complete_steps()
+    has_final = [*steps, *(["final"] if run.final_dir.is_dir() else [])]
+    if not has_final:
+        raise DataError(f"{run.root}: the run has no final model and no complete checkpoint yet; train it first")
+    if step is not None and step not in steps:
+        raise DataError(
+            f"--step: {step}, but {run.root} has no such checkpoint; allowed: {', '.join(map(str, has_final))}. A run "
+            "keeps the newest checkpointing.keep checkpoints"
+        )
+    return steps[-1] if step is None else int(step)
+
+
+def _refuse_base(base: str | None, model: Path) -> None:
+    if base is not None:
+        raise DataError(f"--base: {base} has no effect, because {model} is a complete model; leave it out")
+
+
+def _base(
+    trained_on: ModelConfig | None, given: str | None, of: str, config: Config | None, *, exact: bool = False
+) -> ModelFolder:
+    cache_dir = None if config is None else config.cache_dir
+    return find_base(trained_on, given, of=of, cache_dir=cache_dir, exact=exact)
+
+
+def _lora_source(file: Path, config: Config | None, run: RunFolder | None, base: str | None) -> ImageSource:
+    """Return the base model and the adapters of a file, as ``final/`` of a LoRA run has it."""
+    lora = read_lora(file)
+    trained_on = lora.trained_on if config is None else config.model
+    model = _base(trained_on, base, str(file if run is None else run.root), config)
+    return ImageSource(model=model, lora=lora, lora_files=(file,), run_config=config)

@@ -16,9 +16,9 @@ from lowmem_db import fingerprint
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.engine.draw import Artist, Job, draw, kept
-from lowmem_db.engine.generate import check_resolution
+from lowmem_db.engine.generate import check_size
 from lowmem_db.engine.manifest import MANIFEST, differences, write_manifest
-from lowmem_db.engine.source import ImageSource, find_source
+from lowmem_db.engine.source import ImageSource, Step, find_source
 from lowmem_db.errors import DataError
 from lowmem_db.evaluation.folders import PROMPTS_FILE, Limits, SubjectFiles, choose, scan_pictures
 from lowmem_db.randomness import generator
@@ -125,6 +125,19 @@ class PromptChoice:
     class_noun: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Whereabouts:
+    """Which model of a run is drawn.
+
+    Attributes:
+        step: A checkpoint, or ``final``. Default: the final model, or else the newest checkpoint.
+        base: Where the model is that it was trained on. Default: where the run says.
+    """
+
+    step: Step | None = None
+    base: str | None = None
+
+
 def parse_shard(text: str | None) -> Shard:
     """Parse the option ``--shard``, such as ``1/4``.
 
@@ -161,7 +174,9 @@ def holds_runs(folder: Path) -> bool:
     return bool(_run_folders(folder))
 
 
-def find_runs(folder: Path, choice: PromptChoice, limits: Limits, photos: Path | None = None) -> list[Run]:
+def find_runs(
+    folder: Path, choice: PromptChoice, limits: Limits, photos: Path | None = None, at: Whereabouts | None = None
+) -> list[Run]:
     """Find the runs in a folder: the folder itself, or every run folder in it.
 
     Args:
@@ -169,12 +184,14 @@ def find_runs(folder: Path, choice: PromptChoice, limits: Limits, photos: Path |
         choice: Which prompts are drawn.
         limits: Which runs are evaluated.
         photos: Photos of the subject, if those of a single run are no longer where its configuration says.
+        at: Which of their models is drawn.
 
     Raises:
         DataError: A run has no model yet, its photos do not exist, or identifier and class noun are not known.
     """
     folders = {run.resolve().name: run for run in _run_folders(folder)}
-    return [_read_run(name, folders[name], choice, photos) for name in choose(sorted(folders), limits)]
+    at = at or Whereabouts()
+    return [_read_run(name, folders[name], choice, photos, at) for name in choose(sorted(folders), limits)]
 
 
 def draw_runs(runs: Sequence[Run], output: Path, drawing: Drawing, shard: Shard) -> int:
@@ -295,7 +312,8 @@ def _resolution(run: Run, drawing: Drawing) -> int:
 
 def _manifest(run: Run, drawing: Drawing) -> dict[str, Any]:
     trained = run.source.trained_files
-    check_resolution(run.source, _resolution(run, drawing))
+    side = _resolution(run, drawing)
+    check_size(run.source, (side, side), ("--resolution", "--resolution"))
     return {
         "format_version": _FORMAT_VERSION,
         "model": run.source.model.whole_key,
@@ -328,8 +346,8 @@ def _run_folders(folder: Path) -> list[Path]:
     return [entry for entry in inner if entry.is_dir() and RunFolder(entry).config_file.is_file()]
 
 
-def _read_run(name: str, folder: Path, choice: PromptChoice, photos: Path | None) -> Run:
-    source = find_source(str(folder))
+def _read_run(name: str, folder: Path, choice: PromptChoice, photos: Path | None, at: Whereabouts) -> Run:
+    source = find_source(str(folder), step=at.step, base=at.base)
     config = source.run_config
     if config is None:
         raise DataError(f"{folder}: is not a run folder; allowed: a folder that lowmem-db train has written")

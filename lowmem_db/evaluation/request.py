@@ -10,6 +10,7 @@ from lowmem_db.evaluation.folders import Limits, SubjectFiles, find_subjects
 from lowmem_db.evaluation.protocol import (
     Drawing,
     PromptChoice,
+    Whereabouts,
     draw_runs,
     find_runs,
     holds_runs,
@@ -35,6 +36,7 @@ class Request:
         only_for_runs: Values, by name, of options that only apply to runs; None for those that are not given.
         shard: Which part of the images is drawn. Default: all, and then they are scored.
         output: Folder for all output.
+        at: Which checkpoint of a run is drawn, and where its base model is.
     """
 
     source: Path
@@ -47,6 +49,7 @@ class Request:
     only_for_runs: Mapping[str, Any]
     shard: str | None
     output: Path
+    at: Whereabouts
 
 
 def evaluate_request(request: Request) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def evaluate_request(request: Request) -> dict[str, Any]:
         return _score(request, compared, encoders)
     refuse_unused({"--class-images": request.class_images}, f"{request.source} is a run, whose class images are drawn")
     encoders = find_encoders(list(request.encoders))
-    runs = find_runs(request.source, request.choice, request.limits, request.real)
+    runs = find_runs(request.source, request.choice, request.limits, request.real, request.at)
     make_folder(request.output)
     num_missing = draw_runs(runs, request.output, request.drawing, shard)
     if request.shard is not None:

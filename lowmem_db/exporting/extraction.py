@@ -14,7 +14,7 @@ from lowmem_db.console import track
 from lowmem_db.errors import ModelError
 from lowmem_db.exporting.lora import LoraSource
 from lowmem_db.exporting.source import ExportSource
-from lowmem_db.models.finding import find_model, model_of
+from lowmem_db.models.finding import find_base
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import META
 from lowmem_db.models.names import published_name
@@ -75,11 +75,9 @@ def base_of(source: ExportSource, given: str | None) -> ModelFolder:
     Raises:
         ModelError: It is not known, or does not exist.
     """
-    if given is not None:
-        return find_model(given)
-    if source.config is None:
-        raise ModelError(f"--base: {source.name} is not a run and does not name its base model; set --base MODEL")
-    return model_of(source.config)
+    config = source.config
+    trained_on, cache_dir = (None, None) if config is None else (config.model, config.cache_dir)
+    return find_base(trained_on, given, of=source.name, cache_dir=cache_dir, exact=False)
 
 
 def total_of(norms: Mapping[str, ChangeNorms]) -> ChangeNorms:

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, read_lora, write_lora
+from lowmem_db.adaptation.lora_file import LoraFile, read_lora, write_lora
 from lowmem_db.config.loading import load_config
-from lowmem_db.config.schema import Config
+from lowmem_db.config.schema import Config, ModelConfig
 from lowmem_db.exporting.casting import cast
 from lowmem_db.exporting.source import refuse_existing
 from lowmem_db.models.families import FAMILIES, find_lora_prefixes
+from lowmem_db.models.places import LORA_FILE
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import write_tensors
 
@@ -37,6 +38,11 @@ class LoraSource:
     lora: LoraFile
     config: Config | None = None
 
+    @property
+    def trained_on(self) -> ModelConfig | None:
+        """The base model, or None if it is not known."""
+        return self.lora.trained_on if self.config is None else self.config.model
+
 
 def find_lora_source(source: str) -> LoraSource | None:
     """Return the LoRA of a finished run or in a folder, in diffusers' layout, or None if there is none.
@@ -53,6 +59,8 @@ def find_lora_source(source: str) -> LoraSource | None:
         return LoraSource(name=name, lora=read_lora(run.final_dir / LORA_FILE), config=config)
     if (path / LORA_FILE).is_file():
         return LoraSource(name=name, lora=read_lora(path / LORA_FILE))
+    if path.name == LORA_FILE and path.is_file():
+        return LoraSource(name=path.resolve().parent.name, lora=read_lora(path))
     return None
 
 

@@ -1,21 +1,26 @@
 """One export request of any kind."""
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from lowmem_db.adaptation.lora_file import lora_of_checkpoint
+from lowmem_db.config.loading import load_config
 from lowmem_db.console import say
+from lowmem_db.engine.source import Step, choose_step, find_source
 from lowmem_db.errors import ModelError
 from lowmem_db.exporting.diffusers_folder import export_diffusers
 from lowmem_db.exporting.extraction import base_of, extract_lora, total_of
 from lowmem_db.exporting.lora import LoraSource, export_lora, find_lora_source
 from lowmem_db.exporting.merging import merge_into_folder
 from lowmem_db.exporting.single_file import export_single_file
-from lowmem_db.exporting.source import ExportSource, find_export_source, refuse_existing
+from lowmem_db.exporting.source import ExportSource, find_export_source, refuse_existing, source_at_step
 from lowmem_db.models.finding import find_model
+from lowmem_db.storage.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,8 @@ class Request:
         out: Path of the output. Default: named after the source, in the working folder.
         merge: Merge a LoRA into its base model first.
         extract_rank: Rank of a LoRA to extract from a full fine-tuning. Default: do not extract one.
-        base: The model that a fine-tuning started from. Default: that of its run.
+        base: The model that a fine-tuning or a LoRA started from. Default: that of its run.
+        step: A checkpoint of the run to export instead of its final model.
     """
 
     source: str
@@ -39,6 +45,7 @@ class Request:
     merge: bool = False
     extract_rank: int | None = None
     base: str | None = None
+    step: Step | None = None
 
 
 def export_model(request: Request) -> Path:
@@ -48,30 +55,56 @@ def export_model(request: Request) -> Path:
         ModelError: The source does not exist, or does not fit the request.
         StorageError: The disk is full.
     """
-    lora = find_lora_source(request.source)
+    run = RunFolder(Path(request.source))
+    if request.step is not None and not run.config_file.is_file():
+        raise ModelError(
+            f"--step: {request.step}, but {request.source} is not a run, which has checkpoints; leave it out"
+        )
+    if request.step in (None, "final"):
+        return _export(request, find_lora_source(request.source), lambda: find_export_source(request.source))
+    step = choose_step(run, request.step)
+    config, name = load_config(run.config_file), f"{run.root.resolve().name}-step-{step:06d}"
+    if config.lora.enabled:
+        trained = config.training.model_copy(update={"max_train_steps": step})  # as other programs will be told
+        lora = lora_of_checkpoint(run.checkpoint_dir(step), config)
+        return _export(
+            request, LoraSource(name=name, lora=lora, config=config.model_copy(update={"training": trained})), None
+        )
+    beside = (request.out or Path(name)).absolute().parent
+    with source_at_step(find_source(request.source, step=step, base=request.base), name, beside) as source:
+        return _export(request, None, lambda: source)
+
+
+def _export(request: Request, lora: LoraSource | None, find_whole: Callable[[], ExportSource] | None) -> Path:
+    """Export a LoRA, or else what ``find_whole`` finds."""
     if request.extract_rank is not None:
         if request.merge:
             raise ModelError("--extract-lora: cannot be combined with --merge; leave one of them out")
-        if lora is not None:
+        if lora is not None or find_whole is None:
             raise ModelError(f"--extract-lora: needs a full fine-tuning, but {request.source} is a LoRA; leave it out")
         if request.layout is not None and not _is_of_lora(request):
             raise ModelError(
                 f"--extract-lora: makes a LoRA, but --format {request.layout} is for complete models; allowed: "
                 "lora-kohya, lora-diffusers"
             )
-        return _export_extracted(request, find_export_source(request.source), request.extract_rank)
-    if request.base is not None:
-        raise ModelError(f"--base: {request.base} has no effect without --extract-lora RANK; leave it out")
+        return _export_extracted(request, find_whole(), request.extract_rank)
     if lora is None:
+        assert find_whole is not None, "neither a LoRA nor a complete model"
         if request.merge or _is_of_lora(request):
             asked = "--merge" if request.merge else f"--format {request.layout}"
             raise ModelError(
                 f"{request.source}: is not a LoRA, which {asked} needs; make one from a full fine-tuning with "
                 f"--extract-lora RANK, or leave {asked} out"
             )
-        return _export_whole(request, find_export_source(request.source))
+        if request.base is not None and request.step in (None, "final"):
+            raise ModelError(
+                f"--base: {request.base} has no effect on a complete model without --extract-lora RANK; leave it out"
+            )
+        return _export_whole(request, find_whole())
     if request.merge:
         return _export_merged(request, lora)
+    if request.base is not None:
+        raise ModelError(f"--base: {request.base} has no effect on a LoRA without --merge; add that, or leave it out")
     if request.layout is not None and not _is_of_lora(request):
         raise ModelError(
             f"--format: {request.layout} is for complete models, but {request.source} is a LoRA; add --merge to merge "
@@ -106,13 +139,13 @@ def _export_merged(request: Request, lora: LoraSource) -> Path:
         raise ModelError(f"--merge: makes a complete model, --format {request.layout} a LoRA; leave one of them out")
     if request.layout == "diffusers":
         out = request.out or Path(f"{lora.name}-diffusers")
-        merge_into_folder(lora, out, request.precision or torch.float32)
+        merge_into_folder(lora, out, request.precision or torch.float32, request.base)
         return out
     out = request.out or Path(f"{lora.name}.safetensors")
     refuse_existing(out)
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".merging-") as temporary:
         folder = Path(temporary) / lora.name
-        merge_into_folder(lora, folder, request.precision or torch.float32)
+        merge_into_folder(lora, folder, request.precision or torch.float32, request.base)
         merged = ExportSource(name=lora.name, model=find_model(str(folder)), config=lora.config)
         return _export_whole(replace(request, out=out), merged)
 

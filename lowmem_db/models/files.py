@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lowmem_db import fingerprint
+from lowmem_db.data.file_kinds import HEAD_BYTES, kind_of
 from lowmem_db.errors import ModelError
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d{5}-of-\d{5})?(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?"
+    r"\.(?:safetensors|bin)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,8 @@ class ModelFiles:
 
         Shards are added up; if the same weights are stored in several formats, the largest counts.
         """
-        files = [file for file in (self.path / component).iterdir() if file.suffix in WEIGHT_SUFFIXES]
+        folder = self.path / component
+        files = weight_files(folder, self.variant) or [f for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES]
         wholes: dict[str, int] = {}
         for file in files:
             whole = _SHARD.sub("", file.name)
@@ -60,8 +67,66 @@ class ModelFiles:
             keys.append((component, fingerprint.of_files(files)))
         return fingerprint.of_values(keys, self.variant)
 
+    def loaded_key(self, *components: str) -> str:
+        """Return a key of what is loaded of some components, whatever else lies in their folders.
 
+        Other than :meth:`content_key` it does not change when another variant is downloaded, or a README.
+        """
+        keys = []
+        for component in components:
+            folder = self.path / component
+            files = [
+                *weight_files(folder, self.variant),
+                *(folder / name for name in _READ if (folder / name).is_file()),
+            ]
+            keys.append((component, sorted(fingerprint.of_file(file) for file in files)))
+        return fingerprint.of_values(keys)
+
+
+_READ = (
+    "config.json", "scheduler_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "spiece.model",
+)  # fmt: skip
 _CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Return the weight files of a component that are loaded: those of a variant, safetensors rather than pickles."""
+    found = [file for file in sorted(folder.iterdir()) if _WEIGHTS.fullmatch(file.name)]
+    own = [file for file in found if variant_of(file.name) == variant]
+    return [file for file in own if file.suffix == ".safetensors"] or own
+
+
+def variant_of(name: str) -> str | None:
+    """Return the variant in the name of a weight file, or None."""
+    match = _WEIGHTS.fullmatch(name)
+    return match[1] if match else None
+
+
+def check_header(file: Path) -> None:
+    """Refuse a file of weights that is cut off, or is something else.
+
+    Raises:
+        ModelError: The message says what the file is.
+    """
+    if file.suffix == ".safetensors":
+        _num_values(file)
+    elif (kind := _kind(file)) is not None and "ZIP" not in kind:
+        raise ModelError(f"{file}: is {kind}; allowed: weights. Download the model again")
+
+
+def damaged(file: Path, error: Exception) -> ModelError:
+    """Return the error for a safetensors file that cannot be read: it is of another kind, or damaged."""
+    if not file.is_file() or not os.access(file, os.R_OK):
+        return ModelError(f"{file}: cannot be read ({error}); allowed: a .safetensors file. Check its permissions")
+    if (kind := _kind(file)) is not None:
+        return ModelError(f"{file}: is {kind}; allowed: a .safetensors file")
+    return ModelError(f"{file}: is truncated or not a safetensors file ({error}); download the model again")
+
+
+def _kind(file: Path) -> str | None:
+    with file.open("rb") as opened:
+        return kind_of(opened.read(HEAD_BYTES))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,4 +153,4 @@ def _num_values(file: Path) -> int:
         with safe_open(file, framework="pt") as weights:
             return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: is damaged ({error}); download the model again") from error
+        raise damaged(file, error) from error

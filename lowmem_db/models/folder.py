@@ -1,6 +1,7 @@
 """A model on disk: its files and its family."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,3 +53,8 @@ class ModelFolder(ModelFiles):
     def whole_key(self) -> str:
         """Key of the bytes of all components."""
         return self.content_key(*(component.name for component in self.family.components))
+
+    @cached_property
+    def bytes_key(self) -> str:
+        """Key of what is loaded of all components; reading it takes seconds."""
+        return self.loaded_key(*(component.name for component in self.family.components))

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from lowmem_db.errors import ModelError
 from lowmem_db.models.families import FAMILIES, find_family
+from lowmem_db.models.families.misfits import OTHER_CHANNELS
 from lowmem_db.models.families.original_layout import UNET_PREFIX, Entry, Layout, layout_for
 from lowmem_db.models.families.stable_diffusion import text_width
 from lowmem_db.models.files import ModelFiles
@@ -34,7 +35,6 @@ _NONSENSE = (
     ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
     StrictDataclassError,
 )  # fmt: skip
-_OTHER_CHANNELS = {5: "a depth model", 7: "an upscaler", 8: "an image-editing model", 9: "an inpainting model"}
 _OTHER_FILES = (
     (r"^lora_(unet|te)|\.lora_(down|up|[AB])\b|\.lora\.(down|up)\.", "a LoRA, which needs its base model"),
     (r"^control_model\.|^controlnet_", "a ControlNet"),
@@ -100,7 +100,7 @@ def recognise(file: Path) -> SingleFile:
     if conv_in is None:
         raise _refusal(file, f"is {_describe(found)}")
     if conv_in.shape[1] != 4:
-        kind = _OTHER_CHANNELS.get(conv_in.shape[1], "an unknown model")
+        kind = OTHER_CHANNELS.get(conv_in.shape[1], "an unknown model")
         raise _refusal(file, f"is {kind}: its UNet has {conv_in.shape[1]} input channels instead of 4")
     if CONFIGS_KEY not in metadata:
         return _with_tensors(_of_family(file, found, metadata), found)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowmem_db.errors import ModelError
+from lowmem_db.models.files import damaged
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import META
 from lowmem_db.models.names import published_name
@@ -56,7 +57,7 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 tensors[name] = StoredTensor(file, name, tuple(part.get_shape()), dtype)
             return tensors, metadata
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: is truncated or not a safetensors file ({error}); download it again") from error
+        raise damaged(file, error) from error
 
 
 def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor]:

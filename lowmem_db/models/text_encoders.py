@@ -1,6 +1,6 @@
 """Running prompts through all tokenizers and text encoders of a model, whatever its family."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,18 @@ def tokenize_prompts(model: ModelFolder, prompts: Sequence[str]) -> PromptTable:
 def num_cut_tokens(tokenizer: Any, prompt: str) -> int:
     """Return how many tokens of a prompt are cut off."""
     return max(0, len(tokenizer(prompt, verbose=False).input_ids) - tokenizer.model_max_length)
+
+
+def cut_prompt_warnings(model: ModelFolder, prompts: Iterable[str]) -> list[str]:
+    """Return a warning for each prompt that is longer than the model reads."""
+    warnings = []
+    for name in model.family.names_of("tokenizer")[:1]:  # all of them read the same words
+        tokenizer = model.load(name)
+        for prompt in sorted(set(prompts)):
+            if cut := num_cut_tokens(tokenizer, prompt):
+                read = tokenizer.model_max_length
+                warnings.append(f"the model reads {read} tokens and ignores the last {cut} of {prompt!r}")
+    return warnings
 
 
 @torch.no_grad()

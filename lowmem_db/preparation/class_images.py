@@ -20,6 +20,7 @@ from lowmem_db.adaptation.quantized import quantize
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
+from lowmem_db.data.folder import is_negligible
 from lowmem_db.engine.draw import Artist, Job, draw, loaded_for_use
 from lowmem_db.engine.manifest import MANIFEST, differences, write_manifest
 from lowmem_db.errors import DataError
@@ -145,7 +146,7 @@ def _settings(config: Config) -> SamplingSettings:
 def _is_users_own(folder: Path) -> bool:
     if not folder.is_dir() or (folder / MANIFEST).is_file():
         return False
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    entries = [entry for entry in folder.iterdir() if not is_negligible(entry)]
     return any(not (entry / MANIFEST).is_file() for entry in entries)
 
 

@@ -1,5 +1,7 @@
 """The phases before training, one after the other, and their results."""
 
+from pathlib import Path
+
 import torch
 
 from lowmem_db import environment
@@ -9,8 +11,9 @@ from lowmem_db.data.batches import BatchSource
 from lowmem_db.data.buckets import share_out, sizes_of
 from lowmem_db.data.identifiers import identifier_warnings
 from lowmem_db.data.photos import photo_warnings, scan_photos
+from lowmem_db.errors import DataError
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.text_encoders import num_cut_tokens
+from lowmem_db.models.text_encoders import cut_prompt_warnings
 from lowmem_db.preparation.class_images import ClassImages, prepare_class_images
 from lowmem_db.preparation.encode import encode_images, encode_prompts
 from lowmem_db.records import ImageRecord, Size
@@ -40,13 +43,11 @@ def check_photos(config: Config) -> list[ImageRecord]:
 
 def check_prompts(config: Config, model: ModelFolder, photos: list[ImageRecord]) -> None:
     """Warn if a prompt does not tell the model what its author expects."""
-    prompts = sorted({photo.prompt for photo in photos} | {config.subject.class_prompt or ""})
-    for name in model.family.names_of("tokenizer")[:1]:  # all of them read the same words
+    prompts = {photo.prompt for photo in photos} | {config.subject.class_prompt or ""} | config.prompts_drawn
+    for message in cut_prompt_warnings(model, prompts):
+        warn(message)
+    for name in model.family.names_of("tokenizer")[:1]:
         tokenizer = model.load(name)
-        for prompt in prompts:
-            if cut := num_cut_tokens(tokenizer, prompt):
-                read = tokenizer.model_max_length
-                warn(f"the model reads {read} tokens and ignores the last {cut} of {prompt!r}")
         for message in identifier_warnings(config.subject.instance_prompt, config.subject.class_prompt, tokenizer):
             warn(message)
 
@@ -60,6 +61,7 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
     sizes = sizes_of(config.data, photos, least_step=model.family.size_step(model))
     _say_sizes(config, sizes)
     class_pictures = _class_images(config, model, device, sizes) if config.prior.enabled else []
+    _check_overlap(photos, [record for records, _ in class_pictures for record in records], config.prior.class_dir)
     instance_images = encode_images(config, model, device, photos, sizes)
     class_images = [
         image
@@ -104,6 +106,19 @@ def _class_records(config: Config, images: ClassImages) -> list[ImageRecord]:
             say(f"class images: {images.folder} holds only {len(records)} of {config.prior.num_class_images} asked for")
         return records[: config.prior.num_class_images]
     return [record for record in records if record.path in set(images.files)]
+
+
+def _check_overlap(photos: list[ImageRecord], class_records: list[ImageRecord], class_dir: Path | None) -> None:
+    """Refuse class images that are all photos of the subject, which would become the class; warn of some."""
+    of_subject = {photo.content_key for photo in photos}
+    both = sorted({record.path.name for record in class_records if record.content_key in of_subject})
+    if both and all(record.content_key in of_subject for record in class_records):
+        raise DataError(
+            f"prior.class_dir: {class_dir} holds only photos of the subject, so it would become the class; allowed: "
+            "pictures of other members of the class. Choose another folder, or leave it out to have them drawn"
+        )
+    if both:
+        warn(f"prior.class_dir: {', '.join(both)} are also photos of the subject; remove them from {class_dir}")
 
 
 def _say_sizes(config: Config, sizes: list[Size]) -> None:

@@ -9,6 +9,8 @@ from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import fields, resolve
 from lowmem_db.console import say
 from lowmem_db.errors import CheckpointError, ConfigError
+from lowmem_db.run.absolute import absolute_tree
+from lowmem_db.run.base import FIELDS, recorded_model
 from lowmem_db.storage.run_folder import RunFolder
 
 FIXED_FIELDS = (
@@ -67,7 +69,10 @@ def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
             f"output_dir: {run.root} holds a run with checkpoints; continue it with --resume, choose another "
             "output_dir, or delete the folder"
         )
-    before, now = (dict(_flat(tree)) for tree in (read_yaml(run.config_file), config.model_dump(mode="json")))
+    trees = read_yaml(run.config_file), config.model_dump(mode="json")
+    before, now = (dict(_flat(absolute_tree(tree))) for tree in trees)
+    if recorded_model(run):  # bytes are compared, not names
+        before = {field: value for field, value in before.items() if field not in FIELDS}
     changed = {  # a field that is unknown to the run's version has not changed
         field: (before[field], value) for field, value in now.items() if field in before and before[field] != value
     }

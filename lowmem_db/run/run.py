@@ -10,7 +10,7 @@ from lowmem_db.adaptation.finding import find_adaptation
 from lowmem_db.adaptation.layers import count_trained
 from lowmem_db.config.loading import to_yaml
 from lowmem_db.config.schema import Config
-from lowmem_db.console import say
+from lowmem_db.console import quoted, say
 from lowmem_db.data.batches import BatchSource
 from lowmem_db.engine.build import build_ema, build_step, set_arithmetic
 from lowmem_db.engine.samples import draw_images, draw_samples
@@ -23,6 +23,8 @@ from lowmem_db.planning.plan import plan as plan_run
 from lowmem_db.planning.target import target_of_device
 from lowmem_db.preparation.prepare import check_photos, check_prompts, prepare
 from lowmem_db.records import ImageRecord
+from lowmem_db.run.absolute import with_absolute_paths
+from lowmem_db.run.base import find_base_of
 from lowmem_db.run.checks import check_disk, check_machine
 from lowmem_db.run.final import write_final
 from lowmem_db.run.resuming import check_run_folder, with_choices_of_run
@@ -75,12 +77,12 @@ def _check_and_plan(
 ) -> tuple[Config, ModelFolder, torch.device, list[ImageRecord]]:
     """Check that the run is possible and choose its strategy, before anything expensive happens."""
     sweep(config.cache_dir)
-    config = with_choices_of_run(run, config)
+    config = with_choices_of_run(run, with_absolute_paths(config))
     check_run_folder(run, config, resume=resume)
     device = environment.resolve_device(config.device)
     check_machine(config, device)
     photos = check_photos(config)
-    model = model_of(config)
+    model, config = find_base_of(run, config)
     plan = plan_run(config, target_of_device(config, device), model=model)
     config = plan.config
     say(summary(plan))
@@ -124,7 +126,8 @@ def _train(
         trainer = build_trainer(config, model, device, batches, run)
         trainer.resume(best)
     write_final(trainer, model)
-    say(f"done: {run.final_dir} holds the {trainer.adaptation.noun}; draw with it: lowmem-db generate {run.root}")
+    say(f"done: {run.final_dir} holds the {trainer.adaptation.noun}; draw with it:")
+    say(f"lowmem-db generate {quoted(run.root)}")
 
 
 def build_trainer(

@@ -33,16 +33,24 @@ def make_folder(folder: Path) -> None:
         raise as_storage_error(error, folder) from error
 
 
-def save_rows(folder: Path, rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> None:
-    """Save each picture as ``PROMPT-IMAGE.png``, numbered from zero, and a grid of all.
+def save_rows(
+    folder: Path, rows: Sequence[tuple[str, Sequence[Image.Image]]], names: Sequence[str] | None = None
+) -> None:
+    """Save each picture as ``ROW-IMAGE.png`` and a grid of all; images are numbered from zero.
+
+    Args:
+        folder: An existing folder.
+        rows: Labels and pictures.
+        names: Names of the rows. Default: their numbers, from zero.
 
     Raises:
         StorageError: The disk is full.
     """
     try:
         for number, (_, pictures) in enumerate(rows):
+            name = f"{number:02d}" if names is None else names[number]
             for index, picture in enumerate(pictures):
-                picture.save(folder / f"{number:02d}-{index:02d}.png")
+                picture.save(folder / f"{name}-{index:02d}.png")
         labelled_grid(rows).save(folder / GRID_FILE)
     except OSError as error:
         raise as_storage_error(error, folder) from error

@@ -18,7 +18,7 @@ def collect_prompts(
     class_noun: str | None,
     run_config: Config | None,
 ) -> list[str]:
-    """Return prompts given one by one, those of a file, and those of suites.
+    """Return prompts given one by one, those of a file, and those of suites; there may be none.
 
     Args:
         prompts: Prompts given one by one.
@@ -29,7 +29,7 @@ def collect_prompts(
         run_config: Configuration of the run, or None.
 
     Raises:
-        DataError: There is no prompt, or a suite needs an identifier and a class noun that are not known.
+        DataError: A file cannot be read, or a suite needs an identifier and a class noun that are not known.
     """
     collected = list(prompts) + (read_prompt_file(prompt_file) if prompt_file is not None else [])
     if suites:
@@ -40,8 +40,6 @@ def collect_prompts(
             raise DataError("--suite: needs the identifier and the class noun; add --identifier sks --class-noun dog")
         for suite in suites:
             collected += read_suite(suite, identifier=identifier, class_noun=class_noun)
-    if not collected:
-        raise DataError('there is nothing to draw; add --prompt "a sks dog", --prompt-file FILE or --suite NAME')
     return collected
 
 

@@ -3,12 +3,11 @@
 Random numbers, the order of the data and the learning rates need no state; they are functions of the step.
 """
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 from lowmem_db.adaptation.base import Stateful
-from lowmem_db.console import say
+from lowmem_db.console import quoted, say
 from lowmem_db.errors import CheckpointError, StorageError
 from lowmem_db.storage.checksums import check_file, check_folder
 from lowmem_db.storage.run_folder import MARKER, RunFolder, read_json, write_json
@@ -80,7 +79,7 @@ def _way_out(run: RunFolder, damaged: int) -> str:
     whole = next((step for step in reversed(older) if _is_whole(run, step)), None)
     in_the_way = [step for step in run.complete_steps() if (-1 if whole is None else whole) < step <= damaged]
     delete = " and ".join(str(run.checkpoint_dir(step)) for step in in_the_way)
-    command = f"lowmem-db train {shlex.quote(str(run.config_file))} --resume"
+    command = f"lowmem-db train {quoted(run.config_file)} --resume"
     goes_on = "start from scratch" if whole is None else f"continue after step {whole}, the last intact checkpoint,"
     return f"delete {delete}, then {goes_on} with: {command}"
 

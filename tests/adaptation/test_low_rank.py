@@ -9,10 +9,11 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from lowmem_db.adaptation.layers import count_trained
-from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, lora_file, put_into, read_lora, write_lora
+from lowmem_db.adaptation.lora_file import LoraFile, lora_file, put_into, read_lora, write_lora
 from lowmem_db.adaptation.low_rank import AdapterState, adapters_of, attach, peft_settings
 from lowmem_db.config.schema import LoraConfig
 from lowmem_db.errors import ConfigError, ModelError, StorageError
+from lowmem_db.models.places import LORA_FILE
 from tests.tiny_models import tiny_text_encoder, tiny_text_encoder_2, tiny_unet
 
 KINDS = {

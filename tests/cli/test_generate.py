@@ -71,7 +71,7 @@ def test_model_folder_draws_what_its_seed_says(run: Run, tiny_model: Path, tmp_p
     for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
         assert run("generate", tiny_model, *QUICK, "--seed", seed, "-o", tmp_path / name).code == 0
         drawn[name] = pictures(tmp_path / name)
-    assert set(drawn["a"]) == {"00-00.png", "00-01.png", "grid.png"}
+    assert set(drawn["a"]) == {"00-00.png", "00-01.png", "grid.png", "images.json"}
     assert drawn["a"] == drawn["b"]
     assert drawn["a"]["00-00.png"] != drawn["c"]["00-00.png"]
     assert drawn["a"]["00-00.png"] != drawn["a"]["00-01.png"]

@@ -9,8 +9,8 @@ import pytest
 
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
-from lowmem_db.data.inputs import check_inputs
 from lowmem_db.errors import DataError
+from lowmem_db.run.inputs import check_inputs
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL", "safetensors")
 PROGRAM = (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowmem_db.adaptation import low_rank as lora
-from lowmem_db.adaptation.lora_file import LORA_FILE, lora_file, write_lora
+from lowmem_db.adaptation.lora_file import lora_file, write_lora
 from lowmem_db.config.loading import load_config, write_yaml
 from lowmem_db.errors import DataError
 from lowmem_db.evaluation import protocol
@@ -28,6 +28,7 @@ from lowmem_db.evaluation.protocol import (
 )
 from lowmem_db.evaluation.report import evaluate
 from lowmem_db.models.finding import find_model
+from lowmem_db.models.places import LORA_FILE
 from tests.evaluation.conftest import CPU
 
 ALL = Shard()

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, lora_file, put_into, write_lora
+from lowmem_db.adaptation.lora_file import LoraFile, lora_file, put_into, write_lora
 from lowmem_db.adaptation.low_rank import merge, peft_settings
 from lowmem_db.errors import ModelError
 from lowmem_db.exporting.extraction import extract_lora
@@ -19,6 +19,7 @@ from lowmem_db.exporting.merging import merge_into_folder
 from lowmem_db.exporting.request import Request, export_model
 from lowmem_db.exporting.source import find_export_source
 from lowmem_db.models.finding import find_model
+from lowmem_db.models.places import LORA_FILE
 from lowmem_db.models.saving import save_model
 from lowmem_db.storage.tensors import read_tensors
 from tests.adaptation.test_low_rank import KINDS, config_of, draw, fresh_pipeline, trained

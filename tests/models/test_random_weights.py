@@ -5,7 +5,7 @@ import torch
 
 from lowmem_db.models import random_weights
 from lowmem_db.models.files import ModelFiles
-from lowmem_db.models.finding import DEMO_DIR
+from lowmem_db.models.places import DEMO_DIR
 from lowmem_db.models.random_weights import random_model
 
 CPU = torch.device("cpu")

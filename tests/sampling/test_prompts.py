@@ -99,11 +99,6 @@ def test_suite_without_names_is_refused() -> None:
         collect(suites=("objects",), identifier="sks")
 
 
-def test_nothing_to_draw_is_refused() -> None:
-    with pytest.raises(DataError, match="there is nothing to draw"):
-        collect()
-
-
 @pytest.mark.parametrize("content", [b"", b"\n# only a remark\n", b"\xff\xfe\xff"])
 def test_file_without_a_prompt_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "prompts.txt"

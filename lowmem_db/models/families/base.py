@@ -121,6 +121,11 @@ class Family:
         """Names of the components that have weights."""
         return tuple(component.name for component in self.components if component.has_weights)
 
+    def problems(self, files: ModelFiles) -> list[str]:
+        """Return what does not fit together in a model's configurations: a component, what is wrong, a way out."""
+        del files
+        return []
+
     # Conditioning.
 
     def tokenize(self, files: ModelFiles, prompts: Sequence[str]) -> Tensors:

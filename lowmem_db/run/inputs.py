@@ -1,0 +1,70 @@
+"""Checks that run before slow imports: folders and models that do not exist, typos in their names.
+
+Nothing here imports torch, so that the answer comes at once.
+"""
+
+from pathlib import Path
+
+from lowmem_db.config.loading import load_config
+from lowmem_db.config.schema import Config
+from lowmem_db.data.folder import holds_nothing, look_into
+from lowmem_db.errors import DataError
+from lowmem_db.models.places import LORA_FILE, is_run, place_of
+
+
+def check_inputs(config: Config) -> None:
+    """Check the folders and the base model of a run by their names.
+
+    Raises:
+        DataError: The photo folder does not exist, cannot be read, or holds no picture; or the class image folder is
+            not one, or is the photo folder.
+        ModelError: The base model does not exist, or is no model.
+    """
+    photos, class_dir = config.subject.instance_dir, config.prior.class_dir
+    look_into(photos, "subject.instance_dir")
+    if config.prior.enabled and class_dir is not None:
+        check_class_dir(class_dir, photos)
+    place_of(config.model.base)
+
+
+def check_class_dir(class_dir: Path, photos: Path) -> None:
+    """Check the folder of class images: the user's own pictures, or where images are to be drawn.
+
+    Raises:
+        DataError: It is a file, holds things but no picture, or is the photo folder.
+    """
+    if class_dir.resolve() == photos.resolve():
+        raise DataError(
+            f"prior.class_dir: {class_dir} is also the photo folder, so the subject would become the class; allowed: "
+            "pictures of other members of the class. Choose another folder, or leave it out to have them drawn"
+        )
+    if class_dir.exists() and not (class_dir.is_dir() and (holds_nothing(class_dir) or _is_drawn(class_dir))):
+        look_into(class_dir, "prior.class_dir")
+
+
+def check_source(source: str, base: str | None = None) -> None:
+    """Check by its name a run, a LoRA or a model, and the model that it was trained on.
+
+    Raises:
+        ModelError: There is nothing by that name, or it is neither.
+    """
+    path = Path(source)
+    if not (is_run(path) or (path / LORA_FILE).is_file() or path.name == LORA_FILE):
+        place_of(source)
+    if base is not None:
+        place_of(base)
+
+
+def config_of(source: str) -> Config | None:
+    """Return the configuration of a run, or None if it is not a run.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    return load_config(Path(source) / "config.yaml") if is_run(Path(source)) else None
+
+
+def _is_drawn(class_dir: Path) -> bool:
+    """Return whether a folder holds images that were drawn for it, or sub-folders of such."""
+    folders = [class_dir, *(entry for entry in class_dir.iterdir() if entry.is_dir())]
+    return any((folder / "manifest.json").is_file() for folder in folders)
