@@ -18,6 +18,7 @@ from lowmem_db.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from lowmem_db.data.inspection import Inspection
     from lowmem_db.engine.source import Step
     from lowmem_db.planning.plan import Plan
     from lowmem_db.storage.run_folder import RunFolder
@@ -59,6 +60,28 @@ def plan(config: Config, *, gpu: str | None = None, budget: str | int | None = N
     from lowmem_db.planning.target import find_target
 
     return plan_run(config, find_target(config, gpu=gpu, budget_bytes=_read_budget(budget), here=here))
+
+
+def inspect_photos(
+    source: PathLike, overrides: Sequence[str] = (), *, output: PathLike | None = None
+) -> "dict[str, Inspection]":
+    """Look at photos as training does: sizes, crops, captions, sharpness, near-duplicates, what is left over.
+
+    Args:
+        source: A folder of photos, or a configuration.
+        overrides: Values of fields, such as ``"data.resolution=768"``.
+        output: Contact sheet to draw.
+
+    Returns:
+        What was found of ``photos`` and, for a configuration that names the user's own, ``class_images``.
+
+    Raises:
+        ConfigError: An override or the configuration cannot be used.
+        DataError: A folder does not exist, or holds no picture.
+    """
+    from lowmem_db.run.photos import inspect
+
+    return inspect(Path(source), overrides, _path(output))
 
 
 def train(config: Config, *, resume: bool = False, observers: Sequence["Observer"] = ()) -> "RunFolder":

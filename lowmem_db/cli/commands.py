@@ -5,7 +5,7 @@ import logging
 import typer
 
 from lowmem_db import environment, nvidia
-from lowmem_db.cli import bench, doctor, evaluate, export, generate, identifiers, plan, prepare, train
+from lowmem_db.cli import bench, doctor, evaluate, export, generate, identifiers, photos, plan, prepare, train
 from lowmem_db.console import warn
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ _FREE_ARGUMENTS = {"ignore_unknown_options": True}
 app.command("train", context_settings=_FREE_ARGUMENTS)(train.train)
 app.command("plan", context_settings=_FREE_ARGUMENTS)(plan.plan)
 app.command("prepare", context_settings=_FREE_ARGUMENTS)(prepare.prepare)
+app.command("photos", context_settings=_FREE_ARGUMENTS)(photos.photos)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)

@@ -71,7 +71,7 @@ def scan_photos(folder: Path, *, prompt: str, resolution: int, field: str) -> li
     for path in found.photos:
         try:
             own = captions.of(path)
-            records.append(_record(path, prompt if own is None else own, resolution))
+            records.append(record_of(path, prompt if own is None else own, resolution))
         except (DataError, DependencyError) as error:
             problems.append(f"{field}: {error}")
     if problems:
@@ -140,7 +140,13 @@ def _tell(found: PhotoFolder, records: Sequence[ImageRecord], prompt: str, field
         say(f"{field}: {line}")
 
 
-def _record(path: Path, prompt: str, resolution: int) -> ImageRecord:
+def record_of(path: Path, prompt: str, resolution: int) -> ImageRecord:
+    """Check and describe one picture.
+
+    Raises:
+        DataError: It cannot be used, or is too small.
+        DependencyError: It is HEIC and pillow-heif is not installed.
+    """
     width, height = read_photo(path).size
     smallest = min(resolution, max(MIN_PIXELS, resolution // 4))
     if min(width, height) < smallest:

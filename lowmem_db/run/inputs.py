@@ -38,7 +38,7 @@ def check_class_dir(class_dir: Path, photos: Path) -> None:
             f"prior.class_dir: {class_dir} is also the photo folder, so the subject would become the class; allowed: "
             "pictures of other members of the class. Choose another folder, or leave it out to have them drawn"
         )
-    if class_dir.exists() and not (class_dir.is_dir() and (holds_nothing(class_dir) or _is_drawn(class_dir))):
+    if class_dir.exists() and (not class_dir.is_dir() or is_users_own(class_dir)):
         look_into(class_dir, "prior.class_dir")
 
 
@@ -64,7 +64,9 @@ def config_of(source: str) -> Config | None:
     return load_config(Path(source) / "config.yaml") if is_run(Path(source)) else None
 
 
-def _is_drawn(class_dir: Path) -> bool:
-    """Return whether a folder holds images that were drawn for it, or sub-folders of such."""
+def is_users_own(class_dir: Path) -> bool:
+    """Return whether a folder of class images holds pictures of the user, and none that were drawn for it."""
+    if not class_dir.is_dir() or holds_nothing(class_dir):
+        return False
     folders = [class_dir, *(entry for entry in class_dir.iterdir() if entry.is_dir())]
-    return any((folder / "manifest.json").is_file() for folder in folders)
+    return not any((folder / "manifest.json").is_file() for folder in folders)

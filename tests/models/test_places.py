@@ -56,9 +56,9 @@ def test_folder_of_the_hub_s_cache_stands_for_its_snapshot(tmp_path: Path) -> No
         (
             ["dog/config.yaml"],
             "dog",
-            "is a run without a final model; .* lowmem-db train {root}/dog/config.yaml --resume",
+            "is a run without a final model; .*lowmem-db train {root}/dog/config.yaml --resume",
         ),
-        (["dog/config.yaml", f"dog/final/{LORA_FILE}"], "dog", "holds a LoRA .* lowmem-db export {root}/dog --merge"),
+        (["dog/config.yaml", f"dog/final/{LORA_FILE}"], "dog", "holds a LoRA .*lowmem-db export {root}/dog --merge"),
         ([f"dog/{LORA_FILE}"], "dog", "holds a LoRA"),
         ([f"dog/{LORA_FILE}"], f"dog/{LORA_FILE}", "holds a LoRA"),
         (
@@ -84,7 +84,7 @@ def test_what_is_no_model_is_named_with_a_way_out(tmp_path: Path, files: list[st
 
 def test_dangling_link_is_named(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(ModelError, match="is a link to .*gone, which does not exist"):
+    with pytest.raises(ModelError, match=r"is a link to .*gone, which does not exist"):
         place_of(str(tmp_path / "link"))
 
 

@@ -47,14 +47,13 @@ def test_configurations_that_do_not_fit_each_other(model_copy: Path, fields: dic
 def test_second_text_encoder_counts(tiny_sdxl: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_sdxl, tmp_path / "copy"))
     check_shapes(find_model(str(model)))
-    edit(model / "tokenizer_2" / "vocab.json", lambda vocabulary: vocabulary.update({"sks</w>": 514}))
+    (model / "tokenizer_2" / "added_tokens.json").write_text('{"sks</w>": 514}')
     assert "tokenizer_2: its token 'sks</w>' has the number 514, but text_encoder_2 knows only 514" in refusal(model)
 
 
 @pytest.mark.parametrize("file", ["added_tokens.json", "vocab.json"])
 def test_tokenizer_that_knows_one_token_more(model_copy: Path, file: str) -> None:
-    (model_copy / "tokenizer" / "added_tokens.json").write_text("{}")
-    edit(model_copy / "tokenizer" / file, lambda tokens: tokens.update({"<dog>": 514}))
+    (model_copy / "tokenizer" / file).write_text('{"<dog>": 514, "dog</w>": 3}')
     assert "tokenizer: its token '<dog>' has the number 514, but text_encoder knows only 514" in refusal(model_copy)
 
 
