@@ -29,7 +29,7 @@ def check_machine(config: Config, device: torch.device) -> None:
     """
     environment.check_precision(config.training.mixed_precision or "no", device)
     techniques.check(config, device)
-    environment.check_kernels()
+    environment.check_kernels(device)
     find_adaptation(config).check_machine(device)
     if config.logging.tensorboard:
         environment.require("tensorboard")
