@@ -1,6 +1,7 @@
 """Whether the installed build of torch can use the card in this machine, and if not, what to install instead."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowmem_db import nvidia
@@ -80,13 +81,13 @@ def why_not_supported(build: TorchBuild, card: InstalledCard) -> str | None:
     """Say why a build has no code for a card, and what to install instead; None if it has."""
     if card.capability is None or build.supports(card.capability):
         return None
-    major, minor = card.capability
+    capability = ".".join(map(str, card.capability))
     return (
-        f"torch {build.version} has no code for {card.name} (compute capability {major}.{minor}); {install_line([card])}"
+        f"torch {build.version} has no code for {card.name} (compute capability {capability}); {install_line([card])}"
     )
 
 
-def install_line(cards: "tuple[InstalledCard, ...] | list[InstalledCard]") -> str:
+def install_line(cards: Sequence[InstalledCard]) -> str:
     """Return how to install a build of torch that the driver and the first card support."""
     index = _index_for(cards[0].capability, nvidia.driver_version())
     if index is None:

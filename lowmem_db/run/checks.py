@@ -27,6 +27,8 @@ def check_machine(config: Config, device: torch.device) -> None:
             run here.
         StorageError: The final model is to be uploaded, but nobody is logged in.
     """
+    if device.index is not None:
+        torch.cuda.set_device(device)  # for what asks for the current device, such as the planner
     environment.check_precision(config.training.mixed_precision or "no", device)
     techniques.check(config, device)
     environment.check_kernels(device)
