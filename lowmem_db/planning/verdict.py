@@ -59,7 +59,7 @@ def verdict() -> Verdict:
         return Verdict(device=said, is_ready=True, fits=dict.fromkeys(_ON_CPU), missing=missing)
     free = environment.free_bytes(device) or 0
     name, has_bf16 = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device) >= (8, 0)
-    fits = dict(fitting(free, has_bf16=has_bf16))
+    fits: dict[str, float | None] = dict(fitting(free, has_bf16=has_bf16))
     return Verdict(device=f"{name}, {free / GIB:.1f} GiB free", is_ready=True, fits=fits, missing=missing)
 
 
@@ -67,7 +67,7 @@ def _hides_cards() -> bool:
     return nvidia.are_hidden() and bool(nvidia.installed_cards())
 
 
-def fitting(free_bytes: int, *, has_bf16: bool) -> Iterator[tuple[str, float]]:
+def fitting(free_bytes: int, *, has_bf16: bool) -> Iterator[tuple[str, float | None]]:
     """Yield the configurations that fit, each with the GiB of the whole run that its header predicts.
 
     Args:
