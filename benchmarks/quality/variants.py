@@ -132,9 +132,9 @@ ABLATIONS: Mapping[str, Ablation] = {
             (PRESERVATION, "reference"): -1,
             (DIVERSITY, "reference"): 1,
         },
-        paper_text="Table 3 (Imagen, 15 subjects), without and with prior preservation: PRES 0.664 and 0.493, DIV 0.371 "
-        "and 0.391, DINO 0.712 and 0.684, CLIP-I 0.828 and 0.815, CLIP-T 0.306 and 0.308. Figure 19 shows PRES, figure 6 "
-        "DIV.",
+        paper_text="Table 3 (Imagen, 15 subjects), without and with prior preservation: PRES 0.664 and 0.493, DIV "
+        "0.371 and 0.391, DINO 0.712 and 0.684, CLIP-I 0.828 and 0.815, CLIP-T 0.306 and 0.308. Figure 19 shows PRES, "
+        "figure 6 DIV.",
         subjects=RICH,
         seeds=(0, 1),
     ),
@@ -215,8 +215,8 @@ ABLATIONS: Mapping[str, Ablation] = {
         paper={(FIDELITY, "1_image"): -1},
         paper_text="Table 5, DINO with 1 to 5 pictures: backpack 0.494 0.515 0.596 0.604 0.597, dog 0.798 0.851 0.871 "
         "0.876 0.864; four are best (2 subjects, 10 recontextualization prompts, 4 images each). Table 6 is headed "
-        "CLIP-T, but cannot be: its row for the backpack is Table 5's for the dog, and its row for the dog (0.646 0.683 "
-        "0.734 0.740 0.730) is far above every CLIP-T of Tables 1 and 3 (0.255 to 0.308).",
+        "CLIP-T, but cannot be: its row for the backpack is Table 5's for the dog, and its row for the dog (0.646 "
+        "0.683 0.734 0.740 0.730) is far above every CLIP-T of Tables 1 and 3 (0.255 to 0.308).",
         subjects=MIXED,
     ),
 }  # fmt: skip

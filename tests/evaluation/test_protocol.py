@@ -69,8 +69,9 @@ def test_run_says_photos_prompts_and_class(run: Run, photos_dir: Path) -> None:
     ("noun", "suite"),
     [
         ("dog", "live_subjects"), ("corgi dog", "live_subjects"), ("Animal", "live_subjects"),
-        ("wolf", "live_subjects"), ("toy", "objects"), ("dog bowl", "objects"), ("stuffed animal", "objects"), ("plush dog", "objects"),
-        ("teddy bear", "objects"), ("rubber duck", "objects"), ("stuffed-animal", "objects"), ("toy horse", "objects"),
+        ("wolf", "live_subjects"), ("toy", "objects"), ("dog bowl", "objects"), ("stuffed animal", "objects"),
+        ("plush dog", "objects"), ("teddy bear", "objects"), ("rubber duck", "objects"), ("stuffed-animal", "objects"),
+        ("toy horse", "objects"),
     ],
 )  # fmt: skip
 def test_suite_follows_the_class(noun: str, suite: str) -> None:
