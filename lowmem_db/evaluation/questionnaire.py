@@ -191,7 +191,9 @@ def write_studies(
     names = check_methods(folders)
     first, second = (find_subjects(folder, real, None, limits) for folder in folders)
     wanted = request.num_questionnaires * request.num_pairs
-    pairs = {kind: find_pairs(first, second, num_pairs=wanted, seed=request.seed, kind=kind) for kind in request.kinds}
+    pairs: dict[Kind, list[ImagePair]] = {
+        kind: find_pairs(first, second, num_pairs=wanted, seed=request.seed, kind=kind) for kind in request.kinds
+    }
     fewest = min(map(len, pairs.values()))
     if request.num_questionnaires > 1 and fewest < wanted:
         raise DataError(

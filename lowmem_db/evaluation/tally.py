@@ -138,6 +138,10 @@ def _votes(answers: Answers, kind: Kind) -> list[tuple[str, str]]:
     return votes
 
 
+def _kinds_of(answers: Answers) -> list[Kind]:
+    return [kind for kind in KINDS if _votes(answers, kind)]
+
+
 def _read(file: Path) -> Answers:
     try:
         return Answers.model_validate(json.loads(file.read_text(encoding="utf-8")))
@@ -156,7 +160,7 @@ def _check(files: Sequence[Path], read: Sequence[Answers]) -> None:
     first_of_rater: dict[str, Path] = {}
     for file, answers in zip(files, read, strict=True):
         key = answers.study or answers.questionnaire
-        for kind in (kind for kind in KINDS if _votes(answers, kind)):
+        for kind in _kinds_of(answers):
             known, first = studies.setdefault(kind, (key, file))
             if known != key:
                 raise DataError(f"--tally: {file} is from a different study than {first}; tally each study separately")
