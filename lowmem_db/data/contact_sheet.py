@@ -79,7 +79,12 @@ def _corners(crop: Box, scale: float) -> tuple[float, float, float, float]:
 
 
 def _within(corners: tuple[float, float, float, float], image: Image.Image) -> tuple[float, float, float, float]:
-    return max(0.0, corners[0]), max(0.0, corners[1]), min(image.width, corners[2]), min(image.height, corners[3])
+    return (
+        max(0.0, corners[0]),
+        max(0.0, corners[1]),
+        min(float(image.width), corners[2]),
+        min(float(image.height), corners[3]),
+    )
 
 
 def _tile_size(crop: Box) -> tuple[int, int]:
