@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lowmem_db.config.rules import refusals
-from lowmem_db.config.schema import Config
+from lowmem_db.config.schema import ConceptConfig, Config
 from lowmem_db.config.values import problems_of_values, show
 from lowmem_db.config.yaml_text import AmbiguousNumber, YamlError, parse_yaml, read_text
 from lowmem_db.errors import ConfigError
@@ -166,8 +166,14 @@ def _field_of(location: tuple[int | str, ...]) -> str:
 def _describe(field: str, problems: list[dict[str, Any]]) -> str:
     """Say what is wrong with a field; if it has alternative types, what each of them allows."""
     problem = problems[0]
+    if problem["type"] == "extra_forbidden" and field in set(field_paths()):
+        allowed = ", ".join(ConceptConfig.model_fields)
+        return f"{field}: {'.'.join(map(str, problem['loc']))} is an unknown field; allowed: {allowed}"
     if problem["type"] == "extra_forbidden":
         return _unknown(field)
+    inner = ".".join(map(str, problem["loc"])).removeprefix(f"{field}.")
+    if problem["type"] == "missing" and inner != ".".join(map(str, problem["loc"])):
+        return f"{field}: {inner} is missing; add it"
     if problem["type"] == "missing":
         return f"{field}: is missing; set {field}=VALUE"
     said = [found["msg"].removeprefix("Value error, ") for found in problems]

@@ -37,6 +37,20 @@ RULES = (
         'set subject.class_prompt="a dog" (your class noun), or prior.enabled=false',
     ),
     Rule(
+        lambda c: c.prior.enabled and not all(concept.class_prompt for concept in c.subject.concepts),
+        "subject.concepts: prior.enabled: true needs the class_prompt of every subject, and one of them has none; write "
+        "it (class_prompt: a cat), or set prior.enabled=false",
+    ),
+    Rule(
+        lambda c: len({subject.instance_prompt for subject in c.subjects}) < len(c.subjects),
+        "subject.concepts: two subjects have the same instance_prompt, so the model could not tell them apart; give each "
+        "an identifier of its own",
+    ),
+    Rule(
+        lambda c: not c.prior.enabled and any(concept.class_dir for concept in c.subject.concepts),
+        "subject.concepts: class_dir has no effect while prior.enabled is false; set prior.enabled=true, or leave it out",
+    ),
+    Rule(
         lambda c: c.data.resolution % 8 != 0,
         "data.resolution: {config.data.resolution} is not a multiple of 8, the size of a latent pixel; round it",
     ),

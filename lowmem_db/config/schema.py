@@ -76,6 +76,21 @@ class ModelConfig(Section):
     """Also load pickled weights (``.bin``), with ``weights_only=True``. Default: only safetensors."""
 
 
+class ConceptConfig(Section):
+    """A further subject of a run."""
+
+    instance_dir: LocalPath
+    """Folder of its photos."""
+    instance_prompt: str
+    """Its prompt, with an identifier of its own."""
+    class_prompt: str | None = None
+    """The prompt of its class."""
+    class_dir: LocalPath | None = None
+    """Folder of its class images, as in ``prior.class_dir``."""
+    repeats: PositiveInt = 1
+    """How often its photos are seen compared with those of the first subject."""
+
+
 class SubjectConfig(Section):
     """The photos of the subject and their prompts."""
 
@@ -85,6 +100,9 @@ class SubjectConfig(Section):
     """Prompt with a rare identifier and the class noun: ``a sks dog``."""
     class_prompt: str | None = None
     """Prompt for the class, without the identifier: ``a dog``. Required for prior preservation."""
+    concepts: tuple[ConceptConfig, ...] = ()
+    """Further subjects that are trained in the same run: a list of ``instance_dir``, ``instance_prompt`` and, as needed,
+    ``class_prompt``, ``class_dir`` and ``repeats``. Prior preservation has ``prior.num_class_images`` for each class."""
 
 
 class DataConfig(Section):
@@ -369,6 +387,26 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     final: FinalConfig = FinalConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def subjects(self) -> tuple[ConceptConfig, ...]:
+        """All subjects, the first one from the fields of ``subject`` and ``prior``."""
+        first = ConceptConfig(
+            instance_dir=self.subject.instance_dir,
+            instance_prompt=self.subject.instance_prompt,
+            class_prompt=self.subject.class_prompt,
+            class_dir=self.prior.class_dir,
+        )
+        return (first, *self.subject.concepts)
+
+    def of_subject(self, number: int) -> "Config":
+        """Return the configuration as if it had only one of its subjects."""
+        own = self.subjects[number]
+        subject = SubjectConfig(
+            instance_dir=own.instance_dir, instance_prompt=own.instance_prompt, class_prompt=own.class_prompt
+        )
+        prior = self.prior.model_copy(update={"class_dir": own.class_dir})
+        return self.model_copy(update={"subject": subject, "prior": prior})
 
     @property
     def evaluation_prompts(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The phases before training, one after the other, and their results."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,31 +26,40 @@ def check_photos(config: Config) -> list[ImageRecord]:
     Raises:
         DataError: A photo cannot be used.
     """
-    photos = scan_photos(
-        config.subject.instance_dir,
-        prompt=config.subject.instance_prompt,
-        resolution=config.data.resolution,
-        field="subject.instance_dir",
-    )
-    for message in photo_warnings(
-        photos,
-        resolution=config.data.resolution,
-        field="subject.instance_dir",
-        aspect_ratio_buckets=config.data.aspect_ratio_buckets,
-    ):
-        warn(message)
-    return photos
+    found: list[ImageRecord] = []
+    for number, subject in enumerate(config.subjects):
+        field = "subject.instance_dir" if number == 0 else f"subject.concepts[{number - 1}].instance_dir"
+        photos = scan_photos(
+            subject.instance_dir, prompt=subject.instance_prompt, resolution=config.data.resolution, field=field
+        )
+        for message in photo_warnings(
+            photos,
+            resolution=config.data.resolution,
+            field=field,
+            aspect_ratio_buckets=config.data.aspect_ratio_buckets,
+        ):
+            warn(message)
+        found += photos
+    return found
+
+
+def photos_of(config: Config, photos: list[ImageRecord], number: int) -> list[ImageRecord]:
+    """Return the photos of one subject."""
+    folder = config.subjects[number].instance_dir
+    return [photo for photo in photos if photo.path.parent == folder]
 
 
 def check_prompts(config: Config, model: ModelFolder, photos: list[ImageRecord]) -> None:
     """Warn if a prompt does not tell the model what its author expects."""
-    prompts = {photo.prompt for photo in photos} | {config.subject.class_prompt or ""} | config.prompts_drawn
+    prompts = {photo.prompt for photo in photos} | {subject.class_prompt or "" for subject in config.subjects}
+    prompts |= config.prompts_drawn
     for message in cut_prompt_warnings(model, prompts):
         warn(message)
     for name in model.family.names_of("tokenizer")[:1]:
         tokenizer = model.load(name)
-        for message in identifier_warnings(config.subject.instance_prompt, config.subject.class_prompt, tokenizer):
-            warn(message)
+        for subject in config.subjects:
+            for message in identifier_warnings(subject.instance_prompt, subject.class_prompt, tokenizer):
+                warn(message)
 
 
 def prepare(config: Config, model: ModelFolder, device: torch.device, photos: list[ImageRecord]) -> BatchSource:
@@ -60,12 +70,18 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
     """
     sizes = sizes_of(config.data, photos, least_step=model.family.size_step(model))
     _say_sizes(config, sizes)
-    class_pictures = _class_images(config, model, device, sizes) if config.prior.enabled else []
-    _check_overlap(photos, [record for records, _ in class_pictures for record in records], config.prior.class_dir)
-    instance_images = encode_images(config, model, device, photos, sizes)
+    size_of = {photo.path: size for photo, size in zip(photos, sizes, strict=True)}
+    subjects = [photos_of(config, photos, number) for number in range(len(config.subjects))]
+    of_class = _class_images_of_all(config, model, device, [[size_of[p.path] for p in own] for own in subjects])
+    _check_overlap(photos, [record for records, _ in of_class for record in records], config.prior.class_dir)
+    instance_images = [
+        image
+        for subject, own in zip(config.subjects, subjects, strict=True)
+        for image in encode_images(config, model, device, own, [size_of[p.path] for p in own]) * subject.repeats
+    ]
     class_images = [
         image
-        for records, size in class_pictures
+        for records, size in of_class
         for image in encode_images(config, model, device, records, [size] * len(records))
     ]
     environment.release_memory(device)
@@ -82,6 +98,19 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         conditioning_dropout=config.objective.conditioning_dropout,
     )
+
+
+def _class_images_of_all(
+    config: Config, model: ModelFolder, device: torch.device, sizes: Sequence[list[Size]]
+) -> list[tuple[list[ImageRecord], Size]]:
+    """Return the class images of all subjects; those with the same class, folder and sizes have them in common."""
+    if not config.prior.enabled:
+        return []
+    classes: dict[tuple[str | None, Path | None], tuple[Config, list[Size]]] = {}
+    for number, (subject, own) in enumerate(zip(config.subjects, sizes, strict=True)):
+        key = (subject.class_prompt, subject.class_dir)
+        classes.setdefault(key, (config.of_subject(number), []))[1].extend(own)
+    return [found for alone, own in classes.values() for found in _class_images(alone, model, device, own)]
 
 
 def _class_images(

@@ -25,4 +25,12 @@ def absolute_tree(tree: Tree) -> Tree:
         if holder.get(name) is not None:
             absolute = absolute_base(str(holder[name])) if path == "model.base" else str(Path(holder[name]).absolute())
             holder[name] = absolute
+    subject = changed.get("subject")
+    if isinstance(subject, dict) and subject.get("concepts"):
+        subject["concepts"] = [_absolute_concept(concept) for concept in subject["concepts"]]
     return changed
+
+
+def _absolute_concept(concept: Tree) -> Tree:
+    paths = {name: concept[name] for name in ("instance_dir", "class_dir") if concept.get(name) is not None}
+    return {**concept, **{name: str(Path(path).absolute()) for name, path in paths.items()}}

@@ -20,10 +20,12 @@ def check_inputs(config: Config) -> None:
             not one, or is the photo folder.
         ModelError: The base model does not exist, or is no model.
     """
-    photos, class_dir = config.subject.instance_dir, config.prior.class_dir
-    look_into(photos, "subject.instance_dir")
-    if config.prior.enabled and class_dir is not None:
-        check_class_dir(class_dir, photos)
+    for number, subject in enumerate(config.subjects):
+        field = "subject.instance_dir" if number == 0 else f"subject.concepts[{number - 1}].instance_dir"
+        look_into(subject.instance_dir, field)
+        if config.prior.enabled and subject.class_dir is not None:
+            for other in config.subjects:
+                check_class_dir(subject.class_dir, other.instance_dir)
     place_of(config.model.base)
 
 

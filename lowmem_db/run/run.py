@@ -21,7 +21,7 @@ from lowmem_db.planning.measured import write_measured, write_plan, write_traine
 from lowmem_db.planning.output import summary
 from lowmem_db.planning.plan import plan as plan_run
 from lowmem_db.planning.target import target_of_device
-from lowmem_db.preparation.prepare import check_photos, check_prompts, prepare
+from lowmem_db.preparation.prepare import check_photos, check_prompts, photos_of, prepare
 from lowmem_db.records import ImageRecord
 from lowmem_db.run.absolute import with_absolute_paths
 from lowmem_db.run.base import find_base_of
@@ -106,7 +106,8 @@ def _train(
 ) -> None:
     """Prepare the data, train, and write the final model."""
     set_arithmetic(config, device)
-    scorer = Scorer(config, [photo.path for photo in photos]) if config.evaluation.every else None
+    own = photos_of(config, photos, 0)  # scores are about the first subject
+    scorer = Scorer(config, [photo.path for photo in own]) if config.evaluation.every else None
     batches = prepare(config, model, device, photos)
     trainer = build_trainer(config, model, device, batches, run)
     trainer.observers = [*_own_observers(trainer, model, scorer), *observers]
