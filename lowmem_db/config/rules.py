@@ -38,17 +38,18 @@ RULES = (
     ),
     Rule(
         lambda c: c.prior.enabled and not all(concept.class_prompt for concept in c.subject.concepts),
-        "subject.concepts: prior.enabled: true needs the class_prompt of every subject, and one of them has none; write "
-        "it (class_prompt: a cat), or set prior.enabled=false",
+        "subject.concepts: prior.enabled: true needs the class_prompt of every subject, and one of them has none; "
+        "write it (class_prompt: a cat), or set prior.enabled=false",
     ),
     Rule(
         lambda c: len({subject.instance_prompt for subject in c.subjects}) < len(c.subjects),
-        "subject.concepts: two subjects have the same instance_prompt, so the model could not tell them apart; give each "
-        "an identifier of its own",
+        "subject.concepts: two subjects have the same instance_prompt, so the model could not tell them apart; give "
+        "each an identifier of its own",
     ),
     Rule(
         lambda c: not c.prior.enabled and any(concept.class_dir for concept in c.subject.concepts),
-        "subject.concepts: class_dir has no effect while prior.enabled is false; set prior.enabled=true, or leave it out",
+        "subject.concepts: class_dir has no effect while prior.enabled is false; set prior.enabled=true, or leave "
+        "class_dir out",
     ),
     Rule(
         lambda c: c.data.resolution % 8 != 0,

@@ -101,8 +101,8 @@ class SubjectConfig(Section):
     class_prompt: str | None = None
     """Prompt for the class, without the identifier: ``a dog``. Required for prior preservation."""
     concepts: tuple[ConceptConfig, ...] = ()
-    """Further subjects that are trained in the same run: a list of ``instance_dir``, ``instance_prompt`` and, as needed,
-    ``class_prompt``, ``class_dir`` and ``repeats``. Prior preservation has ``prior.num_class_images`` for each class."""
+    """Further subjects that train in the same run: a list of ``instance_dir``, ``instance_prompt`` and, as needed,
+    ``class_prompt``, ``class_dir`` and ``repeats``. There are ``prior.num_class_images`` for each class."""
 
 
 class DataConfig(Section):
