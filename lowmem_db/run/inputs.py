@@ -29,8 +29,8 @@ def check_inputs(config: Config) -> None:
     folders = [subject.instance_dir.resolve() for subject in config.subjects]
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise DataError(
-            f"subject.concepts: {twice[0]} is the photo folder of two subjects, so the model could not tell them apart; "
-            "allowed: a folder for each. Remove one of them"
+            f"subject.concepts: {twice[0]} is the photo folder of two subjects, so the model could not tell them "
+            "apart; allowed: a folder for each. Remove one of them"
         )
     place_of(config.model.base)
 
