@@ -88,6 +88,9 @@ def _read_file(model: ModelFolder, component: str, name: str, file: Path) -> dic
     Raises:
         ModelError: They are not those of such an autoencoder.
     """
+    kind = model.config_of(component).get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise ModelError(f"model.vae: {name} is a single file, which cannot hold {kind}; allowed: a folder")
     shapes = expected_shapes(model, component)
     tensors = read_header(file)[0]
     layout = model.family.layout or SD1
