@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lowmem_db.cli.train import train
 from lowmem_db.config.loading import load_config
 from lowmem_db.engine.source import find_source
-from lowmem_db.errors import ConfigError, DataError, LowmemDbError, ModelError
+from lowmem_db.errors import ConfigError, DataError, ModelError
 from lowmem_db.models.finding import find_model, model_of
 from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders
 from lowmem_db.planning.plan import plan
@@ -279,19 +279,3 @@ def test_a_resumed_run_with_everything_ends_bit_for_bit_as_one_that_was_not_stop
         for folder in (tmp_path / "whole" / "final", tmp_path / "parts" / "final")
     ]
     assert files[0] == files[1]
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ({"data.keep_tags": 1}, r"data\.keep_tags: 1 has no effect while tags are neither shuffled nor left out"),
-        ({"data.num_caption_variants": 4}, r"data\.num_caption_variants: 4 has no effect"),
-        ({"sampling.negative_prompt": "blurry"}, r"sampling\.negative_prompt: 'blurry' has no effect"),
-        ({"sampling.at_start": True}, r"sampling\.at_start: true has no effect without sampling\.prompts"),
-    ],
-)
-def test_fields_without_an_effect_are_refused(
-    fields: dict[str, object], asked: dict[str, object], message: str
-) -> None:
-    with pytest.raises(LowmemDbError, match=message):
-        load_config(None, list((fields | asked).items()))
