@@ -28,6 +28,7 @@ from lowmem_db.records import Conditioning
 CLIP_VOCABULARY = 49408
 _SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm_solver": DPMSolverMultistepScheduler}
 _TO_K = re.compile(r"^model(_ema)?\.diffusion_model.*attn2\.?to_k\.?weight$")
+_OTHER_PROCESSES = ("EDM", "FlowMatch")
 _EXTRAS = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -199,7 +200,18 @@ class StableDiffusion(Family):
 
 
 def _schedule(files: ModelFiles, objective: ObjectiveConfig | None) -> DDPMScheduler:
-    """Return the noise schedule of a model, with a run's changes; neither training nor drawing works without signal."""
+    """Return the noise schedule of a model, with a run's changes.
+
+    Raises:
+        ModelError: The model has another noise process, such as Playground v2.5's.
+        ConfigError: It predicts epsilon where there is no signal: it can be neither trained nor drawn with.
+    """
+    kind = str(files.config_of("scheduler").get("_class_name"))
+    if kind.startswith(_OTHER_PROCESSES):
+        raise ModelError(
+            f"model.base: {files.path} has an {kind}: its noise process is not Stable Diffusion's, and it would train "
+            "into noise; allowed: models that predict epsilon, v or the picture in discrete steps"
+        )
     changed = objective or ObjectiveConfig()
     schedule = load_noise_schedule(files, changed.prediction_type, changed.zero_terminal_snr)
     if schedule.config["rescale_betas_zero_snr"] and schedule.config["prediction_type"] == "epsilon":
