@@ -160,7 +160,7 @@ def test_epsilon_at_zero_terminal_snr_is_neither_trained_nor_drawn_with(tiny_mod
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
     settings = SamplingSettings(sampler="ddim", num_inference_steps=2, guidance_scale=1.0)
     options = {"num_images": 1, "resolution": 32, "seed": 0, "device": torch.device("cpu"), "dtype": torch.float32}
-    with pytest.raises(ConfigError, match="this model predicts epsilon.*a single file needs a YAML file"):
+    with pytest.raises(ConfigError, match=r"this model predicts epsilon.*a single file needs a YAML file"):
         generate_images(find_source(str(folder)), ["a dog"], settings, **options)
     model = find_model(str(folder))
     assert model.family.process(model, ObjectiveConfig(prediction_type="v_prediction")).prediction_type
