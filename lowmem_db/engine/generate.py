@@ -31,7 +31,7 @@ class Wishes:
 
     Attributes:
         prompts: What to draw. Default: the instance prompt of the run.
-        negative_prompt: What guidance leads away from. Default: nothing.
+        negative_prompt: What guidance leads away from. Default: that of the run's samples, or nothing.
         num_images: Images of each prompt.
         seed: Seed of the noise.
         sampler: Default: that of the run's samples, or ``ddim``.
@@ -96,6 +96,7 @@ def generate_at(
         The rows, those of a prompt together, and the settings that they were drawn with.
 
     Raises:
+        ConfigError: The model predicts epsilon and its last timestep is pure noise.
         DataError: A checkpoint does not exist, there is nothing to draw, or a size does not fit the model.
         ModelError: The model does not exist.
     """
@@ -104,6 +105,8 @@ def generate_at(
     fields = ("--resolution", "--resolution") if wishes.width == wishes.height else ("--height", "--width")
     for found in sources:
         check_size(found, _size(wishes), fields)
+        assert wishes.sampler, "defaults are filled in"
+        found.model.family.sampler(found.model, wishes.sampler, found.objective)  # refuses what it cannot draw
     for message in cut_prompt_warnings(sources[0].model, [*wishes.prompts, wishes.negative_prompt or ""]):
         warn(message)
     by_step = []
@@ -173,6 +176,7 @@ def _with_defaults(source: ImageSource, wishes: Wishes) -> Wishes:
     guidance = wishes.guidance_scale
     return replace(
         wishes,
+        negative_prompt=own.negative_prompt if wishes.negative_prompt is None and own else wishes.negative_prompt,
         prompts=tuple(wishes.prompts) or ((config.subject.instance_prompt,) if config is not None else ()),
         sampler=wishes.sampler or ("ddim" if own is None else own.sampler),
         num_inference_steps=wishes.num_inference_steps or (50 if own is None else own.num_inference_steps),
@@ -194,13 +198,12 @@ def _draw(source: ImageSource, wishes: Wishes, device: torch.device, dtype: torc
         num_inference_steps=wishes.num_inference_steps,
         guidance_scale=wishes.guidance_scale,
     )
-    artist = Artist(model=source.model, settings=settings, objective=source.objective)
+    artist = Artist(model=source.model, settings=settings, objective=source.objective, negative_prompt=negative)
     jobs = [
         Job(
             prompts=[prompt],
             size=_size(wishes),
             generators=[generator(wishes.seed, STREAM, index) for index in range(wishes.num_images)],
-            negative=negative,
         )
         for prompt in wishes.prompts
     ]

@@ -16,7 +16,7 @@ from lowmem_db.data.batches import PromptTable
 from lowmem_db.engine.checkpoint_weights import checkpoint_weights, trained_components
 from lowmem_db.errors import DataError
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.finding import find_base, find_model
+from lowmem_db.models.finding import final_model_of, find_base, find_model
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.places import INDEX, LORA_FILE
 from lowmem_db.models.text_encoders import embed_prompts
@@ -114,7 +114,7 @@ def find_source(source: str, *, step: Step | None = None, base: str | None = Non
             return _lora_source(run.final_dir / LORA_FILE, config, run, base)
         if run.final_dir.is_dir():
             _refuse_base(base, run.final_dir)
-            return ImageSource(model=find_model(str(run.final_dir)), run_config=config)
+            return ImageSource(model=final_model_of(config, run.final_dir), run_config=config)
     chosen = choose_step(run, step)
     if step is None:
         say(f"the run is not finished: drawing from its checkpoint of step {chosen}")

@@ -45,6 +45,6 @@ def merge_into_folder(
             merged,
             dtype=precision,
             prediction_type=objective.prediction_type if objective is not None else None,
-            zero_terminal_snr=objective.zero_terminal_snr if objective is not None else False,
+            zero_terminal_snr=objective.zero_terminal_snr if objective is not None else None,
         ),
     )

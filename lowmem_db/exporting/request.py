@@ -1,7 +1,7 @@
 """One export request of any kind."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,13 +14,15 @@ from lowmem_db.console import say
 from lowmem_db.engine.source import Step, choose_step, find_source
 from lowmem_db.errors import ModelError
 from lowmem_db.exporting.diffusers_folder import export_diffusers
-from lowmem_db.exporting.extraction import base_of, extract_lora, total_of
-from lowmem_db.exporting.lora import LoraSource, export_lora, find_lora_source
+from lowmem_db.exporting.extraction import ChangeNorms, bake_dora, base_of, base_of_lora, extract_lora, total_of
+from lowmem_db.exporting.lora import LoraSource, export_lora, find_lora_source, is_dora
 from lowmem_db.exporting.merging import merge_into_folder
 from lowmem_db.exporting.single_file import export_single_file
 from lowmem_db.exporting.source import ExportSource, find_export_source, refuse_existing, source_at_step
 from lowmem_db.models.finding import find_model
 from lowmem_db.storage.run_folder import RunFolder
+
+_DORA_RANKS = 4  # how many times the rank of a DoRA its LoRA has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +82,16 @@ def _export(request: Request, lora: LoraSource | None, find_whole: Callable[[], 
     if request.extract_rank is not None:
         if request.merge:
             raise ModelError("--extract-lora: cannot be combined with --merge; leave one of them out")
-        if lora is not None or find_whole is None:
+        if lora is not None and not is_dora(lora.lora):
             raise ModelError(f"--extract-lora: needs a full fine-tuning, but {request.source} is a LoRA; leave it out")
         if request.layout is not None and not _is_of_lora(request):
             raise ModelError(
                 f"--extract-lora: makes a LoRA, but --format {request.layout} is for complete models; allowed: "
                 "lora-kohya, lora-diffusers"
             )
+        if lora is not None:
+            return _export_lora(request, _baked(lora, request.extract_rank, request.base))
+        assert find_whole is not None, "neither a LoRA nor a complete model"
         return _export_extracted(request, find_whole(), request.extract_rank)
     if lora is None:
         assert find_whole is not None, "neither a LoRA nor a complete model"
@@ -101,15 +106,22 @@ def _export(request: Request, lora: LoraSource | None, find_whole: Callable[[], 
                 f"--base: {request.base} has no effect on a complete model without --extract-lora RANK; leave it out"
             )
         return _export_whole(request, find_whole())
+    return _export_adapters(request, lora)
+
+
+def _export_adapters(request: Request, lora: LoraSource) -> Path:
     if request.merge:
         return _export_merged(request, lora)
-    if request.base is not None:
+    is_baked = is_dora(lora.lora) and request.layout != "lora-diffusers"
+    if request.base is not None and not is_baked:
         raise ModelError(f"--base: {request.base} has no effect on a LoRA without --merge; add that, or leave it out")
     if request.layout is not None and not _is_of_lora(request):
         raise ModelError(
             f"--format: {request.layout} is for complete models, but {request.source} is a LoRA; add --merge to merge "
             "it into its base model, or use --format lora-kohya or lora-diffusers"
         )
+    if is_baked:
+        lora = _baked(lora, _rank_of_baked(lora), request.base)
     return _export_lora(request, lora)
 
 
@@ -152,6 +164,26 @@ def _export_merged(request: Request, lora: LoraSource) -> Path:
 
 def _export_extracted(request: Request, source: ExportSource, rank: int) -> Path:
     made, kept = extract_lora(source, base_of(source, request.base), rank)
+    _say_kept(kept, rank)
+    return _export_lora(request, made)
+
+
+def _baked(source: LoraSource, rank: int, base: str | None) -> LoraSource:
+    """Return a DoRA as a plain LoRA, and say how much of it is kept."""
+    made, kept = bake_dora(source, base_of_lora(source, base), rank)
+    say(
+        f"{source.name} is a DoRA, which other programs read in different ways, none of them as it was trained; it is "
+        f"baked into a plain LoRA of rank {rank} (--extract-lora RANK chooses another, --merge keeps all of it)"
+    )
+    _say_kept(kept, rank)
+    return made
+
+
+def _rank_of_baked(source: LoraSource) -> int:
+    """Return the rank for a DoRA: the norms that it trains besides change each row by a factor, of any rank."""
+    return max(_DORA_RANKS * settings["r"] for settings in source.lora.settings.values())
+
+
+def _say_kept(kept: Mapping[str, ChangeNorms], rank: int) -> None:
     for component, norms in {**kept, "all": total_of(kept)}.items():
         say(f"rank {rank} keeps {norms.share:.1%} of the change of {component} (squared Frobenius norm)")
-    return _export_lora(request, made)

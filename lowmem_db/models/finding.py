@@ -3,6 +3,7 @@
 Everything is checked before a weight is read: layout, family, and that the weights are safetensors.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -11,10 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from lowmem_db.config.schema import Config, ModelConfig
 from lowmem_db.console import say, warn
 from lowmem_db.errors import ModelError
+from lowmem_db.models.autoencoder_override import AUTOENCODER_FILE, with_autoencoder
 from lowmem_db.models.families import FAMILIES, families_of, find_family
+from lowmem_db.models.families.base import Reading
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.places import HUB_FILE, INDEX, near, place_of
+from lowmem_db.models.places import HUB_FILE, HUB_ID, INDEX, near, place_of
 from lowmem_db.models.single_file import CONFIGS_DIR, recognise
 from lowmem_db.models.single_file_folder import folder_of_file
 from lowmem_db.models.soundness import check_model
@@ -36,6 +39,9 @@ def find_model(
     revision: str | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
+    vae: str | None = None,
+    clip_skip: int | None = None,
+    prompt_chunks: int = 1,
     cache_dir: Path | None = None,
     weights: bool = True,
 ) -> ModelFolder:
@@ -47,21 +53,30 @@ def find_model(
         revision: Branch, tag or commit on the hub.
         variant: Variant of the weight files, such as ``fp16``.
         allow_pickle: Accept ``.bin`` weights if there are no safetensors.
+        vae: Another autoencoder: a folder, a single file or a hub id.
+        clip_skip: Layer of the text encoders that is read, counted from the end. Default: the family's.
+        prompt_chunks: Chunks in which prompts are read.
         cache_dir: Where the folders of single files are kept. Default: the usual cache.
         weights: Whether weights are needed. If not, nothing is downloaded or written: the configuration files are
             enough, and those of well-known models are in this package.
 
     Raises:
-        ModelError: It does not exist, its family is not supported, or it has only pickled weights.
+        ModelError: It does not exist, its family is not supported, it has only pickled weights, or the autoencoder is
+            for other models.
+        ConfigError: Its text encoders cannot be read so.
     """
-    if not weights:
-        return _find_configuration(base, revision, variant)
-    path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
-    files = ModelFiles(path=path, variant=variant, allow_pickle=allow_pickle)
-    _check_layout(base, files)
-    model = _folder_of(base, files)
-    check_model(model)
-    return model
+    if weights:
+        path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
+        files = ModelFiles(path=path, variant=variant, allow_pickle=allow_pickle)
+        _check_layout(base, files)
+        model = _folder_of(base, files)
+    else:
+        model = _find_configuration(base, revision, variant)
+    if vae is not None and (found := _find_autoencoder(vae, weights=weights)) is not None:
+        model = with_autoencoder(model, vae, found, cache_dir=cache_dir, weights=weights)
+    if weights:
+        check_model(model)
+    return replace(model, family=model.family.with_reading(model, Reading(clip_skip, prompt_chunks)))
 
 
 def model_of(config: Config, *, weights: bool = True) -> ModelFolder:
@@ -109,15 +124,21 @@ def _find_moved(trained_on: ModelConfig | None, given: str, cache_dir: Path | No
     if trained_on is None:
         return find_model(given, cache_dir=cache_dir)
     try:
-        return find_model(given, variant=trained_on.variant, allow_pickle=trained_on.allow_pickle, cache_dir=cache_dir)
+        return _find(trained_on.model_copy(update={"base": given, "revision": None}), cache_dir)
     except ModelError:
         if trained_on.variant is None:
             raise
-        return find_model(given, allow_pickle=trained_on.allow_pickle, cache_dir=cache_dir)
+        return _find(trained_on.model_copy(update={"base": given, "revision": None, "variant": None}), cache_dir)
 
 
 def _find(fields: ModelConfig, cache_dir: Path | None, *, weights: bool = True) -> ModelFolder:
     return find_model(**fields.model_dump(exclude={"content_key"}), cache_dir=cache_dir, weights=weights)
+
+
+def final_model_of(config: Config, folder: Path) -> ModelFolder:
+    """Find the model that a run has written; its prompts are read as in the run."""
+    chosen = config.model
+    return find_model(str(folder), clip_skip=chosen.clip_skip, prompt_chunks=chosen.prompt_chunks)
 
 
 def find_file(base: str, revision: str | None = None) -> Path | None:
@@ -148,6 +169,28 @@ def _find_folder(
             raise ModelError(f"model.variant: {variant}, but {base} is a single file, without variants; leave it out")
         return folder_of_file(file, cache_dir)
     return _download(base, revision, variant, allow_pickle)
+
+
+def _find_autoencoder(vae: str, *, weights: bool) -> Path | None:
+    """Return the file or folder that ``model.vae`` names, or None if it is not here and only a plan needs it."""
+    if Path(vae).is_dir():
+        return Path(vae)
+    try:
+        if (file := find_file(vae)) is not None:
+            return file
+        if HUB_ID.fullmatch(vae) and not vae.endswith(".safetensors"):
+            patterns = [f"{folder}{name}" for folder in ("", "vae/") for name in ("config.json", f"{AUTOENCODER_FILE}")]
+            return Path(snapshot_download(vae, allow_patterns=patterns, local_files_only=not weights))
+    except (*_NETWORK_ERRORS, ModelError) as error:
+        if not weights:
+            say(f"model.vae: {vae} is not here yet; the plan takes it for as large as the model's own")
+            return None
+        reason = str(error).removeprefix("model.base: ")
+        raise ModelError(f"model.vae: {reason}") from error
+    raise ModelError(
+        f"model.vae: {vae!r} is not a folder, a file or a hub id; allowed: a folder in diffusers' layout, a "
+        f".safetensors file, owner/name{near(Path(vae))}"
+    )
 
 
 def _folder_of(base: str, files: ModelFiles) -> ModelFolder:

@@ -28,7 +28,7 @@ def check_model(model: ModelFolder) -> None:
             missing, or of another kind; or the configurations do not fit each other.
     """
     for component in model.family.with_weights:
-        _check_weights(model, model.path / component)
+        _check_weights(model, component)
     if problems := model.family.problems(model):
         raise ModelError("\n".join(f"model.base: {model.path / problem}" for problem in problems))
 
@@ -42,17 +42,21 @@ def check_shapes(model: ModelFolder) -> None:
         ModelError: A tensor is missing or has another shape than its configuration says.
     """
     for component in model.family.with_weights if model.family.lora_prefixes else ():
-        if all(file.suffix == ".safetensors" for file in weight_files(model.path / component, model.variant)):
+        if all(
+            file.suffix == ".safetensors"
+            for file in weight_files(model.folder_of(component), model.variant_of(component))
+        ):
             stored_weights(model, component)
 
 
-def _check_weights(model: ModelFolder, folder: Path) -> None:
+def _check_weights(model: ModelFolder, component: str) -> None:
+    folder, variant = model.folder_of(component), model.variant_of(component)
     everything = [file for file in sorted(folder.iterdir()) if file.suffix in WEIGHT_SUFFIXES]
     if not everything:
         raise ModelError(f"model.base: {folder} has no weights; allowed: a .safetensors file")
-    files = weight_files(folder, model.variant)
+    files = weight_files(folder, variant)
     if not files:
-        raise _missing_variant(model, folder, everything)
+        raise _missing_variant(variant, folder, everything)
     if {file.suffix for file in files} == {".bin"} and not model.allow_pickle:
         raise ModelError(
             f"model.base: {folder} has only pickled weights, which can run code when they are read; "
@@ -63,18 +67,18 @@ def _check_weights(model: ModelFolder, folder: Path) -> None:
         check_header(file)
 
 
-def _missing_variant(model: ModelFolder, folder: Path, found: list[Path]) -> ModelError:
+def _missing_variant(variant: str | None, folder: Path, found: list[Path]) -> ModelError:
     there = sorted({variant_of(file.name) or "" for file in found})
     names = ", ".join(file.name for file in found)
-    if model.variant is None:
+    if variant is None:
         return ModelError(
             f"model.base: {folder} has weights only as variants ({names}); allowed: weights without a variant, or its "
             f"name. Set model.variant={there[0]}"
         )
-    near = difflib.get_close_matches(model.variant, there, n=1)
+    near = difflib.get_close_matches(variant, there, n=1)
     way_out = f"Set model.variant={near[0]}" if near and near[0] else "Leave model.variant out"
     return ModelError(
-        f"model.variant: {model.variant}, but {folder} has no such weights (only {names}); allowed: a variant that "
+        f"model.variant: {variant}, but {folder} has no such weights (only {names}); allowed: a variant that "
         f"every component has. {way_out}, or download the missing files"
     )
 

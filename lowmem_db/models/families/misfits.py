@@ -47,7 +47,7 @@ def _widths(family: Family, files: ModelFiles, unet: dict[str, Any]) -> Iterator
 
 def _tokens(files: ModelFiles, encoder: str, tokenizer: str) -> Iterator[str]:
     rows = files.config_of(encoder).get("vocab_size")
-    largest = _largest_token(files.path / tokenizer)
+    largest = _largest_token(files.folder_of(tokenizer))
     if isinstance(rows, int) and largest is not None and largest[1] >= rows:
         token, number = largest
         yield (
