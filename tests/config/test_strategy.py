@@ -96,7 +96,13 @@ def test_what_nobody_planned_is_plain():
     assert (config.memory.weights, config.training.mixed_precision, config.memory.checkpointing) == (
         "fp32", "no", "none",
     )  # fmt: skip
-    switches = ("optimizer_in_backward", "stream_optimizer_state", "offload_checkpoints", "fused_layers")
+    switches = (
+        "optimizer_in_backward",
+        "stream_optimizer_state",
+        "offload_checkpoints",
+        "fused_layers",
+        "channels_last",
+    )
     assert not any(getattr(config.memory, name) for name in switches)
     assert config.training.clipping == "global"
     assert overhead_of(config) == 0.0
