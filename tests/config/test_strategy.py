@@ -166,7 +166,7 @@ def test_choices_fill_what_is_open_alone():
     resolved = resolve(config, choices)
     assert resolved.memory.weights == "bf16_extra_bits"
     assert resolved.memory.checkpointing == {"unet.mid_block": "nested"}
-    with pytest.raises(ValueError, match=r"leaves open memory\.checkpointing, .*resolve it first"):
+    with pytest.raises(ValueError, match=r"leaves open memory\.channels_last, .*resolve it first"):
         check_resolved(config)
 
 
