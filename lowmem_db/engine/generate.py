@@ -198,12 +198,13 @@ def _draw(source: ImageSource, wishes: Wishes, device: torch.device, dtype: torc
         num_inference_steps=wishes.num_inference_steps,
         guidance_scale=wishes.guidance_scale,
     )
-    artist = Artist(model=source.model, settings=settings, objective=source.objective, negative_prompt=negative)
+    artist = Artist(model=source.model, settings=settings, objective=source.objective)
     jobs = [
         Job(
             prompts=[prompt],
             size=_size(wishes),
             generators=[generator(wishes.seed, STREAM, index) for index in range(wishes.num_images)],
+            negative=negative,
         )
         for prompt in wishes.prompts
     ]

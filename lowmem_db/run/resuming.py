@@ -31,6 +31,7 @@ FIXED_FIELDS = (
     "lora.base_weights",
     "optimizer.name",
     "memory.weights",
+    "memory.channels_last",
     "ema.enabled",
     "data.resolution",
     "data.aspect_ratio_buckets",
@@ -39,6 +40,8 @@ FIXED_FIELDS = (
     "evaluation.keep_best",
 )
 """Fields that cannot change during a run."""
+_BEFORE_IT_EXISTED = {"memory.channels_last": False}
+"""What runs did that older versions started, where it is a fixed field that they do not know."""
 
 
 def with_choices_of_run(run: RunFolder, config: Config) -> Config:
@@ -74,6 +77,7 @@ def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
         )
     trees = read_yaml(run.config_file), config.model_dump(mode="json")
     before, now = (dict(_flat(absolute_tree(tree))) for tree in trees)
+    before = _BEFORE_IT_EXISTED | before
     if recorded_model(run):  # bytes are compared, not names
         before = {field: value for field, value in before.items() if field not in FIELDS}
     changed = {  # a field that is unknown to the run's version has not changed
