@@ -102,11 +102,8 @@ def generate_at(
     """
     sources = [find_source(source, step=step, base=base) for step in steps]
     wishes = _with_defaults(sources[0], wishes)
-    fields = ("--resolution", "--resolution") if wishes.width == wishes.height else ("--height", "--width")
     for found in sources:
-        check_size(found, _size(wishes), fields)
-        assert wishes.sampler, "defaults are filled in"
-        found.model.family.sampler(found.model, wishes.sampler, found.objective)  # refuses what it cannot draw
+        _check(found, wishes)
     for message in cut_prompt_warnings(sources[0].model, [*wishes.prompts, wishes.negative_prompt or ""]):
         warn(message)
     by_step = []
@@ -122,6 +119,47 @@ def generate_at(
         )
     rows = [row for of_prompt in zip(*by_step, strict=True) for row in of_prompt]
     return rows, asdict(wishes) | {"precision": str(dtype).removeprefix("torch.")}
+
+
+def generate_images(
+    source: ImageSource,
+    prompts: Sequence[str],
+    settings: SamplingSettings,
+    *,
+    num_images: int,
+    resolution: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[tuple[str, list[Image.Image]]]:
+    """Draw square images with a model that has been found; return each prompt with its images.
+
+    Args:
+        source: The model to draw from.
+        prompts: The prompts to draw.
+        settings: Sampler, steps and guidance.
+        num_images: Number of images of each prompt.
+        resolution: Height and width in pixels.
+        seed: Seed of the noise.
+        device: Device to compute on.
+        dtype: Type to compute in.
+
+    Raises:
+        ConfigError: The model predicts epsilon and its last timestep is pure noise.
+        DataError: The resolution is not a multiple of the size of a latent pixel.
+    """
+    wishes = Wishes(
+        prompts=prompts,
+        num_images=num_images,
+        seed=seed,
+        sampler=settings.sampler,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        width=resolution,
+        height=resolution,
+    )
+    _check(source, wishes)
+    return list(zip(prompts, _draw(source, wishes, device, dtype), strict=True))
 
 
 def save(folder: Path, rows: Sequence[Row], settings: dict[str, Any]) -> None:
@@ -184,6 +222,14 @@ def _with_defaults(source: ImageSource, wishes: Wishes) -> Wishes:
         width=wishes.width or source.resolution,
         height=wishes.height or source.resolution,
     )
+
+
+def _check(source: ImageSource, wishes: Wishes) -> None:
+    """Refuse what the model cannot draw."""
+    assert wishes.sampler, "defaults are filled in"
+    fields = ("--resolution", "--resolution") if wishes.width == wishes.height else ("--height", "--width")
+    check_size(source, _size(wishes), fields)
+    source.model.family.sampler(source.model, wishes.sampler, source.objective)
 
 
 def _draw(source: ImageSource, wishes: Wishes, device: torch.device, dtype: torch.dtype) -> list[list[Image.Image]]:
