@@ -33,8 +33,8 @@ def train(
     """
     from lowmem_db.cli.arguments import read_arguments
 
-    config, resume_flag = read_arguments(arguments or [])
+    request = read_arguments(arguments or [])
 
     from lowmem_db import api
 
-    api.train(config, resume=resume or resume_flag)
+    api.train(request.config, resume=resume or request.resume, step=request.step)

@@ -147,7 +147,8 @@ class TrainingConfig(Section):
     scale_learning_rate: bool = False
     """Multiply the learning rates by the batch size and the number of accumulation steps."""
     lr_scheduler: Scheduler = "constant"
-    """Learning rates after the warm-up: constant (under two names), or falling to zero; ``polynomial`` falls to 1e-7."""
+    """Learning rates after the warm-up: constant, under two names, or falling to zero; ``polynomial`` falls to
+    1e-7."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rates rise."""
     lr_warmup_from_zero: bool = False
@@ -285,7 +286,7 @@ class CheckpointingConfig(Section):
     every: PositiveInt = 500
     """Steps between checkpoints; the last step always has one."""
     keep: PositiveInt | None = 2
-    """How many complete checkpoints to keep; null keeps all."""
+    """How many complete checkpoints to keep; null keeps all, except those that were made only for samples."""
 
 
 class SamplingConfig(Section):
@@ -328,6 +329,9 @@ class EvaluationConfig(Section):
 class FinalConfig(Section):
     """The final model."""
 
+    layout: Literal["folder", "flat"] = "folder"
+    """Where the final model lies: ``folder``, in ``final/``; ``flat``, also in ``output_dir`` itself, where scripts for
+    diffusers look for it. Both share their bytes on disks that support hard links."""
     precision: Precision = "fp32"
     """Type of the trained weights in ``final/``."""
     push_to_hub: bool = False
@@ -341,6 +345,10 @@ class LoggingConfig(Section):
 
     tensorboard: bool | None = None
     """Write TensorBoard event files. Default: if tensorboard is installed."""
+    wandb: bool | None = False
+    """Send curves, samples and scores to Weights & Biases; null: if wandb is installed."""
+    wandb_project: str = "lowmem-db"
+    """Project there; a run is named after ``output_dir``."""
 
 
 def default_cache_dir() -> Path:
