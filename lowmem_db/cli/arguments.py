@@ -30,8 +30,12 @@ class Request:
     step: int | None
 
 
-def read_arguments(arguments: Sequence[str]) -> Request:
+def read_arguments(arguments: Sequence[str], *, resume: bool = False) -> Request:
     """Return the configuration, and what to resume from.
+
+    Args:
+        arguments: What was given.
+        resume: Whether ``--resume`` was given apart from them.
 
     Raises:
         ConfigError: With every problem found, one per line.
@@ -39,6 +43,7 @@ def read_arguments(arguments: Sequence[str]) -> Request:
         DataError: Epochs are to be counted, but the photo folder cannot be read.
     """
     parsed = parse_arguments(arguments)
+    parsed.resume |= resume
     if len(parsed.positional) > 1:
         raise ConfigError(
             f"{' '.join(parsed.positional[1:])}: only one configuration file can be given; the rest "

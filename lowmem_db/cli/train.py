@@ -10,7 +10,7 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG.yaml] [section.key=value]... [--flag value]...",
-            help="A configuration file, values of its fields, and any flags of diffusers' train_dreambooth.py.",
+            help="A configuration file, values of its fields, and the flags of diffusers' DreamBooth scripts.",
             show_default=False,
         ),
     ] = None,
@@ -26,15 +26,16 @@ def train(
     [bold]lowmem-db train configs/demo.yaml[/bold] trains the small model of this package on the bundled photos.
     Fields can be overridden ([bold]training.learning_rate=2e-6[/bold]). No configuration file is needed:
 
-    lowmem-db train --pretrained_model_name_or_path MODEL --instance_data_dir PHOTOS --output_dir runs/dog
+    lowmem-db train train_dreambooth.py --pretrained_model_name_or_path MODEL --instance_data_dir PHOTOS --output_dir runs/dog
     --instance_prompt "a photo of sks dog" --with_prior_preservation --class_prompt "a photo of dog"
 
-    docs/configuration.md describes every field. Ctrl-C saves a checkpoint; --resume continues from it.
+    docs/configuration.md describes every field. Ctrl-C saves a checkpoint; --resume continues from it. A command
+    for train_dreambooth_lora.py can be pasted after lowmem-db train in the same way.
     """
     from lowmem_db.cli.arguments import read_arguments
 
-    request = read_arguments(arguments or [])
+    request = read_arguments(arguments or [], resume=resume)
 
     from lowmem_db import api
 
-    api.train(request.config, resume=resume or request.resume, step=request.step)
+    api.train(request.config, resume=request.resume, step=request.step)

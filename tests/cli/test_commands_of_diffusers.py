@@ -219,5 +219,9 @@ def test_a_resumed_run_keeps_its_own_values_where_the_command_gives_none(said: S
     write_yaml(old, tmp_path / "run" / "config.yaml")
     command = ("--output_dir=run", "--lr_scheduler=linear", "--lr_warmup_steps=2", "--max_train_steps=7")
     assert request(*command, "--resume").config == old
+    assert (
+        read_arguments([f"--{name}={value}" for name, value in NEEDED.items()] + list(command), resume=True).config
+        == old
+    )
     assert request(*command, "--resume_from_checkpoint=latest").config == old
     assert request(*command).config.training.train_batch_size == 4
