@@ -26,11 +26,11 @@ def train(
     [bold]lowmem-db train configs/demo.yaml[/bold] trains the small model of this package on the bundled photos.
     Fields can be overridden ([bold]training.learning_rate=2e-6[/bold]). No configuration file is needed:
 
-    lowmem-db train train_dreambooth.py --pretrained_model_name_or_path MODEL --instance_data_dir PHOTOS --output_dir runs/dog
+    lowmem-db train --pretrained_model_name_or_path MODEL --instance_data_dir PHOTOS --output_dir runs/dog
     --instance_prompt "a photo of sks dog" --with_prior_preservation --class_prompt "a photo of dog"
 
-    docs/configuration.md describes every field. Ctrl-C saves a checkpoint; --resume continues from it. A command
-    for train_dreambooth_lora.py can be pasted after lowmem-db train in the same way.
+    docs/configuration.md describes every field. Ctrl-C saves a checkpoint; --resume continues from it.
+    Commands for diffusers' train_dreambooth.py and train_dreambooth_lora.py can be pasted after lowmem-db train.
     """
     from lowmem_db.cli.arguments import read_arguments
 
