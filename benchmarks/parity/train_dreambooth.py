@@ -28,7 +28,6 @@ from typing import Any
 from unittest.mock import patch
 
 import accelerate
-import diffusers
 import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -238,8 +237,7 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     if arguments.output is not None:
-        versions = {"diffusers": diffusers.__version__, "accelerate": accelerate.__version__, "torch": torch.__version__}
-        versions["lowmem-db"] = importlib.metadata.version("lowmem-db")
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "accelerate")}
         arguments.output.write_text(json.dumps({"versions": versions, "steps": STEPS, "rows": rows}, indent=1) + "\n")
 
 
