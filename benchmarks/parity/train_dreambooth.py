@@ -12,7 +12,6 @@ the first step, bit by bit, the losses of all steps, and the weights afterwards.
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import io
 import itertools
 import json
@@ -38,6 +37,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.parity.script import load_script  # noqa: E402
 from lowmem_db.cli.arguments import read_arguments  # noqa: E402
 from lowmem_db.config.schema import Config  # noqa: E402
 from lowmem_db.config.strategy import resolve  # noqa: E402
@@ -90,17 +90,6 @@ class Injected(Objective):
             timesteps=timesteps,
             num_instance=batch.num_instance,
         )
-
-
-def load_script(path: Path) -> ModuleType:
-    """Import the script; its check of diffusers' version is left out."""
-    specification = importlib.util.spec_from_file_location("train_dreambooth", path)
-    if specification is None or specification.loader is None:
-        raise SystemExit(f"--diffusers: {path} cannot be read")
-    module = importlib.util.module_from_spec(specification)
-    with patch("diffusers.utils.check_min_version", lambda version: None):
-        specification.loader.exec_module(module)
-    return module
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ of this package also encodes the pictures; the later ones find them in the cache
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -19,7 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path("examples/dreambooth/train_dreambooth.py")
@@ -36,10 +34,10 @@ def run_measured(report: Path, script: str, flags: list[str]) -> None:
             sys.argv = ["lowmem-db", "train", THEIRS, *flags]
             main()
         else:
-            specification = importlib.util.spec_from_file_location("train_dreambooth", script)
-            module = importlib.util.module_from_spec(specification)  # type: ignore[arg-type]
-            with patch("diffusers.utils.check_min_version", lambda version: None):
-                specification.loader.exec_module(module)  # type: ignore[union-attr]
+            sys.path.insert(0, str(ROOT))
+            from benchmarks.parity.script import load_script
+
+            module = load_script(Path(script))
             module.main(module.parse_args(flags))
     finally:
         counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
