@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
 
 from lowmem_db.cli.arguments import read_arguments
 from lowmem_db.storage.run_folder import RunFolder
+from lowmem_db.storage.tensors import read_state
 from tests.cli.conftest import Outcome, Run
 from tests.tiny_models import tiny_unet
 
@@ -61,7 +61,7 @@ def test_checkpoints_and_resuming(run: Run, command: list[str], tiny_model: Path
     draw(DiffusionPipeline.from_pretrained(out, safety_checker=None))
     assert folder.complete_steps() == [2, 4]
     unet = tiny_unet()
-    unet.load_state_dict(load_file(folder.checkpoint_dir(2) / "unet.safetensors"))
+    unet.load_state_dict(read_state(folder.checkpoint_dir(2) / "unet.safetensors"))
     draw(DiffusionPipeline.from_pretrained(tiny_model, unet=unet, safety_checker=None))
 
     shutil.rmtree(folder.checkpoint_dir(2))
@@ -71,7 +71,7 @@ def test_checkpoints_and_resuming(run: Run, command: list[str], tiny_model: Path
     assert "training.max_train_steps was 4, is now 6" in resumed.err
     draw(DiffusionPipeline.from_pretrained(out, safety_checker=None))
     assert folder.complete_steps() == [4, 6]
-    last = load_file(folder.checkpoint_dir(6) / "unet.safetensors")
+    last = read_state(folder.checkpoint_dir(6) / "unet.safetensors")
     model = UNet2DConditionModel.from_pretrained(out, subfolder="unet").state_dict()
     assert all(torch.equal(model[name], last[name]) for name in model), "the model is that of the last step"
 
@@ -109,7 +109,7 @@ def test_going_on_from_an_earlier_checkpoint(run: Run, command: list[str], tmp_p
     finished(run("train", *command))
     assert folder.complete_steps() == [2, 4], "a checkpoint that was made only for samples is not kept"
     assert folder.samples_dir(3).is_dir()
-    before = load_file(folder.checkpoint_dir(4) / "unet.safetensors")
+    before = read_state(folder.checkpoint_dir(4) / "unet.safetensors")
     rows = [row.split('"seconds"')[0] for row in folder.metrics_file.read_text().splitlines()]
     theirs = out / "checkpoint-2"
     for checkpoint in ("checkpoint-2", folder.checkpoint_dir(2), theirs):
@@ -117,7 +117,7 @@ def test_going_on_from_an_earlier_checkpoint(run: Run, command: list[str], tmp_p
         finished(again)
         assert "resume: continuing after step 2" in again.err
         assert f"samples of step 3: {folder.samples_dir(3)}" in again.err
-        after = load_file(folder.checkpoint_dir(4) / "unet.safetensors")
+        after = read_state(folder.checkpoint_dir(4) / "unet.safetensors")
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert [row.split('"seconds"')[0] for row in folder.metrics_file.read_text().splitlines()] == rows
     refused = run("train", *command, "--resume_from_checkpoint=checkpoint-3")
