@@ -10,7 +10,7 @@ from lowmem_db.config.loading import load_config, read_yaml
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.epochs import steps_per_epoch
-from lowmem_db.errors import CheckpointError, ConfigError
+from lowmem_db.errors import CheckpointError, ConfigError, DataError
 
 Overrides = list[tuple[str, Any]]
 
@@ -30,12 +30,13 @@ class Request:
     step: int | None
 
 
-def read_arguments(arguments: Sequence[str], *, resume: bool = False) -> Request:
+def read_arguments(arguments: Sequence[str], *, resume: bool = False, needs_photos: bool = True) -> Request:
     """Return the configuration, and what to resume from.
 
     Args:
         arguments: What was given.
         resume: Whether ``--resume`` was given apart from them.
+        needs_photos: Whether the photo folder must exist; without it epochs are not counted.
 
     Raises:
         ConfigError: With every problem found, one per line.
@@ -54,8 +55,14 @@ def read_arguments(arguments: Sequence[str], *, resume: bool = False) -> Request
     path = Path(parsed.positional[0]) if parsed.positional else None
     overrides = [*_defaults(parsed).items(), *parsed.overrides]
     config = load_config(path, overrides)
-    if counted := _count_epochs(config, parsed):
-        config = load_config(path, [*overrides, *counted])
+    try:
+        counted = _count_epochs(config, parsed)
+    except DataError as error:
+        if needs_photos:
+            raise
+        say(f"epochs are not counted: {error}")
+    else:
+        config = load_config(path, [*overrides, *counted]) if counted else config
     return Request(config, parsed.resume, _step(config, parsed.checkpoint))
 
 

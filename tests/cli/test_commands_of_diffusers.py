@@ -120,6 +120,15 @@ def test_epochs_count_class_images_if_they_are_more(said: Said) -> None:
     assert "--num_train_epochs: no effect with --max_train_steps" in said()
 
 
+def test_a_plan_needs_no_photos(said: Said) -> None:
+    command = [FULL, "--pretrained_model_name_or_path=m", "--instance_data_dir=nowhere", "--instance_prompt=p"]
+    with pytest.raises(LowmemDbError, match=r"^subject\.instance_dir: nowhere does not exist"):
+        read_arguments(command)
+    config = read_arguments(command, needs_photos=False).config
+    assert config.training.max_train_steps == 800
+    assert said()[-1].startswith("epochs are not counted: subject.instance_dir: nowhere does not exist")
+
+
 @pytest.mark.parametrize("epochs", ["0", "-1", "1.5", "x", ""])
 def test_epochs_that_are_no_number_are_refused(epochs: str, said: Said) -> None:
     with pytest.raises(LowmemDbError, match=r"^--num_train_epochs: "):
