@@ -49,7 +49,7 @@ def train(
         LowmemDbError: An error that the user can fix; each subclass says which.
         RunInterrupted: The run was asked to stop; a checkpoint was saved.
     """
-    run = RunFolder(config.output_dir)
+    run, resume = RunFolder(config.output_dir), resume or step is not None
     with run.locked():
         config, model, device, photos = _check_and_plan(run, config, resume=resume)
         if step is not None:
