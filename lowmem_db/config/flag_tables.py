@@ -24,6 +24,7 @@ class Harmless:
 
 VALUE_FLAGS = {
     "pretrained_model_name_or_path": "model.base",
+    "pretrained_vae_model_name_or_path": "model.vae",
     "revision": "model.revision",
     "variant": "model.variant",
     "instance_data_dir": "subject.instance_dir",
@@ -80,6 +81,7 @@ SWITCH_FLAGS = {
     "fused_backward_pass": ("memory.optimizer_in_backward", True),
     "enable_xformers_memory_efficient_attention": ("memory.attention", "xformers"),
     "center_crop": ("data.crop", "center"),
+    "random_flip": ("data.random_flip", True),
     "enable_bucket": ("data.aspect_ratio_buckets", True),
     "offset_noise": ("objective.noise_offset", 0.1),
     "allow_tf32": ("training.allow_tf32", True),
@@ -119,6 +121,7 @@ ALWAYS_SO = {
     "pre_compute_text_embeddings": "text embeddings are always computed once while the text encoder is frozen",
     "cache_latents": "latents are always cached",
     "cache_latents_to_disk": "latents are always cached",
+    "output_kohya_format": "a LoRA in kohya's layout always lies beside the other one in final/",
     "skip_save_text_encoder": "final/ is always a complete model",
     "read_prompts_from_txts": "a text file beside a photo always replaces its prompt",
 }
@@ -167,13 +170,10 @@ REFUSED_FLAGS = {
     "dataset_name": "photos come from a folder: --instance_data_dir",
     "dataset_config_name": "photos come from a folder: --instance_data_dir",
     "cache_dir": "the hub's cache is where HF_HOME says; class images, latents and embeddings: cache_dir=FOLDER",
-    "pretrained_vae_model_name_or_path": "the VAE is the one in the model's folder; leave it out",
-    "random_flip": "photos are not mirrored; leave it out",
     "adam_weight_decay_text_encoder": "all components share --adam_weight_decay; leave it out",
     "caption_column": "a caption is a text file beside its photo, with the same name",
     "offload_ema": "the average stays on the device; leave it out",
     "lora_layers": "choose what gets adapters: lora.targets=[attention, unet.mid_block.*]",
-    "output_kohya_format": "export it when the run is done: lowmem-db export RUN --format lora-kohya",
     "do_edm_style_training": "the noise schedule is the one in the model's folder; leave it out",
     "save_model_as": "final/ is always a folder of safetensors in diffusers' layout; leave it out",
     "full_bf16": "bf16 weights lose small updates: memory.weights=bf16_extra_bits keeps eight more bits",

@@ -97,7 +97,8 @@ FLAGS_OF_ITS_RELATIVES = """
   --concepts_list=c.json --read_prompts_from_txts --lora_alpha=8 --lora_dropout=0.1 --lora_layers=to_k
   --output_kohya_format --validation_epochs=5 --do_edm_style_training --image_interpolation_mode=lanczos
   --bucket_reso_steps=64 --min_bucket_reso=256 --max_bucket_reso=1024
-  --learning_rate_te1=1e-6 --learning_rate_te2=1e-6 --v_parameterization --prediction_type=epsilon
+  --learning_rate_te1=1e-6 --learning_rate_te2=1e-6 --v_parameterization --prediction_type=epsilon --random_flip
+  --pretrained_vae_model_name_or_path=v
 """
 ALL_FLAGS = shlex.split(FLAGS_OF_ITS_RELATIVES)
 
