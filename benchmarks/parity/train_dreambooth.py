@@ -178,6 +178,14 @@ def compare(script: ModuleType, config: Config, recording: Recording) -> dict[st
     }
 
 
+def write_model(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """Write a tiny model with random weights; the script wants to know the class of its text encoder."""
+    write_tiny_model(folder, prediction_type=prediction_type)
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["CLIPTextModel"]}))
+    return folder
+
+
 def write_pictures(folder: Path, seed: int) -> Path:
     """Write four square pictures."""
     random = np.random.default_rng(seed)
@@ -204,7 +212,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             root = Path(name)
             flags = [
-                f"--pretrained_model_name_or_path={write_tiny_model(root / 'model', prediction_type=prediction)}",
+                f"--pretrained_model_name_or_path={write_model(root / 'model', prediction)}",
                 f"--instance_data_dir={write_pictures(root / 'photos', 0)}", "--instance_prompt=a zx dog",
                 f"--output_dir={root / 'out'}", "--resolution=32", "--train_batch_size=2", "--seed=1",
                 f"--max_train_steps={STEPS}", f"--gradient_accumulation_steps={accumulation}",

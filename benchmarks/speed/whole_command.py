@@ -72,11 +72,11 @@ def write_job(root: Path) -> list[str]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from benchmarks.parity.train_dreambooth import write_pictures
+    from benchmarks.parity.train_dreambooth import write_model, write_pictures
     from lowmem_db.models.saving import save_component
-    from tests.tiny_models import tiny_unet, write_tiny_model
+    from tests.tiny_models import tiny_unet
 
-    model = write_tiny_model(root / "model")
+    model = write_model(root / "model")
     unet = UNet2DConditionModel.from_config({**tiny_unet().config, "block_out_channels": (64, 128)})
     save_component(model / "unet", unet, dtype=torch.float32)
     return [
