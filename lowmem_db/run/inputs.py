@@ -8,7 +8,7 @@ from pathlib import Path
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.data.folder import holds_nothing, look_into
-from lowmem_db.errors import DataError
+from lowmem_db.errors import ConfigError, DataError
 from lowmem_db.models.places import LORA_FILE, is_run, place_of
 
 
@@ -18,6 +18,7 @@ def check_inputs(config: Config) -> None:
     Raises:
         DataError: The photo folder does not exist, cannot be read, or holds no picture; or the class image folder is
             not one, or is the photo folder.
+        ConfigError: The final model would overwrite the base.
         ModelError: The base model does not exist, or is no model.
     """
     for number, subject in enumerate(config.subjects):
@@ -31,6 +32,11 @@ def check_inputs(config: Config) -> None:
         raise DataError(
             f"subject.concepts: {twice[0]} is the photo folder of two subjects, so the model could not tell them "
             "apart; allowed: a folder for each. Remove one of them"
+        )
+    if config.final.layout == "flat" and config.output_dir.resolve() == Path(config.model.base).resolve():
+        raise ConfigError(
+            f"output_dir: {config.output_dir} is the folder of model.base, which final.layout=flat would overwrite; "
+            "choose another output_dir"
         )
     place_of(config.model.base)
 
