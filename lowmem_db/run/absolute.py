@@ -8,7 +8,9 @@ from lowmem_db.config.schema import Config
 from lowmem_db.models.places import absolute_base
 
 PATHS = ("output_dir", "cache_dir", "subject.instance_dir", "prior.class_dir")
-"""Fields that hold paths; ``model.base`` may hold one."""
+"""Fields that hold paths."""
+_NAMES = ("model.base", "model.vae")
+"""Fields that name models, which may be paths."""
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -19,11 +21,11 @@ def with_absolute_paths(config: Config) -> Config:
 def absolute_tree(tree: Tree) -> Tree:
     """Return a tree of fields, such as one read from a file, with absolute paths."""
     changed = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
-    for path in (*PATHS, "model.base"):
+    for path in (*PATHS, *_NAMES):
         *section, name = path.split(".")
         holder: Any = changed.get(section[0], {}) if section else changed
         if holder.get(name) is not None:
-            absolute = absolute_base(str(holder[name])) if path == "model.base" else str(Path(holder[name]).absolute())
+            absolute = absolute_base(str(holder[name])) if path in _NAMES else str(Path(holder[name]).absolute())
             holder[name] = absolute
     subject = changed.get("subject")
     if isinstance(subject, dict) and subject.get("concepts"):

@@ -11,7 +11,7 @@ from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.soundness import check_shapes
 from lowmem_db.storage.run_folder import RunFolder
 
-FIELDS = ("model.base", "model.revision", "model.variant", "model.content_key")
+FIELDS = ("model.base", "model.vae", "model.revision", "model.variant", "model.content_key")
 """Fields that may change during a run, as long as the bytes are the same."""
 
 

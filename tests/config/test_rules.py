@@ -13,11 +13,23 @@ NEEDED = {
     "subject.class_prompt": "a dog",
     "output_dir": "runs/dog",
 }
+CAT = {"instance_dir": "cats", "instance_prompt": "a qy cat", "class_prompt": "a cat"}
 # What is refused, the field that the message begins with, and a change that makes it acceptable.
 CASES = [
     ({"memory.techniques": {"toy": True}}, "memory.techniques", {"memory.techniques": {}}),
     ({"subject.class_prompt": None}, "prior.enabled", {"prior.enabled": False}),
     ({"subject.class_prompt": ""}, "prior.enabled", {"subject.class_prompt": "a dog"}),
+    ({"subject.concepts": [CAT | {"class_prompt": None}]}, "subject.concepts", {"prior.enabled": False}),
+    (
+        {"subject.concepts": [CAT | {"instance_prompt": "a sks dog"}]},
+        "subject.concepts",
+        {"subject.concepts": [CAT]},
+    ),
+    (
+        {"subject.concepts": [CAT | {"class_dir": "more"}], "prior.enabled": False},
+        "subject.concepts",
+        {"prior.enabled": True},
+    ),
     ({"data.resolution": 500}, "data.resolution", {"data.resolution": 504}),
     ({"evaluation.prompts": ["a sks dog"]}, "evaluation.prompts", {"evaluation.every": 100}),
     ({"evaluation.patience": 3}, "evaluation.patience", {"evaluation.every": 100}),
