@@ -150,7 +150,8 @@ def test_every_rule_has_a_case() -> None:
         config = load_config(None, list(NEEDED.items()))
         for path, value in fields.items():
             section, _, name = path.partition(".")
-            part = getattr(config, section).model_copy(update={name: value})
+            before = getattr(config, section)
+            part = type(before).model_validate(before.model_dump() | {name: value})
             config = config.model_copy(update={section: part})
         used |= {number for number, rule in enumerate(RULES) if rule.refuses(config)}
     assert used == set(range(len(RULES)))
