@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from lowmem_db.adaptation.layers import count_trained
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import autocast, changed
 from lowmem_db.engine.build import build_ema, build_step
@@ -20,7 +21,7 @@ from lowmem_db.models.text_encoders import load_text_encoders
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.planning.caching_allocator import Event
 from lowmem_db.planning.cards import Card
-from lowmem_db.planning.costs import CostRecorder, Costs
+from lowmem_db.planning.costs import DECODER, CostRecorder, Costs
 from lowmem_db.planning.timeline import BlockFigures, Timeline
 from lowmem_db.planning.tracing import real_paths
 from lowmem_db.planning.tracker import CUDA_ROUNDING, AllocationTracker
@@ -39,6 +40,7 @@ class Traced:
         costs: The costs of its operators.
         blocks: Figures of the blocks in a training step, in the order of the forward pass.
         trained_bytes: Bytes of the parameters that train.
+        num_trained: How many parameters of each component train.
     """
 
     peak: MemoryParts
@@ -47,6 +49,7 @@ class Traced:
     costs: Costs
     blocks: Mapping[str, BlockFigures] = field(default_factory=dict)
     trained_bytes: int = 0
+    num_trained: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +82,11 @@ def trace_class_images(run: TracedRun) -> Traced:
             denoiser = load_frozen_denoiser(config, model, META, dtype)
         job = class_job(config, range(count), size)
         tracker.reset_peak()
+        costs.clear()
         with tracker.new_tensors_are("activations"):
             latents = class_artist(config, model).latents(denoiser, conditioning, job)
         del denoiser
+        costs.start_block(DECODER)
         with tracker.new_tensors_are("weights"):
             codec = model.space.load(META, dtype)
         with tracker.new_tensors_are("activations"):
@@ -97,6 +102,7 @@ def trace_encode_images(run: TracedRun) -> Traced:
         with tracker.new_tensors_are("weights"):
             codec = run.model.space.load(META)
         tracker.reset_peak()
+        costs.clear()
         with tracker.new_tensors_are("activations"):
             moments = codec.encode(torch.zeros(1, 3, resolution, resolution))
         del moments
@@ -173,7 +179,8 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
             with tracker.new_tensors_are("other"):
                 ema = build_ema(strategy, denoiser, optimizer)
             trained_bytes = sum(parameter.nbytes for parameter in optimizer.parameters())
-            found.append(replace(_found(tracker, costs), trained_bytes=trained_bytes))
+            num_trained = count_trained(denoiser.modules())
+            found.append(replace(_found(tracker, costs), trained_bytes=trained_bytes, num_trained=num_trained))
             del ema
     return found
 
@@ -186,9 +193,11 @@ def trace_sample(run: TracedRun) -> Traced:
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         conditioning = _conditioning(model, denoiser, 2)
         tracker.reset_peak()
+        costs.clear()
         with tracker.new_tensors_are("activations"):
             with evaluating(denoiser):
                 latents = sample_artist(config, model).latents(denoiser, conditioning, sample_job(config, ""))
+            costs.start_block(DECODER)
             with tracker.new_tensors_are("weights"):
                 codec = load_decoder(config, model, denoiser)
             pixels = codec.decode(latents)

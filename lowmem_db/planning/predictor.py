@@ -6,7 +6,7 @@ traced with one placement for all blocks; mixed placements are composed from the
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowmem_db.config.schema import Config
@@ -29,6 +29,19 @@ from lowmem_db.records import MemoryParts, PhaseMemory
 _RECOMPUTED = {"none": 0.0, "layers": 1.0, "segments": 1.0, "nested": 2.0}  # forward passes of a block
 
 
+@dataclass(frozen=True)
+class Traces:
+    """What was traced so far; it holds for every card that is not the CPU.
+
+    Attributes:
+        phases: Traces of phases.
+        residents: What stays in memory between steps.
+    """
+
+    phases: dict[Any, Traced] = field(default_factory=dict)
+    residents: dict[Any, Traced] = field(default_factory=dict)
+
+
 class Predictor:
     """Predicts bytes and seconds of strategies, each given as a resolved configuration.
 
@@ -36,15 +49,16 @@ class Predictor:
         run: The run to plan.
         strategies: Candidates without mixed placements. All figures are derived from traces like that of the first
             one, but with the optimizer in the backward pass if that is a candidate too.
+        traces: Those of the same run for another card. Default: none yet.
     """
 
-    def __init__(self, run: TracedRun, strategies: Sequence[Config]) -> None:
+    def __init__(self, run: TracedRun, strategies: Sequence[Config], traces: Traces | None = None) -> None:
         self.run = run
         self._by_residents = {key_of(strategy, "resident"): strategy for strategy in reversed(strategies)}
         alike = [strategy for strategy in strategies if _differ_only_in_stepping(strategy, strategies[0])]
         self._first = max(alike, key=lambda strategy: bool(strategy.memory.optimizer_in_backward))
-        self._traces: dict[Any, Traced] = {}
-        self._residents: dict[Any, Traced] = {}
+        known = traces or Traces()
+        self._traces, self._residents = known.phases, known.residents
         self._trained: dict[Any, int] = {}
 
     @property
@@ -56,11 +70,23 @@ class Predictor:
         """Return the phases before training."""
         found = []
         if strategy.prior.enabled:
-            found.append(_phase("class_images", self._traced("class_images", strategy, trace_class_images)))
-        found.append(_phase("encode_images", self._traced("encode_images", strategy, trace_encode_images)))
+            found.append(_phase("class_images", self.class_images(strategy)))
+        found.append(_phase("encode_images", self.encode_images(strategy)))
         if not strategy.training.train_text_encoder:
             found.append(_phase("encode_text", self._traced("encode_text", strategy, trace_encode_text)))
         return found
+
+    def class_images(self, strategy: Config) -> Traced:
+        """Return the trace of one batch of class images, drawn in one step."""
+        return self._traced("class_images", strategy, trace_class_images)
+
+    def encode_images(self, strategy: Config) -> Traced:
+        """Return the trace of the encoding of one image."""
+        return self._traced("encode_images", strategy, trace_encode_images)
+
+    def samples(self, strategy: Config) -> Traced:
+        """Return the trace of the samples of one prompt, drawn in one step."""
+        return self._traced("sample", strategy, trace_sample)
 
     def train(self, strategy: Config) -> Traced:
         """Return the trace of a step with exactly this strategy."""
@@ -88,7 +114,7 @@ class Predictor:
 
     def sample(self, strategy: Config) -> MemoryParts:
         """Predict the peak of samples during training, while the model and its optimizer stay in memory."""
-        drawn, resident = self._traced("sample", strategy, trace_sample), self.resident(strategy).resident
+        drawn, resident = self.samples(strategy), self.resident(strategy).resident
         return replace(
             resident,
             weights=drawn.peak.weights,
