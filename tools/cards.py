@@ -49,7 +49,7 @@ def _rows(cells: Cells, cards: Sequence[Card]) -> Iterator[str]:
 
 
 def _cell(plan: Plan | None) -> str:
-    return "–" if plan is None else f"{plan.seconds_per_step:.2f} s, {plan.peak_bytes / GIB:.1f} GiB"
+    return "-" if plan is None else f"{plan.seconds_per_step:.2f} s, {plan.peak_bytes / GIB:.1f} GiB"
 
 
 if __name__ == "__main__":

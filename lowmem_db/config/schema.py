@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from lowmem_db.config.sizes import parse_bytes
+from lowmem_db.environment import check_device_name
 
 
 def _expand_home(path: Path) -> Path:
@@ -352,7 +353,7 @@ class Config(Section):
     """Run folder: configuration, metrics, checkpoints, samples and the final model."""
     seed: int = 0
     """Seed of all random numbers of the run."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, AfterValidator(check_device_name)] = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     cache_dir: LocalPath = Field(default_factory=default_cache_dir)
     """Cache of class images, latents and text embeddings, shared by all runs. Default: the environment variable
