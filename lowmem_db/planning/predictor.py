@@ -7,9 +7,10 @@ traced with one placement for all blocks; mixed placements are composed from the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-from lowmem_db.config.schema import Config
+from lowmem_db.config.schema import Config, Placement
 from lowmem_db.config.strategy import Trace, changed, key_of, overhead_of
 from lowmem_db.planning.candidates import placement_of
 from lowmem_db.planning.cards import operator_seconds, pcie_seconds
@@ -60,8 +61,9 @@ class Predictor:
         known = traces or Traces()
         self._traces, self._residents = known.phases, known.residents
         self._trained: dict[Any, int] = {}
+        self._seconds: dict[Any, tuple[float, dict[str, float]]] = {}
 
-    @property
+    @cached_property
     def block_names(self) -> list[str]:
         """Names of the blocks in the order of the forward pass."""
         return list(self.train(self._first).blocks)[:-1]
@@ -104,12 +106,12 @@ class Predictor:
 
     def train_bytes(self, strategy: Config) -> int:
         """Predict the peak of training."""
-        if ("train", key_of(strategy, "train")) in self._traces:
-            return self.train(strategy).peak.total
-        key = key_of(strategy, "resident") + key_of(strategy, "train")
+        own = key_of(strategy, "train")
+        if ("train", own) in self._traces:
+            return self._traces["train", own].peak.total
+        key = key_of(strategy, "resident") + own
         if key not in self._trained:
-            figures = {name: self._figures(strategy, name) for name in self.train(self._first).blocks}
-            self._trained[key] = self.resident(strategy).resident.total + mixed_peak(figures)
+            self._trained[key] = self.resident(strategy).resident.total + mixed_peak(self._figures(strategy))
         return self._trained[key]
 
     def sample(self, strategy: Config) -> MemoryParts:
@@ -143,27 +145,37 @@ class Predictor:
         if strategy.lora.enabled:
             frozen = {"lora.base_weights": strategy.lora.base_weights}
             first = changed(first, frozen | {"training.mixed_precision": strategy.training.mixed_precision})
-        costs = self.train(first).costs
-        seconds = operator_seconds(costs, self.run.card)
-        total = float(seconds.sum())
-        for index, name in enumerate(costs.block_names):
+        total, of_blocks = self._seconds_of(first)
+        for name, seconds in of_blocks.items():
             again = _RECOMPUTED[placement_of(strategy, name)] - _RECOMPUTED[placement_of(first, name)]
-            total += again * float(seconds[costs.block == index].sum())
+            total += again * seconds
         return total
 
-    def _figures(self, strategy: Config, block: str) -> BlockFigures:
-        """Return the figures of one block, from a trace in which all blocks have its placement."""
-        placement = placement_of(strategy, self.block_names[-1] if block == END else block)
+    def _seconds_of(self, first: Config) -> tuple[float, dict[str, float]]:
+        """Return the seconds of a traced step, and of each of its blocks."""
+        key = key_of(first, "train")
+        if key not in self._seconds:
+            costs = self.train(first).costs
+            seconds = operator_seconds(costs, self.run.card)
+            of_blocks = {name: float(seconds[costs.block == i].sum()) for i, name in enumerate(costs.block_names)}
+            self._seconds[key] = float(seconds.sum()), of_blocks
+        return self._seconds[key]
+
+    def _figures(self, strategy: Config) -> dict[str, BlockFigures]:
+        """Return the figures of each block, from traces in which all blocks have its placement."""
+        names = self.block_names
+        placements = {name: placement_of(strategy, name) for name in names} | {END: placement_of(strategy, names[-1])}
+        traced = {placement: self._traced_uniformly(strategy, placement) for placement in set(placements.values())}
+        return {name: traced[placement].blocks[name] for name, placement in placements.items()}
+
+    def _traced_uniformly(self, strategy: Config, placement: Placement) -> Traced:
         first = self._first.memory
-        uniform = changed(
-            strategy,
-            {
-                "memory.weights": "fp32" if strategy.memory.weights == "fp32" else first.weights,
-                "memory.stream_optimizer_state": first.stream_optimizer_state,
-                "memory.checkpointing": placement,
-            },
-        )
-        return self.train(uniform).blocks[block]
+        uniform = {
+            "memory.weights": "fp32" if strategy.memory.weights == "fp32" else first.weights,
+            "memory.stream_optimizer_state": first.stream_optimizer_state,
+            "memory.checkpointing": placement,
+        }
+        return self.train(changed(strategy, uniform))
 
 
 def _differ_only_in_stepping(strategy: Config, other: Config) -> bool:

@@ -13,6 +13,7 @@ from lowmem_db.memory import techniques
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.disk import checkpoint_bytes, final_bytes
 from lowmem_db.storage import hub
+from lowmem_db.storage.disk import check_path
 from lowmem_db.storage.run_folder import RunFolder
 
 
@@ -35,6 +36,18 @@ def check_machine(config: Config, device: torch.device) -> None:
         environment.require("tensorboard")
     if config.final.push_to_hub:
         hub.check_login()
+
+
+def check_folders(config: Config) -> None:
+    """Refuse folders that this system cannot write, as Windows cannot write ``aux``.
+
+    Raises:
+        StorageError: The message names the field.
+    """
+    fields = {"cache_dir": config.cache_dir, "checkpointing.copy_to": config.checkpointing.copy_to}
+    for field, folder in fields.items():
+        if folder is not None:
+            check_path(folder.absolute(), field)
 
 
 def check_disk(config: Config, model: ModelFolder) -> None:

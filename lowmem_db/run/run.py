@@ -23,7 +23,7 @@ from lowmem_db.planning.plan import plan as plan_run
 from lowmem_db.planning.target import target_of_device
 from lowmem_db.preparation.prepare import check_photos, check_prompts, prepare
 from lowmem_db.records import ImageRecord
-from lowmem_db.run.checks import check_disk, check_machine
+from lowmem_db.run.checks import check_disk, check_folders, check_machine
 from lowmem_db.run.final import write_final
 from lowmem_db.run.resuming import check_run_folder, with_choices_of_run
 from lowmem_db.storage.atomic import write_text
@@ -75,6 +75,7 @@ def _check_and_plan(
     run: RunFolder, config: Config, *, resume: bool
 ) -> tuple[Config, ModelFolder, torch.device, list[ImageRecord]]:
     """Check that the run is possible and choose its strategy, before anything expensive happens."""
+    check_folders(config)
     sweep(config.cache_dir)
     if resume:
         _restore(run, config)
