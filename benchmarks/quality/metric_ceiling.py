@@ -31,9 +31,8 @@ BLUR_PIXELS = 2
 def through_autoencoder(autoencoder: Autoencoder, images: Sequence[Image.Image]) -> list[Image.Image]:
     """Encode and decode pictures of one size."""
     pixels = torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2)
-    return to_images(
-        autoencoder.decode(autoencoder.encode(pixels.to(autoencoder.device).float() / 127.5 - 1).latents).sample
-    )
+    latents = autoencoder.encode(pixels.to(autoencoder.device).float() / 127.5 - 1).latents
+    return to_images(autoencoder.decode(latents).sample)
 
 
 def ceiling_of(subject: Subject, encoder: Encoder, autoencoder: Autoencoder) -> dict[str, float]:
@@ -63,9 +62,8 @@ def main() -> None:
     torch.set_num_threads(1)
     encoder = load_encoder(find_encoders(["en0"])[0], arguments.device)
     autoencoder = find_model("demo").load("vae", device=arguments.device)
-    found = {
-        subject.name: ceiling_of(subject, encoder, autoencoder) for subject in SUBJECTS[: 1 if arguments.tiny else None]
-    }
+    subjects = SUBJECTS[: 1 if arguments.tiny else None]
+    found = {subject.name: ceiling_of(subject, encoder, autoencoder) for subject in subjects}
     arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 

@@ -82,7 +82,7 @@ def test_notebook_runs_to_the_end(photos_dir: Path, tmp_path: Path, monkeypatch:
 
 RECORDED = """
 asked = []
-get_ipython().run_line_magic = lambda name, line, *rest: asked.append(f"%{name} {line}")
+get_ipython().run_line_magic = lambda name, line, *rest: asked.append(f"%{name} {get_ipython().var_expand(line)}")
 """
 
 
