@@ -111,7 +111,7 @@ def install_as_on_colab(follower: Follower) -> None:
     cells = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]]
     install = next(cell for cell in cells if "%pip install" in cell)
     script = follower.home / "install.ipy"
-    script.write_text(f"REPOSITORY = {ROOT.as_uri()!r}\n{install}", encoding="utf-8")
+    script.write_text(f"REPOSITORY = {f'file://localhost{ROOT}'!r}\n{install}", encoding="utf-8")
     follower.run(["ipython", script.name])
     if old.exists():
         raise SystemExit("the notebook left torchao 0.10 in place")
