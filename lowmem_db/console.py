@@ -4,6 +4,7 @@ import errno
 import io
 import re
 import sys
+import textwrap
 from collections.abc import Iterable
 from typing import IO, Any, TypeVar, cast
 
@@ -66,7 +67,13 @@ def warn(message: str) -> None:
 
 def _print(text: str, style: str = "") -> None:
     """Print a text; a terminal breaks its lines between words, and never a path or a command in two."""
-    console.print(Text(text, style, overflow="ignore"), soft_wrap=not console.is_terminal)
+    if console.is_terminal:
+        text = "\n".join(_wrapped(line) for line in text.splitlines())
+    console.print(Text(text, style), soft_wrap=True)
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
 
 
 def no_encoding_errors() -> None:
