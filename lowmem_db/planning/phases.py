@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from lowmem_db.adaptation.layers import count_trained
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import autocast, changed
-from lowmem_db.engine.build import build_ema, build_step
+from lowmem_db.engine.build import Prepared, build_ema, build_step, prepare_modules
 from lowmem_db.engine.samples import evaluating, load_decoder, sample_artist, sample_job
 from lowmem_db.engine.step import train_step
 from lowmem_db.models.denoiser import Denoiser
@@ -54,11 +56,29 @@ class Traced:
 
 @dataclass(frozen=True, kw_only=True)
 class TracedRun:
-    """The run to trace: a resolved configuration and its model, for a card."""
+    """The run to trace: a resolved configuration and its model, for a card.
+
+    Attributes:
+        prepared: Models that were built for earlier traces, which copy them: building takes as long as a step.
+    """
 
     config: Config
     model: ModelFolder
     card: Card
+    prepared: dict[Any, Prepared] = field(default_factory=dict, compare=False)
+
+    def prepare(self) -> Prepared | None:
+        """Return the model with what trains in it, to be copied in the trace; None if it cannot be copied."""
+        lora, training = self.config.lora, self.config.training
+        if lora.base_weights in {"int8", "nf4"}:
+            return None
+        key = (
+            lora.model_dump_json(), training.layers, training.train_text_encoder, training.mixed_precision,
+            self.config.memory.weights,
+        )  # fmt: skip
+        if key not in self.prepared:
+            self.prepared[key] = prepare_modules(self.config, self.model, META)
+        return self.prepared[key]
 
     @contextmanager
     def tracing(self, *, autocast: bool = False) -> Iterator[tuple[AllocationTracker, CostRecorder]]:
@@ -125,10 +145,10 @@ def trace_encode_text(run: TracedRun) -> Traced:
 
 def trace_train(run: TracedRun) -> Traced:
     """Trace one training step that is not the first, and the moving average after it."""
-    config = run.config
+    config, prepared = run.config, run.prepare()
     with run.tracing(autocast=autocast(config) != "no") as (tracker, costs):
         with tracker.new_tensors_are("optimizer_state"):
-            denoiser, objective, optimizer = build_step(config, run.model, META)
+            denoiser, objective, optimizer = build_step(config, run.model, META, deepcopy(prepared))
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         with tracker.new_tensors_are("other"):
             ema = build_ema(config, denoiser, optimizer)
@@ -168,8 +188,9 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
     """Trace what stays in memory between steps, for strategies that load their weights in the same types."""
     after_backward = [_stepping_after_backward(strategy) for strategy in strategies]
     found: list[Traced] = []
+    prepared = replace(run, config=after_backward[0]).prepare()
     with run.tracing() as (tracker, costs):
-        denoiser, _, optimizer = build_step(after_backward[0], run.model, META)
+        denoiser, _, optimizer = build_step(after_backward[0], run.model, META, deepcopy(prepared))
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         for strategy in after_backward:
             del optimizer
@@ -188,8 +209,9 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
 def trace_sample(run: TracedRun) -> Traced:
     """Trace the samples for one prompt with the model in memory; optimizer states and averages are not counted."""
     config, model = _short(_stepping_after_backward(run.config)), run.model
+    prepared = run.prepare()
     with run.tracing(autocast=autocast(config) != "no") as (tracker, costs):
-        denoiser = build_step(config, model, META)[0]
+        denoiser = build_step(config, model, META, deepcopy(prepared))[0]
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         conditioning = _conditioning(model, denoiser, 2)
         tracker.reset_peak()
