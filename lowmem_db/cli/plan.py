@@ -39,6 +39,7 @@ def plan(
     Needs neither weights nor a GPU: [bold]lowmem-db plan sd15_full_12gb --gpu "rtx 3060"[/bold]
     """
     import json
+    import sys
 
     from lowmem_db import api
     from lowmem_db.cli.arguments import read_arguments
@@ -59,7 +60,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(to_json(found) | ({} if verified is None else verified.as_json()), indent=2))
         return
-    out = Console(highlight=False, soft_wrap=True)
+    out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     show(found, out)
     if verified is not None:
         out.print(verified.describe(), markup=False)

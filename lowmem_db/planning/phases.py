@@ -1,5 +1,6 @@
 """The phases of a run; each is traced by running its real code on the meta device."""
 
+import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -86,8 +87,12 @@ class TracedRun:
         costs = CostRecorder()
         rounding = 1 if self.card.is_cpu else CUDA_ROUNDING
         tracker = AllocationTracker(rounding=rounding, cpu_kernels=self.card.is_cpu, costs=costs)
-        with real_paths(on_cpu=self.card.is_cpu, autocast=autocast), tracker.tracking():
-            yield tracker, costs
+        gc.freeze()  # otherwise the collector walks through torch's own objects again and again
+        try:
+            with real_paths(on_cpu=self.card.is_cpu, autocast=autocast), tracker.tracking():
+                yield tracker, costs
+        finally:
+            gc.unfreeze()
 
 
 def trace_class_images(run: TracedRun) -> Traced:
