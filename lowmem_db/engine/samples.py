@@ -58,6 +58,7 @@ def sample_job(config: Config, prompt: str) -> Job:
         size=(config.data.resolution, config.data.resolution),
         generators=[generator(config.sampling.seed, "samples", index) for index in range(config.sampling.num_images)],
         at_once=1 if config.memory.tiled_samples else None,
+        negative=config.sampling.negative_prompt,
     )
 
 

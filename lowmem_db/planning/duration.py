@@ -1,7 +1,9 @@
 """Predicted seconds of the phases of a run, from the costs of their traces; loading and downloads are not counted."""
 
+import numpy as np
+
 from lowmem_db.config.schema import Config
-from lowmem_db.planning.cards import Card, operator_seconds
+from lowmem_db.planning.cards import Card, host_seconds, operator_seconds
 from lowmem_db.planning.costs import DECODER, Costs
 from lowmem_db.planning.disk import num_class_images, num_encoded
 from lowmem_db.planning.predictor import Predictor
@@ -33,8 +35,9 @@ def seconds_of_phases(predictor: Predictor, strategy: Config) -> dict[str, float
 
 def _drawing(costs: Costs, card: Card, num_inference_steps: int) -> float:
     """Return the seconds of drawing a batch, from a trace with one sampling step."""
-    seconds = operator_seconds(costs, card)
     decodes = costs.block == costs.block_names.index(DECODER)
+    on_card, on_host = operator_seconds(costs, card), 0.0 if card.is_cpu else host_seconds(costs)
+    seconds = np.maximum(on_card, on_host)
     return num_inference_steps * float(seconds[~decodes].sum()) + float(seconds[decodes].sum())
 
 
