@@ -70,10 +70,10 @@ OPTIONAL_LIBRARIES = (
 _NEEDS_CUDA = {"xformers", "triton"}
 _COMPILED_ON_CPU = {"adamw8bit_step"}
 _DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
-_MADE_FOR_CUDA = "are not used: the kernels and the memory plan are made for CUDA"
+_MADE_FOR_CUDA = "the kernels and the memory plan are made for CUDA"
 _OTHER_DEVICES = {
-    "mps": f"Apple's GPUs {_MADE_FOR_CUDA}; use cpu",
-    "xpu": f"Intel's GPUs {_MADE_FOR_CUDA}; use cpu",
+    "mps": f"there is no support for Apple's GPUs: {_MADE_FOR_CUDA}; use cpu",
+    "xpu": f"there is no support for Intel's GPUs: {_MADE_FOR_CUDA}; use cpu",
     "rocm": "a ROCm build of torch calls AMD's cards cuda; use cuda",
     "hip": "a ROCm build of torch calls AMD's cards cuda; use cuda",
     "gpu": "use cuda",

@@ -86,8 +86,8 @@ def test_description_is_json() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("mps", "Apple's GPUs are not used: .*; use cpu"),
-        ("xpu:0", "Intel's GPUs are not used: .*; use cpu"),
+        ("mps", "no support for Apple's GPUs: .*; use cpu"),
+        ("xpu:0", "no support for Intel's GPUs: .*; use cpu"),
         ("rocm", "calls AMD's cards cuda; use cuda"),
         ("gpu", "use cuda"),
         ("cuda:x", "device: 'cuda:x' is not allowed: it must be auto, cpu, cuda"),
@@ -102,7 +102,7 @@ def test_other_devices_have_a_sentence_each(name: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("maker", "said"), [("amd", "AMD's cards .* are not tested"), ("apple", "the CPU is used; Apple's"), ("none", "")]
+    ("maker", "said"), [("amd", "AMD's cards .* are not tested"), ("apple", "the CPU is used; there is no support for Apple's"), ("none", "")]
 )
 def test_gpus_of_other_makers_are_spoken_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, maker: str, said: str
