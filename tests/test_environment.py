@@ -48,8 +48,9 @@ def test_every_extra_that_is_named_exists() -> None:
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     for library in environment.OPTIONAL_LIBRARIES:
         extra = library.install.partition("[")[2].partition("]")[0]
-        (line,) = [line for line in project.splitlines() if line.startswith(f"{extra} = [")]
-        assert library.name.replace("_", "-") in line
+        found = re.search(rf"^{extra} = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
+        assert found is not None
+        assert library.name.replace("_", "-") in found[1]
 
 
 def test_back_ends_say_why_they_do_not_serve() -> None:
@@ -102,7 +103,12 @@ def test_other_devices_have_a_sentence_each(name: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("maker", "said"), [("amd", "AMD's cards .* are not tested"), ("apple", "the CPU is used; there is no support for Apple's"), ("none", "")]
+    ("maker", "said"),
+    [
+        ("amd", "AMD's cards .* are not tested"),
+        ("apple", "the CPU is used; there is no support for Apple's"),
+        ("none", ""),
+    ],
 )
 def test_gpus_of_other_makers_are_spoken_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, maker: str, said: str

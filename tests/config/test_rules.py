@@ -93,6 +93,7 @@ CASES = [
         "training.lr_warmup_steps",
         {"training.max_train_steps": 11},
     ),
+    ({"checkpointing.copy_to": "runs/dog"}, "checkpointing.copy_to", {"checkpointing.copy_to": "drive/dog"}),
     ({"sampling.every": 5}, "sampling.every", {"sampling.prompts": ["a sks dog"]}),
     ({"lora.rank": 8}, "lora.enabled", {"lora.enabled": True}),
     ({"lora.enabled": True, "memory.weights": "bf16_extra_bits"}, "memory.weights", {"memory.weights": "fp32"}),

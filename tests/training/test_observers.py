@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from lowmem_db.config.loading import load_config
 from lowmem_db.console import console
 from lowmem_db.run import run as run_module
 from lowmem_db.run.run import train
+from lowmem_db.storage.atomic import as_storage_error
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.observers import ConsoleBar, Observer, Training
 from lowmem_db.training.trainer import Trainer
@@ -137,10 +139,10 @@ def test_a_run_that_is_gone_goes_on_from_its_copy(fields: dict[str, object], tmp
 def test_a_full_second_disk_ends_no_run(
     fields: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(source: Path, target: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left")
+    def full(path: Path, write: object) -> None:
+        raise as_storage_error(OSError(errno.ENOSPC, "No space left"), path)
 
-    monkeypatch.setattr("lowmem_db.storage.run_copy.shutil.copyfile", full)
+    monkeypatch.setattr("lowmem_db.storage.run_copy.write_folder", full)
     run = train(load_config(None, list((fields | {"checkpointing.copy_to": tmp_path / "drive"}).items())))
     assert run.final_dir.is_dir()
     warned = "warning: checkpointing.copy_to: .*: the disk is full; .*; the run goes on without a new copy"
@@ -151,18 +153,15 @@ REQUIRED = [("subject.instance_prompt", "a sks dog"), ("subject.class_prompt", "
 ROW = {"step": 120, "loss": 0.1234, "loss_instance": 0.1, "loss_prior": 0.02, "seconds": 0.5, "peak_bytes": 6 << 30}
 
 
-class _Started:
-    step = 100
-
-
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "cp932"])
 def test_bar_shows_step_percent_and_time_left_in_80_columns(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
     screen = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(console, "_force_terminal", True)
     monkeypatch.setattr(console, "_width", 80)
-    bar, training = ConsoleBar(), _Started()
-    training.config = load_config(None, [("output_dir", "r"), ("subject.instance_dir", "p"), *REQUIRED])
+    config = load_config(None, [("output_dir", "r"), ("subject.instance_dir", "p"), *REQUIRED])
+    nothing = dict.fromkeys(("run", "denoiser", "weights", "save_checkpoint", "tell"))
+    bar, training = ConsoleBar(), SimpleNamespace(config=config, step=100, **nothing)
     bar.start(training)
     for step in range(101, 121):
         bar.step(ROW | {"step": step})
