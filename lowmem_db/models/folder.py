@@ -39,7 +39,7 @@ class ModelFolder(ModelFiles):
         return load(self, component, device, dtype)
 
     def num_parameters(self, component: str) -> int:
-        """Return the number of parameters of a component; without its weights, of the module that its files describe."""
+        """Return the number of parameters of a component, whose weights need not be there."""
         if self.has_weights(component):
             return super().num_parameters(component)
         return sum(parameter.numel() for parameter in self.load(component, META).parameters())
