@@ -159,7 +159,8 @@ class Predictor:
     def _figures(self, strategy: Config) -> dict[str, BlockFigures]:
         """Return the figures of each block, from traces in which all blocks have its placement."""
         names = self.block_names
-        placements = {name: placement_of(strategy, name) for name in names} | {END: placement_of(strategy, names[-1])}
+        placements: dict[str, Placement] = {name: placement_of(strategy, name) for name in names}
+        placements[END] = placements[names[-1]]
         traced = {placement: self._traced_uniformly(strategy, placement) for placement in set(placements.values())}
         return {name: traced[placement].blocks[name] for name, placement in placements.items()}
 
