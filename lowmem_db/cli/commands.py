@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lowmem_db import __version__, environment, nvidia
-from lowmem_db.cli import bench, configs, doctor, evaluate, export, generate, identifiers, plan, prepare, train
+from lowmem_db.cli import bench, configs, doctor, evaluate, export, generate, identifiers, plan, prepare, report, train
 from lowmem_db.console import warn
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("identifiers")(identifiers.identifiers)
+app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 app.command("configs")(configs.configs)

@@ -44,7 +44,7 @@ def plan(
     from lowmem_db import api
     from lowmem_db.cli.arguments import read_arguments
 
-    config, _ = read_arguments(arguments or [])
+    config = read_arguments(arguments or [], needs_photos=False).config
     if all_gpus:
         _plan_for_all_cards(config, as_json=as_json, given=[gpu, budget, verify or None])
         return

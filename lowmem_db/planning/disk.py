@@ -58,5 +58,6 @@ def num_encoded(config: Config) -> int:
 def _num_checkpoints(config: Config) -> int:
     last = config.training.max_train_steps
     intervals = [config.checkpointing.every, config.evaluation.every]
-    intervals += [config.sampling.every] if config.sampling.prompts else []
+    if config.sampling.prompts and config.checkpointing.keep is not None:  # else those for samples are dropped
+        intervals.append(config.sampling.every)
     return len({last} | {step for every in intervals if every for step in range(every, last + 1, every)})

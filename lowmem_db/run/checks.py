@@ -22,8 +22,8 @@ def check_machine(config: Config, device: torch.device) -> None:
 
     Raises:
         ConfigError: The device does not support ``training.mixed_precision``.
-        DependencyError: A library that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for kernels that cannot
-            run here.
+        DependencyError: A library or login that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for kernels
+            that cannot run here.
         StorageError: The final model is to be uploaded, but nobody is logged in.
     """
     if device.index is not None:
@@ -34,6 +34,8 @@ def check_machine(config: Config, device: torch.device) -> None:
     find_adaptation(config).check_machine(device)
     if config.logging.tensorboard:
         environment.require("tensorboard")
+    if uses_wandb(config):
+        environment.check_wandb()
     if config.final.push_to_hub:
         hub.check_login()
 
@@ -48,6 +50,12 @@ def check_folders(config: Config) -> None:
     for field, folder in fields.items():
         if folder is not None:
             check_path(folder.absolute(), field)
+
+
+def uses_wandb(config: Config) -> bool:
+    """Return whether the run is sent to Weights & Biases."""
+    wanted = config.logging.wandb
+    return environment.is_installed("wandb") if wanted is None else wanted
 
 
 def check_disk(config: Config, model: ModelFolder) -> None:
