@@ -214,7 +214,7 @@ def _with_defaults(source: ImageSource, wishes: Wishes) -> Wishes:
     guidance = wishes.guidance_scale
     return replace(
         wishes,
-        negative_prompt=own.negative_prompt if wishes.negative_prompt is None and own else wishes.negative_prompt,
+        negative_prompt=wishes.negative_prompt or ("" if own is None else own.negative_prompt),
         prompts=tuple(wishes.prompts) or ((config.subject.instance_prompt,) if config is not None else ()),
         sampler=wishes.sampler or ("ddim" if own is None else own.sampler),
         num_inference_steps=wishes.num_inference_steps or (50 if own is None else own.num_inference_steps),

@@ -1,6 +1,7 @@
 """What ``model.base`` names, judged by names of files alone: nothing heavy is imported, so a typo is told at once."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,9 +58,15 @@ def place_of(base: str) -> Path | None:
 def absolute_base(base: str) -> str:
     """Return a model's name so that it means the same in every working folder."""
     try:
-        return str(Path(base).absolute()) if base != "demo" and Path(base).exists() else base
+        return str(absolute_path(Path(base))) if base != "demo" and Path(base).exists() else base
     except (OSError, ValueError):
         return base
+
+
+def absolute_path(path: Path) -> Path:
+    """Return an absolute path without ``..``, unless that leads somewhere else because of a link."""
+    plain = Path(os.path.abspath(path))  # noqa: PTH100
+    return plain if plain.resolve() == path.resolve() else path.absolute()
 
 
 def is_run(folder: Path) -> bool:

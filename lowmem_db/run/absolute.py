@@ -5,7 +5,7 @@ from typing import Any
 
 from lowmem_db.config.loading import Tree
 from lowmem_db.config.schema import Config
-from lowmem_db.models.places import absolute_base
+from lowmem_db.models.places import absolute_base, absolute_path
 
 PATHS = ("output_dir", "cache_dir", "subject.instance_dir", "prior.class_dir")
 """Fields that hold paths."""
@@ -25,7 +25,7 @@ def absolute_tree(tree: Tree) -> Tree:
         *section, name = path.split(".")
         holder: Any = changed.get(section[0], {}) if section else changed
         if holder.get(name) is not None:
-            absolute = absolute_base(str(holder[name])) if path in _NAMES else str(Path(holder[name]).absolute())
+            absolute = absolute_base(str(holder[name])) if path in _NAMES else str(absolute_path(Path(holder[name])))
             holder[name] = absolute
     subject = changed.get("subject")
     if isinstance(subject, dict) and subject.get("concepts"):
@@ -35,4 +35,4 @@ def absolute_tree(tree: Tree) -> Tree:
 
 def _absolute_concept(concept: Tree) -> Tree:
     paths = {name: concept[name] for name in ("instance_dir", "class_dir") if concept.get(name) is not None}
-    return {**concept, **{name: str(Path(path).absolute()) for name, path in paths.items()}}
+    return {**concept, **{name: str(absolute_path(Path(path))) for name, path in paths.items()}}
