@@ -79,7 +79,7 @@ def base_of(source: ExportSource, given: str | None) -> ModelFolder:
         return find_model(given)
     if source.config is None:
         raise ModelError(f"--base: {source.name} is not a run and does not name its base model; set --base MODEL")
-    return model_of(source.config)
+    return model_of(source.config, fetch=False)
 
 
 def total_of(norms: Mapping[str, ChangeNorms]) -> ChangeNorms:

@@ -29,7 +29,7 @@ class Request:
         out: Path of the output. Default: named after the source, in the working folder.
         merge: Merge a LoRA into its base model first.
         extract_rank: Rank of a LoRA to extract from a full fine-tuning. Default: do not extract one.
-        base: The model that a fine-tuning started from. Default: that of its run.
+        base: The model that a fine-tuning or a LoRA started from. Default: that of its run.
     """
 
     source: str
@@ -60,8 +60,8 @@ def export_model(request: Request) -> Path:
                 "lora-kohya, lora-diffusers"
             )
         return _export_extracted(request, find_export_source(request.source), request.extract_rank)
-    if request.base is not None:
-        raise ModelError(f"--base: {request.base} has no effect without --extract-lora RANK; leave it out")
+    if request.base is not None and not request.merge:
+        raise ModelError(f"--base: {request.base} has no effect without --extract-lora RANK or --merge; leave it out")
     if lora is None:
         if request.merge or _is_of_lora(request):
             asked = "--merge" if request.merge else f"--format {request.layout}"
@@ -106,13 +106,13 @@ def _export_merged(request: Request, lora: LoraSource) -> Path:
         raise ModelError(f"--merge: makes a complete model, --format {request.layout} a LoRA; leave one of them out")
     if request.layout == "diffusers":
         out = request.out or Path(f"{lora.name}-diffusers")
-        merge_into_folder(lora, out, request.precision or torch.float32)
+        merge_into_folder(lora, out, request.precision or torch.float32, request.base)
         return out
     out = request.out or Path(f"{lora.name}.safetensors")
     refuse_existing(out)
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".merging-") as temporary:
         folder = Path(temporary) / lora.name
-        merge_into_folder(lora, folder, request.precision or torch.float32)
+        merge_into_folder(lora, folder, request.precision or torch.float32, request.base)
         merged = ExportSource(name=lora.name, model=find_model(str(folder)), config=lora.config)
         return _export_whole(replace(request, out=out), merged)
 

@@ -5,6 +5,7 @@ Everything is checked before a weight is read: layout, family, and that the weig
 
 import difflib
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -18,6 +19,8 @@ from lowmem_db.models.files import WEIGHT_SUFFIXES, ModelFiles
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.single_file import CONFIGS_DIR, recognise
 from lowmem_db.models.single_file_folder import folder_of_file
+from lowmem_db.models.stored_weights import check_stored
+from lowmem_db.storage.hub import without_downloads
 
 DEMO_DIR = Path(__file__).parent / "demo" / "base"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -33,6 +36,7 @@ def find_model(
     allow_pickle: bool = False,
     cache_dir: Path | None = None,
     weights: bool = True,
+    fetch: bool = True,
 ) -> ModelFolder:
     """Find a model and check its layout; a hub id is downloaded first, a single file becomes a folder in the cache.
 
@@ -45,23 +49,26 @@ def find_model(
         cache_dir: Where the folders of single files are kept. Default: the usual cache.
         weights: Whether weights are needed. If not, nothing is downloaded or written: the configuration files are
             enough, and those of well-known models are in this package.
+        fetch: Whether a hub id may be downloaded: if the user, and not a file, has named it.
 
     Raises:
         ModelError: It does not exist, its family is not supported, or it has only pickled weights.
     """
     if not weights:
         return _find_configuration(base, revision, variant)
-    path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
+    with nullcontext() if fetch else without_downloads():
+        path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
     files = ModelFiles(path=path, variant=variant, allow_pickle=allow_pickle)
     _check_layout(base, files)
     model = _folder_of(base, files)
     _check_weights(model)
+    check_stored(model)
     return model
 
 
-def model_of(config: Config, *, weights: bool = True) -> ModelFolder:
+def model_of(config: Config, *, weights: bool = True, fetch: bool = True) -> ModelFolder:
     """Find the base model of a run, see :func:`find_model`."""
-    return find_model(**config.model.model_dump(), cache_dir=config.cache_dir, weights=weights)
+    return find_model(**config.model.model_dump(), cache_dir=config.cache_dir, weights=weights, fetch=fetch)
 
 
 def find_file(base: str, revision: str | None = None) -> Path | None:

@@ -1,5 +1,7 @@
 """Loading one component from its folder, or building it on the meta device from its configuration."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -11,7 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from lowmem_db.errors import ModelError
+from lowmem_db.errors import ModelError, NonFiniteError
+from lowmem_db.finite import first_not_finite
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
 from lowmem_db.models.files import ModelFiles
 
@@ -22,6 +25,8 @@ _AUTOENCODERS: dict[str, type[ModelMixin]] = {
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 CPU = torch.device("cpu")
 META = torch.device("meta")
+# Tensors that published files have although no component uses them: CLIP's positions and its unused head.
+_UNUSED = re.compile(r"(^|\.)position_ids$|^text_projection\.|^logit_scale$")
 _DAMAGED = (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError, KeyError)
 
 
@@ -36,7 +41,8 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
         dtype: Type of its weights.
 
     Raises:
-        ModelError: It is damaged.
+        ModelError: It is damaged, or lacks tensors.
+        NonFiniteError: A weight is infinite or NaN in ``dtype``.
     """
     if device.type == "meta":
         return nn.Module.to(_build_on_meta(kind, files, component), dtype).eval().requires_grad_(False)
@@ -44,10 +50,44 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
     options: dict[str, Any] = {"use_safetensors": not files.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
     try:
-        loaded: Any = cast("Any", kind).from_pretrained(path, local_files_only=True, variant=files.variant, **options)
+        loaded, found = cast("Any", kind).from_pretrained(
+            path, local_files_only=True, variant=files.variant, output_loading_info=True, **options
+        )
     except _DAMAGED as error:
         raise _damaged(path, error) from error
+    check_names(path, missing=found["missing_keys"], unexpected=found["unexpected_keys"])
+    check_finite(path, loaded)
     return loaded.to(device).eval().requires_grad_(False)
+
+
+def check_names(path: Path, *, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuse a component whose weight files do not hold the tensors that its configuration needs, and only those.
+
+    Raises:
+        ModelError: A tensor is missing, or there is one that the configuration has no place for.
+    """
+    strangers = (name for name in unexpected if not _UNUSED.search(name))
+    for what, names in (("lack", sorted(missing)), ("have, without a place for them in config.json,", list(strangers))):
+        if names:
+            raise ModelError(
+                f"{path}: its weight files {what} {len(names)} tensor{'s' * (len(names) != 1)}, such as {names[0]}; "
+                "check that config.json belongs to them, or download the model again"
+            )
+
+
+def check_finite(path: Path, module: nn.Module) -> None:
+    """Refuse weights that are infinite or NaN.
+
+    Raises:
+        NonFiniteError: One is; the message names it.
+    """
+    state = module.state_dict()
+    if (name := first_not_finite(state)) is not None:
+        kind = str(state[name].dtype).removeprefix("torch.")
+        raise NonFiniteError(
+            f"{path}: {name} has values that are infinite or NaN in {kind}; download the model again, or, if it is "
+            "whole, choose a wider type"
+        )
 
 
 def load_autoencoder(files: ModelFiles, component: str, device: torch.device, dtype: torch.dtype) -> Autoencoder:

@@ -14,6 +14,8 @@ from lowmem_db_kernels import unpack_extra_bits_eager
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lowmem_db.errors import NonFiniteError
+from lowmem_db.finite import is_finite
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import schedule_changes
 from lowmem_db.models.names import published_name
@@ -104,10 +106,16 @@ def save_component(
 def published_state(
     component: str, module: nn.Module, dtype: torch.dtype, extra_bits: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return a module's weights under the names of the published files, joined with their extra bits."""
+    """Return a module's weights under the names of the published files, joined with their extra bits.
+
+    Raises:
+        NonFiniteError: One is infinite or NaN.
+    """
     state = {}
     for name, tensor in module.state_dict().items():
         published = published_name(component, name)
+        if not is_finite(tensor):
+            raise NonFiniteError(f"{component}: {published} has values that are infinite or NaN, so nothing is written")
         bits = None if dtype == torch.bfloat16 else (extra_bits or {}).get(name)
         if bits is not None:
             tensor = unpack_extra_bits_eager(tensor.detach(), bits.to(tensor.device))

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lowmem_db.errors import ModelError
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.loading import META
+from lowmem_db.models.loading import META, check_names
 from lowmem_db.models.names import published_name
 from lowmem_db.storage.tensor_stream import dtype_of_name
 
@@ -70,12 +71,42 @@ def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor
     for file in _files(model, folder, weights_name(model, component).removesuffix(".safetensors")):
         found |= {_published(model, component, name): tensor for name, tensor in read_header(file)[0].items()}
     expected = expected_shapes(model, component)
+    check_names(folder, missing=expected.keys() - found.keys(), unexpected=sorted(found.keys() - expected.keys()))
     for name, shape in expected.items():
-        if name not in found or _matrix(found[name].shape) != _matrix(shape):
-            there = list(found[name].shape) if name in found else "missing"
-            wanted = f"but config.json needs {list(shape)}"
-            raise ModelError(f"{folder}: {name} is {there}, {wanted}; download the model again")
+        if _matrix(found[name].shape) != _matrix(shape):
+            raise ModelError(
+                f"{folder}: {name} is {list(found[name].shape)}, but config.json needs {list(shape)}; download the "
+                "model again"
+            )
     return {name: found[name] for name in expected}
+
+
+def check_stored(model: ModelFolder) -> None:
+    """Compare the headers of a model's safetensors with its configurations, before anything is computed.
+
+    Raises:
+        ModelError: A tensor is missing, superfluous or has the wrong shape.
+    """
+    for component in model.family.with_weights:
+        files = sorted(file for file in (model.path / component).iterdir() if file.is_file())
+        if any(file.suffix == ".safetensors" for file in files):
+            facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            _check_once(_Component(model, component), tuple(facts))
+
+
+@dataclass(frozen=True)
+class _Component:
+    model: ModelFolder
+    name: str
+
+    def __hash__(self) -> int:
+        return hash((self.model.path, self.name))
+
+
+@lru_cache(maxsize=64)
+def _check_once(component: _Component, facts: tuple[tuple[str, int, int], ...]) -> None:
+    del facts  # files that have changed are looked at again
+    stored_weights(component.model, component.name)
 
 
 def weights_name(model: ModelFolder, component: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lowmem_db.errors import NonFiniteError
+from lowmem_db.finite import first_not_finite
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.optimizers.units import LargeParameter, StepUnit
 
@@ -24,7 +25,7 @@ class InBackwardHandle(OptimizerHandle):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._squared_norms: list[Tensor] = []
+        self._squared_norms: dict[str, Tensor] = {}
         self._hooks: dict[str, RemovableHandle] = {}
         self.apply()
 
@@ -39,7 +40,7 @@ class InBackwardHandle(OptimizerHandle):
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass and step large parameters in it."""
         self._begin_step()
-        self._squared_norms = []
+        self._squared_norms = {}
         super().backward(loss)
 
     def step(self) -> float:
@@ -53,14 +54,16 @@ class InBackwardHandle(OptimizerHandle):
         for unit in self.units:
             if not isinstance(unit, LargeParameter):
                 self._on_gradient(unit)
-        norm = torch.stack(self._squared_norms).sum().sqrt()
+        norm = torch.stack(list(self._squared_norms.values())).sum().sqrt()
         self.clipping.update(norm)
         if self.loss_scale is not None:
             self.loss_scale.update(found_nonfinite=(~norm.isfinite()).float())
         self.zero_grad()
         value = norm.item()
         if not math.isfinite(value) and self.loss_scale is None:
-            raise NonFiniteError(f"the gradient norm is {value}; some weights have already been changed")
+            name = first_not_finite(self._squared_norms)
+            what = "norm" if name is None else f"of {name}"
+            raise NonFiniteError(f"the gradient {what} is {value}; some weights have already been changed")
         return value
 
     def remove_group(self, name: str) -> None:
@@ -89,7 +92,7 @@ class InBackwardHandle(OptimizerHandle):
         by_product = self._step_unit(unit, scale)
         squared_norm = by_product if norm is None else norm.square()
         assert squared_norm is not None, f"{type(self.rule).__name__} did not report the norm of {unit.name}"
-        self._squared_norms.append(squared_norm)
+        self._squared_norms[unit.name] = squared_norm
         for parameter in unit.parameters.values():
             parameter.grad = None
 

@@ -6,6 +6,8 @@ a changed photo is encoded again.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -16,8 +18,10 @@ from lowmem_db.config.schema import Config, DataConfig
 from lowmem_db.console import say, track
 from lowmem_db.data.batches import EncodedImage, PromptTable
 from lowmem_db.data.crops import crop_facts, load_pixels, num_distinct_crops
+from lowmem_db.errors import NonFiniteError
+from lowmem_db.models.families.spaces import Codec
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.text_encoders import load_text_encoders, tokenize_prompts
+from lowmem_db.models.text_encoders import check_embeds, load_text_encoders, tokenize_prompts
 from lowmem_db.records import ImageRecord, Size
 from lowmem_db.storage.run_folder import read_json, write_json
 from lowmem_db.storage.tensors import TensorStore
@@ -41,19 +45,16 @@ def encode_images(
         records: The images.
         sizes: Height and width in pixels to which each image is cropped.
     """
-    store = TensorStore(config.cache_dir / "latents")
+    store = TensorStore(config.cache_dir / "latents", needed={"mean", "std", "time_ids"})
     space_key = model.space.content_key()
     crops = [_Crops(record, size, config.data) for record, size in zip(records, sizes, strict=True)]
     keys = [picture.key(space_key) for picture in crops]
-    missing = [picture for picture, key in zip(crops, keys, strict=True) if _read_moments(store, key) is None]
-    _say_reused(config, crops, keys, missing)
-    if missing:
-        codec = model.space.load(device)
-        for picture in track(missing, "encoding pictures", len(missing)):
-            moments = [codec.encode(picture.pixels(index)[None]) for index in range(picture.count)]
-            mean, std = (torch.cat(parts).cpu() for parts in zip(*moments, strict=True))
-            tensors = {"mean": mean, "std": std, "time_ids": picture.facts()}
-            store.write(picture.key(space_key), tensors)
+    missing = [picture for picture, key in zip(crops, keys, strict=True) if store.read(key) is None]
+    index = _say_reused(config, crops, keys, missing)
+    codec = _lazily(lambda: model.space.load(device))
+    for picture in track(missing, "encoding pictures", len(missing)):
+        store.read_or_make(picture.key(space_key), partial(_encode, codec, picture))
+    write_json(_index_file(config, crops), index)
     return [_encoded(model, store, record, key) for record, key in zip(records, keys, strict=True)]
 
 
@@ -72,14 +73,26 @@ def encode_prompts(config: Config, model: ModelFolder, device: torch.device, pro
     embeds: dict[str, dict[str, Tensor]] = {}
     for prompt in unique:
         key = fingerprint.of_values("prompt", _PROMPT_FORMAT_VERSION, encoder_key, prompt)
-        stored = store.read(key)
-        if stored is None:
+
+        def make(prompt: str = prompt) -> dict[str, Tensor]:
             with torch.no_grad():
                 made = model.family.encode(text_encoders(), tokens.conditioning([prompt]).tokens)
-            stored = {name: rows[0].cpu() for name, rows in made.items()}
-            store.write(key, stored)
-        embeds[prompt] = stored
+            check_embeds(model, made, [prompt])
+            return {name: rows[0].cpu() for name, rows in made.items()}
+
+        embeds[prompt] = store.read_or_make(key, make)
     return replace(tokens, embeds=embeds)
+
+
+def _encode(codec: Callable[[], Codec], picture: "_Crops") -> dict[str, Tensor]:
+    try:
+        moments = [codec().encode(picture.pixels(index)[None]) for index in range(picture.count)]
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"{picture.record.path}: {error}; its moments are not kept. Download the model again, or use another"
+        ) from error
+    mean, std = (torch.cat(parts).cpu() for parts in zip(*moments, strict=True))
+    return {"mean": mean, "std": std, "time_ids": picture.facts()}
 
 
 @dataclass(frozen=True)
@@ -116,36 +129,38 @@ class _Crops:
         )  # fmt: skip
 
 
-def _read_moments(store: TensorStore, key: str) -> dict[str, Tensor] | None:
-    moments = store.read(key)
-    return moments if moments is not None and {"mean", "std", "time_ids"} <= moments.keys() else None
-
-
 def _encoded(model: ModelFolder, store: TensorStore, record: ImageRecord, key: str) -> EncodedImage:
-    moments = _read_moments(store, key)
+    moments = store.read(key)
     assert moments is not None, f"{store.path(key)} was written but does not exist"
     picture = model.family.describe_pictures(moments["time_ids"])
     return EncodedImage(record=record, mean=moments["mean"], std=moments["std"], picture=picture)
 
 
-def _say_reused(config: Config, crops: Sequence[_Crops], keys: Sequence[str], missing: Sequence[_Crops]) -> None:
-    """Say how many images are reused and why others are not; remember the keys for the next run."""
+def _index_file(config: Config, crops: Sequence[_Crops]) -> Path:
     folder = crops[0].record.path.parent.absolute()
-    index_file = config.cache_dir / "latents" / f"index-{fingerprint.of_values(str(folder))}.json"
-    index = read_json(index_file) or {}
+    return config.cache_dir / "latents" / f"index-{fingerprint.of_values(str(folder))}.json"
+
+
+def _say_reused(
+    config: Config, crops: Sequence[_Crops], keys: Sequence[str], missing: Sequence[_Crops]
+) -> dict[str, dict[str, str]]:
+    """Say how many images are reused and why others are not; return the keys, for the next run."""
+    folder = crops[0].record.path.parent.absolute()
+    index = read_json(_index_file(config, crops))
+    index = index if isinstance(index, dict) else {}
     say(f"latents: {len(crops) - len(missing)} of {len(crops)} pictures of {folder} are in the cache")
     for picture, key in zip(crops, keys, strict=True):
         known = index.get(picture.index_name)
-        if picture in missing and known is not None:
+        if picture in missing and isinstance(known, dict):
             say(f"latents: encoding {picture.record.path.name} again: {_reason(known, picture.record, key)}")
         index[picture.index_name] = {"content_key": picture.record.content_key, "moments_key": key}
-    write_json(index_file, index)
+    return index
 
 
 def _reason(known: dict[str, str], record: ImageRecord, key: str) -> str:
-    if known["content_key"] != record.content_key:
+    if known.get("content_key") != record.content_key:
         return "the file has changed"
-    if known["moments_key"] != key:
+    if known.get("moments_key") != key:
         return "the autoencoder, the resolution or the crop has changed"
     return "its cache file is missing or damaged"
 

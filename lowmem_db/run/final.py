@@ -9,7 +9,7 @@ import torch
 from lowmem_db.console import say
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.storage import hub
-from lowmem_db.storage.atomic import write_folder
+from lowmem_db.storage.checksums import write_checked_folder
 from lowmem_db.training.trainer import Trainer
 
 
@@ -19,7 +19,7 @@ def write_final(trainer: Trainer, model: ModelFolder) -> None:
     Raises:
         StorageError: The disk is full, or the upload failed.
     """
-    write_folder(trainer.run.final_dir, partial(_save_final, trainer, model))
+    write_checked_folder(trainer.run.final_dir, partial(_save_final, trainer, model))
     if trainer.config.final.push_to_hub:
         model_id = trainer.config.final.hub_model_id or trainer.config.output_dir.absolute().name
         say(f"uploaded to {hub.upload_model(trainer.run.final_dir, model_id)}")

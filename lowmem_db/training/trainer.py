@@ -163,10 +163,7 @@ class Trainer:
                 self.denoiser, self.objective, self.optimizer, self.batches.batches_at(self.step), self.step
             )
         except NonFiniteError as error:
-            raise NonFiniteError(
-                f"step {self.step + 1}: {error}; {self._last_good_checkpoint()}, lower training.learning_rate and "
-                "continue with --resume"
-            ) from error
+            raise NonFiniteError(f"step {self.step + 1}: {error}; {self._way_out()}") from error
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.step)
@@ -188,6 +185,7 @@ class Trainer:
         """Save a checkpoint now.
 
         Raises:
+            NonFiniteError: A weight is infinite or NaN; the newest checkpoint is untouched.
             StorageError: The disk is full; the newest checkpoint is untouched.
         """
         try:
@@ -199,6 +197,8 @@ class Trainer:
             )
         except StorageError as error:
             raise StorageError(f"{error}, with --resume; {self._last_good_checkpoint()}") from error
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {self.step}: {error}; {self._way_out()}") from error
         self._prune_checkpoints()
 
     def _prune_checkpoints(self) -> None:
@@ -241,6 +241,9 @@ class Trainer:
     def _data_key(self) -> str:
         images = [*self.batches.instance_images, *self.batches.class_images]
         return fingerprint.of_values([[image.record.content_key, image.record.prompt] for image in images])
+
+    def _way_out(self) -> str:
+        return f"{self._last_good_checkpoint()}, lower training.learning_rate and continue with --resume"
 
     def _last_good_checkpoint(self) -> str:
         complete = self.run.complete_steps()
