@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow gpu lint types format kernels-static clean
+.PHONY: demo test slow gpu lint types format kernels-static audit torture clean
 
 demo: $(INSTALLED)
 	$(RUN)/lowmem-db train configs/demo.yaml --resume
@@ -38,6 +38,10 @@ format: $(INSTALLED)
 # What the compiler makes of every kernel on seven architectures, held to bars; needs Triton and no GPU.
 kernels-static: $(INSTALLED)
 	$(RUN)/python -m tools.kernels_static --check --output benchmarks/static/kernels.json
+
+# Known vulnerabilities of the installed packages, from the service of PyPI.
+audit: $(INSTALLED)
+	$(RUN)/python -m tools.audit
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -28,7 +28,8 @@ def generate(
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     guidance_scale: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance.")] = 7.5,
     resolution: Annotated[
-        int | None, typer.Option(min=8, help="Side length in pixels. Default: that of the run, or the model's own.")
+        int | None,
+        typer.Option(min=8, max=8192, help="Side length in pixels. Default: that of the run, or the model's own."),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="Base model of a LoRA. Default: that of its run; a file alone does not choose.")

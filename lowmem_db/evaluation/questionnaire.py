@@ -7,7 +7,6 @@ answers as a file.
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from lowmem_db.evaluation.folders import Limits, SubjectFiles, find_subjects
 from lowmem_db.randomness import derive_seed, permutation
 from lowmem_db.sampling.images import make_folder
 from lowmem_db.storage.atomic import write_text
+from lowmem_db.storage.pages import embedded, with_policy
 
 NUM_PAIRS = 25
 """Number of comparisons that each person answered in the paper's study."""
@@ -104,8 +104,8 @@ def write_questionnaire(path: Path, names: tuple[str, str], pairs: Sequence[Imag
     ]
     content = {"seed": str(seed), "names": list(names), "questions": questions, "pictures": pictures}
     content["questionnaire"] = fingerprint.of_values(content)
-    page = _TEMPLATE.read_text(encoding="utf-8")
-    write_text(path, page.replace(_PLACEHOLDER, json.dumps(content).replace("<", "\\u003c")))
+    page = with_policy(_TEMPLATE.read_text(encoding="utf-8"))
+    write_text(path, page.replace(_PLACEHOLDER, embedded(content)))
     return len(questions)
 
 

@@ -59,7 +59,9 @@ def _check_value(key: str, value: Any, file: Path) -> None:
     numbers = list(_numbers(value, key, file, _DEEPEST))
     largest = _MOST_LAYERS if key in _COUNTS_OF_LAYERS else _LARGEST
     if any(not -largest <= number <= largest for number in numbers):  # NaN too
-        raise ModelError(f"{file}: {key} is {_shown(value)}; allowed: numbers up to {largest}. Download the model again")
+        raise ModelError(
+            f"{file}: {key} is {_shown(value)}; allowed: numbers up to {largest}. Download the model again"
+        )
 
 
 def _numbers(value: Any, key: str, file: Path, depth: int) -> Iterator[int | float]:

@@ -14,12 +14,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.errors import ModelError
+from lowmem_db.models.checking import check_model
 from lowmem_db.models.families import FAMILIES, families_of, find_family
 from lowmem_db.models.files import WEIGHT_SUFFIXES, ModelFiles
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.single_file import CONFIGS_DIR, recognise
 from lowmem_db.models.single_file_folder import folder_of_file
-from lowmem_db.models.stored_weights import check_stored
 from lowmem_db.storage.hub import without_downloads
 
 DEMO_DIR = Path(__file__).parent / "demo" / "base"
@@ -55,14 +55,16 @@ def find_model(
         ModelError: It does not exist, its family is not supported, or it has only pickled weights.
     """
     if not weights:
-        return _find_configuration(base, revision, variant)
+        model = _find_configuration(base, revision, variant)
+        check_model(model, weights=False)
+        return model
     with nullcontext() if fetch else without_downloads():
         path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
     files = ModelFiles(path=path, variant=variant, allow_pickle=allow_pickle)
     _check_layout(base, files)
     model = _folder_of(base, files)
     _check_weights(model)
-    check_stored(model)
+    check_model(model, weights=True)
     return model
 
 

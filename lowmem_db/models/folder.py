@@ -10,6 +10,7 @@ from lowmem_db.models.families.spaces import Space
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.loading import CPU
 from lowmem_db.storage.checksums import check_folder
+from lowmem_db.storage.hub import without_downloads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,8 @@ class ModelFolder(ModelFiles):
             self.verify(component)
         load = self.family.component(component).load
         assert load is not None, f"{component} of {self.family.name} has only a configuration"
-        return load(self, component, device, dtype)
+        with without_downloads():
+            return load(self, component, device, dtype)
 
     def verify(self, component: str) -> None:
         """Compare the files of a component with their checksums, if this program wrote the folder.

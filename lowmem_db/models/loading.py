@@ -14,8 +14,9 @@ from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from lowmem_db.errors import ModelError, NonFiniteError
-from lowmem_db.finite import first_not_finite
+from lowmem_db.finite import first_not_finite, is_finite
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
+from lowmem_db.models.configurations import NONSENSE, own_fields
 from lowmem_db.models.files import ModelFiles
 
 Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderTAEF2
@@ -46,9 +47,11 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
     """
     if device.type == "meta":
         return nn.Module.to(_build_on_meta(kind, files, component), dtype).eval().requires_grad_(False)
-    path = files.path / component
+    path, config = files.path / component, files.config_of(component)
     options: dict[str, Any] = {"use_safetensors": not files.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
+    if issubclass(kind, PreTrainedModel):
+        options["config"] = cast("Any", kind.config_class)(**own_fields(kind.config_class, config))
     try:
         loaded, found = cast("Any", kind).from_pretrained(
             path, local_files_only=True, variant=files.variant, output_loading_info=True, **options
@@ -134,8 +137,20 @@ def load_noise_schedule(
         zero_terminal_snr: Whether the last timestep is pure noise. Default: the value in the model's folder.
     """
     changed = schedule_changes(prediction_type, zero_terminal_snr)
-    schedule = DDPMScheduler.from_config(files.config_of("scheduler"), clip_sample=False, **changed)
-    return cast("DDPMScheduler", schedule)
+    try:
+        schedule = DDPMScheduler.from_config(files.config_of("scheduler"), clip_sample=False, **changed)
+    except NONSENSE as error:
+        raise ModelError(
+            f"{files.path / 'scheduler'}: scheduler_config.json does not describe a noise schedule "
+            f"({_in_a_line(error)}); download the model again"
+        ) from error
+    schedule = cast("DDPMScheduler", schedule)
+    if not is_finite(schedule.alphas_cumprod) or not bool((schedule.alphas_cumprod >= 0).all()):
+        raise ModelError(
+            f"{files.path / 'scheduler'}: the noise schedule of scheduler_config.json has values that are no "
+            "probabilities; download the model again"
+        )
+    return schedule
 
 
 def schedule_changes(prediction_type: str | None, zero_terminal_snr: bool | None) -> dict[str, Any]:
@@ -153,10 +168,16 @@ def schedule_changes(prediction_type: str | None, zero_terminal_snr: bool | None
 def _build_on_meta(kind: Any, files: ModelFiles, component: str) -> Any:
     """Build a component from its configuration, without weights."""
     config = files.config_of(component)
-    with torch.device("meta"):
-        if issubclass(kind, PreTrainedModel):
-            return kind(cast("Any", kind.config_class)(**config))
-        return kind.from_config(config)
+    try:
+        with torch.device("meta"):
+            if issubclass(kind, PreTrainedModel):
+                return kind(cast("Any", kind.config_class)(**own_fields(kind.config_class, config)))
+            return kind.from_config(config)
+    except NONSENSE as error:
+        raise ModelError(
+            f"{files.path / component}: config.json does not describe a {kind.__name__} ({_in_a_line(error)}); "
+            "download the model again"
+        ) from error
 
 
 def _has_safetensors(path: Path) -> bool:
@@ -164,5 +185,10 @@ def _has_safetensors(path: Path) -> bool:
 
 
 def _damaged(path: Path, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())[:200]
-    return ModelError(f"{path}: cannot be loaded ({reason}); check model.base and model.variant, or download it again")
+    return ModelError(
+        f"{path}: cannot be loaded ({_in_a_line(error)}); check model.base and model.variant, or download it again"
+    )
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 
 from lowmem_db.errors import NonFiniteError
 from lowmem_db.finite import is_finite
+from lowmem_db.models.copying import copy_known_files
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import schedule_changes
 from lowmem_db.models.names import published_name
 
-_OTHER_WEIGHTS = shutil.ignore_patterns("*.bin*", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx")
 _DDIM = "DDIMScheduler"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -55,9 +54,7 @@ def save_model(
         elif has_weights and not _has_usual_weights(source, component):
             save_component(folder / component, source.load(component), dtype=torch.float32)
         else:
-            shutil.copytree(
-                source.path / component, folder / component, copy_function=shutil.copyfile, ignore=_OTHER_WEIGHTS
-            )
+            copy_known_files(source.path / component, folder / component, root=source.path)
     index = source.family.finished_index(source.index)
     if changed := schedule_changes(prediction_type, zero_terminal_snr):
         index["scheduler"] = ["diffusers", _change_scheduler(folder / "scheduler" / "scheduler_config.json", changed)]

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -79,34 +78,6 @@ def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor
                 "model again"
             )
     return {name: found[name] for name in expected}
-
-
-def check_stored(model: ModelFolder) -> None:
-    """Compare the headers of a model's safetensors with its configurations, before anything is computed.
-
-    Raises:
-        ModelError: A tensor is missing, superfluous or has the wrong shape.
-    """
-    for component in model.family.with_weights:
-        files = sorted(file for file in (model.path / component).iterdir() if file.is_file())
-        if any(file.suffix == ".safetensors" for file in files):
-            facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-            _check_once(_Component(model, component), tuple(facts))
-
-
-@dataclass(frozen=True)
-class _Component:
-    model: ModelFolder
-    name: str
-
-    def __hash__(self) -> int:
-        return hash((self.model.path, self.name))
-
-
-@lru_cache(maxsize=64)
-def _check_once(component: _Component, facts: tuple[tuple[str, int, int], ...]) -> None:
-    del facts  # files that have changed are looked at again
-    stored_weights(component.model, component.name)
 
 
 def weights_name(model: ModelFolder, component: str) -> str:
