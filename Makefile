@@ -39,6 +39,10 @@ format: $(INSTALLED)
 kernels-static: $(INSTALLED)
 	$(RUN)/python -m tools.kernels_static --check --output benchmarks/static/kernels.json
 
+# Every attack on a run, part by part, for hours; what is done for this version is not repeated.
+torture: $(INSTALLED)
+	$(RUN)/python -m tools.torture
+
 # Known vulnerabilities of the installed packages, from the service of PyPI.
 audit: $(INSTALLED)
 	$(RUN)/python -m tools.audit

@@ -91,6 +91,7 @@ def total_of(norms: Mapping[str, ChangeNorms]) -> ChangeNorms:
 def _of_component(
     component: str, tuned: ModelFolder, base: ModelFolder, rank: int
 ) -> tuple[dict[str, Tensor], ChangeNorms]:
+    tuned.verify(component)
     after, before = stored_weights(tuned, component), stored_weights(base, component)
     if differing := [name for name in before if name not in after or after[name].shape != before[name].shape]:
         raise ModelError(

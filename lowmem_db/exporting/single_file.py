@@ -37,6 +37,7 @@ def export_single_file(source: ExportSource, out: Path, precision: torch.dtype |
     layout = source.model.family.layout_of(source.model)
     tensors: dict[str, StreamedTensor] = {}
     for component in layout.prefixes:
+        source.model.verify(component)
         weights = stored_weights(source.model, component)
         config = source.model.config_of(component)
         for entry in entries_of(layout, component, source.model, weights):
