@@ -3,7 +3,7 @@
     python -m tools.torture.long_run --steps 20000 --output benchmarks/results/torture/long_run.json
 
 Every step notes resident memory, open files and seconds; every checkpoint the size of the run folder. Slopes are those
-of least squares over means of blocks of steps, with intervals of 95 %; the first fifth, in which caches fill, is left out.
+of least squares over means of blocks of steps, with intervals of 95 %; the first fifth, while caches fill, is left out.
 """
 
 import argparse
