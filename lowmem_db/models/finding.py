@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
+from lowmem_db.environment import without_downloads
 from lowmem_db.errors import ModelError
 from lowmem_db.models.checking import check_model
 from lowmem_db.models.families import FAMILIES, families_of, find_family
@@ -20,7 +21,6 @@ from lowmem_db.models.files import WEIGHT_SUFFIXES, ModelFiles
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.single_file import CONFIGS_DIR, recognise
 from lowmem_db.models.single_file_folder import folder_of_file
-from lowmem_db.storage.hub import without_downloads
 
 DEMO_DIR = Path(__file__).parent / "demo" / "base"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

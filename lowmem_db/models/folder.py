@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from lowmem_db.environment import without_downloads
 from lowmem_db.models.families import Family
 from lowmem_db.models.families.spaces import Space
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.loading import CPU
 from lowmem_db.storage.checksums import check_folder
-from lowmem_db.storage.hub import without_downloads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,8 @@
-"""The Hugging Face hub: uploading a finished model, and keeping libraries from fetching what nobody named."""
+"""Uploading a finished model to the Hugging Face hub."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from lowmem_db.errors import StorageError
@@ -14,17 +12,6 @@ _TRANSPORT_ERRORS: tuple[type[Exception], ...] = tuple(
     base for base in HfHubHTTPError.__mro__ if issubclass(base, Exception) and base.__name__ == "HTTPError"
 )
 _HUB_ERRORS = (HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, *_TRANSPORT_ERRORS)
-
-
-@contextmanager
-def without_downloads() -> Iterator[None]:
-    """Return a context in which nothing is fetched from the hub, whichever library asks for it."""
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def check_login() -> None:
