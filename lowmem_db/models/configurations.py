@@ -21,7 +21,7 @@ NONSENSE = (
 """What libraries raise when they are given a configuration that makes no sense."""
 _LARGEST = 1 << 20
 _MOST_LAYERS = 1 << 10
-_MOST_ITEMS = 1 << 8
+_MOST_ITEMS = 1 << 12
 _DEEPEST = 3
 _COUNTS_OF_LAYERS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block", "num_layers")
 _FOREIGN_CODE = ("quantization_config", "auto_map", "custom_pipeline")
@@ -50,9 +50,14 @@ def own_fields(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         kind: The class of its configuration.
         config: The configuration.
     """
-    parameters = inspect.signature(kind.__init__).parameters.values()
-    names = {parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    library = next(base for base in kind.__mro__ if base.__name__ in {"PreTrainedConfig", "PretrainedConfig"})
+    names = _parameters(kind) - _parameters(library) | {"architectures"}  # a name that is only written again
     return {name: value for name, value in config.items() if name in names}
+
+
+def _parameters(kind: Any) -> set[str]:
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {each.name for each in inspect.signature(kind.__init__).parameters.values() if each.kind in named}
 
 
 def _check_value(key: str, value: Any, file: Path) -> None:

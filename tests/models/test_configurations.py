@@ -125,7 +125,7 @@ def test_fields_of_the_library_are_not_used(damaged: Path, tiny_model: Path) -> 
     assert set(own_fields(CLIPTextConfig, fields | {"_attn_implementation": "x", "use_kernels": True})) <= {
         "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
         "max_position_embeddings", "hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range",
-        "initializer_factor", "pad_token_id", "bos_token_id", "eos_token_id",
+        "initializer_factor", "pad_token_id", "bos_token_id", "eos_token_id", "architectures",
     }  # fmt: skip
 
 
