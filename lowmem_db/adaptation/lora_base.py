@@ -8,6 +8,9 @@ from lowmem_db.errors import ModelError
 from lowmem_db.models.finding import find_model
 from lowmem_db.models.folder import ModelFolder
 
+_READING = ("clip_skip", "prompt_chunks")  # how prompts are read
+_MOST = 8
+
 
 def find_base(lora: LoraFile, *, source: str, given: str | None) -> ModelFolder:
     """Return the base model of a LoRA that is not part of a run.
@@ -23,14 +26,15 @@ def find_base(lora: LoraFile, *, source: str, given: str | None) -> ModelFolder:
     Raises:
         ModelError: The model does not exist, or the user has to name it.
     """
+    reading = {name: value for name in _READING if type(value := lora.base.get(name)) is int and 1 <= value <= _MOST}
     if given is not None:
-        return find_model(given)
+        return find_model(given, **reading)
     suggested = lora.base.get("base")
     if not isinstance(suggested, str) or not suggested:
         raise ModelError(f"--base: {source} is a LoRA that does not say what it was trained on; add --base MODEL")
     if lora.base_key is not None and _is_here(suggested):
         variant = lora.base.get("variant")
-        model = find_model(suggested, variant=variant if isinstance(variant, str) else None)
+        model = find_model(suggested, variant=variant if isinstance(variant, str) else None, **reading)
         if model.whole_key == lora.base_key:
             return model
     raise ModelError(

@@ -23,7 +23,13 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' key; its fields are ``component.field``
 _BASE = "lowmem_db_base"
 _BASE_KEY = "lowmem_db_base_key"
-_BASE_FIELDS = ("base", "revision", "variant")  # a file never sets a consent, such as allow_pickle
+_BASE_FIELDS = (
+    "base",
+    "revision",
+    "variant",
+    "clip_skip",
+    "prompt_chunks",
+)  # a file never sets a consent, such as allow_pickle
 _LARGEST = 1 << 16
 _SETTINGS: dict[str, tuple[tuple[type, ...], float]] = {  # types, and least value
     "r": ((int,), 1),

@@ -42,6 +42,7 @@ def generate_images(
     Raises:
         DataError: The resolution is not a multiple of the size of a latent pixel, or there are more sampling steps than
             the model's noise schedule has.
+        ConfigError: The model predicts epsilon and its last timestep is pure noise.
     """
     check_resolution(source, resolution)
     steps = settings.num_inference_steps

@@ -16,7 +16,7 @@ from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.errors import CheckpointError, DataError, ModelError
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.finding import find_model, model_of
+from lowmem_db.models.finding import final_model_of, find_model, model_of
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.text_encoders import embed_prompts
 from lowmem_db.storage.checksums import MANIFEST
@@ -128,7 +128,7 @@ def find_source(source: str, base: str | None = None) -> ImageSource:
         return of_lora
     if run.final_dir.is_dir():
         _remark_on_age(run.final_dir)
-        return _without_base(ImageSource(model=find_model(str(run.final_dir)), run_config=config), base)
+        return _without_base(ImageSource(model=final_model_of(config, run.final_dir), run_config=config), base)
     steps = run.complete_steps()
     if not steps:
         raise DataError(f"{run.root}: the run has no final model and no complete checkpoint yet; train it first")

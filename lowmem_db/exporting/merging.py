@@ -4,12 +4,11 @@ from pathlib import Path
 
 import torch
 
-from lowmem_db.adaptation.lora_base import find_base
 from lowmem_db.adaptation.lora_file import put_into
 from lowmem_db.adaptation.low_rank import merge
+from lowmem_db.exporting.extraction import base_of_lora
 from lowmem_db.exporting.lora import LoraSource
 from lowmem_db.exporting.source import refuse_existing
-from lowmem_db.models.finding import model_of
 from lowmem_db.models.saving import save_model
 from lowmem_db.storage.atomic import write_folder
 
@@ -30,10 +29,7 @@ def merge_into_folder(
         StorageError: The disk is full.
     """
     refuse_existing(out)
-    if source.config is None or base is not None:
-        model = find_base(source.lora, source=source.name, given=base)
-    else:
-        model = model_of(source.config, fetch=False)
+    model = base_of_lora(source, base)
     merged = {}
     for component in source.lora.settings:
         merged[component] = model.load(component)
@@ -48,6 +44,6 @@ def merge_into_folder(
             merged,
             dtype=precision,
             prediction_type=objective.prediction_type if objective is not None else None,
-            zero_terminal_snr=objective.zero_terminal_snr if objective is not None else False,
+            zero_terminal_snr=objective.zero_terminal_snr if objective is not None else None,
         ),
     )

@@ -25,7 +25,7 @@ def check_model(model: ModelFolder, *, weights: bool) -> None:
     Raises:
         ModelError: A configuration makes no sense, or a tensor is missing, superfluous or has the wrong shape.
     """
-    folders = [model.path / component.name for component in model.family.components]
+    folders = [model.folder_of(component.name) for component in model.family.components]
     files = sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.is_file())
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     _check_once(_Model(model, weights), tuple(facts))
@@ -48,12 +48,9 @@ def _check_once(checked: _Model, facts: _Facts) -> None:
     _check_facts(model)
     for component in model.family.with_weights:
         model.load(component, META)
-        if checked.weights and any(Path(file).parent.name == component and _is_safe(file) for file, _, _ in facts):
+        own = [file for file, _, _ in facts if Path(file).parent == model.folder_of(component)]
+        if checked.weights and any(file.endswith(".safetensors") for file in own):
             stored_weights(model, component)
-
-
-def _is_safe(file: str) -> bool:
-    return file.endswith(".safetensors")
 
 
 def _check_facts(model: ModelFolder) -> None:

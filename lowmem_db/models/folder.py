@@ -50,7 +50,8 @@ class ModelFolder(ModelFiles):
         Raises:
             StorageError: One has changed.
         """
-        check_folder(self.path, below=f"{component}/")
+        if component not in self.replaced:
+            check_folder(self.path, below=f"{component}/")
 
     @property
     def space(self) -> Space:

@@ -47,14 +47,18 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
     """
     if device.type == "meta":
         return nn.Module.to(_build_on_meta(kind, files, component), dtype).eval().requires_grad_(False)
-    path, config = files.path / component, files.config_of(component)
+    path, config = files.folder_of(component), files.config_of(component)
     options: dict[str, Any] = {"use_safetensors": not files.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
     if issubclass(kind, PreTrainedModel):
         options["config"] = cast("Any", kind.config_class)(**own_fields(kind.config_class, config))
     try:
         loaded, found = cast("Any", kind).from_pretrained(
-            path, local_files_only=True, variant=files.variant, output_loading_info=True, **options
+            path,
+            local_files_only=True,
+            variant=files.variant_of(component),
+            output_loading_info=True,
+            **options,
         )
     except _DAMAGED as error:
         raise _damaged(path, error) from error
@@ -105,7 +109,7 @@ def load_autoencoder(files: ModelFiles, component: str, device: torch.device, dt
     dtype = torch.float32 if config.get("force_upcast") else dtype
     name = config.get("_class_name", "AutoencoderKL")
     if name not in _AUTOENCODERS:
-        raise ModelError(f"{files.path / component}: is a {name}; allowed: {', '.join(_AUTOENCODERS)}")
+        raise ModelError(f"{files.folder_of(component)}: is a {name}; allowed: {', '.join(_AUTOENCODERS)}")
     return cast("Autoencoder", load_module(_AUTOENCODERS[name], files, component, device, dtype))
 
 
@@ -115,7 +119,7 @@ def load_tokenizer(files: ModelFiles, component: str) -> CLIPTokenizer:
     Raises:
         ModelError: Its files are missing; transformers would silently make an empty one.
     """
-    path = files.path / component
+    path = files.folder_of(component)
     if not any(all((path / name).is_file() for name in names) for names in _TOKENIZER_FILES):
         raise ModelError(f"{path}: has neither tokenizer.json nor vocab.json and merges.txt; download the model again")
     try:
@@ -175,7 +179,7 @@ def _build_on_meta(kind: Any, files: ModelFiles, component: str) -> Any:
             return kind.from_config(config)
     except NONSENSE as error:
         raise ModelError(
-            f"{files.path / component}: config.json does not describe a {kind.__name__} ({_in_a_line(error)}); "
+            f"{files.folder_of(component)}: config.json does not describe a {kind.__name__} ({_in_a_line(error)}); "
             "download the model again"
         ) from error
 

@@ -54,8 +54,8 @@ def save_model(
         elif has_weights and not _has_usual_weights(source, component):
             save_component(folder / component, source.load(component), dtype=torch.float32)
         else:
-            copy_known_files(source.path / component, folder / component, root=source.path)
-    index = source.family.finished_index(source.index)
+            copy_known_files(source.folder_of(component), folder / component, root=source.folder_of(component).parent)
+    index = {"_diffusers_version": diffusers.__version__} | source.family.finished_index(source.index)
     if changed := schedule_changes(prediction_type, zero_terminal_snr):
         index["scheduler"] = ["diffusers", _change_scheduler(folder / "scheduler" / "scheduler_config.json", changed)]
     _write_json(folder / "model_index.json", index)
@@ -80,7 +80,7 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def _has_usual_weights(source: ModelFolder, component: str) -> bool:
-    return source.variant is None and any((source.path / component).glob("*.safetensors"))
+    return source.variant_of(component) is None and any(source.folder_of(component).glob("*.safetensors"))
 
 
 def save_component(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.errors import NonFiniteError
 from lowmem_db.finite import first_not_finite, is_finite
+from lowmem_db.models.families.base import Reading
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
 
@@ -26,9 +27,16 @@ def tokenize_prompts(model: ModelFolder, prompts: Sequence[str]) -> PromptTable:
     return PromptTable.of(prompts, tokens, zeroes_empty_prompt=model.family.zeroes_empty_prompt(model))
 
 
-def num_cut_tokens(tokenizer: Any, prompt: str) -> int:
-    """Return how many tokens of a prompt are cut off."""
-    return max(0, len(tokenizer(prompt, verbose=False).input_ids) - tokenizer.model_max_length)
+def read_otherwise(model: ModelFolder) -> list[list[int | None]]:
+    """Return what belongs into a key if prompts are not read in the usual way; keys of the usual way stay the same."""
+    reading = model.family.reading
+    return [] if reading == Reading() else [[reading.clip_skip, reading.num_chunks]]
+
+
+def num_cut_tokens(tokenizer: Any, prompt: str, num_chunks: int = 1) -> int:
+    """Return how many tokens of a prompt are cut off if it is read in some number of chunks."""
+    words = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    return max(0, len(words) - num_chunks * (tokenizer.model_max_length - 2))
 
 
 @torch.no_grad()
@@ -62,7 +70,8 @@ def check_embeds(model: ModelFolder, embeds: Mapping[str, Tensor], prompts: Sequ
     rows = embeds[name]
     prompt = next(prompt for prompt, row in zip(prompts, rows, strict=True) if not is_finite(row))
     kind = str(rows.dtype).removeprefix("torch.")
+    folder = model.folder_of(model.family.text_encoders[0])
     raise NonFiniteError(
-        f"{model.path / model.family.text_encoders[0]}: the text encoder's embedding of {prompt!r} is infinite or NaN "
+        f"{folder}: the text encoder's embedding of {prompt!r} is infinite or NaN "
         f"({name}, computed in {kind}); download the model again, or, if it is whole, compute in fp32"
     )

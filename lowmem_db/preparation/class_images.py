@@ -29,7 +29,7 @@ from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
 from lowmem_db.models.saving import DTYPES
-from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders
+from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders, read_otherwise
 from lowmem_db.randomness import generator
 from lowmem_db.records import Size
 from lowmem_db.sampling.images import is_black
@@ -123,6 +123,7 @@ def _set(config: Config, model: ModelFolder, device: torch.device, size: Size, c
 
 
 def _manifest(config: Config, model: ModelFolder, device: torch.device, resolution: int | list[int]) -> dict[str, Any]:
+    read = read_otherwise(model)
     return {
         "format_version": _FORMAT_VERSION,
         "model": model.whole_key,
@@ -132,6 +133,7 @@ def _manifest(config: Config, model: ModelFolder, device: torch.device, resoluti
         "precision": _precision(config, device),
         "sample_batch_size": config.prior.sample_batch_size,
         "seed": config.seed,
+        **({"clip_skip_and_chunks": read} if read else {}),
     }
 
 
@@ -193,10 +195,9 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequen
     try:
         share_out_work((_lock_file(config, group, first), partial(draw_part, group, first)) for group, first in parts)
     except NonFiniteError as error:
-        wider = "set prior.precision=fp32, or use" if dtype != torch.float32 else "use"
-        raise NonFiniteError(
-            f"class images: {error}; {wider} a model whose weights and autoencoder are whole and fit that type"
-        ) from error
+        narrow = "set prior.precision=fp32, or name an autoencoder that computes in fp16 in model.vae"
+        whole = "download the model again, or use another"
+        raise NonFiniteError(f"class images: {error}; {whole if dtype == torch.float32 else narrow}") from error
 
 
 def load_frozen_denoiser(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> Denoiser:

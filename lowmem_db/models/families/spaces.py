@@ -85,7 +85,7 @@ class LatentSpace:
 
     def load(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> "LatentCodec":
         """Load the autoencoder, in ``dtype`` unless it must compute in fp32."""
-        folder = self.files.path / self.component
+        folder = self.files.folder_of(self.component)
         return LatentCodec(load_autoencoder(self.files, self.component, device, dtype), self.cell, folder)
 
 
