@@ -59,6 +59,7 @@ def extract_lora(source: ExportSource, base: ModelFolder, rank: int) -> tuple[Lo
     state: dict[str, Tensor] = {}
     all_norms: dict[str, ChangeNorms] = {}
     for component in (base.family.denoiser, *base.family.text_encoders):
+        source.model.verify(component)
         after = {name: stored.read for name, stored in stored_weights(source.model, component).items()}
         found, norms = _of_component(component, after, base, rank)
         if norms.total > 0.0:
