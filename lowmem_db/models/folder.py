@@ -50,7 +50,9 @@ class ModelFolder(ModelFiles):
         Raises:
             StorageError: One has changed.
         """
-        if component not in self.replaced:
+        if component in self.replaced:
+            check_folder(self.replaced[component])
+        else:
             check_folder(self.path, below=f"{component}/")
 
     @property
