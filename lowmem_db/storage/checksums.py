@@ -111,11 +111,8 @@ def _check(path: Path, checksum: str | None, manifest: Path) -> None:
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
     if found != checksum:
-        own_change = (
-            f"; make it again or, if you changed it yourself, delete {manifest.name}"
-            if manifest.name == MANIFEST
-            else ""
-        )
+        way_out = f"; make it again or, if you changed it yourself, delete {MANIFEST}"
+        own_change = way_out if manifest.name == MANIFEST else ""
         raise StorageError(
             f"{path}: is damaged: its checksum is {found}, but {manifest.name} has {checksum}{own_change}"
         )
