@@ -24,7 +24,7 @@ from lowmem_db.planning.plan import plan as plan_run
 from lowmem_db.planning.target import target_of_device
 from lowmem_db.preparation.prepare import check_photos, check_prompts, prepare
 from lowmem_db.records import ImageRecord
-from lowmem_db.run.checks import check_disk, check_machine
+from lowmem_db.run.checks import check_disk, check_machine, uses_wandb
 from lowmem_db.run.final import write_final
 from lowmem_db.run.page import ReportPage, write_page
 from lowmem_db.run.resuming import check_run_folder, with_choices_of_run
@@ -33,23 +33,29 @@ from lowmem_db.storage.leftovers import sweep
 from lowmem_db.storage.run_folder import RunFolder, write_json
 from lowmem_db.training.observers import ConsoleBar, MetricsFiles, Observer, Samples, ScoreKeeper
 from lowmem_db.training.trainer import Trainer
+from lowmem_db.training.weights_and_biases import WeightsAndBiases
 
 
-def train(config: Config, *, resume: bool = False, observers: Sequence[Observer] = ()) -> RunFolder:
+def train(
+    config: Config, *, resume: bool = False, step: int | None = None, observers: Sequence[Observer] = ()
+) -> RunFolder:
     """Check, plan, prepare and train a run; return its folder, with the final model in it.
 
     Args:
         config: The configuration.
         resume: Continue from the newest complete checkpoint in ``output_dir``; start from scratch if there is none.
+        step: Continue from the checkpoint of this step instead, and drop what came after it.
         observers: Notified while the run trains, after the run's own observers.
 
     Raises:
         LowmemDbError: An error that the user can fix; each subclass says which.
         RunInterrupted: The run was asked to stop; a checkpoint was saved.
     """
-    run = RunFolder(config.output_dir)
+    run, resume = RunFolder(config.output_dir), resume or step is not None
     with run.locked():
         config, model, device, photos = _check_and_plan(run, config, resume=resume)
+        if step is not None:
+            run.forget_after(step)
         _train(run, config, model, device, photos, resume=resume, observers=observers)
     return run
 
@@ -152,6 +158,8 @@ def _own_observers(trainer: Trainer, model: ModelFolder, scorer: Scorer | None) 
     config, run, prompts = trainer.config, trainer.run, trainer.batches.prompts
     yield ConsoleBar()
     yield MetricsFiles()
+    if uses_wandb(config):
+        yield WeightsAndBiases()
     yield Samples(config, run, partial(draw_samples, config, model, trainer.denoiser, prompts, run))
     yield ReportPage(run)
     if scorer is not None:
