@@ -109,5 +109,7 @@ def _files(model: ModelFolder, component: str, stem: str) -> list[Path]:
     whole = folder / f"{stem}{variant}.safetensors"
     files = [whole] if whole.is_file() else sorted(folder.glob(f"{stem}{variant}-*-of-*.safetensors"))
     if not files:
-        raise ModelError(f"{whole}: is missing; allowed: safetensors weights in one file or in shards")
+        raise ModelError(
+            f"{whole}: is missing; allowed: safetensors weights in one file or in shards; check model.variant"
+        )
     return files
