@@ -1,10 +1,12 @@
 """A model is looked at as a whole before it is used: its configurations, and the headers of its weights."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from lowmem_db.errors import ModelError
+from lowmem_db.config.schema import ObjectiveConfig
+from lowmem_db.errors import ConfigError, ModelError
 from lowmem_db.models.configurations import NONSENSE
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import META
@@ -68,6 +70,8 @@ def _check_facts(model: ModelFolder) -> None:
             "smallest step of sizes": model.family.size_step(model),
         }
         model.family.blank_tokens(model, 1)
+        with suppress(ConfigError):  # what cannot be drawn may be trained, and the other way round
+            model.family.process(model, ObjectiveConfig())
     except NONSENSE as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ModelError(
