@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow gpu lint types format kernels-static audit torture clean
+.PHONY: demo test slow gpu lint types format kernels-static audit torture readme clean
 
 demo: $(INSTALLED)
 	$(RUN)/lowmem-db train configs/demo.yaml --resume
@@ -46,6 +46,10 @@ torture: $(INSTALLED)
 # Known vulnerabilities of the installed packages, from the service of PyPI.
 audit: $(INSTALLED)
 	$(RUN)/python -m tools.audit
+
+# Builds the wheel and follows README.md with it in a fresh environment; three to five minutes, needs a package index.
+readme: $(INSTALLED)
+	$(RUN)/python -m tools.follow_readme
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -9,7 +9,7 @@ from lowmem_db.environment import without_downloads
 from lowmem_db.models.families import Family
 from lowmem_db.models.families.spaces import Space
 from lowmem_db.models.files import ModelFiles
-from lowmem_db.models.loading import CPU
+from lowmem_db.models.loading import CPU, META
 from lowmem_db.storage.checksums import check_folder
 
 
@@ -54,6 +54,12 @@ class ModelFolder(ModelFiles):
             check_folder(self.replaced[component])
         else:
             check_folder(self.path, below=f"{component}/")
+
+    def num_parameters(self, component: str) -> int:
+        """Return the number of parameters of a component, whose weights need not be there."""
+        if self.has_weights(component):
+            return super().num_parameters(component)
+        return sum(parameter.numel() for parameter in self.load(component, META).parameters())
 
     @property
     def space(self) -> Space:

@@ -1,6 +1,7 @@
 """Loading one component from its folder, or building it on the meta device from its configuration."""
 
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -9,9 +10,11 @@ from typing import Any, cast
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from lowmem_db.errors import ModelError, NonFiniteError
 from lowmem_db.finite import first_not_finite, is_finite
@@ -47,6 +50,7 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
     """
     if device.type == "meta":
         return nn.Module.to(_build_on_meta(kind, files, component), dtype).eval().requires_grad_(False)
+    hide_loading_bars()
     path, config = files.folder_of(component), files.config_of(component)
     options: dict[str, Any] = {"use_safetensors": not files.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
@@ -95,6 +99,16 @@ def check_finite(path: Path, module: nn.Module) -> None:
             f"{path}: {name} has values that are infinite or NaN in {kind}; download the model again, or, if it is "
             "whole, choose a wider type"
         )
+
+
+def hide_loading_bars() -> None:
+    """Hide transformers' bars for weights that are on the disk; bars of downloads stay as they are."""
+    shows_downloads = not are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the hub's bars cannot be hidden if the environment wants them, which is fine
+        disable_progress_bar()
+    if shows_downloads:
+        enable_progress_bars()
 
 
 def load_autoencoder(files: ModelFiles, component: str, device: torch.device, dtype: torch.dtype) -> Autoencoder:
