@@ -61,6 +61,9 @@ def _check_facts(model: ModelFolder) -> None:
     Raises:
         ModelError: Something cannot be told, or is not positive.
     """
+    for component in model.family.components:
+        if component.role != "tokenizer":
+            model.config_of(component.name)
     try:
         space = model.space
         sizes = {
