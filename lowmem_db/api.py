@@ -60,12 +60,15 @@ def plan(config: Config, *, gpu: str | None = None, budget: str | int | None = N
     return plan_run(config, find_target(config, gpu=gpu, budget_bytes=_read_budget(budget), here=here))
 
 
-def train(config: Config, *, resume: bool = False, observers: Sequence["Observer"] = ()) -> "RunFolder":
+def train(
+    config: Config, *, resume: bool = False, step: int | None = None, observers: Sequence["Observer"] = ()
+) -> "RunFolder":
     """Check, plan, prepare and train a run.
 
     Args:
         config: The configuration.
         resume: Continue from the newest complete checkpoint in ``output_dir``; start from scratch if there is none.
+        step: Continue from the checkpoint of this step instead, and drop what came after it.
         observers: Notified while the run trains; see :mod:`lowmem_db.training.observers`.
 
     Returns:
@@ -81,7 +84,7 @@ def train(config: Config, *, resume: bool = False, observers: Sequence["Observer
 
     from lowmem_db.run.run import train as train_run
 
-    return train_run(config, resume=resume, observers=observers)
+    return train_run(config, resume=resume, step=step, observers=observers)
 
 
 def generate(
@@ -296,3 +299,27 @@ def _read_budget(budget: str | int | None) -> int | None:
         return None if budget is None else parse_bytes(budget)
     except ValueError as error:
         raise ConfigError(f"--budget: {budget!r} {error}") from None
+
+
+def report(runs: Sequence[PathLike] | PathLike, output: PathLike | None = None, *, share: bool = False) -> Path:
+    """Write one self-contained HTML page about a run, or about several beside each other.
+
+    Args:
+        runs: Run folders.
+        output: The HTML file. Default: ``report.html`` in the run folder or, for several, in the current folder.
+        share: Leave out photos, paths and the names of folders; the default name is then ``report_to_share.html``.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: A folder is not a run.
+        StorageError: The file cannot be written.
+    """
+    from lowmem_db.reporting.page import REPORT_FILE, SHARED_FILE, write_report
+
+    folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
+    name = SHARED_FILE if share else REPORT_FILE
+    path = Path(output) if output is not None else folders[0] / name if len(folders) == 1 else Path(name)
+    write_report(folders, path, share=share)
+    return path

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lowmem_db import environment, nvidia, torch_build
+from lowmem_db.config import shipped
 from lowmem_db.environment import GIB
 from lowmem_db.nvidia import InstalledCard
-from lowmem_db.planning import verdict as module
 from lowmem_db.planning.verdict import fitting, verdict
 
 
@@ -36,7 +36,7 @@ def test_card_without_bf16_is_told_what_computes_in_fp16() -> None:
 
 
 def test_every_configuration_for_a_card_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = {file.stem for file in module.CONFIGS.glob("*.yaml")} - {"demo"}
+    every = {file.stem for file in shipped.CONFIGS.glob("*.yaml")} - {"demo"}
     assert set(dict(fitting(100 * GIB, has_bf16=True))) == every
     assert not dict(fitting(GIB, has_bf16=True))
 
