@@ -17,10 +17,23 @@ def main() -> None:
         for line in str(error).splitlines():
             say(f"error: {line}" if error.exit_code == 2 else line)
         sys.exit(error.exit_code)
-    except Exception:
+    except Exception as error:
         if (message := was_asked()) is not None:  # a library wrapped the interruption in its own error
             leave_at_once(message)
+        _leave_if_out_of_memory(error)
         raise
+
+
+def _leave_if_out_of_memory(error: Exception) -> None:
+    """End the program with one line if memory ran out where nothing could be done about it."""
+    from lowmem_db.errors import BudgetError
+    from lowmem_db.out_of_memory import place_of, reason_of
+
+    if (place := place_of(error)) is not None:
+        from lowmem_db.console import say
+
+        say(f"out of memory on the {place} ({reason_of(error)}); free memory, or ask for less at once, and try again")
+        sys.exit(BudgetError.exit_code)
 
 
 def app() -> None:

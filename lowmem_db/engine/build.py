@@ -3,6 +3,7 @@
 import torch
 
 from lowmem_db import nvidia
+from lowmem_db.adaptation.base import Adaptation
 from lowmem_db.adaptation.finding import find_adaptation
 from lowmem_db.adaptation.layers import count_trained, that_train
 from lowmem_db.config.schema import Config
@@ -34,9 +35,10 @@ def build_step(config: Config, model: ModelFolder, device: torch.device) -> tupl
     """
     check_resolved(config)
     _check_fields(config, model)
+    adaptation = find_adaptation(config)
     # Weights are converted on the host, so that the device never holds them in another type.
-    denoiser = _load_denoiser(config, model, device if device.type == "meta" else CPU)
-    attached = find_adaptation(config).attach(denoiser.modules())
+    denoiser = _load_denoiser(config, adaptation, model, device if device.type == "meta" else CPU)
+    attached = adaptation.attach(denoiser.modules())
     for module in denoiser.modules().values():
         module.to(device).train()
     techniques.apply(denoiser, config, device)
@@ -53,15 +55,17 @@ def build_step(config: Config, model: ModelFolder, device: torch.device) -> tupl
 def count_on_meta(config: Config, model: ModelFolder) -> dict[str, int]:
     """Return how many parameters of each component will train, without reading weights."""
     resolved = resolve(config)
-    denoiser = _load_denoiser(resolved, model, torch.device("meta"))
-    find_adaptation(resolved).attach(denoiser.modules())
+    adaptation = find_adaptation(resolved)
+    denoiser = _load_denoiser(resolved, adaptation, model, torch.device("meta"))
+    adaptation.attach(denoiser.modules())
     return count_trained(denoiser.modules())
 
 
-def _load_denoiser(config: Config, model: ModelFolder, device: torch.device) -> Denoiser:
-    family, dtype = model.family, find_adaptation(config).load_dtype()
+def _load_denoiser(config: Config, adaptation: Adaptation, model: ModelFolder, device: torch.device) -> Denoiser:
+    family, dtype = model.family, adaptation.load_dtype()
     names = [family.denoiser, *(family.text_encoders if config.training.train_text_encoder else ())]
-    modules = {name: model.load(name, device, dtype) for name in names}
+    with adaptation.reading():
+        modules = {name: model.load(name, device, dtype) for name in names}
     return Denoiser(family, modules, AUTOCAST_TYPES[autocast(config)])
 
 

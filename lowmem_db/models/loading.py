@@ -1,5 +1,6 @@
 """Loading one component from its folder, or building it on the meta device from its configuration."""
 
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -14,6 +15,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 from lowmem_db.errors import ModelError
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
 from lowmem_db.models.files import ModelFiles
+from lowmem_db.models.reading import read_module, weight_files
 
 Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderTAEF2
 _AUTOENCODERS: dict[str, type[ModelMixin]] = {
@@ -41,6 +43,8 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
     if device.type == "meta":
         return nn.Module.to(_build_on_meta(kind, files, component), dtype).eval().requires_grad_(False)
     path = files.path / component
+    if (weights := weight_files(path, files.variant)) and not getattr(kind, "_keep_in_fp32_modules", None):
+        return _read(kind, files, component, weights, device, dtype).eval().requires_grad_(False)
     options: dict[str, Any] = {"use_safetensors": not files.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
     try:
@@ -48,6 +52,22 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
     except _DAMAGED as error:
         raise _damaged(path, error) from error
     return loaded.to(device).eval().requires_grad_(False)
+
+
+def _read(
+    kind: Any, files: ModelFiles, component: str, weights: list[Path], device: torch.device, dtype: torch.dtype
+) -> Any:
+    """Return a module with the tensors of safetensors, read one by one."""
+    path = files.path / component
+    try:
+        module, names = read_module(partial(_build, kind, files, component), weights, component, device, dtype)
+    except _DAMAGED as error:
+        raise _damaged(path, error) from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if names[problem]:
+            words = problem.removesuffix("_keys")
+            raise ModelError(f"{path}: tensors are {words}, such as {names[problem][0]}; download the model again")
+    return module
 
 
 def load_autoencoder(files: ModelFiles, component: str, device: torch.device, dtype: torch.dtype) -> Autoencoder:
@@ -112,11 +132,15 @@ def schedule_changes(prediction_type: str | None, zero_terminal_snr: bool | None
 
 def _build_on_meta(kind: Any, files: ModelFiles, component: str) -> Any:
     """Build a component from its configuration, without weights."""
-    config = files.config_of(component)
     with torch.device("meta"):
-        if issubclass(kind, PreTrainedModel):
-            return kind(cast("Any", kind.config_class)(**config))
-        return kind.from_config(config)
+        return _build(kind, files, component)
+
+
+def _build(kind: Any, files: ModelFiles, component: str) -> Any:
+    config = files.config_of(component)
+    if issubclass(kind, PreTrainedModel):
+        return kind(cast("Any", kind.config_class)(**config))
+    return kind.from_config(config)
 
 
 def _has_safetensors(path: Path) -> bool:

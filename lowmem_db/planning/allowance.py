@@ -9,6 +9,7 @@ from lowmem_db import nvidia
 from lowmem_db.planning.cards import Card
 
 _CUDA_CONTEXT = 450 << 20  # the context and the kernels loaded into it
+_KERNELS_LOADED_LATER = 150 << 20  # of the context: what the driver takes when a kernel first runs
 _CUDA_WORKSPACES = 150 << 20  # of cuBLAS (32 MiB), cuDNN, and the backward pass of deterministic attention
 _FRAGMENTATION = 0.05  # of the peak: gaps in the blocks of the caching allocator
 _FRAGMENTATION_OF_FIXED_SEGMENTS = 0.10
@@ -25,6 +26,20 @@ def allowance_bytes(peak_bytes: int, card: Card) -> int:
     if card.is_cpu:
         return _PROCESS + int(peak_bytes * _FRAGMENTATION)
     return _CUDA_CONTEXT + _CUDA_WORKSPACES + fragmentation_bytes(peak_bytes)
+
+
+def context_in_use() -> int:
+    """Return what the context of this process already takes of a card, so that it is missing from what is free."""
+    return _CUDA_CONTEXT - _KERNELS_LOADED_LATER
+
+
+def allocator_bytes(budget_bytes: int) -> int:
+    """Return what the caching allocator of a card may take of a budget.
+
+    Args:
+        budget_bytes: Bytes of the card that the process may use.
+    """
+    return budget_bytes - _CUDA_CONTEXT
 
 
 def reserved_bytes(peak_bytes: int, card: Card) -> int | None:

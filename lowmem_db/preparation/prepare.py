@@ -1,19 +1,27 @@
 """The phases before training, one after the other, and their results."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
 import torch
 
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say, warn
-from lowmem_db.data.batches import BatchSource
+from lowmem_db.data.batches import BatchSource, EncodedImage
 from lowmem_db.data.buckets import share_out, sizes_of
 from lowmem_db.data.identifiers import identifier_warnings
 from lowmem_db.data.photos import photo_warnings, scan_photos
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import CPU
 from lowmem_db.models.text_encoders import num_cut_tokens
+from lowmem_db.out_of_memory import first_that_fits
 from lowmem_db.preparation.class_images import ClassImages, prepare_class_images
 from lowmem_db.preparation.encode import encode_images, encode_prompts
 from lowmem_db.records import ImageRecord, Size
+
+_Made = TypeVar("_Made")
 
 
 def check_photos(config: Config) -> list[ImageRecord]:
@@ -60,16 +68,17 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
     sizes = sizes_of(config.data, photos, least_step=model.family.size_step(model))
     _say_sizes(config, sizes)
     class_pictures = _class_images(config, model, device, sizes) if config.prior.enabled else []
-    instance_images = encode_images(config, model, device, photos, sizes)
-    class_images = [
-        image
-        for records, size in class_pictures
-        for image in encode_images(config, model, device, records, [size] * len(records))
-    ]
+    everything = [(photos, sizes), *((records, [size] * len(records)) for records, size in class_pictures)]
+
+    def encode(where: torch.device) -> list[list[EncodedImage]]:
+        return [encode_images(config, model, where, records, each) for records, each in everything]
+
+    instance_images, *of_classes = _there_or_on_cpu("encoding pictures", encode, device)
+    class_images = [image for images in of_classes for image in images]
     environment.release_memory(device)
     class_records = [image.record for image in class_images]
     prompts = {record.prompt for record in [*photos, *class_records]} | config.prompts_drawn
-    table = encode_prompts(config, model, device, prompts)
+    table = _there_or_on_cpu("encoding prompts", lambda where: encode_prompts(config, model, where, prompts), device)
     environment.release_memory(device)
     return BatchSource(
         instance_images=instance_images,
@@ -80,6 +89,13 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         conditioning_dropout=config.objective.conditioning_dropout,
     )
+
+
+def _there_or_on_cpu(what: str, make: Callable[[torch.device], _Made], device: torch.device) -> _Made:
+    """Compute on a device, and what does not fit there on the CPU; what was cached before is not made again."""
+    places = [device] if device.type == "cpu" else [device, CPU]
+    attempts = [(f"on {where}", partial(make, where)) for where in places]
+    return first_that_fits(what, attempts, "free memory, or lower data.resolution")
 
 
 def _class_images(

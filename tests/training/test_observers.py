@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lowmem_db.config.loading import load_config
-from lowmem_db.run import run as run_module
+from lowmem_db.run import attempts as run_module
 from lowmem_db.run.run import train
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.observers import Observer, Training

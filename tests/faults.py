@@ -1,0 +1,70 @@
+"""Running out of memory on purpose: at the n-th operator that makes a tensor on a real device."""
+
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ERRORS: tuple[Exception, ...] = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 8.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+)
+_PHASES = {  # functions on the stack, the innermost first
+    "save_checkpoint": "saving",
+    "write_final": "final model",
+    "resume": "resuming",
+    "_decoded": "decoding",
+    "_latents": "sampling",
+    "prepare_class_images": "class images",
+    "encode_images": "encoding pictures",
+    "encode_prompts": "encoding prompts",
+    "_score": "scoring",
+    "build_trainer": "loading",
+    "backward": "backward pass",
+    "step": "optimizer step",
+    "train_step": "forward pass",
+}
+
+
+class Fault(TorchDispatchMode):
+    """Raises an error at one site, and counts all.
+
+    Args:
+        at: Number of the site, or None to count only.
+        error: What is raised there.
+        every: Raise it at each later site too.
+    """
+
+    def __init__(self, at: int | None = None, error: Exception = ERRORS[1], *, every: bool = False) -> None:
+        super().__init__()
+        self.at, self.error, self.every = at, error, every
+        self.count = 0
+        self.phases: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and not made.is_meta and not func.is_view:
+            number, self.count = self.count, self.count + 1
+            if self.at is None:
+                self.phases.append(_phase(sys._getframe()))
+            elif number == self.at or (self.every and number > self.at):
+                raise type(self.error)(*self.error.args)
+        return made
+
+
+def _phase(frame: FrameType | None) -> str:
+    names = []
+    while frame is not None:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    inside = next((_PHASES[name] for name in names if name in _PHASES), "other")
+    if inside in {"sampling", "decoding"}:
+        return f"{inside} {'class images' if 'prepare_class_images' in names else 'samples'}"
+    return inside
