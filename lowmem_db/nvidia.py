@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from lowmem_db.errors import ConfigError
 
-_VERSION_FILE = Path("/proc/driver/nvidia/version")
+_DRIVER_FOLDER = Path("/proc/driver/nvidia")
+_WSL_FOLDER = Path("/usr/lib/wsl/lib")
 _PROGRAM = "nvidia-smi"
 _SECONDS = 20
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -51,22 +53,70 @@ def has_expandable_segments() -> bool:
     return sys.platform != "win32" and _EXPANDABLE in settings
 
 
+@dataclass(frozen=True)
+class InstalledCard:
+    """A card in this machine, as its driver knows it; torch may or may not be able to use it.
+
+    Attributes:
+        name: Its name.
+        capability: CUDA compute capability, or None if the driver does not tell.
+    """
+
+    name: str
+    capability: tuple[int, int] | None = None
+
+
+@cache
+def installed_cards() -> tuple[InstalledCard, ...]:
+    """Return the cards that the driver of this machine sees, whatever torch sees."""
+    if answer := _ask("name,compute_cap"):
+        return tuple(_card_of(line) for line in answer)
+    if answer := _ask("name"):  # drivers before 510 do not know the other field
+        return tuple(InstalledCard(line) for line in answer)
+    files = sorted(_DRIVER_FOLDER.glob("gpus/*/information"))
+    return tuple(InstalledCard(_model_in(file)) for file in files)
+
+
+def _card_of(line: str) -> InstalledCard:
+    name, _, capability = line.rpartition(", ")
+    major, _, minor = capability.partition(".")
+    return InstalledCard(name, (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None)
+
+
+def _model_in(file: Path) -> str:
+    found = re.search(r"^Model:\s*(.+?)\s*$", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return "an NVIDIA card" if found is None else found[1]
+
+
+def are_hidden() -> bool:
+    """Say whether the user hides all cards from CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible is not None and (not visible.strip() or visible.strip().startswith("-"))
+
+
 @cache
 def driver_version() -> str | None:
     """Return the version of the driver, or None where there is no card, or its driver does not answer."""
-    if _VERSION_FILE.is_file():
-        found = re.search(r"\b\d+\.\d+(\.\d+)*\b", _VERSION_FILE.read_text(encoding="utf-8", errors="replace"))
+    file = _DRIVER_FOLDER / "version"
+    if file.is_file():
+        found = re.search(r"\b\d+\.\d+(\.\d+)*\b", file.read_text(encoding="utf-8", errors="replace"))
         return None if found is None else found[0]
-    if shutil.which(_PROGRAM) is None:
-        return None
-    command = [_PROGRAM, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return next(iter(_ask("driver_version")), None)
+
+
+def _ask(fields: str) -> list[str]:
+    """Return what ``nvidia-smi`` says of each card, a line for each; nothing where it is missing or fails."""
+    program = shutil.which(_PROGRAM) or shutil.which(_PROGRAM, path=str(_WSL_FOLDER))
+    if program is None:
+        return []
+    command = [program, f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
-    return asked.stdout.strip().partition("\n")[0] or None
+        return []
+    return [line.strip() for line in asked.stdout.splitlines() if line.strip()]
 
 
 def is_in_wsl() -> bool:
     """Say whether this is Linux inside Windows, whose driver is that of Windows."""
-    return sys.platform == "linux" and Path("/usr/lib/wsl/lib").is_dir()
+    return sys.platform == "linux" and _WSL_FOLDER.is_dir()

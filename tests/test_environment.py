@@ -6,11 +6,13 @@ import os
 import sys
 from pathlib import Path
 
+import lowmem_db_kernels
 import psutil
 import pytest
 import torch
+from lowmem_db_kernels import OperatorStatus
 
-from lowmem_db import environment
+from lowmem_db import environment, torch_build
 from lowmem_db.errors import ConfigError, DependencyError
 
 NAMES = [library.name for library in environment.OPTIONAL_LIBRARIES]
@@ -84,7 +86,28 @@ def test_auto_takes_the_first_cuda_device_or_the_cpu(
     monkeypatch: pytest.MonkeyPatch, available: bool, device: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(environment, "_check_card", lambda device: None)
     assert environment.resolve_device("auto") == torch.device(device)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_card_that_torch_cannot_use_is_not_replaced_by_the_cpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch_build, "why_no_cuda", lambda build: "torch 2 is a build without CUDA; install one")
+    with pytest.raises(ConfigError, match=r"device: '.*torch 2 is a build without CUDA; install one; .*\bcpu\b"):
+        environment.resolve_device(name)
+    assert environment.resolve_device("cpu") == torch.device("cpu")
+
+
+def test_card_that_torch_has_no_code_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce GTX 1080")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    build = torch_build.TorchBuild("2.13.0+cu130", "13.0", ("sm_75", "sm_86", "sm_120"))
+    monkeypatch.setattr(torch_build, "installed", lambda: build)
+    with pytest.raises(ConfigError, match=r"device: 'cuda': torch 2\.13\.0\+cu130 has no code for .*GTX 1080.*/cu126"):
+        environment.resolve_device("auto")
 
 
 @pytest.mark.parametrize(("count", "name"), [(0, "cuda"), (0, "cuda:0"), (1, "cuda:1"), (2, "cuda:7")])
@@ -99,6 +122,7 @@ def test_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, co
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:1"])
 def test_device_that_is_there_is_taken(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(environment, "_check_card", lambda device: None)
     assert environment.resolve_device(name) == torch.device(name)
 
 
@@ -142,13 +166,37 @@ def test_libraries_are_quiet_but_for_what_the_user_set(monkeypatch: pytest.Monke
     monkeypatch.setenv("DIFFUSERS_VERBOSITY", "error")
 
 
-def test_reference_paths_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = {"bitsandbytes": True, "xformers": False, "triton": False, "tensorboard": False}
-    monkeypatch.setattr(
-        environment, "back_ends", lambda: [{"name": name, "active": active} for name, active in states.items()]
-    )
-    assert environment.reference_paths() == (
-        "reference paths: triton: eager PyTorch; xformers: SDPA of torch (`lowmem-db doctor` says why)"
-    )
-    states |= {"xformers": True, "triton": True}
-    assert environment.reference_paths() is None
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("cuda:1", "adamw8bit_step, noise (Triton cannot be imported); geglu (its self-test failed)"),
+        ("cpu", "adamw8bit_step (Triton cannot be imported)"),
+    ],
+)
+def test_slow_kernels_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch, device: str, said: str) -> None:
+    asked = []
+
+    def status(where: torch.device) -> list[OperatorStatus]:
+        asked.append(where)
+        return [
+            OperatorStatus("adamw8bit_step", "eager", "Triton cannot be imported"),
+            OperatorStatus("noise", "eager", "Triton cannot be imported"),
+            OperatorStatus("geglu", "eager", "its self-test failed"),
+            OperatorStatus("diffusion_loss", "triton", "LOWMEM_DB_KERNELS=auto"),
+        ]
+
+    monkeypatch.setattr(lowmem_db_kernels, "status", status)
+    assert f"plain PyTorch, which is slower, computes {said};" in (environment.slow_kernels(torch.device(device)) or "")
+    assert asked == [torch.device(device)]
+
+
+def test_nothing_is_said_where_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowmem_db_kernels, "status", lambda where: [OperatorStatus("adamw8bit_step", "native", "")])
+    assert environment.slow_kernels(torch.device("cpu")) is None
+
+
+def test_kernels_are_asked_for_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(lowmem_db_kernels, "status", lambda where: asked.append(where) or [])
+    environment.check_kernels(torch.device("cuda:1"))
+    assert asked == [torch.device("cuda:1")]

@@ -14,11 +14,13 @@ from lowmem_db.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def _asked_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setattr(nvidia, "_VERSION_FILE", tmp_path / "version")
-    monkeypatch.setattr(nvidia.shutil, "which", lambda name: None)
-    nvidia.driver_version.cache_clear()
+    monkeypatch.setattr(nvidia, "_DRIVER_FOLDER", tmp_path)
+    monkeypatch.setattr(nvidia.shutil, "which", lambda name, path=None: None)
+    for cached in (nvidia.driver_version, nvidia.installed_cards):
+        cached.cache_clear()
     yield
-    nvidia.driver_version.cache_clear()
+    for cached in (nvidia.driver_version, nvidia.installed_cards):
+        cached.cache_clear()
 
 
 def test_no_driver() -> None:
@@ -38,12 +40,58 @@ def test_program_is_asked_where_there_is_no_file(monkeypatch: pytest.MonkeyPatch
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(nvidia.shutil, "which", lambda name: name)
+    monkeypatch.setattr(nvidia.shutil, "which", lambda name, path=None: name)
     monkeypatch.setattr(nvidia.subprocess, "run", run)
     assert nvidia.driver_version() == "566.36"
     nvidia.driver_version.cache_clear()
     monkeypatch.setattr(nvidia.subprocess, "run", fail)
     assert nvidia.driver_version() is None
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> None:
+    """Let ``nvidia-smi`` answer to some fields, and fail for others."""
+
+    def run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
+        fields = command[1].removeprefix("--query-gpu=")
+        if fields not in answers:
+            raise subprocess.CalledProcessError(2, command)
+        return subprocess.CompletedProcess(command, 0, answers[fields])
+
+    monkeypatch.setattr(nvidia.shutil, "which", lambda name, path=None: name)
+    monkeypatch.setattr(nvidia.subprocess, "run", run)
+
+
+def test_no_cards() -> None:
+    assert nvidia.installed_cards() == ()
+
+
+def test_cards_are_those_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, {"name,compute_cap": "NVIDIA GeForce RTX 3060, 8.6\nTesla T4, 7.5\n"})
+    found = nvidia.installed_cards()
+    assert [(card.name, card.capability) for card in found] == [
+        ("NVIDIA GeForce RTX 3060", (8, 6)),
+        ("Tesla T4", (7, 5)),
+    ]
+
+
+def test_old_driver_tells_names_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, {"name": "GeForce GTX 1080\n"})
+    assert nvidia.installed_cards() == (nvidia.InstalledCard("GeForce GTX 1080"),)
+
+
+def test_cards_of_a_driver_whose_program_is_missing_or_broken(tmp_path: Path) -> None:
+    folder = tmp_path / "gpus" / "0000:01:00.0"
+    folder.mkdir(parents=True)
+    (folder / "information").write_text("Model: \t\t NVIDIA GeForce RTX 3060\nIRQ:   \t\t 140\n")
+    assert nvidia.installed_cards() == (nvidia.InstalledCard("NVIDIA GeForce RTX 3060"),)
+
+
+@pytest.mark.parametrize(("visible", "hidden"), [(None, False), ("", True), ("-1", True), ("0", False), ("1,0", False)])
+def test_cards_may_be_hidden(monkeypatch: pytest.MonkeyPatch, visible: str | None, hidden: bool) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert nvidia.are_hidden() is hidden
 
 
 def variables(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:

@@ -6,18 +6,22 @@ import typer
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions, devices, and which kernels and back ends are used on this machine, or why they are not."""
+    """Show versions, devices, kernels and back ends, and a verdict: what fits this machine, what to install."""
     import json
+    from dataclasses import asdict
 
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from lowmem_db import environment
+    from lowmem_db.planning.verdict import verdict
 
+    found = verdict()
     report: dict[str, Any] = environment.describe() | {
         "back_ends": environment.back_ends(),
         "kernels": environment.kernels(),
+        "verdict": asdict(found),
     }
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -25,10 +29,10 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     out = Console(highlight=False)
     out.print(f"{report['platform']}")
     out.print("  ".join(f"{name} {version}" for name, version in report["versions"].items() if version))
-    for found in report["devices"]:
-        total = f"{found['total_bytes'] / environment.GIB:.1f} GiB" if found["total_bytes"] else "size unknown"
-        free = f", {found['free_bytes'] / environment.GIB:.1f} GiB free" if "free_bytes" in found else ""
-        out.print(f"{found['device']}: {found['name']}, {total}{free}")
+    for each in report["devices"]:
+        total = f"{each['total_bytes'] / environment.GIB:.1f} GiB" if each["total_bytes"] else "size unknown"
+        free = f", {each['free_bytes'] / environment.GIB:.1f} GiB free" if "free_bytes" in each else ""
+        out.print(f"{each['device']}: {each['name']}, {total}{free}")
     table = Table("back end", "used for", "active", "why")
     for back_end in report["back_ends"]:
         table.add_row(
@@ -39,3 +43,5 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     for kernel in report["kernels"]:
         operators.add_row(kernel["op"], kernel["backend"], escape(kernel["reason"]))
     out.print(operators)
+    for line in found.lines():
+        typer.echo(line)

@@ -228,6 +228,6 @@ def _from_where(run: RunFolder) -> str:
 
 def _say_what_trains(model: ModelFolder, trainer: Trainer, device: torch.device) -> None:
     trained = ", ".join(f"{name} {count:,}" for name, count in count_trained(trainer.denoiser.modules()).items())
-    if (note := environment.reference_paths()) is not None:
+    if (note := environment.slow_kernels(device)) is not None:
         say(note)
     say(f"training {model.name} ({model.family.name}) on {device}: {trained} parameters train")

@@ -27,9 +27,11 @@ def check_machine(config: Config, device: torch.device) -> None:
             run here.
         StorageError: The final model is to be uploaded, but nobody is logged in.
     """
+    if device.index is not None:
+        torch.cuda.set_device(device)  # for what asks for the current device, such as the planner
     environment.check_precision(config.training.mixed_precision or "no", device)
     techniques.check(config, device)
-    environment.check_kernels()
+    environment.check_kernels(device)
     find_adaptation(config).check_machine(device)
     if config.logging.tensorboard:
         environment.require("tensorboard")

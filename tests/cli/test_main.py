@@ -1,13 +1,16 @@
 """What all commands have in common: help, exit codes, what goes to which stream."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from lowmem_db import nvidia
 from lowmem_db.cli import main as main_module
 from lowmem_db.errors import (
     CheckpointError,
@@ -120,6 +123,32 @@ def test_doctor_shows_every_back_end(run: Run) -> None:
     assert outcome.code == 0
     for name in ("bitsandbytes", "xformers", "triton", "cpu"):
         assert name in outcome.out
+
+
+def test_doctor_ends_with_a_verdict(run: Run) -> None:
+    assert any(line.startswith(("ready: ", "not ready: ")) for line in run("doctor").out.splitlines())
+    assert set(json.loads(run("doctor", "--json").out)["verdict"]) == {"device", "is_ready", "fits", "missing"}
+
+
+def test_wrong_torch_beside_a_card_ends_before_anything_is_done(
+    run: Run, tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("torch can use the card of this machine")
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 3060, 8.6'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    nvidia.installed_cards.cache_clear()
+    for arguments in (("train", config_file, "device=auto"), ("bench",), ("generate", "demo", "--prompt", "a dog")):
+        outcome = run(*arguments)
+        assert outcome.code == 2
+        assert "device: 'auto': " in outcome.err
+        assert "NVIDIA GeForce RTX 3060" in outcome.err
+    outcome = run("train", config_file, "device=cpu", f"output_dir={tmp_path / 'run'}", "training.max_train_steps=1")
+    assert outcome.code == 0, outcome.err
+    nvidia.installed_cards.cache_clear()
 
 
 def test_identifiers_are_printed_with_their_tokens(run: Run) -> None:
