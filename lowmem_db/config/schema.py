@@ -265,6 +265,10 @@ class MemoryConfig(Section):
     nothing fits without it."""
     tiled_samples: bool | None = None
     """Draw samples during training one at a time, and decode them in tiles in the type of the weights."""
+    micro_batches: Annotated[int, Field(ge=0)] | None = None
+    """Compute each batch in so many parts, one after the other, and step on the mean of their gradients, with the noise
+    that the whole batch would have. Results differ only by rounding. Default: 0, batches as a whole, until memory runs
+    out."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention implementation; xformers needs a CUDA device."""
     techniques: dict[str, bool | int | float | str | None] = {}

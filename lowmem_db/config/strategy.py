@@ -128,6 +128,11 @@ def _placement_in_words(config: Config) -> str:
     return f"checkpointed {' and '.join(blocks)}" if len(blocks) <= 2 else f"checkpointed {len(blocks)} blocks"
 
 
+def _parts_in_words(config: Config) -> str | None:
+    parts = config.memory.micro_batches or 0
+    return f"batches in {parts} parts" if parts > 1 else None
+
+
 def _depth(placement: Placement | Mapping[str, Placement]) -> int:
     """Return how much is recomputed: all blocks rank above some, and more blocks above fewer."""
     depth = {"none": 0, "layers": 1, "segments": 2, "nested": 3}
@@ -220,6 +225,17 @@ FIELDS: tuple[StrategyField, ...] = (
         is_exact=True,
     ),
     switch("memory.tiled_samples", "tiled samples", traced=("sample",), is_exact=True),
+    StrategyField(
+        path="memory.micro_batches",
+        choices=choices.whole_batches,
+        plain=lambda config: 0,
+        words=_parts_in_words,
+        rank=3,
+        effort=int,
+        overhead=lambda parts: 0.02 * max(0, parts - 1),  # smaller batches use a card less well
+        traced={"train": lambda parts: max(1, parts)},
+        is_exact=True,
+    ),
     StrategyField(
         path="training.clipping",
         choices=choices.clipping,

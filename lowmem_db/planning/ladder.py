@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
+from lowmem_db.config import choices
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import changed, fields
 from lowmem_db.out_of_memory import Place
@@ -15,6 +16,7 @@ from lowmem_db.planning.phases import TracedRun
 from lowmem_db.planning.plan import Planner
 
 Phase = Literal["train", "sample"]
+_PARTS = "memory.micro_batches"
 _STEP = 0.98  # of the bytes before: a smaller difference is lost in the gaps between tensors
 
 
@@ -63,7 +65,11 @@ class Ladder:
     @cached_property
     def _strategies(self) -> list[Config]:
         kept, _ = self._planner.candidates()
+        kept += [changed(each, {_PARTS: parts}) for each in kept for parts in self._parts(each)]
         return [tiled for strategy in kept for tiled in self._planner.with_tiled_samples(strategy)]
+
+    def _parts(self, strategy: Config) -> list[int]:
+        return [*choices.micro_batches(strategy)] if _PARTS in self._chosen else []
 
     def _bytes(self, strategy: Config, phase: Phase, place: Place) -> int:
         predictor = self._planner.predictor

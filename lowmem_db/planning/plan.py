@@ -38,7 +38,10 @@ def plan(config: Config, target: Target, *, model: ModelFolder | None = None) ->
         ModelError: The model's configuration files cannot be found.
     """
     run = TracedRun(config=config, model=model or model_of(config, weights=False), card=target.card)
-    return Planner(run).plan(target.budget_bytes, host_bytes=target.host_bytes, notes=target.notes)
+    try:
+        return Planner(run).plan(target.budget_bytes, host_bytes=target.host_bytes, notes=target.notes)
+    except BudgetError as error:
+        raise BudgetError(f"{error}{''.join(f' ({note})' for note in target.notes)}") from error
 
 
 class Planner:

@@ -84,7 +84,7 @@ def _target_of_host(given: int | None, free: int | None) -> Target:
     """Return the target for the CPU: what is free, or less if the configuration gives less."""
     limit = memory_limits.tightest()
     notes = []
-    if limit is not None and limit.free_bytes == free:
+    if limit is not None and free is not None and limit.free_bytes <= free:
         notes.append(f"{limit.name} leaves this process {free / GIB:.1f} GiB of memory")
     if given is not None and free is not None and given > free:
         notes.append(f"memory.budget: only {free / GIB:.1f} GiB of {given / GIB:.1f} GiB are free here")

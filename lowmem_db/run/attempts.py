@@ -208,10 +208,11 @@ def build_trainer(
         config: The resolved configuration.
         model: The model.
         device: The device to train on.
-        batches: All batches of the run.
+        batches: All batches of the run, each as a whole.
         run: The run folder.
     """
     denoiser, objective, optimizer = build_step(config, model, device)
+    batches = batches.in_parts(max(1, config.memory.micro_batches or 0))
     ema = build_ema(config, denoiser, optimizer)
     return Trainer(config, run, denoiser, find_adaptation(config), objective, optimizer, batches, ema)
 

@@ -90,6 +90,7 @@ CASES = [
         {"training.max_train_steps": 11},
     ),
     ({"sampling.every": 5}, "sampling.every", {"sampling.prompts": ["a sks dog"]}),
+    ({"memory.micro_batches": 3}, "memory.micro_batches", {"training.train_batch_size": 6}),
     ({"lora.rank": 8}, "lora.enabled", {"lora.enabled": True}),
     ({"lora.enabled": True, "memory.weights": "bf16_extra_bits"}, "memory.weights", {"memory.weights": "fp32"}),
     ({"lora.enabled": True, "training.layers": ["unet.*"]}, "training.layers", {"training.layers": []}),

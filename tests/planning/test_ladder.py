@@ -2,6 +2,7 @@
 
 import pytest
 
+from lowmem_db.config import choices
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import FIELDS, open_paths
 from lowmem_db.planning.cards import ASSUMED, CPU, Card
@@ -52,6 +53,15 @@ def test_rungs_for_training_need_less_and_less_and_compute_the_same(tiny) -> Non
     assert last.stream_optimizer_state
     assert last.optimizer_in_backward
     assert "GiB" in ladder.smallest()
+
+
+def test_batches_are_split_where_the_optimizer_steps_afterwards(tiny) -> None:
+    given = {"memory__optimizer_in_backward": False, "memory__checkpointing": "nested", "memory__fused_layers": False}
+    strategy, ladder = planned(make_config(**tiny, **given), CPU)
+    found = rungs(strategy, ladder, "train", "device")
+    assert [each.memory.micro_batches for each in found] == [0, 2, 4]
+    with_dropout = strategy.model_copy(update={"lora": strategy.lora.model_copy(update={"dropout": 0.1})})
+    assert not [*choices.micro_batches(with_dropout)]
 
 
 def test_samples_are_tiled_first(tiny) -> None:
