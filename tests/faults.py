@@ -1,10 +1,12 @@
 """Running out of memory on purpose: at the n-th operator that makes a tensor on a real device."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,19 +16,17 @@ ERRORS: tuple[Exception, ...] = (
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory"),
     MemoryError(),
 )
-_PHASES = {  # functions on the stack, the innermost first
-    "save_checkpoint": "saving",
-    "write_final": "final model",
-    "resume": "resuming",
+_PHASES = {  # functions on the stack; the first that is there names the phase
     "_decoded": "decoding",
     "_latents": "sampling",
     "prepare_class_images": "class images",
     "encode_images": "encoding pictures",
     "encode_prompts": "encoding prompts",
     "_score": "scoring",
+    "resume": "resuming",
     "build_trainer": "loading",
     "backward": "backward pass",
-    "step": "optimizer step",
+    "_step_unit": "optimizer step",
     "train_step": "forward pass",
 }
 
@@ -60,11 +60,30 @@ class Fault(TorchDispatchMode):
 
 
 def _phase(frame: FrameType | None) -> str:
-    names = []
+    names = set()
     while frame is not None:
-        names.append(frame.f_code.co_name)
+        names.add(frame.f_code.co_name)
         frame = frame.f_back
-    inside = next((_PHASES[name] for name in names if name in _PHASES), "other")
+    inside = next((phase for name, phase in _PHASES.items() if name in names), "other")
     if inside in {"sampling", "decoding"}:
         return f"{inside} {'class images' if 'prepare_class_images' in names else 'samples'}"
     return inside
+
+
+@contextmanager
+def fault_in_saving(at: int, error: Exception = ERRORS[2]) -> Iterator[list[int]]:
+    """Raise an error at the n-th file of tensors that is written; yield a list whose length is the number so far."""
+    written: list[int] = []
+    original = safetensors.torch.serialize_file
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        written.append(len(written))
+        if written[-1] == at:
+            raise type(error)(*error.args)
+        return original(*args, **kwargs)
+
+    safetensors.torch.serialize_file = failing  # type: ignore[attr-defined]
+    try:
+        yield written
+    finally:
+        safetensors.torch.serialize_file = original  # type: ignore[attr-defined]

@@ -119,6 +119,7 @@ class Trainer:
             try:
                 with self._observed(stop):
                     reason = self._steps(stop)
+                self.phase = "train"
             except Exception as error:
                 if out_of_memory.place_of(error) is not None:
                     self._save_if_whole(error)
