@@ -1,4 +1,4 @@
-"""The README's picture: the photos, and what is drawn with and without prior preservation (figure 6 of the paper).
+"""The README's picture: the photos, and what is drawn with and without prior preservation (figure 19 of the paper).
 
     lowmem-db train configs/demo.yaml
     lowmem-db train configs/demo.yaml prior.enabled=false output_dir=runs/demo_without_prior

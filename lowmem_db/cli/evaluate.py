@@ -70,10 +70,21 @@ def evaluate(
     ] = Path("evaluation"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     pairs: Annotated[
-        bool, typer.Option("--pairs", help="Write the paper's questionnaire about two folders of images as a web page.")
+        bool,
+        typer.Option("--pairs", help="Write the paper's questionnaires about two folders of images as web pages."),
     ] = False,
-    num_pairs: Annotated[int, typer.Option(min=1, help="Comparisons in the questionnaire.")] = 25,
-    tally: Annotated[bool, typer.Option("--tally", help="Count the answers to a questionnaire.")] = False,
+    num_pairs: Annotated[int | None, typer.Option(min=1, help="Pairs in each questionnaire. Default: 25.")] = None,
+    num_questionnaires: Annotated[
+        int | None,
+        typer.Option(min=1, help="Questionnaires of each study, with different pairs; 24 in the paper. Default: 1."),
+    ] = None,
+    kind: Annotated[
+        Literal["subject", "prompt"] | None,
+        typer.Option(
+            help="Which of the paper's two studies: more like the subject, or like the prompt. Default: both."
+        ),
+    ] = None,
+    tally: Annotated[bool, typer.Option("--tally", help="Count the answers to questionnaires.")] = False,
 ) -> None:
     """Measure how good a result is, with the metrics and the protocol of the DreamBooth paper.
 
@@ -81,6 +92,8 @@ def evaluate(
     the run; an interrupted evaluation continues where it stopped. [bold]lowmem-db evaluate IMAGES --real PHOTOS[/bold]
     compares images made by any tool.
     """
+    if not pairs:
+        _refuse_without_pairs({"--num-pairs": num_pairs, "--num-questionnaires": num_questionnaires, "--kind": kind})
     if tally:
         _print_tally(paths, as_json)
         return
@@ -88,7 +101,15 @@ def evaluate(
     from lowmem_db import api
 
     if pairs:
-        _write_page(paths, real, subjects, prompts, images, output, num_pairs, seed)
+        from lowmem_db.evaluation.questionnaire import KINDS, NUM_PAIRS, StudyRequest
+
+        request = StudyRequest(
+            kinds=KINDS if kind is None else (kind,),
+            num_questionnaires=num_questionnaires or 1,
+            num_pairs=num_pairs or NUM_PAIRS,
+            seed=seed,
+        )
+        _write_pages(paths, real, subjects, prompts, images, output, request)
         return
     if len(paths) != 1:
         raise DataError(f"RUN_OR_IMAGES: {len(paths)} given; allowed: one, or two with --pairs")
@@ -126,6 +147,12 @@ def evaluate(
         _print_report(report, output)
 
 
+def _refuse_without_pairs(options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise DataError(f"{', '.join(given)}: belongs to questionnaires; add --pairs, or leave it out")
+
+
 def _print_json(value: Any) -> None:
     import json
 
@@ -148,43 +175,46 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
         out.print(remark, markup=False)
     header, *rows = comparison_rows(report)
     if rows:
-        table = Table(*header, title="compared with Table 1 of arXiv:2208.12242")
+        table = Table(*header, title="compared with arXiv:2208.12242")
         for row in rows:
             table.add_row(*row)
         out.print(table)
     typer.echo(output / "evaluation.json")
 
 
-def _write_page(
+def _write_pages(
     paths: list[Path],
     real: Path | None,
     subjects: str | None,
     prompts: int | None,
     images: int | None,
     output: Path,
-    num_pairs: int,
-    seed: int,
+    request: Any,
 ) -> None:
     from lowmem_db.evaluation.folders import Limits, parse_subjects
-    from lowmem_db.evaluation.questionnaire import write_page
+    from lowmem_db.evaluation.questionnaire import write_studies
 
     limits = Limits(subjects=parse_subjects(subjects), num_prompts=prompts, num_images=images)
-    page, num_questions, found = write_page(paths, real, limits, output, num_pairs=num_pairs, seed=seed)
-    typer.echo(f"{page}: {num_questions} questions about {found} pairs of images")
+    for page, num_questions in write_studies(paths, real, limits, output, request):
+        typer.echo(f"{page}: {num_questions} questions")
 
 
 def _print_tally(files: list[Path], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lowmem_db.evaluation.tally import tally, tally_rows
+    from lowmem_db.evaluation.tally import paper_rows, tally, tally_rows
 
     result = tally(files)
     if as_json:
         _print_json(result)
         return
-    header, *rows = tally_rows(result)
-    table = Table(*header, title=f"{result['num_raters']} people, majority vote")
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
+    out = Console(highlight=False)
+    for title, (header, *rows) in (
+        (f"{result['num_raters']} people, majority vote", tally_rows(result)),
+        ("Table 2 of arXiv:2208.12242", paper_rows()),
+    ):
+        table = Table(*header, title=title)
+        for row in rows:
+            table.add_row(*row)
+        out.print(table)

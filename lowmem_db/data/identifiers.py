@@ -91,17 +91,17 @@ def rare_identifiers(
 def default_rank_range(tokenizer: Tokenizer) -> tuple[int, int]:
     """Return the ranks to search for identifiers: the first, and the one after the last.
 
-    T5 (SentencePiece): 5000 to 10000, as in the paper. CLIP's ids are ranks too: after the 512 bytes they follow its
-    merges, which byte-pair encoding makes in the order of their frequency. The range is the last fifth, 39526 to 49408
-    for Stable Diffusion. Merges that late mostly make long words ("stargazing", "expeditions"), so a token of three
-    letters there is very rare in the tokenizer's training text, yet frequent enough to have a trained embedding. The
-    identifiers that are known to work lie in this range (``ohwx`` 47993, ``sks`` 48136). Some of its single tokens are
-    abbreviations that the model knows (``hmv``); two or three in a row hardly ever are. A fifth also suits the demo
-    model, whose vocabulary is a prefix of CLIP's.
+    T5 (SentencePiece): 5000 to 10000, both included, as in the paper. CLIP's ids are ranks too: after the 512 bytes
+    they follow its merges, which byte-pair encoding makes in the order of their frequency. The range is the last
+    fifth, 39526 to 49408 for Stable Diffusion. Merges that late mostly make long words ("stargazing",
+    "expeditions"), so a token of three letters there is very rare in the tokenizer's training text, yet frequent
+    enough to have a trained embedding. The identifiers that are known to work lie in this range (``ohwx`` 47993,
+    ``sks`` 48136). Some of its single tokens are abbreviations that the model knows (``hmv``); two or three in a
+    row hardly ever are. A fifth also suits the demo model, whose vocabulary is a prefix of CLIP's.
     """
     size = len(tokenizer)
     if _SENTENCEPIECE_SPACE in tokenizer.get_vocab() and size > 10_000:
-        return 5_000, 10_000
+        return 5_000, 10_001
     return size * 4 // 5, size
 
 

@@ -53,7 +53,7 @@ def cosine_similarities(rows: Float[Tensor, "n d"], columns: Float[Tensor, "m d"
 
 
 def fidelity_pairs(images: Sequence[Float[Tensor, "_ d"]], photos: Float[Tensor, "m d"]) -> Pairs:
-    """Compare the images of each prompt with all photos: DINO and CLIP-I of section 4.2."""
+    """Compare the images of each prompt with all photos: DINO and CLIP-I of section 4.1."""
     return [cosine_similarities(of_prompt, photos).flatten() for of_prompt in images]
 
 
@@ -63,7 +63,7 @@ def real_pairs(photos: Float[Tensor, "m d"]) -> Pairs:
 
 
 def prompt_pairs(images: Sequence[Float[Tensor, "_ d"]], prompts: Float[Tensor, "p d"]) -> Pairs:
-    """Compare the images of each prompt with the prompt itself: CLIP-T of section 4.2."""
+    """Compare the images of each prompt with the prompt itself: CLIP-T of section 4.1."""
     return [
         cosine_similarities(of_prompt, prompt[None]).flatten()
         for of_prompt, prompt in zip(images, prompts, strict=True)

@@ -1,4 +1,4 @@
-"""The paper's protocol (arXiv:2208.12242, section 4.2): images of every prompt from a run, drawn resumably.
+"""The paper's protocol (arXiv:2208.12242, section 4.1): images of every prompt from a run, drawn resumably.
 
 A manifest next to the images records their settings. Each image depends only on its subject, prompt and number, so that
 an interrupted evaluation continues with the missing images, and several processes can share the work.
@@ -34,8 +34,16 @@ NUM_CLASS_IMAGES = 16
 _FORMAT_VERSION = 1
 _BATCH_SIZE = 4
 _LIVE = frozenset(
-    ("dog", "cat", "puppy", "kitten", "corgi", "horse", "cow", "pig", "rabbit", "hamster", "bird", "parrot", "animal",
-     "pet", "person", "man", "woman", "boy", "girl", "child", "face")
+    ("dog", "cat", "puppy", "kitten", "corgi", "poodle", "terrier", "horse", "pony", "donkey", "cow", "sheep", "goat",
+     "pig", "rabbit", "bunny", "hamster", "mouse", "rat", "ferret", "squirrel", "hedgehog", "fox", "wolf", "bear",
+     "lion", "tiger", "leopard", "elephant", "giraffe", "monkey", "bird", "parrot", "owl", "chicken", "duck", "goose",
+     "turtle", "tortoise", "lizard", "snake", "frog", "fish", "goldfish", "animal", "pet", "person", "man", "woman",
+     "boy", "girl", "child", "baby", "face")
+)  # fmt: skip
+_ONLY_LOOKS_ALIVE = frozenset(
+    ("stuffed", "plush", "plushie", "toy", "teddy", "doll", "rubber", "wooden", "plastic", "ceramic", "porcelain",
+     "glass", "stone", "bronze", "paper", "lego", "knitted", "crochet", "computer", "statue", "figurine", "sculpture",
+     "cartoon")
 )  # fmt: skip
 
 
@@ -200,8 +208,12 @@ def draw_runs(runs: Sequence[Run], output: Path, drawing: Drawing, shard: Shard)
 
 
 def suite_for(class_noun: str) -> str:
-    """Return the paper's suite for a class: the one for live subjects, such as dogs, or the one for objects."""
-    return "live_subjects" if class_noun.split()[-1].lower() in _LIVE else "objects"
+    """Return the paper's suite for a class: the one for live subjects, such as dogs, or the one for objects.
+
+    A stuffed animal is an object, as it is among the paper's 21 objects and 9 live subjects.
+    """
+    words = re.split(r"[\s-]+", class_noun.strip().lower())
+    return "live_subjects" if words[-1] in _LIVE and _ONLY_LOOKS_ALIVE.isdisjoint(words) else "objects"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
-"""The questionnaire of arXiv:2208.12242 (section 4.2, Table 2): which of two methods do people prefer?
+"""The two studies of arXiv:2208.12242 (section 4.2, Table 2): which of two methods do people prefer?
 
-One self-contained page asks two questions about each pair of images: which looks more like the subject, and which fits
-the prompt better. Which method is on the left depends on a seed in the page and is not visible; the page saves the
-answers as a file.
+One study asks which of two images is more like the subject, the other which fits the prompt better, in the paper's own
+words. Each is written as questionnaires, self-contained pages with different pairs of images; in the paper 24 for each
+study, with 25 pairs, answered by three people each. Which method is image A depends on a seed in the page and is not
+visible; the page saves the answers as a file.
 """
 
 import base64
@@ -11,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -23,13 +24,18 @@ from lowmem_db.randomness import derive_seed, permutation
 from lowmem_db.sampling.images import make_folder
 from lowmem_db.storage.atomic import write_text
 
+Kind = Literal["subject", "prompt"]
 NUM_PAIRS = 25
-"""Number of comparisons that each person answered in the paper's study."""
-KINDS = ("subject", "prompt")
+"""Number of comparisons in each questionnaire of the paper."""
+KINDS: tuple[Kind, ...] = ("subject", "prompt")
 _TEMPLATE = Path(__file__).parent / "questionnaire.html"
 _PLACEHOLDER = "QUESTIONNAIRE_JSON"
 _PIXELS = 384
-_NUM_REFERENCES = 4
+_NOTHING_IN_COMMON: dict[Kind, str] = {
+    "subject": "--pairs: the folders have no subject and prompt in common; draw both with the same prompts",
+    "prompt": "--kind: prompt: the folders have no known prompt in common; add prompts.txt to both, draw both with the "
+    "same prompts, or ask with --kind subject alone",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +65,9 @@ def check_methods(folders: Sequence[Path]) -> tuple[str, str]:
 
 
 def find_pairs(
-    first: Sequence[SubjectFiles], second: Sequence[SubjectFiles], *, num_pairs: int, seed: int
+    first: Sequence[SubjectFiles], second: Sequence[SubjectFiles], *, num_pairs: int, seed: int, kind: Kind = "subject"
 ) -> list[ImagePair]:
-    """Choose pairs of images, spread evenly over subjects and prompts.
+    """Choose pairs of images, spread evenly over subjects and prompts; for the study about prompts, with a prompt.
 
     Raises:
         DataError: The two methods have no subject and prompt in common.
@@ -72,9 +78,10 @@ def find_pairs(
         for subject in first
         if subject.name in partners
         for prompt, files in _matched(subject, partners[subject.name])
+        if kind == "subject" or prompt is not None
     ]
     if not pairs:
-        raise DataError("--pairs: the folders have no subject and prompt in common; draw both with the same prompts")
+        raise DataError(_NOTHING_IN_COMMON[kind])
     order = permutation(seed, "questionnaire/pairs", 0, len(pairs))
     seen: dict[tuple[str, str | None], int] = {}
     ranked = []
@@ -86,27 +93,39 @@ def find_pairs(
     return [pairs[index] for _, index in by_round[:num_pairs]]
 
 
-def write_questionnaire(path: Path, names: tuple[str, str], pairs: Sequence[ImagePair], *, seed: int) -> int:
-    """Write the page; return the number of questions.
+def write_questionnaires(
+    folder: Path, names: tuple[str, str], kind: Kind, pairs: Sequence[ImagePair], *, num_pairs: int, seed: int
+) -> list[tuple[Path, int]]:
+    """Write the pages of one study, ``questionnaire-KIND-NN.html``; return each with its number of questions.
 
     Args:
-        path: The HTML file.
+        folder: Folder of the pages.
         names: Names of the methods in the tally, which people do not see.
+        kind: Which study.
         pairs: Pairs from :func:`find_pairs`.
-        seed: Decides which method is on the left.
+        num_pairs: Pairs on each page; the last may have fewer.
+        seed: Decides which method is image A.
     """
-    pictures: dict[str, str] = {}
-    questions = [
-        _question(f"{kind}-{number:03d}", kind, pair, pictures, seed)
-        for kind in KINDS
-        for number, pair in enumerate(pairs)
-        if kind == "subject" or pair.prompt is not None
-    ]
-    content = {"seed": str(seed), "names": list(names), "questions": questions, "pictures": pictures}
-    content["questionnaire"] = fingerprint.of_values(content)
-    page = _TEMPLATE.read_text(encoding="utf-8")
-    write_text(path, page.replace(_PLACEHOLDER, json.dumps(content).replace("<", "\\u003c")))
-    return len(questions)
+    study = fingerprint.of_values(kind, str(seed), list(names), [_identity(pair) for pair in pairs])
+    template = _TEMPLATE.read_text(encoding="utf-8")
+    pages = []
+    for number, start in enumerate(range(0, len(pairs), num_pairs), start=1):
+        pictures: dict[str, str] = {}
+        questions = [
+            _question(f"{kind}-{index:03d}", kind, pair, pictures, seed)
+            for index, pair in enumerate(pairs[start : start + num_pairs], start=start)
+        ]
+        content = {"study": study, "kind": kind, "seed": str(seed), "names": list(names), "questions": questions}
+        content["pictures"] = pictures
+        content["questionnaire"] = fingerprint.of_values(content)
+        page = folder / f"questionnaire-{kind}-{number:02d}.html"
+        write_text(page, template.replace(_PLACEHOLDER, json.dumps(content).replace("<", "\\u003c")))
+        pages.append((page, len(questions)))
+    return pages
+
+
+def _identity(pair: ImagePair) -> list[str | None]:
+    return [pair.subject.name, pair.prompt, *(fingerprint.of_files([file]) for file in pair.files)]
 
 
 def _matched(first: SubjectFiles, second: SubjectFiles) -> list[tuple[str | None, tuple[Path, Path]]]:
@@ -120,11 +139,11 @@ def _matched(first: SubjectFiles, second: SubjectFiles) -> list[tuple[str | None
     return matched
 
 
-def _question(name: str, kind: str, pair: ImagePair, pictures: dict[str, str], seed: int) -> dict[str, Any]:
+def _question(name: str, kind: Kind, pair: ImagePair, pictures: dict[str, str], seed: int) -> dict[str, Any]:
     left, right = reversed(pair.files) if is_swapped(seed, name) else pair.files
     question: dict[str, Any] = {"id": name, "kind": kind, "images": [_add(left, pictures), _add(right, pictures)]}
     if kind == "subject":
-        return question | {"references": [_add(file, pictures) for file in pair.subject.photos[:_NUM_REFERENCES]]}
+        return question | {"references": [_add(file, pictures) for file in pair.subject.photos]}
     return question | {"prompt": pair.prompt}
 
 
@@ -140,21 +159,50 @@ def _add(file: Path, pictures: dict[str, str]) -> str:
     return key
 
 
-def write_page(
-    folders: Sequence[Path], real: Path | None, limits: Limits, output: Path, *, num_pairs: int, seed: int
-) -> tuple[Path, int, int]:
-    """Write the questionnaire about two folders of images into a folder.
+@dataclass(frozen=True, kw_only=True)
+class StudyRequest:
+    """What is asked.
+
+    Attributes:
+        kinds: The studies to write.
+        num_questionnaires: Questionnaires of each study, with different pairs.
+        num_pairs: Pairs in each questionnaire.
+        seed: Chooses pairs and sides.
+    """
+
+    kinds: tuple[Kind, ...] = KINDS
+    num_questionnaires: int = 1
+    num_pairs: int = NUM_PAIRS
+    seed: int = 0
+
+
+def write_studies(
+    folders: Sequence[Path], real: Path | None, limits: Limits, output: Path, request: StudyRequest
+) -> list[tuple[Path, int]]:
+    """Write the questionnaires about two folders of images into a folder.
 
     Returns:
-        The page, the number of questions, and the number of pairs of images.
+        Each page with its number of questions.
 
     Raises:
-        DataError: The folders cannot be compared.
+        DataError: The folders cannot be compared, or have too few images for so many questionnaires.
         StorageError: The disk is full.
     """
     names = check_methods(folders)
     first, second = (find_subjects(folder, real, None, limits) for folder in folders)
-    pairs = find_pairs(first, second, num_pairs=num_pairs, seed=seed)
+    wanted = request.num_questionnaires * request.num_pairs
+    pairs: dict[Kind, list[ImagePair]] = {
+        kind: find_pairs(first, second, num_pairs=wanted, seed=request.seed, kind=kind) for kind in request.kinds
+    }
+    fewest = min(map(len, pairs.values()))
+    if request.num_questionnaires > 1 and fewest < wanted:
+        raise DataError(
+            f"--num-questionnaires: {request.num_questionnaires} of {request.num_pairs} pairs need {wanted} pairs, but "
+            f"the folders have {fewest} in common; draw more images, or use a smaller number here or in --num-pairs"
+        )
     make_folder(output)
-    page = output / "questionnaire.html"
-    return page, write_questionnaire(page, names, pairs, seed=seed), len(pairs)
+    return [
+        page
+        for kind, chosen in pairs.items()
+        for page in write_questionnaires(output, names, kind, chosen, num_pairs=request.num_pairs, seed=request.seed)
+    ]

@@ -1,4 +1,8 @@
-"""From answer files to the percentages of Table 2 of arXiv:2208.12242: each question is decided by majority."""
+"""From answer files to the percentages of Table 2 of arXiv:2208.12242: each question is decided by majority.
+
+The questionnaires of a study are counted together. In the paper 24 questionnaires of 25 questions, each answered by
+three people, are 600 questions and 1,800 answers.
+"""
 
 import json
 from collections import Counter
@@ -10,9 +14,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lowmem_db.errors import DataError
-from lowmem_db.evaluation.questionnaire import KINDS, is_swapped
+from lowmem_db.evaluation.questionnaire import KINDS, Kind, is_swapped
 
 UNDECIDED = "undecided"
+_COUNTED = ("questionnaires", "raters", "questions", "votes")
+PAPER_TABLE: dict[str, dict[str, float]] = {
+    "subject": {"DreamBooth (Stable Diffusion)": 68, "Textual Inversion (Stable Diffusion)": 22, UNDECIDED: 10},
+    "prompt": {"DreamBooth (Stable Diffusion)": 81, "Textual Inversion (Stable Diffusion)": 12, UNDECIDED: 7},
+}
+"""Table 2 of arXiv:2208.12242, in per cent: 24 questionnaires of 25 questions for each study, 3 people each."""
 
 
 class Answers(BaseModel):
@@ -20,6 +30,8 @@ class Answers(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    study: str | None = None
+    """Key of the study to which the page belongs; pages of earlier versions are a study each."""
     questionnaire: str
     """Key of the page, to tell pages apart."""
     seed: int
@@ -51,21 +63,25 @@ def tally(files: Sequence[Path]) -> dict[str, Any]:
     """Read answer files and count.
 
     Returns:
-        JSON values: ``names``, ``num_raters``, and the fields of :class:`Preference` for ``subject`` and ``prompt``.
+        JSON values: ``names``, ``num_raters``, and for ``subject`` and ``prompt`` the number of pages and people, and
+        the fields of :class:`Preference`.
 
     Raises:
-        DataError: A file is damaged, given twice, or for a different page than the first.
+        DataError: A file is damaged, given twice, or from a different study than another.
     """
     if not files:
         raise DataError("--tally: needs answer files; allowed: files saved by the questionnaire")
     read = [_read(file) for file in files]
     _check(files, read)
     names = read[0].names
-    votes = [vote for answers in read for vote in _votes(answers)]
     result: dict[str, Any] = {"names": list(names), "num_raters": len(read)}
     for kind in KINDS:
-        of_kind = [(question, choice) for question, choice in votes if question.startswith(f"{kind}-")]
-        result[kind] = vars(count(of_kind, names))
+        asked = [answers for answers in read if _votes(answers, kind)]
+        result[kind] = {
+            "num_questionnaires": len({answers.questionnaire for answers in asked}),
+            "num_raters": len(asked),
+            **vars(count([vote for answers in asked for vote in _votes(answers, kind)], names)),
+        }
     return result
 
 
@@ -92,9 +108,19 @@ def tally_rows(result: dict[str, Any]) -> list[list[str]]:
     """Return the result of :func:`tally` as a table, header first."""
     choices = [*result["names"], UNDECIDED]
     shares = [[f"{result[kind]['percentages'][choice]:.1f} %" for choice in choices] for kind in KINDS]
-    counts = [[str(result[kind]["num_questions"]), str(result[kind]["num_votes"])] for kind in KINDS]
+    counts = [[str(result[kind][f"num_{counted}"]) for counted in _COUNTED] for kind in KINDS]
     rows = [[f"{kind} fidelity", *share, *count] for kind, share, count in zip(KINDS, shares, counts, strict=True)]
-    return [["", *choices, "questions", "answers"], *rows]
+    return [["", *choices, "questionnaires", "people", "questions", "answers"], *rows]
+
+
+def paper_rows() -> list[list[str]]:
+    """Return the paper's Table 2 in the form of :func:`tally_rows`."""
+    header = ["", *PAPER_TABLE["subject"], "questionnaires", "people", "questions", "answers"]
+    counts = ["24", "72", "600", "1800"]
+    return [
+        header,
+        *([f"{kind} fidelity", *(f"{v} %" for v in row.values()), *counts] for kind, row in PAPER_TABLE.items()),
+    ]
 
 
 def _majority(counter: Mapping[str, int]) -> str:
@@ -103,15 +129,17 @@ def _majority(counter: Mapping[str, int]) -> str:
     return leaders[0] if len(leaders) == 1 else UNDECIDED
 
 
-def _votes(answers: Answers) -> list[tuple[str, str]]:
-    sides = {
-        question: answers.names[::-1] if is_swapped(answers.seed, question) else answers.names
-        for question in answers.answers
-    }
-    return [
-        (question, UNDECIDED if answer == UNDECIDED else sides[question][answer == "right"])
-        for question, answer in answers.answers.items()
-    ]
+def _votes(answers: Answers, kind: Kind) -> list[tuple[str, str]]:
+    votes = []
+    for question, answer in answers.answers.items():
+        if question.startswith(f"{kind}-"):
+            sides = answers.names[::-1] if is_swapped(answers.seed, question) else answers.names
+            votes.append((question, UNDECIDED if answer == UNDECIDED else sides[answer == "right"]))
+    return votes
+
+
+def _kinds_of(answers: Answers) -> list[Kind]:
+    return [kind for kind in KINDS if _votes(answers, kind)]
 
 
 def _read(file: Path) -> Answers:
@@ -127,10 +155,17 @@ def _read(file: Path) -> Answers:
 
 
 def _check(files: Sequence[Path], read: Sequence[Answers]) -> None:
+    """Refuse answers that cannot be counted together: a study asks one kind of question about one set of pairs."""
+    studies: dict[Kind, tuple[str, Path]] = {}
     first_of_rater: dict[str, Path] = {}
     for file, answers in zip(files, read, strict=True):
-        if answers.questionnaire != read[0].questionnaire:
-            raise DataError(f"--tally: {file} is for a different page than {files[0]}; tally each page separately")
+        key = answers.study or answers.questionnaire
+        for kind in _kinds_of(answers):
+            known, first = studies.setdefault(kind, (key, file))
+            if known != key:
+                raise DataError(f"--tally: {file} is from a different study than {first}; tally each study separately")
+        if answers.names != read[0].names:
+            raise DataError(f"--tally: {file} compares other methods than {files[0]}; tally them separately")
         if answers.rater in first_of_rater:
             raise DataError(
                 f"--tally: {file} is from the same person as {first_of_rater[answers.rater]}; leave one of them out"

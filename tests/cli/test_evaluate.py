@@ -91,10 +91,11 @@ def test_more_subjects_than_one(run: Run, tmp_path: Path) -> None:
 def test_questionnaire_is_written_and_tallied(run: Run, images: Path, tmp_path: Path) -> None:
     other = write_images(tmp_path / "others", ["a dog", "a dog in the snow"], 2, seed=1)
     outcome = run("evaluate", "--pairs", images, other, "--real", PHOTOGRAPHS / "dog3", "--num-pairs", 3)
-    assert (outcome.code, "6 questions about 3 pairs" in outcome.out) == (0, True)
-    page = (tmp_path / "evaluation" / "questionnaire.html").read_text()
+    pages = [f"evaluation/questionnaire-{kind}-01.html: 3 questions" for kind in ("subject", "prompt")]
+    assert (outcome.code, outcome.out.splitlines()) == (0, pages)
+    page = (tmp_path / "evaluation" / "questionnaire-subject-01.html").read_text()
     content = json.loads(page.partition('id="content">')[2].partition("</script>")[0])
-    saved = {name: content[name] for name in ("questionnaire", "seed", "names")}
+    saved = {name: content[name] for name in ("study", "questionnaire", "seed", "names")}
     for rater in ("a", "b"):
         answers = {question["id"]: "undecided" for question in content["questions"]}
         (tmp_path / f"{rater}.json").write_text(json.dumps(saved | {"rater": rater, "answers": answers}))
@@ -102,6 +103,7 @@ def test_questionnaire_is_written_and_tallied(run: Run, images: Path, tmp_path: 
     assert json.loads(counted.out)["subject"]["percentages"] == {"images": 0, "others": 0, "undecided": 100}
     shown = run("evaluate", "--tally", "a.json", "b.json")
     assert (shown.code, "2 people" in shown.out, "100.0 %" in shown.out) == (0, True, True)
+    assert all(figure in shown.out for figure in ("68 %", "12 %", "1800"))
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,7 @@ def test_questionnaire_is_written_and_tallied(run: Run, images: Path, tmp_path: 
         (("images", "--real", "images", "--device", "cuda:9"), "device: 'cuda:9' does not exist"),
         (("images", "--real", "images", "-o", "file"), "file: cannot be written"),
         (("--pairs", "images", "--real", "images"), "--pairs: allowed: two different folders"),
+        (("images", "--num-questionnaires", 2, "--kind", "prompt"), "--num-questionnaires, --kind: belongs to"),
         (("--tally", "nothing.json"), "--tally: nothing.json: cannot be read"),
     ],
 )

@@ -47,7 +47,7 @@ def tokenizer(request):
 
 class TestRankRange:
     def test_t5_as_in_the_paper(self, t5):
-        assert default_rank_range(t5) == (5000, 10000)
+        assert default_rank_range(t5) == (5000, 10001)
 
     def test_clip_the_last_fifth(self, clip, small_clip):
         assert default_rank_range(clip) == (39526, 49408)

@@ -1,6 +1,7 @@
 """The paper's protocol on runs of a tiny model: seeds, shards, going on after a stop."""
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,10 +67,23 @@ def test_run_says_photos_prompts_and_class(run: Run, photos_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("noun", "suite"),
-    [("dog", "live_subjects"), ("corgi dog", "live_subjects"), ("toy", "objects"), ("dog bowl", "objects")],
-)
+    [
+        ("dog", "live_subjects"), ("corgi dog", "live_subjects"), ("Animal", "live_subjects"),
+        ("wolf", "live_subjects"), ("toy", "objects"), ("dog bowl", "objects"), ("stuffed animal", "objects"),
+        ("plush dog", "objects"), ("teddy bear", "objects"), ("rubber duck", "objects"), ("stuffed-animal", "objects"),
+        ("toy horse", "objects"),
+    ],
+)  # fmt: skip
 def test_suite_follows_the_class(noun: str, suite: str) -> None:
     assert suite_for(noun) == suite
+
+
+def test_nine_of_the_papers_thirty_subjects_are_alive() -> None:
+    """The classes are those of google/dreambooth, dataset/prompts_and_classes.txt."""
+    objects = ["backpack"] * 2 + ["stuffed animal"] * 3 + ["sneaker"] * 2 + ["toy"] * 5
+    objects += ["bowl", "can", "candle", "clock", "boot", "glasses", "cartoon", "teapot", "vase"]
+    suites = Counter(suite_for(noun) for noun in [*objects, *["cat"] * 2, *["dog"] * 7])
+    assert suites == {"objects": 21, "live_subjects": 9}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,16 @@ from PIL import Image
 
 from lowmem_db.errors import DataError
 from lowmem_db.evaluation.folders import Limits, SubjectFiles, find_subjects
-from lowmem_db.evaluation.questionnaire import check_methods, find_pairs, is_swapped, write_questionnaire
+from lowmem_db.evaluation.questionnaire import (
+    KINDS,
+    Kind,
+    StudyRequest,
+    check_methods,
+    find_pairs,
+    is_swapped,
+    write_questionnaires,
+    write_studies,
+)
 from lowmem_db.evaluation.tally import count, tally, tally_rows
 from tests.evaluation.conftest import PHOTOGRAPHS, write_images
 
@@ -35,9 +44,14 @@ def methods(tmp_path: Path) -> tuple[list[SubjectFiles], list[SubjectFiles]]:
 
 @pytest.fixture
 def page(methods: tuple[list[SubjectFiles], list[SubjectFiles]], tmp_path: Path) -> Path:
-    pairs = find_pairs(*methods, num_pairs=8, seed=3)
-    assert write_questionnaire(tmp_path / "page.html", NAMES, pairs, seed=3) == 16
-    return tmp_path / "page.html"
+    return write_page(methods, tmp_path, "subject")
+
+
+def write_page(methods: tuple[list[SubjectFiles], list[SubjectFiles]], folder: Path, kind: Kind) -> Path:
+    pairs = find_pairs(*methods, num_pairs=8, seed=3, kind=kind)
+    ((page, num_questions),) = write_questionnaires(folder, NAMES, kind, pairs, num_pairs=25, seed=3)
+    assert (page.name, num_questions) == (f"questionnaire-{kind}-01.html", 8)
+    return page
 
 
 def content(page: Path) -> dict[str, Any]:
@@ -83,24 +97,45 @@ def test_page_shows_both_images_on_the_sides_that_the_seed_says(
             with Image.open(file) as picture:
                 difference = np.abs(decoded(found["pictures"][key]) - np.asarray(picture).astype(float))
             assert difference.mean() < 10
-    assert 0 < swapped < 16
+    assert 0 < swapped < 8
 
 
-def test_page_is_whole_and_hides_the_files(page: Path) -> None:
+def test_each_study_asks_the_papers_question_with_its_instructions(page: Path) -> None:
     text = page.read_text()
+    for sentence in (
+        "Which of the two images best reproduces the identity (e.g. item type and details) of the reference item?",
+        "Which of the two images is best described by the reference text?",
+        "Read the task carefully, inspect the reference items and then inspect the generated items.",
+        "Select which of the two generated items (A or B) reproduces the identity (e.g. item type and details) of the "
+        "reference item.",
+        "The subject might be wearing accessories (e.g. hats, outfits). These should not affect your answer. "
+        "Do not take them into account.",
+        "Read the task carefully, inspect the reference text and then inspect the generated items.",
+        "Select which of the two generated items (A or B) is best described by the reference text.",
+        "If you\u2019re not sure, select Cannot Determine / Both Equally.",
+    ):
+        assert sentence in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_page_is_whole_and_hides_the_files(
+    methods: tuple[list[SubjectFiles], list[SubjectFiles]], tmp_path: Path, kind: Kind
+) -> None:
+    text = write_page(methods, tmp_path, kind).read_text()
     assert "QUESTIONNAIRE_JSON" not in text
     assert not re.search(r'(src|href)="', text)
     assert "http" not in text
     assert ".png" not in text
     assert "dog3" not in text
-    found = content(page)
-    kinds = Counter(question["kind"] for question in found["questions"])
-    assert kinds == {"subject": 8, "prompt": 8}
+    found = content(tmp_path / f"questionnaire-{kind}-01.html")
+    assert (found["kind"], len(found["questions"])) == (kind, 8)
     for question in found["questions"]:
-        assert ("references" in question) == (question["kind"] == "subject")
-        assert ("prompt" in question) == (question["kind"] == "prompt")
+        assert question["kind"] == kind
+        assert len(question.get("references", [])) == (3 if kind == "subject" else 0)  # all photos
+        assert ("prompt" in question) == (kind == "prompt")
         assert set(question["images"] + question.get("references", [])) <= set(found["pictures"])
-    assert any(question.get("prompt") == "a </script> thing" for question in found["questions"])
+    prompts = {question.get("prompt") for question in found["questions"]}
+    assert prompts == (set(PROMPTS) if kind == "prompt" else {None})
 
 
 def test_sides_are_even() -> None:
@@ -113,8 +148,9 @@ def test_images_without_prompts_have_no_question_about_prompts(tmp_path: Path) -
     for folder in (one, other):
         (folder / "prompts.txt").unlink()
     found = [find_subjects(folder, PHOTOGRAPHS / "dog3", None, Limits()) for folder in (one, other)]
-    pairs = find_pairs(*found, num_pairs=25, seed=0)
-    assert write_questionnaire(tmp_path / "page.html", NAMES, pairs, seed=0) == 3
+    assert len(find_pairs(*found, num_pairs=25, seed=0)) == 3
+    with pytest.raises(DataError, match="no known prompt in common"):
+        find_pairs(*found, num_pairs=25, seed=0, kind="prompt")
 
 
 def test_methods_that_share_nothing_are_refused(tmp_path: Path) -> None:
@@ -138,21 +174,64 @@ def answer(page: Path, folder: Path, rater: str, choices: dict[str, str]) -> Pat
     for question, choice in choices.items():
         names = NAMES[::-1] if is_swapped(int(found["seed"]), question) else NAMES
         sides[question] = "undecided" if choice == "undecided" else ("left", "right")[names.index(choice)]
-    saved = {name: found[name] for name in ("questionnaire", "seed", "names")} | {"rater": rater, "answers": sides}
+    saved = {name: found[name] for name in ("study", "questionnaire", "seed", "names")} | {
+        "rater": rater,
+        "answers": sides,
+    }
     (folder / f"{rater}.json").write_text(json.dumps(saved))
     return folder / f"{rater}.json"
 
 
-def test_answers_are_counted_for_the_method_behind_the_side(page: Path, tmp_path: Path) -> None:
-    questions = [question["id"] for question in content(page)["questions"]]
-    choices = {question: "ours" if question.startswith("subject") else "theirs" for question in questions}
-    result = tally([answer(page, tmp_path, "a", choices), answer(page, tmp_path, "b", choices)])
-    assert (result["names"], result["num_raters"]) == (["ours", "theirs"], 2)
+def test_answers_are_counted_for_the_method_behind_the_side(
+    methods: tuple[list[SubjectFiles], list[SubjectFiles]], tmp_path: Path
+) -> None:
+    files = []
+    for kind, preferred in (("subject", "ours"), ("prompt", "theirs")):
+        page = write_page(methods, tmp_path, kind)
+        choices = {question["id"]: preferred for question in content(page)["questions"]}
+        files += [answer(page, tmp_path, f"{kind}-{rater}", choices) for rater in "ab"]
+    result = tally(files)
+    assert (result["names"], result["num_raters"]) == (["ours", "theirs"], 4)
     assert result["subject"] == {
-        "num_questions": 8, "num_votes": 16, "percentages": {"ours": 100, "theirs": 0, "undecided": 0}
+        "num_questionnaires": 1, "num_raters": 2, "num_questions": 8, "num_votes": 16,
+        "percentages": {"ours": 100, "theirs": 0, "undecided": 0},
     }  # fmt: skip
     assert result["prompt"]["percentages"] == {"ours": 0, "theirs": 100, "undecided": 0}
-    assert tally_rows(result)[1] == ["subject fidelity", "100.0 %", "0.0 %", "0.0 %", "8", "16"]
+    assert tally_rows(result)[1] == ["subject fidelity", "100.0 %", "0.0 %", "0.0 %", "1", "2", "8", "16"]
+
+
+def test_the_papers_study_is_24_questionnaires_of_25_questions_answered_by_three_people_each(tmp_path: Path) -> None:
+    prompts = [f"a thing in place {number}" for number in range(25)]
+    folders = [tmp_path / name for name in NAMES]
+    for seed, folder in enumerate(folders):
+        write_images(folder, prompts, 24, seed=seed, pixels=8)
+    request = StudyRequest(kinds=("subject",), num_questionnaires=24)
+    pages = write_studies(folders, PHOTOGRAPHS / "dog3", Limits(), tmp_path / "out", request)
+    assert [number for _, number in pages] == [25] * 24
+    asked = [[question["id"] for question in content(page)["questions"]] for page, _ in pages]
+    assert len({question for questions in asked for question in questions}) == 600
+    files = []
+    for page, questions in zip([page for page, _ in pages], asked, strict=True):
+        for person, preferred in enumerate(("ours", "ours", "theirs")):
+            name = f"{page.stem}-{person}"
+            files.append(answer(page, tmp_path, name, dict.fromkeys(questions, preferred)))
+    found = tally(files)["subject"]
+    assert found.pop("percentages") == {"ours": 100, "theirs": 0, "undecided": 0}
+    assert found == {"num_questionnaires": 24, "num_raters": 72, "num_questions": 600, "num_votes": 1800}
+    with pytest.raises(DataError, match=r"--num-questionnaires: 25 of 25 pairs need 625 pairs, but .* have 600"):
+        write_studies(folders, PHOTOGRAPHS / "dog3", Limits(), tmp_path / "out", StudyRequest(num_questionnaires=25))
+
+
+def test_answers_to_pages_of_earlier_versions_are_counted(page: Path, tmp_path: Path) -> None:
+    """One page asked both kinds of questions, and had no study."""
+    files = []
+    for rater in "ab":
+        file = answer(page, tmp_path, rater, {"subject-000": "ours", "prompt-000": "theirs"})
+        old = json.loads(file.read_text())
+        del old["study"]
+        file.write_text(json.dumps(old))
+        files.append(file)
+    assert tally(files)["prompt"]["percentages"]["theirs"] == 100
 
 
 def test_majority_decides_and_ties_stay_undecided() -> None:
@@ -169,10 +248,12 @@ def test_files_that_do_not_belong_together_are_refused(page: Path, tmp_path: Pat
     again.write_text(one.read_text())
     with pytest.raises(DataError, match=r"again\.json is from the same person as .*a\.json"):
         tally([one, again])
-    again.write_text(
-        one.read_text().replace('"rater": "a"', '"rater": "b"').replace('"questionnaire": "', '"questionnaire": "0')
-    )
-    with pytest.raises(DataError, match=r"again\.json is for a different page than .*a\.json"):
+    other = one.read_text().replace('"rater": "a"', '"rater": "b"')
+    again.write_text(other.replace('"study": "', '"study": "0'))
+    with pytest.raises(DataError, match=r"again\.json is from a different study than .*a\.json"):
+        tally([one, again])
+    again.write_text(other.replace('"ours"', '"mine"'))
+    with pytest.raises(DataError, match=r"again\.json compares other methods than .*a\.json"):
         tally([one, again])
 
 

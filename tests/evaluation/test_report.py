@@ -99,8 +99,15 @@ def test_papers_figures_stand_beside_the_papers_encoders_alone(dino_folder: Path
         "DreamBooth (Imagen)": {"DINO": 0.696},
         "DreamBooth (Stable Diffusion)": {"DINO": 0.668},
         "Textual Inversion (Stable Diffusion)": {"DINO": 0.569},
+        "Table 3, Imagen with prior preservation": {"PRES": 0.493, "DINO": 0.684},
+        "Table 3, Imagen without it": {"PRES": 0.664, "DINO": 0.712},
+        "Table 4, Imagen, correct class noun": {"DINO": 0.744},
+        "Table 4, Imagen, no class noun": {"DINO": 0.303},
+        "Table 4, Imagen, wrong class noun": {"DINO": 0.454},
     }
-    assert paper_rows([papers("lpips")]) == {}
+    assert paper_rows([papers("lpips")]) == {
+        "Table 3, Imagen with prior preservation": {"DIV": 0.391}, "Table 3, Imagen without it": {"DIV": 0.371},
+    }  # fmt: skip
     assert paper_rows([papers("dino"), papers("clip")])["DreamBooth (Stable Diffusion)"] == {
         "DINO": 0.668, "CLIP-I": 0.803, "CLIP-T": 0.305
     }  # fmt: skip
@@ -114,10 +121,11 @@ def test_table_stands_beside_the_papers() -> None:
     }
     report["metrics"]["CLIP-I"] = {"value": 0.6}
     header, real, own, *others = comparison_rows(report)
-    assert header == ["", "DINO", "CLIP-T", "CLIP-I"]
-    assert real == ["real images, here", "0.700", "-", "-"]
-    assert own == ["here", "0.500", "-", "0.600"]
-    assert ["DreamBooth (Stable Diffusion)", "0.668", "0.305", "0.803"] in others
+    assert header == ["", "DINO", "PRES", "CLIP-T", "CLIP-I"]
+    assert real == ["real images, here", "0.700", "-", "-", "-"]
+    assert own == ["here", "0.500", "0.300", "-", "0.600"]
+    assert ["DreamBooth (Stable Diffusion)", "0.668", "-", "0.305", "0.803"] in others
+    assert ["Table 3, Imagen without it", "0.712", "0.664", "0.306", "0.828"] in others
     assert comparison_rows(report | {"paper": {}}) == [[""]]
 
 

@@ -62,6 +62,13 @@ def test_training_stays_within_what_the_configuration_was_made_for(name: str) ->
     assert round(peak, 2) == in_header(file)[0]
 
 
+def test_the_papers_configuration_has_its_numbers() -> None:
+    config = load_config(CONFIGS / "sd15_paper.yaml")
+    assert (config.training.max_train_steps, config.training.learning_rate) == (1000, 5e-6)
+    assert (config.prior.enabled, config.prior.loss_weight, config.prior.num_class_images) == (True, 1, 1000)
+    assert (config.prior.sampler, config.training.train_text_encoder) == ("ddpm", True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_header_is_what_the_planner_says_and_fits_the_card(file: Path) -> None:

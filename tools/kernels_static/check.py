@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,12 +162,13 @@ def violations(build: Build, spec: Spec) -> list[str]:
     return [clause for holds, clause in bars if not holds]
 
 
-def build_all(jobs: int, only: str = "") -> list[Build]:
-    """Compile every spec for every architecture and dtype.
+def build_all(jobs: int, only: str = "", architectures: Sequence[int] = ARCHITECTURES) -> list[Build]:
+    """Compile every spec for each architecture and dtype.
 
     Args:
         jobs: Processes.
         only: Compile the kernels whose name contains this.
+        architectures: Compute capabilities, such as 86.
 
     Returns:
         The figures, in the order of the specs.
@@ -176,7 +178,7 @@ def build_all(jobs: int, only: str = "") -> list[Build]:
         for name, spec in SPECS.items()
         if only in name
         for dtype in (spec.dtypes or DTYPES)
-        for architecture in ARCHITECTURES
+        for architecture in architectures
     ]
     with ProcessPoolExecutor(jobs) as pool:
         return list(pool.map(_inspect_named, *zip(*work, strict=True), chunksize=4))
@@ -216,12 +218,16 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail where a bar is broken")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--only", default="", help="compile the kernels whose name contains this")
+    parser.add_argument(
+        "--architectures", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, metavar="SM",
+        help=f"compile for these compute capabilities (default: {' '.join(map(str, ARCHITECTURES))})",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
     if not HAS_TRITON or INTERPRETED:
         print("this needs Triton, and not as an interpreter (TRITON_INTERPRET)", file=sys.stderr)
         return 2
-    builds = build_all(arguments.jobs, arguments.only)
+    builds = build_all(arguments.jobs, arguments.only, arguments.architectures)
     failures = {name: failure_with_ones(spec) for name, spec in SPECS.items() if arguments.only in name}
     print(table(builds))
     if arguments.output:
