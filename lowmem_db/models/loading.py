@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler
@@ -16,6 +16,7 @@ from lowmem_db.errors import ModelError
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.reading import read_module, weight_files
+from lowmem_db.out_of_memory import place_of
 
 Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderTAEF2
 _AUTOENCODERS: dict[str, type[ModelMixin]] = {
@@ -50,7 +51,7 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
     try:
         loaded: Any = cast("Any", kind).from_pretrained(path, local_files_only=True, variant=files.variant, **options)
     except _DAMAGED as error:
-        raise _damaged(path, error) from error
+        _refuse_damaged(path, error)
     return loaded.to(device).eval().requires_grad_(False)
 
 
@@ -62,7 +63,7 @@ def _read(
     try:
         module, names = read_module(partial(_build, kind, files, component), weights, component, device, dtype)
     except _DAMAGED as error:
-        raise _damaged(path, error) from error
+        _refuse_damaged(path, error)
     for problem in ("missing_keys", "mismatched_keys"):
         if names[problem]:
             words = problem.removesuffix("_keys")
@@ -98,7 +99,7 @@ def load_tokenizer(files: ModelFiles, component: str) -> CLIPTokenizer:
     try:
         return CLIPTokenizer.from_pretrained(path, local_files_only=True)
     except _DAMAGED as error:
-        raise _damaged(path, error) from error
+        _refuse_damaged(path, error)
 
 
 def load_noise_schedule(
@@ -147,6 +148,11 @@ def _has_safetensors(path: Path) -> bool:
     return any(file.suffix == ".safetensors" for file in path.iterdir())
 
 
-def _damaged(path: Path, error: Exception) -> ModelError:
+def _refuse_damaged(path: Path, error: Exception) -> NoReturn:
+    """Raise the error of a damaged component; out of memory is no damage."""
+    if place_of(error) is not None:
+        raise error
     reason = " ".join(str(error).split())[:200]
-    return ModelError(f"{path}: cannot be loaded ({reason}); check model.base and model.variant, or download it again")
+    raise ModelError(
+        f"{path}: cannot be loaded ({reason}); check model.base and model.variant, or download it again"
+    ) from error
