@@ -82,11 +82,14 @@ def forget(error: BaseException) -> None:
 
 
 def release() -> None:
-    """Free what nobody refers to, and give it back to the device."""
+    """Free what nobody refers to, and give it back to the device and to the system."""
     gc.collect()
     torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        environment.release_memory(torch.device("cuda", torch.cuda.current_device()))
+    if torch is None or not torch.cuda.is_initialized():
+        return
+    environment.release_memory(torch.device("cuda", torch.cuda.current_device()))
+    for name in ("_accelerator_emptyHostCache", "_host_emptyCache"):  # pinned memory; newer and older torch
+        getattr(torch._C, name, lambda: None)()
 
 
 def first_that_fits(what: str, attempts: Iterable[tuple[str, Callable[[], _Result]]], way_out: str) -> _Result:

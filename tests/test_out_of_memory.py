@@ -101,3 +101,14 @@ def test_other_errors_are_left_alone() -> None:
     with pytest.raises(ValueError, match="unrelated"):
         first_that_fits("drawing", [("whole", failing(ValueError("unrelated"), [])), ("again", str)], "draw less")
     assert out_of_memory.place_of(ValueError("unrelated")) is None
+
+
+def test_pinned_memory_goes_back_to_the_system_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("device"))
+    monkeypatch.setattr(torch._C, "_accelerator_emptyHostCache", lambda: called.append("host"), raising=False)
+    monkeypatch.delattr(torch._C, "_host_emptyCache", raising=False)
+    out_of_memory.release()
+    assert called == ["device", "host"]
