@@ -4,6 +4,7 @@ Importing this module loads none of them. A missing library that was asked for b
 that installs it; an automatic choice says why it was made.
 """
 
+import ctypes
 import gc
 import importlib
 import importlib.metadata
@@ -295,12 +296,19 @@ def reset_peak_bytes(device: "torch.device") -> None:
 
 
 def release_memory(device: "torch.device") -> None:
-    """Give unreferenced memory back to a CUDA device; the CPU's allocator keeps it anyway."""
+    """Give unreferenced memory back to a CUDA device, and that of the host to the system."""
     import torch
 
+    release_host_memory()
     if device.type == "cuda":
-        gc.collect()
         torch.cuda.empty_cache()
+
+
+def release_host_memory() -> None:
+    """Give unreferenced memory of the host back to the system."""
+    gc.collect()
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda size: size)(0)  # glibc keeps what was freed
 
 
 @contextmanager
