@@ -82,9 +82,9 @@ def forget(error: BaseException) -> None:
 
 def release() -> None:
     """Free what nobody refers to, and give it back to the device and to the system."""
+    environment.release_host_memory()
     torch: Any = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
-        environment.release_host_memory()
         return
     environment.release_memory(torch.device("cuda", torch.cuda.current_device()))
     for name in ("_accelerator_emptyHostCache", "_host_emptyCache"):  # pinned memory; newer and older torch
