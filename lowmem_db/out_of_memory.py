@@ -64,7 +64,7 @@ def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def reason_of(error: BaseException) -> str:
     """Return the first sentence of what the allocator said."""
-    said = next((each for each in _with_causes(error) if place_of(each) is not None and str(each)), error)
+    said = [error, *(each for each in _with_causes(error) if place_of(each) is not None and str(each))][-1]
     words = " ".join(str(said).split()) or type(said).__name__
     return words.partition(". ")[0][:160]
 

@@ -186,7 +186,7 @@ class Attempts:
 
         yield ConsoleBar()
         yield MetricsFiles()
-        yield SpillWatch()
+        yield SpillWatch(trainer.denoiser.device)
         yield Samples(config, run, draw)
         if scorer is not None:
             scored = sorted(config.prompts_scored)

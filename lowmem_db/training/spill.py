@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
+import torch
+
 from lowmem_db import environment
 from lowmem_db.console import warn
-from lowmem_db.training.observers import Observer, Training
+from lowmem_db.training.observers import Observer
 
 _SLOWER = 3.0
 _IN_A_ROW = 5
@@ -16,11 +18,14 @@ _FULL = 0.9  # of the card
 
 
 class SpillWatch(Observer):
-    """Warns once if several steps in a row take three times the run's median while the card is nearly full."""
+    """Warns once if several steps in a row take three times the run's median while the card is nearly full.
 
-    def start(self, trainer: Training) -> None:
-        """Forget the times of another run."""
-        self._device = trainer.denoiser.device
+    Args:
+        device: The device that trains.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._usual: deque[float] = deque(maxlen=100)
         self._num_slow = 0
         self._is_first = True

@@ -20,6 +20,7 @@ def tiny(tiny_model) -> dict[str, object]:
     return {
         "model__base": str(tiny_model), "data__resolution": 32, "optimizer__name": "adamw8bit",
         "prior__enabled": False, "memory__weights": "bf16_extra_bits", "memory__optimizer_in_backward": True,
+        "memory__stream_optimizer_state": True,
     }  # fmt: skip
 
 
@@ -30,10 +31,7 @@ def planner(tiny) -> Planner:
 
 @pytest.fixture(scope="module")
 def streamed(planner: Planner) -> Plan:
-    """The plan that needs the least of the card."""
-    found = planner.plan(planner.smallest().num_bytes)
-    assert found.config.memory.stream_optimizer_state
-    return found
+    return planner.plan(GIB)
 
 
 def test_what_a_card_needs_of_the_host_is_planned(streamed: Plan) -> None:
@@ -43,14 +41,11 @@ def test_what_a_card_needs_of_the_host_is_planned(streamed: Plan) -> None:
 
 
 def test_strategy_that_does_not_fit_the_host_is_refused(planner: Planner, streamed: Plan) -> None:
-    on_card = planner.plan(GIB, host_bytes=streamed.host_peak_bytes)
-    assert not on_card.config.memory.stream_optimizer_state
-    enough = planner.plan(streamed.budget_bytes, host_bytes=streamed.host_peak_bytes)
-    assert enough.config == streamed.config
-    with pytest.raises(
-        BudgetError, match=r"memory of the host: 0\.\d GiB are free, .* raise the limit of the container"
-    ):
-        planner.plan(streamed.budget_bytes, host_bytes=streamed.host_peak_bytes - 1)
+    assert planner.plan(GIB, host_bytes=streamed.host_peak_bytes).config == streamed.config
+    refused = r"memory of the host: 0\.\d GiB are free, .* raise the limit of the container"
+    for too_small in (streamed.host_peak_bytes - 1, 1):
+        with pytest.raises(BudgetError, match=refused):
+            planner.plan(GIB, host_bytes=too_small)
 
 
 def test_target_without_memory_of_its_own_host_is_not_limited_by_it(tiny) -> None:

@@ -1,7 +1,5 @@
 """A spill is reported once, from the times of the steps and what the allocator has taken of a card."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -17,8 +15,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def watch(seconds: list[float], device: str = "cuda") -> None:
-    watching = spill.SpillWatch()
-    watching.start(SimpleNamespace(denoiser=SimpleNamespace(device=torch.device(device))))  # type: ignore[arg-type]
+    watching = spill.SpillWatch(torch.device(device))
     for of_step in seconds:
         watching.step({"seconds": of_step})
 
