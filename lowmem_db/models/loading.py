@@ -68,6 +68,8 @@ def _read(
         if names[problem]:
             words = problem.removesuffix("_keys")
             raise ModelError(f"{path}: tensors are {words}, such as {names[problem][0]}; download the model again")
+    if isinstance(module, PreTrainedModel):
+        module.config.dtype = dtype  # which its saved configuration names
     return module
 
 

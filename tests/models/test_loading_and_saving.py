@@ -294,6 +294,11 @@ def test_tensors_read_one_by_one_are_those_of_from_pretrained(
         assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
         assert all(tensors[name].dtype == wanted[name].dtype for name in wanted)
     assert type(found) is type(expected)
+    own, theirs = (
+        module.config.to_dict() if component == "text_encoder" else dict(module.config) for module in (found, expected)
+    )
+    assert own.keys() | {"_name_or_path"} == theirs.keys() | {"_name_or_path"}
+    assert all(own[name] == theirs[name] for name in own.keys() - {"_name_or_path"})
 
 
 def buffers(module: nn.Module) -> dict[str, torch.Tensor]:
