@@ -150,7 +150,7 @@ def test_sweep(runs: Callable[[str], Runs], kind: str) -> None:
     wanted = weights_and_losses(of_kind.first)
     for phase in dict.fromkeys(of_kind.phases):
         sites = of_kind.sites(phase)
-        tried = sites[:: max(1, -(-len(sites) // 8))]
+        tried = sites[:: max(1, -(-len(sites) // 4))]
         ended = {"same": 0, "refused": 0}
         for number, site in enumerate(tried):
             try:
@@ -187,7 +187,7 @@ def test_sweep_of_preparation(runs: Callable[[str], Runs]) -> None:
     preparing = ("class images", "encoding")
     for phase in dict.fromkeys(each for each in counting.phases if any(word in each for word in preparing)):
         sites = [number for number, found in enumerate(counting.phases) if found == phase]
-        tried = sites[:: max(1, -(-len(sites) // 6))]
+        tried = sites[:: max(1, -(-len(sites) // 3))]
         ended = {"done": 0, "refused": 0}
         for number, site in enumerate(tried):
             name = f"{phase} {site}"
