@@ -109,13 +109,11 @@ def test_out_of_memory_smaller_batches_are_drawn_with_the_same_noise(
     expected, thrift = pictures(Thrift()), Thrift()
     with Fault(300, ERRORS[number]):  # in the second evaluation of the denoiser
         found = pictures(thrift)
-    assert capsys.readouterr().err.count("out of memory") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(said)
     assert thrift == Thrift(at_once=-(-count // 2))
     assert thrift.is_reduced
     assert all((each - other).abs().max() <= 1 for each, other in zip(found, expected, strict=True))
-    with Fault(300, ERRORS[number]):
-        pictures(replace(thrift))
-    assert said in capsys.readouterr().err or thrift.at_once == 1
 
 
 def test_out_of_memory_pictures_are_decoded_in_tiles(

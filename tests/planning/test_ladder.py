@@ -19,7 +19,8 @@ def tiny(tiny_model) -> dict[str, object]:
     return {
         "model__base": str(tiny_model), "data__resolution": 32, "optimizer__name": "adamw8bit",
         "training__train_batch_size": 4, "prior__enabled": False, "sampling__prompts": ["a sks dog"],
-        "memory__fused_layers": False,
+        "memory__fused_layers": False, "memory__offload_checkpoints": False, "memory__weights": "fp32",
+        "training__mixed_precision": "no",
     }  # fmt: skip
 
 
