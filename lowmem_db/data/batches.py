@@ -23,12 +23,19 @@ class EncodedImage:
         mean: Mean of each crop.
         std: Standard deviation of each crop.
         picture: Conditioning on each crop, as in :class:`Conditioning`.
+        has_mirrored: Whether the second half of the rows are the crops of the first half, mirrored.
     """
 
     record: ImageRecord
     mean: Float[Tensor, "crops c h w"]
     std: Float[Tensor, "crops c h w"]
     picture: Mapping[str, Shaped[Tensor, "crops ..."]] = field(default_factory=dict)
+    has_mirrored: bool = False
+
+    @property
+    def num_crops(self) -> int:
+        """Number of crops, not counting mirrored ones."""
+        return len(self.mean) // (2 if self.has_mirrored else 1)
 
     @property
     def shape(self) -> Shape:
@@ -95,6 +102,7 @@ class BatchSource:
         train_batch_size: Photos per batch.
         gradient_accumulation_steps: Batches per step.
         conditioning_dropout: Fraction of samples that get the empty prompt.
+        caption_variants: Variants of the photos' prompts; each sample draws one. Prompts without any stay as they are.
     """
 
     instance_images: Sequence[EncodedImage]
@@ -104,6 +112,7 @@ class BatchSource:
     train_batch_size: int
     gradient_accumulation_steps: int
     conditioning_dropout: float = 0.0
+    caption_variants: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def in_parts(self, count: int) -> "BatchSource":
         """Return a source whose batches are parts of these, with the same samples and random numbers.
@@ -172,10 +181,20 @@ class BatchSource:
         )
 
     def _crop(self, image: EncodedImage, step: int, sample: int) -> int:
-        return int(torch.randint(len(image.mean), (), generator=generator(self.seed, "crop", step, sample)))
+        count = image.num_crops
+        crop = int(torch.randint(count, (), generator=generator(self.seed, "crop", step, sample)))
+        if not image.has_mirrored:
+            return crop
+        is_mirrored = bool(torch.randint(2, (), generator=generator(self.seed, "flip", step, sample)))
+        return crop + count * is_mirrored
 
     def _prompt(self, image: EncodedImage, step: int, sample: int) -> str:
-        if self.conditioning_dropout == 0:
+        if self.conditioning_dropout > 0:
+            draw = torch.rand((), generator=generator(self.seed, "conditioning_dropout", step, sample))
+            if draw < self.conditioning_dropout:
+                return ""
+        is_photo = sample < self.train_batch_size * self.gradient_accumulation_steps
+        variants = self.caption_variants.get(image.record.prompt, ()) if is_photo else ()
+        if not variants:
             return image.record.prompt
-        draw = torch.rand((), generator=generator(self.seed, "conditioning_dropout", step, sample))
-        return "" if draw < self.conditioning_dropout else image.record.prompt
+        return variants[int(torch.randint(len(variants), (), generator=generator(self.seed, "caption", step, sample)))]

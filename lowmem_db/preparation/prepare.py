@@ -1,6 +1,7 @@
 """The phases before training, one after the other, and their results."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import TypeVar
 
@@ -13,6 +14,8 @@ from lowmem_db.data.batches import BatchSource, EncodedImage
 from lowmem_db.data.buckets import share_out, sizes_of
 from lowmem_db.data.identifiers import identifier_warnings
 from lowmem_db.data.photos import photo_warnings, scan_photos
+from lowmem_db.data.tags import caption_variants, varies
+from lowmem_db.errors import DataError
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
 from lowmem_db.models.text_encoders import num_cut_tokens
@@ -48,13 +51,17 @@ def check_photos(config: Config) -> list[ImageRecord]:
 
 def check_prompts(config: Config, model: ModelFolder, photos: list[ImageRecord]) -> None:
     """Warn if a prompt does not tell the model what its author expects."""
-    prompts = sorted({photo.prompt for photo in photos} | {config.subject.class_prompt or ""})
+    prompts = sorted({photo.prompt for photo in photos} | {config.subject.class_prompt or ""} | config.prompts_drawn)
     for name in model.family.names_of("tokenizer")[:1]:  # all of them read the same words
         tokenizer = model.load(name)
         for prompt in prompts:
-            if cut := num_cut_tokens(tokenizer, prompt):
-                read = tokenizer.model_max_length
-                warn(f"the model reads {read} tokens and ignores the last {cut} of {prompt!r}")
+            if cut := num_cut_tokens(tokenizer, prompt, model.family.reading.num_chunks):
+                read = tokenizer.model_max_length * model.family.reading.num_chunks
+                needed = model.family.reading.num_chunks - (-cut // (tokenizer.model_max_length - 2))
+                warn(
+                    f"the model reads {read} tokens and ignores the last {cut} of {prompt!r}; to read all of it, set "
+                    f"model.prompt_chunks={needed}"
+                )
         for message in identifier_warnings(config.subject.instance_prompt, config.subject.class_prompt, tokenizer):
             warn(message)
 
@@ -77,17 +84,20 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
     class_images = [image for images in of_classes for image in images]
     environment.release_memory(device)
     class_records = [image.record for image in class_images]
+    variants = {photo.prompt: caption_variants(photo.prompt, config.data, config.seed) for photo in photos}
     prompts = {record.prompt for record in [*photos, *class_records]} | config.prompts_drawn
+    prompts |= {variant for found in variants.values() for variant in found}
     table = _there_or_on_cpu("encoding prompts", lambda where: encode_prompts(config, model, where, prompts), device)
     environment.release_memory(device)
     return BatchSource(
-        instance_images=instance_images,
+        instance_images=repeated(instance_images, config.data.repeats),
         class_images=class_images,
         prompts=table,
         seed=config.seed,
         train_batch_size=config.training.train_batch_size,
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         conditioning_dropout=config.objective.conditioning_dropout,
+        caption_variants=variants if varies(config.data) else {},
     )
 
 
@@ -96,6 +106,27 @@ def _there_or_on_cpu(what: str, make: Callable[[torch.device], _Made], device: t
     places = [device] if device.type == "cpu" else [device, CPU]
     attempts = [(f"on {where}", partial(make, where)) for where in places]
     return first_that_fits(what, attempts, "free memory, or lower data.resolution")
+
+
+def repeated(images: Sequence[EncodedImage], repeats: Mapping[str, int]) -> list[EncodedImage]:
+    """Return images as often as they are to be seen in an epoch.
+
+    Args:
+        images: The photos.
+        repeats: Counts by shell patterns of file names; the first pattern that matches counts.
+
+    Raises:
+        DataError: A pattern matches no photo.
+    """
+    names = [image.record.path.name for image in images]
+    for pattern in repeats:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise DataError(
+                f"data.repeats: {pattern!r} matches no photo; allowed: shell patterns of {', '.join(names[:5])}"
+                f"{', ...' * (len(names) > 5)}"
+            )
+    counts = [next((count for pattern, count in repeats.items() if fnmatchcase(name, pattern)), 1) for name in names]
+    return [image for image, count in zip(images, counts, strict=True) for _ in range(count)]
 
 
 def _class_images(
