@@ -155,12 +155,10 @@ def draw(
     for first in waiting:
         together = chain([first], islice(waiting, (jobs_at_once or len(jobs)) - 1))
         with denoiser() as loaded:
-            latents = [
-                _on_host(
-                    _latents(artist, loaded, table.conditioning([*job.prompts, artist.negative_prompt]), job, thrift)
-                )
-                for job in together
-            ]
+            latents = []
+            for job in together:
+                told = table.conditioning([*job.prompts, artist.negative_prompt])
+                latents.append(_on_host(_latents(artist, loaded, told, job, thrift)))
             del loaded
         with codec() as decoder:
             for drawn in latents:

@@ -44,9 +44,8 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
     if device.type == "meta":
         return nn.Module.to(_build_on_meta(kind, files, component), dtype).eval().requires_grad_(False)
     path = files.folder_of(component)
-    if (weights := weight_files(path, files.variant_of(component))) and not getattr(
-        kind, "_keep_in_fp32_modules", None
-    ):
+    weights = weight_files(path, files.variant_of(component))
+    if weights and not getattr(kind, "_keep_in_fp32_modules", None):
         return _read(kind, files, component, weights, device, dtype).eval().requires_grad_(False)
     options: dict[str, Any] = {"use_safetensors": not files.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
