@@ -72,7 +72,9 @@ def _read(
             words = problem.removesuffix("_keys")
             raise ModelError(f"{path}: tensors are {words}, such as {names[problem][0]}; download the model again")
     if isinstance(module, PreTrainedModel):
-        module.config.dtype = dtype  # which its saved configuration names
+        module.config.dtype = dtype  # saved configurations name the type, or the folder, as from_pretrained lets them
+    else:
+        module.register_to_config(_name_or_path=str(path))
     return module
 
 
