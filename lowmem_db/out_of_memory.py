@@ -4,6 +4,7 @@ Torch's allocators, CUDA's libraries, Python and the system each have an error o
 """
 
 import errno
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ _OF_HOST = (
     "unable to mmap",  # torch, for files
     "hostalloc",
 )
+_PLACE_IN_SOURCE = re.compile(r"^\[enforce fail at [^]]*\] \S+ ")  # before what torch's allocator on the CPU says
 _OF_DEVICE = (
     "out of memory",
     "cublas_status_alloc_failed",
@@ -63,10 +65,10 @@ def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first sentence of what the allocator said."""
+    """Return what the allocator said: what it is, and how much it was asked for."""
     said = [error, *(each for each in _with_causes(error) if place_of(each) is not None and str(each))][-1]
-    words = " ".join(str(said).split()) or type(said).__name__
-    return words.partition(". ")[0][:160]
+    words = _PLACE_IN_SOURCE.sub("", " ".join(str(said).split())) or type(said).__name__
+    return ". ".join(words.split(". ")[:2])[:160]
 
 
 def forget(error: BaseException) -> None:
