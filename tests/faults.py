@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ERRORS: tuple[Exception, ...] = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 8.00 GiB"),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 256 "
-        "bytes. Error code 12 (Cannot allocate memory)"
+        "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+        "256 bytes. Error code 12 (Cannot allocate memory)"
     ),
     MemoryError(),
 )

@@ -50,7 +50,7 @@ def test_reason_is_what_the_allocator_was_asked_for() -> None:
     assert reason_of(MemoryError()) == "MemoryError"
     wrapped = ModelError("unet: cannot be loaded")
     wrapped.__cause__ = ERRORS[1]
-    assert reason_of(wrapped) == "DefaultCPUAllocator: can't allocate memory: you tried to allocate 256 bytes"
+    assert reason_of(wrapped).startswith("DefaultCPUAllocator: can't allocate memory: you tried to allocate 256 bytes")
 
 
 def failing(error: Exception, made: list[weakref.ref[torch.Tensor]]) -> Callable[[], str]:
