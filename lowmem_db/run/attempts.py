@@ -30,6 +30,7 @@ from lowmem_db.planning.measured import write_measured, write_stepped_down, writ
 from lowmem_db.planning.phases import TracedRun
 from lowmem_db.planning.target import Target
 from lowmem_db.run.final import write_final
+from lowmem_db.run.page import ReportPage, write_page
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.observers import ConsoleBar, MetricsFiles, Observer, Samples, ScoreKeeper
@@ -174,6 +175,7 @@ class Attempts:
             trainer = self._trainer = build_trainer(self._config, model, device, self._prepared.batches, run)
             trainer.resume(best)
         write_final(trainer, model)
+        write_page(run)
         say(f"done: {run.final_dir} holds the {trainer.adaptation.noun}; draw with it: lowmem-db generate {run.root}")
 
     def _own_observers(self, trainer: Trainer) -> Iterator[Observer]:
@@ -188,6 +190,7 @@ class Attempts:
         yield MetricsFiles()
         yield SpillWatch(trainer.denoiser.device)
         yield Samples(config, run, draw)
+        yield ReportPage(run)
         if scorer is not None:
             scored = sorted(config.prompts_scored)
             drawn = partial(draw_images, config, model, trainer.denoiser, prompts, scored, thrift)
