@@ -9,6 +9,7 @@ import gc
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 import os
 import platform
@@ -67,6 +68,7 @@ OPTIONAL_LIBRARIES = (
     ),
     OptionalLibrary("peft", "LoRA and DoRA", "all weights train", 'pip install "lowmem-db[lora]"'),
     OptionalLibrary("tensorboard", "live curves", "only metrics.jsonl", 'pip install "lowmem-db[tensorboard]"'),
+    OptionalLibrary("wandb", "curves at Weights & Biases", "only metrics.jsonl", 'pip install "lowmem-db[wandb]"'),
 )
 _NEEDS_CUDA = {"xformers", "triton"}
 _COMPILED_ON_CPU = {"adamw8bit_step"}
@@ -95,6 +97,45 @@ def require(name: str) -> ModuleType:
         raise DependencyError(
             f"{name}, needed for {library.serves}, cannot be loaded ({reason}); {library.install}"
         ) from error
+
+
+def check_wandb() -> None:
+    """Check before a run that it can be sent to Weights & Biases.
+
+    Raises:
+        DependencyError: wandb is missing, or nobody is logged in.
+    """
+    wandb = require("wandb")
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    quietly = {"prompt": False} if "prompt" in inspect.signature(wandb.login).parameters else {}
+    try:
+        is_logged_in = wandb.login(**quietly)
+    except wandb.errors.Error as error:
+        raise _not_logged_in(error) from error
+    if not is_logged_in:
+        raise _not_logged_in()
+
+
+def start_wandb(**options: Any) -> Any:
+    """Open a run at Weights & Biases with the options of ``wandb.init``.
+
+    Raises:
+        DependencyError: It is refused.
+    """
+    wandb = require("wandb")
+    try:
+        return wandb.init(**options)
+    except wandb.errors.Error as error:
+        raise _not_logged_in(error) from error
+
+
+def _not_logged_in(error: Exception | None = None) -> DependencyError:
+    reason = "" if error is None else f" ({' '.join(str(error).split())})"
+    return DependencyError(
+        f"logging.wandb: Weights & Biases refuses the run, or nobody is logged in{reason}; run `wandb login`, set "
+        "WANDB_MODE=offline to send it later, or leave logging.wandb (--report_to=wandb) out"
+    )
 
 
 def back_ends() -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ def plan(
     from lowmem_db import api
     from lowmem_db.cli.arguments import read_arguments
 
-    config, _ = read_arguments(arguments or [])
+    config = read_arguments(arguments or [], needs_photos=False).config
     found = api.plan(config, gpu=gpu, budget=budget, here=verify)
 
     from rich.console import Console

@@ -17,7 +17,7 @@ def prepare(
     from lowmem_db.cli.arguments import read_arguments
     from lowmem_db.data.inputs import check_inputs
 
-    config, _ = read_arguments(arguments or [])
+    config = read_arguments(arguments or []).config
     check_inputs(config)
 
     from lowmem_db.console import say

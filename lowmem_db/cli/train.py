@@ -10,7 +10,7 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG.yaml] [section.key=value]... [--flag value]...",
-            help="A configuration file, values of its fields, and any flags of diffusers' train_dreambooth.py.",
+            help="A configuration file, values of its fields, and the flags of diffusers' DreamBooth scripts.",
             show_default=False,
         ),
     ] = None,
@@ -30,11 +30,12 @@ def train(
     --instance_prompt "a photo of sks dog" --with_prior_preservation --class_prompt "a photo of dog"
 
     docs/configuration.md describes every field. Ctrl-C saves a checkpoint; --resume continues from it.
+    Commands for diffusers' train_dreambooth.py and train_dreambooth_lora.py can be pasted after lowmem-db train.
     """
     from lowmem_db.cli.arguments import read_arguments
 
-    config, resume_flag = read_arguments(arguments or [])
+    request = read_arguments(arguments or [], resume=resume)
 
     from lowmem_db import api
 
-    api.train(config, resume=resume or resume_flag)
+    api.train(request.config, resume=request.resume, step=request.step)

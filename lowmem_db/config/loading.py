@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from lowmem_db.config.rules import refusals
 from lowmem_db.config.schema import Config
+from lowmem_db.config.spelling import nearest_name
 from lowmem_db.config.values import problems_of_values, show
 from lowmem_db.config.yaml_text import AmbiguousNumber, YamlError, parse_yaml, read_text
 from lowmem_db.errors import ConfigError
@@ -179,9 +180,9 @@ def _unknown(field: str) -> str:
     field = field if len(field) <= _SHOWN_CHARACTERS else f"{field[:_SHOWN_CHARACTERS]}..."
     known = list(field_paths())
     name = field.rpartition(".")[2]
-    same_name = [path for path in known if path.rpartition(".")[2] == name]
-    nearest = same_name or difflib.get_close_matches(field, [*Config.model_fields, *known], n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]}?" if nearest else f"; allowed sections: {', '.join(Config.model_fields)}"
+    same_name = next((path for path in known if path.rpartition(".")[2] == name), None)
+    nearest = same_name or nearest_name(field, [*Config.model_fields, *known])
+    hint = f"; did you mean {nearest}?" if nearest else f"; allowed sections: {', '.join(Config.model_fields)}"
     return f"{field}: unknown field{hint}"
 
 

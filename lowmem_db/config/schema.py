@@ -48,6 +48,7 @@ Sampler = Literal["ddpm", "ddim", "dpm_solver"]
 Weights = Literal["fp32", "bf16_extra_bits", "bf16_stochastic"]
 Placement = Literal["none", "layers", "segments", "nested"]
 BaseWeights = Literal["fp32", "fp16", "bf16", "int8", "nf4"]
+Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Clipping = Literal["global", "update_rms", "lagged", "per_tensor", "none"]
 
 
@@ -166,10 +167,18 @@ class TrainingConfig(Section):
     """Learning rate of SDXL's second text encoder. Default: the same as the first one's."""
     scale_learning_rate: bool = False
     """Multiply the learning rates by the batch size and the number of accumulation steps."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rates after the warm-up: constant, or falling to zero."""
+    lr_scheduler: Scheduler = "constant"
+    """Learning rates after the warm-up: constant, under two names, or falling to zero; ``polynomial`` falls to
+    1e-7."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rates rise from zero."""
+    """Steps over which the learning rates rise."""
+    lr_warmup_from_zero: bool = False
+    """Start the warm-up at zero, as diffusers does: the factor is s/N in step s = 0, 1, ... of N. Default: (s+1)/(N+1),
+    so that the first step trains too."""
+    lr_num_cycles: PositiveInt = 1
+    """How often ``cosine_with_restarts`` falls to zero."""
+    lr_power: Annotated[float, Field(gt=0)] = 1.0
+    """Exponent of ``polynomial``."""
     train_text_encoder: bool = False
     """Train the text encoder too; for SDXL, both text encoders."""
     layers: tuple[str, ...] = ()
@@ -306,7 +315,7 @@ class CheckpointingConfig(Section):
     every: PositiveInt = 500
     """Steps between checkpoints; the last step always has one."""
     keep: PositiveInt | None = 2
-    """How many complete checkpoints to keep; null keeps all."""
+    """How many complete checkpoints to keep; null keeps all, except those that were made only for samples."""
 
 
 class SamplingConfig(Section):
@@ -353,6 +362,9 @@ class EvaluationConfig(Section):
 class FinalConfig(Section):
     """The final model."""
 
+    layout: Literal["folder", "flat"] = "folder"
+    """Where the final model lies: ``folder``, in ``final/``; ``flat``, also in ``output_dir`` itself, where scripts for
+    diffusers look for it. Both share their bytes on disks that support hard links."""
     precision: Precision = "fp32"
     """Type of the trained weights in ``final/``."""
     push_to_hub: bool = False
@@ -366,6 +378,10 @@ class LoggingConfig(Section):
 
     tensorboard: bool | None = None
     """Write TensorBoard event files. Default: if tensorboard is installed."""
+    wandb: bool | None = False
+    """Send curves, samples and scores to Weights & Biases; null: if wandb is installed."""
+    wandb_project: str = "lowmem-db"
+    """Project there; a run is named after ``output_dir``."""
 
 
 def default_cache_dir() -> Path:

@@ -29,6 +29,7 @@ from lowmem_db.planning.ladder import Ladder, Phase
 from lowmem_db.planning.measured import write_measured, write_stepped_down, write_trained
 from lowmem_db.planning.phases import TracedRun
 from lowmem_db.planning.target import Target
+from lowmem_db.run.checks import uses_wandb
 from lowmem_db.run.final import write_final
 from lowmem_db.run.page import ReportPage, write_page
 from lowmem_db.storage.atomic import write_text
@@ -36,6 +37,7 @@ from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.observers import ConsoleBar, MetricsFiles, Observer, Samples, ScoreKeeper
 from lowmem_db.training.spill import SpillWatch
 from lowmem_db.training.trainer import Trainer
+from lowmem_db.training.weights_and_biases import WeightsAndBiases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +191,11 @@ class Attempts:
         yield ConsoleBar()
         yield MetricsFiles()
         yield SpillWatch(trainer.denoiser.device)
+        if uses_wandb(config):
+            yield WeightsAndBiases()
         yield Samples(config, run, draw)
+        if config.checkpointing.copy_to is not None:
+            yield RunCopy(run, RunFolder(config.checkpointing.copy_to))
         yield ReportPage(run)
         if scorer is not None:
             scored = sorted(config.prompts_scored)

@@ -23,8 +23,8 @@ def check_machine(config: Config, device: torch.device) -> None:
 
     Raises:
         ConfigError: The device does not support ``training.mixed_precision``.
-        DependencyError: A library that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for kernels that cannot
-            run here.
+        DependencyError: A library or login that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for kernels
+            that cannot run here.
         StorageError: The final model is to be uploaded, but nobody is logged in.
     """
     if device.index is not None:
@@ -35,8 +35,16 @@ def check_machine(config: Config, device: torch.device) -> None:
     find_adaptation(config).check_machine(device)
     if config.logging.tensorboard:
         environment.require("tensorboard")
+    if uses_wandb(config):
+        environment.check_wandb()
     if config.final.push_to_hub:
         hub.check_login()
+
+
+def uses_wandb(config: Config) -> bool:
+    """Return whether the run is sent to Weights & Biases."""
+    wanted = config.logging.wandb
+    return environment.is_installed("wandb") if wanted is None else wanted
 
 
 def check_disk(config: Config, model: ModelFolder) -> None:
@@ -74,5 +82,6 @@ def disk_bytes(config: Config, model: ModelFolder) -> int:
 def _num_checkpoints(config: Config) -> int:
     last = config.training.max_train_steps
     intervals = [config.checkpointing.every, config.evaluation.every]
-    intervals += [config.sampling.every] if config.sampling.prompts else []
+    if config.sampling.prompts and config.checkpointing.keep is not None:  # else those for samples are dropped
+        intervals.append(config.sampling.every)
     return len({last} | {step for every in intervals if every for step in range(every, last + 1, every)})

@@ -36,21 +36,26 @@ _PREPARING_NEEDS_LESS = (
 )
 
 
-def train(config: Config, *, resume: bool = False, observers: Sequence[Observer] = ()) -> RunFolder:
+def train(
+    config: Config, *, resume: bool = False, step: int | None = None, observers: Sequence[Observer] = ()
+) -> RunFolder:
     """Check, plan, prepare and train a run; return its folder, with the final model in it.
 
     Args:
         config: The configuration.
         resume: Continue from the newest complete checkpoint in ``output_dir``; start from scratch if there is none.
+        step: Continue from the checkpoint of this step instead, and drop what came after it.
         observers: Notified while the run trains, after the run's own observers.
 
     Raises:
         LowmemDbError: An error that the user can fix; each subclass says which.
         RunInterrupted: The run was asked to stop; a checkpoint was saved.
     """
-    run = RunFolder(config.output_dir)
+    run, resume = RunFolder(config.output_dir), resume or step is not None
     with run.locked():
         planned = _check_and_plan(run, config, resume=resume)
+        if step is not None:
+            run.forget_after(step)
         with environment.held_to(planned.device, allocator_bytes(planned.target.budget_bytes)):
             Attempts(_prepare(run, planned, observers)).train(resume=resume)
     return run

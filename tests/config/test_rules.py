@@ -89,6 +89,22 @@ CASES = [
         {"memory.checkpointing": {"unet.mid_block": "layers"}},
     ),
     (
+        {"training.lr_num_cycles": 2, "training.lr_scheduler": "cosine"},
+        "training.lr_num_cycles",
+        {"training.lr_scheduler": "cosine_with_restarts"},
+    ),
+    ({"training.lr_power": 2.0}, "training.lr_power", {"training.lr_scheduler": "polynomial"}),
+    (
+        {"training.learning_rate": 1e-7, "training.lr_scheduler": "polynomial"},
+        "training.learning_rate",
+        {"training.lr_scheduler": "linear"},
+    ),
+    (
+        {"training.lr_warmup_steps": 10, "training.max_train_steps": 10, "training.lr_scheduler": "cosine"},
+        "training.lr_warmup_steps",
+        {"training.lr_warmup_from_zero": True},
+    ),
+    (
         {"training.lr_warmup_steps": 10, "training.max_train_steps": 10},
         "training.lr_warmup_steps",
         {"training.max_train_steps": 11},
