@@ -13,6 +13,7 @@ import inspect
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 import warnings
@@ -72,6 +73,16 @@ OPTIONAL_LIBRARIES = (
 )
 _NEEDS_CUDA = {"xformers", "triton"}
 _COMPILED_ON_CPU = {"adamw8bit_step"}
+_DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
+_MADE_FOR_CUDA = "the kernels and the memory plan are made for CUDA"
+_OTHER_DEVICES = {
+    "mps": f"there is no support for Apple's GPUs: {_MADE_FOR_CUDA}; use cpu",
+    "xpu": f"there is no support for Intel's GPUs: {_MADE_FOR_CUDA}; use cpu",
+    "rocm": "a ROCm build of torch calls AMD's cards cuda; use cuda",
+    "hip": "a ROCm build of torch calls AMD's cards cuda; use cuda",
+    "gpu": "use cuda",
+}
+_LOG = logging.getLogger(__name__)
 _BY_NAME = {library.name: library for library in OPTIONAL_LIBRARIES}
 _REPORTED_PACKAGES = (
     "torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub", "pydantic", "pillow", "numpy",
@@ -254,6 +265,30 @@ def devices() -> list[dict[str, Any]]:
     return found
 
 
+def check_device_name(name: str) -> str:
+    """Return the name of a device if it can be used: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ValueError: It cannot; the message says what to use.
+    """
+    if _DEVICES.fullmatch(name):
+        return name
+    reason = _OTHER_DEVICES.get(name.partition(":")[0].lower())
+    raise ValueError(reason or "it must be auto, cpu, cuda, or cuda:1 and so on")
+
+
+def _warn_of_other_makers(device: "torch.device") -> None:
+    """Say in one line that a GPU is not used, or not tested."""
+    import torch
+
+    if device.type == "cuda" and torch.version.hip:
+        _LOG.warning("AMD's cards (torch for ROCm) are not tested; if a kernel fails, set LOWMEM_DB_KERNELS=eager")
+    elif device.type == "cpu" and torch.backends.mps.is_available():
+        _LOG.warning("the CPU is used; %s", _OTHER_DEVICES["mps"])
+    elif device.type == "cpu" and hasattr(torch, "xpu") and torch.xpu.is_available():
+        _LOG.warning("the CPU is used; %s", _OTHER_DEVICES["xpu"])
+
+
 def resolve_device(name: str) -> "torch.device":
     """Turn the field ``device`` into a device; ``auto`` is the first CUDA device, or the CPU if there is no card.
 
@@ -262,6 +297,10 @@ def resolve_device(name: str) -> "torch.device":
     """
     import torch
 
+    try:
+        check_device_name(name)
+    except ValueError as error:
+        raise ConfigError(f"device: {name!r} is not allowed: {error}") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a driver that is too old: the error says it
         has_cuda = torch.cuda.is_available()
@@ -276,6 +315,8 @@ def resolve_device(name: str) -> "torch.device":
             + "; allowed: auto, cpu, or a device that `lowmem-db doctor` lists"
         )
     _check_card(device)
+    if name == "auto":
+        _warn_of_other_makers(device)
     return device
 
 
@@ -287,7 +328,7 @@ def _check_card(device: "torch.device") -> None:
     """
     import torch
 
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip:
         return
     found = InstalledCard(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     if (reason := torch_build.why_not_supported(torch_build.installed(), found)) is not None:
@@ -416,7 +457,8 @@ def free_disk_bytes(path: Path) -> int:
 
 def quiet_libraries() -> None:
     """Silence progress bars and remarks of libraries that are of no use on the command line."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

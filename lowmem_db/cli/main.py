@@ -43,5 +43,7 @@ def _leave_if_out_of_memory(error: BaseException) -> None:
 def app() -> None:
     """Run the command line."""
     from lowmem_db.cli.commands import run_command
+    from lowmem_db.console import no_encoding_errors
 
+    no_encoding_errors()
     run_command()

@@ -4,12 +4,17 @@ from typing import Annotated
 
 import typer
 
+from lowmem_db.config import shipped
+
 
 def prepare(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CONFIG.yaml] [section.key=value]... [--flag value]...", help="As for train.", show_default=False
+            metavar="[CONFIG] [section.key=value]... [--flag value]...",
+            help="As for train.",
+            show_default=False,
+            autocompletion=shipped.names,
         ),
     ] = None,
 ) -> None:

@@ -109,6 +109,10 @@ RULES = (
         for field in ("evaluation.prompts", "evaluation.patience")
     ),
     Rule(
+        lambda c: c.checkpointing.copy_to is not None and c.checkpointing.copy_to.resolve() == c.output_dir.resolve(),
+        "checkpointing.copy_to: {config.checkpointing.copy_to} is output_dir itself; choose a folder on another disk",
+    ),
+    Rule(
         lambda c: c.sampling.every is not None and not c.sampling.prompts,
         "sampling.every: {config.sampling.every} has no effect without sampling.prompts; "
         'set sampling.prompts=["a sks dog"], or leave it out',

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from lowmem_db.config.sizes import parse_bytes
+from lowmem_db.environment import check_device_name
 
 
 def _expand_home(path: Path) -> Path:
@@ -274,7 +275,7 @@ class MemoryConfig(Section):
     """How the run saves memory. The planner fills in what is left out: the fastest strategy that fits the budget."""
 
     budget: Annotated[Literal["auto"] | Annotated[int, Field(gt=0)], BeforeValidator(_read_budget)] = "auto"
-    """Device memory that the run may use: ``8GiB``, a number of bytes, or ``auto`` for all that is free."""
+    """Device memory that the run may use: ``8GiB`` (or ``8``, ``8G``, ``8GB``), or ``auto`` for all that is free."""
     weights: Annotated[Weights, BeforeValidator(_refuse_rounded_bf16)] | None = None
     """Type of the weights that train: ``fp32``; ``bf16_extra_bits``, bf16 with eight extra bits (24-bit weights);
     ``bf16_stochastic``, bf16 with stochastic rounding."""
@@ -316,6 +317,9 @@ class CheckpointingConfig(Section):
     """Steps between checkpoints; the last step always has one."""
     keep: PositiveInt | None = 2
     """How many complete checkpoints to keep; null keeps all, except those that were made only for samples."""
+    copy_to: LocalPath | None = None
+    """Folder on another disk, such as Google Drive, for a copy of the newest checkpoint, the samples and the log. With
+    ``--resume``, a run that is gone from ``output_dir`` goes on from there."""
 
 
 class SamplingConfig(Section):
@@ -398,7 +402,7 @@ class Config(Section):
     """Run folder: configuration, metrics, checkpoints, samples and the final model."""
     seed: int = 0
     """Seed of all random numbers of the run."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, AfterValidator(check_device_name)] = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     cache_dir: LocalPath = Field(default_factory=default_cache_dir)
     """Cache of class images, latents and text embeddings, shared by all runs. Default: the environment variable

@@ -8,7 +8,7 @@ import torch
 from lowmem_db.models.families import Family
 from lowmem_db.models.families.spaces import Space
 from lowmem_db.models.files import ModelFiles
-from lowmem_db.models.loading import CPU
+from lowmem_db.models.loading import CPU, META
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,12 @@ class ModelFolder(ModelFiles):
         load = self.family.component(component).load
         assert load is not None, f"{component} of {self.family.name} has only a configuration"
         return load(self, component, device, dtype)
+
+    def num_parameters(self, component: str) -> int:
+        """Return the number of parameters of a component, whose weights need not be there."""
+        if self.has_weights(component):
+            return super().num_parameters(component)
+        return sum(parameter.numel() for parameter in self.load(component, META).parameters())
 
     @property
     def space(self) -> Space:

@@ -1,5 +1,6 @@
 """Loading one component from its folder, or building it on the meta device from its configuration."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -8,9 +9,11 @@ from typing import Any, NoReturn, cast
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from lowmem_db.errors import ModelError
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
@@ -43,6 +46,7 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
     """
     if device.type == "meta":
         return nn.Module.to(_build_on_meta(kind, files, component), dtype).eval().requires_grad_(False)
+    hide_loading_bars()
     path = files.folder_of(component)
     weights = weight_files(path, files.variant_of(component))
     if weights and not getattr(kind, "_keep_in_fp32_modules", None):
@@ -76,6 +80,16 @@ def _read(
     else:
         module.register_to_config(_name_or_path=str(path))
     return module
+
+
+def hide_loading_bars() -> None:
+    """Hide transformers' bars for weights that are on the disk; bars of downloads stay as they are."""
+    shows_downloads = not are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the hub's bars cannot be hidden if the environment wants them, which is fine
+        disable_progress_bar()
+    if shows_downloads:
+        enable_progress_bars()
 
 
 def load_autoencoder(files: ModelFiles, component: str, device: torch.device, dtype: torch.dtype) -> Autoencoder:

@@ -34,7 +34,7 @@ from lowmem_db.run.final import write_final
 from lowmem_db.run.page import ReportPage, write_page
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.run_folder import RunFolder
-from lowmem_db.training.observers import ConsoleBar, MetricsFiles, Observer, Samples, ScoreKeeper
+from lowmem_db.training.observers import ConsoleBar, MetricsFiles, Observer, RunCopy, Samples, ScoreKeeper
 from lowmem_db.training.spill import SpillWatch
 from lowmem_db.training.trainer import Trainer
 from lowmem_db.training.weights_and_biases import WeightsAndBiases

@@ -6,16 +6,15 @@ import torch
 
 from lowmem_db import environment
 from lowmem_db.adaptation.finding import find_adaptation
-from lowmem_db.config.schema import Config, Weights
+from lowmem_db.config.schema import Config
 from lowmem_db.engine.build import count_on_meta
 from lowmem_db.errors import StorageError
 from lowmem_db.memory import techniques
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.planning.disk import checkpoint_bytes, final_bytes
 from lowmem_db.storage import hub
+from lowmem_db.storage.disk import check_path
 from lowmem_db.storage.run_folder import RunFolder
-
-_WEIGHT_BYTES: dict[Weights, int] = {"fp32": 4, "bf16_extra_bits": 3, "bf16_stochastic": 2}  # per parameter
-_STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1}
 
 
 def check_machine(config: Config, device: torch.device) -> None:
@@ -39,6 +38,18 @@ def check_machine(config: Config, device: torch.device) -> None:
         environment.check_wandb()
     if config.final.push_to_hub:
         hub.check_login()
+
+
+def check_folders(config: Config) -> None:
+    """Refuse folders that this system cannot write, as Windows cannot write ``aux``.
+
+    Raises:
+        StorageError: The message names the field.
+    """
+    fields = {"cache_dir": config.cache_dir, "checkpointing.copy_to": config.checkpointing.copy_to}
+    for field, folder in fields.items():
+        if folder is not None:
+            check_path(folder.absolute(), field)
 
 
 def uses_wandb(config: Config) -> bool:
@@ -71,17 +82,5 @@ def _bytes_to_be_replaced(output_dir: Path) -> int:
 
 def disk_bytes(config: Config, model: ModelFolder) -> int:
     """Return the most bytes that the checkpoints and the final model of a run occupy on the disk at once."""
-    adaptation, trained = find_adaptation(config), count_on_meta(config, model)
-    of_checkpoint = adaptation.values_in_checkpoint(model, trained) * _WEIGHT_BYTES[config.memory.weights or "fp32"]
-    of_checkpoint += sum(trained.values()) * (_STATE_BYTES[config.optimizer.name] + 4 * config.ema.enabled)
-    at_once = min(config.checkpointing.keep or config.training.max_train_steps, _num_checkpoints(config)) + 1
-    at_once += config.evaluation.every is not None and config.evaluation.keep_best
-    return int(of_checkpoint * at_once + 4 * adaptation.values_in_final(model, trained))
-
-
-def _num_checkpoints(config: Config) -> int:
-    last = config.training.max_train_steps
-    intervals = [config.checkpointing.every, config.evaluation.every]
-    if config.sampling.prompts and config.checkpointing.keep is not None:  # else those for samples are dropped
-        intervals.append(config.sampling.every)
-    return len({last} | {step for every in intervals if every for step in range(every, last + 1, every)})
+    trained = count_on_meta(config, model)
+    return checkpoint_bytes(config, model, trained) + final_bytes(config, model, trained)

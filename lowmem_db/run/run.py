@@ -18,16 +18,17 @@ from lowmem_db.models.folder import ModelFolder
 from lowmem_db.out_of_memory import first_that_fits
 from lowmem_db.planning.allowance import allocator_bytes
 from lowmem_db.planning.measured import write_plan
-from lowmem_db.planning.output import summary
+from lowmem_db.planning.output import disk_in_words, summary, time_in_words
 from lowmem_db.planning.plan import plan as plan_run
 from lowmem_db.planning.target import Target, target_of_device
 from lowmem_db.preparation.prepare import check_photos, check_prompts, prepare
 from lowmem_db.records import ImageRecord
 from lowmem_db.run.attempts import Attempts, PreparedRun
-from lowmem_db.run.checks import check_disk, check_machine
+from lowmem_db.run.checks import check_disk, check_folders, check_machine
 from lowmem_db.run.resuming import check_run_folder, chosen_paths, with_choices_of_run
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.leftovers import sweep
+from lowmem_db.storage.run_copy import restore_run
 from lowmem_db.storage.run_folder import RunFolder, write_json
 from lowmem_db.training.observers import Observer
 
@@ -93,7 +94,10 @@ class _Planned:
 
 def _check_and_plan(run: RunFolder, config: Config, *, resume: bool) -> _Planned:
     """Check that the run is possible and choose its strategy, before anything expensive happens."""
+    check_folders(config)
     sweep(config.cache_dir)
+    if resume:
+        _restore(run, config)
     chosen = chosen_paths(run, config)
     config = with_choices_of_run(run, config)
     check_run_folder(run, config, resume=resume)
@@ -104,7 +108,8 @@ def _check_and_plan(run: RunFolder, config: Config, *, resume: bool) -> _Planned
     target = target_of_device(config, device)
     plan = plan_run(config, target, model=model)
     config = plan.config
-    say(summary(plan))
+    for line in (summary(plan), time_in_words(plan), disk_in_words(plan)):
+        say(line)
     check_disk(config, model)
     check_prompts(config, model, photos)
     write_text(run.config_file, to_yaml(config))
@@ -134,3 +139,10 @@ def _prepare(run: RunFolder, planned: _Planned, observers: Sequence[Observer]) -
         scorer=scorer,
         observers=observers,
     )
+
+
+def _restore(run: RunFolder, config: Config) -> None:
+    """Copy a run back that is gone from ``output_dir``."""
+    copy = config.checkpointing.copy_to
+    if copy is not None and (step := restore_run(run, RunFolder(copy))) is not None:
+        say(f"{run.root}: restored step {step} from {copy}")

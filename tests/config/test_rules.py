@@ -1,5 +1,7 @@
 """Each refused combination, and its nearest neighbour that is accepted."""
 
+from pathlib import Path
+
 import pytest
 
 from lowmem_db.config.loading import load_config
@@ -109,6 +111,7 @@ CASES = [
         "training.lr_warmup_steps",
         {"training.max_train_steps": 11},
     ),
+    ({"checkpointing.copy_to": Path("runs/dog")}, "checkpointing.copy_to", {"checkpointing.copy_to": "drive/dog"}),
     ({"sampling.every": 5}, "sampling.every", {"sampling.prompts": ["a sks dog"]}),
     ({"memory.micro_batches": 3}, "memory.micro_batches", {"training.train_batch_size": 6}),
     ({"lora.rank": 8}, "lora.enabled", {"lora.enabled": True}),
