@@ -57,8 +57,8 @@ def read_module(
         dtype: Type of its floating-point tensors.
 
     Returns:
-        The module, and the names under ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``, as
-        ``from_pretrained`` returns them. Tensors that are missing stay on the meta device.
+        The module, and the names under ``missing_keys`` and ``unexpected_keys``, as ``from_pretrained`` returns them;
+        under ``mismatched_keys`` are names and shapes in words. Tensors that are missing stay on the meta device.
     """
     with _WithoutValues():
         module = make()
@@ -74,12 +74,13 @@ def read_module(
                 continue
             value = _read(file, stored)
             parent, key = places[name]
+            missing.discard(name)
             expected = getattr(parent, key).shape
             if math.prod(expected) != value.numel() or _matrix(value.shape) != _matrix(expected):
-                mismatched.append(name)
+                shapes = f"{list(value.shape)}, but config.json needs {list(expected)}"
+                mismatched.append(f"{stored} is {shapes}")
                 continue
             _put(parent, key, _as_asked(f"{component}.{name}", parent, key, value.reshape(expected), dtype), device)
-            missing.discard(name)
     for parent, key in places.values():
         if key in parent._buffers and not getattr(parent, key).is_meta:
             _put(parent, key, getattr(parent, key), device)

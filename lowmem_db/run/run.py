@@ -12,6 +12,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import BatchSource
 from lowmem_db.engine.build import set_arithmetic
+from lowmem_db.engine.fitting import check_fits
 from lowmem_db.evaluation.during_training import Scorer
 from lowmem_db.models.finding import model_of
 from lowmem_db.models.folder import ModelFolder
@@ -75,6 +76,7 @@ def prepare_data(config: Config) -> BatchSource:
     device = environment.resolve_device(config.device)
     photos = check_photos(config)
     model = model_of(config)
+    check_fits(config, model)
     check_prompts(config, model, photos)
     set_arithmetic(config, device)
     return prepare(config, model, device, photos)

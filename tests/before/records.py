@@ -15,6 +15,8 @@ HERE = Path(__file__).parent
 ARCHIVE = HERE / "before.tar.xz"
 RECORD = HERE / "record.json"
 VERSIONS = {"_diffusers_version", "transformers_version"}  # of the libraries that write a configuration
+NEW_FILES = {"checksums.json"}
+NEW_METADATA = {"lowmem_db.config", "lowmem_db_base_key"}
 OF_THE_MACHINE = {"seconds", "peak_bytes"}
 
 GENERATED = ("-p", "a zx dog", "-p", "a dog on a beach", "--num-images", "2", "--num-inference-steps", "3")
@@ -46,6 +48,7 @@ def machine() -> dict[str, str]:
 def files_of(path: Path) -> dict[str, dict[str, str]]:
     """Return layout and bits of a file, or of all files below a folder."""
     files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+    files = [file for file in files if file.name not in NEW_FILES]
     return {str(file.relative_to(path.parent)): _described(file) for file in files}
 
 
@@ -89,10 +92,10 @@ def _weights(file: Path) -> dict[str, str]:
 
 
 def _read_metadata(metadata: dict[str, str]) -> dict[str, Any]:
-    """Return metadata with its JSON read; the configuration of the run may get fields that it did not have."""
+    """Return metadata with its JSON read, without what may get fields, or was not there."""
     read: dict[str, Any] = {}
     for name, value in metadata.items():
-        if name == "lowmem_db.config":
+        if name in NEW_METADATA:
             continue
         try:
             read[name] = json.loads(value)
