@@ -35,6 +35,11 @@ DRAWN = ("finished/full", "finished/lora", "finished/lora/final", "finished/lora
 """What ``generate`` draws from: final models of runs, a LoRA by itself, a checkpoint."""
 
 
+LATER = {"lowmem_db.config", "modelspec.predict_key", "ss_v2", "ss_clip_skip", "ssmd_cover_images"}
+FIELDS_OF_BASE = {"base", "revision", "variant", "allow_pickle"}
+LATER_IN_FINAL = ("README.md", "-lora-kohya.safetensors")
+
+
 def machine() -> dict[str, str]:
     """Return what the last bits of a result depend on."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -89,10 +94,14 @@ def _weights(file: Path) -> dict[str, str]:
 
 
 def _read_metadata(metadata: dict[str, str]) -> dict[str, Any]:
-    """Return metadata with its JSON read; the configuration of the run may get fields that it did not have."""
+    """Return metadata with its JSON read; later versions may say more, and name more fields of the model."""
     read: dict[str, Any] = {}
+    is_of_kohya = "ss_network_module" in metadata
     for name, value in metadata.items():
-        if name == "lowmem_db.config":
+        if name in LATER or (is_of_kohya and name.startswith("modelspec.")):
+            continue
+        if name == "lowmem_db_base":
+            read[name] = {field: said for field, said in json.loads(value).items() if field in FIELDS_OF_BASE}
             continue
         try:
             read[name] = json.loads(value)
