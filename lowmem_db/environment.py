@@ -16,7 +16,8 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -92,6 +93,22 @@ def is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """Return a context in which nothing is fetched from the hub, whichever library asks for it.
+
+    bitsandbytes, which others import, fetches native code when it is imported on some processors.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def require(name: str) -> ModuleType:
     """Import an optional library that was asked for.
 
@@ -100,7 +117,8 @@ def require(name: str) -> ModuleType:
     """
     library = _BY_NAME[name]
     try:
-        return importlib.import_module(name)
+        with without_downloads():
+            return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise DependencyError(

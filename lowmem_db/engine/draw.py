@@ -20,6 +20,8 @@ from lowmem_db.config.schema import ObjectiveConfig
 from lowmem_db.console import track
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.data.crops import whole_picture_facts
+from lowmem_db.errors import NonFiniteError
+from lowmem_db.finite import is_finite
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.families.spaces import Codec
 from lowmem_db.models.folder import ModelFolder
@@ -74,6 +76,9 @@ class Artist:
             denoiser: The denoiser; its mode is not changed.
             conditioning: One row for each prompt of the job, and one for the negative prompt at the end.
             job: The images to draw.
+
+        Raises:
+            NonFiniteError: They are infinite or NaN.
         """
         space, (height, width) = self.model.space, job.size
         picture = denoiser.family.describe_pictures(whole_picture_facts(job.size, len(job.prompts) + 1))
@@ -91,7 +96,14 @@ class Artist:
                 )
                 for first in range(0, len(job.generators), count)
             ]
-        return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        latents = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        if not is_finite(latents):
+            kind = str(denoiser.dtype).removeprefix("torch.")
+            raise NonFiniteError(
+                f"{self.model.name}: the images of {job.prompts[0]!r} are infinite or NaN before they are decoded "
+                f"(computed in {kind})"
+            )
+        return latents
 
 
 def draw(

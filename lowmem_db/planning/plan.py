@@ -8,6 +8,7 @@ from itertools import chain
 
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import StrategyField, changed, describe, effort_of, open_paths
+from lowmem_db.engine.fitting import check_fits
 from lowmem_db.environment import GIB
 from lowmem_db.errors import BudgetError
 from lowmem_db.models.finding import model_of
@@ -36,10 +37,12 @@ def plan(config: Config, target: Target, *, model: ModelFolder | None = None) ->
 
     Raises:
         BudgetError: Nothing fits; the message names the smallest budget that would be enough.
-        ConfigError: A rule refuses every strategy.
+        ConfigError: A rule refuses every strategy, or a field does not fit the model.
         ModelError: The model's configuration files cannot be found.
     """
-    run = TracedRun(config=config, model=model or model_of(config, weights=False), card=target.card)
+    model = model or model_of(config, weights=False)
+    check_fits(config, model)
+    run = TracedRun(config=config, model=model, card=target.card)
     return Planner(run).plan(target.budget_bytes, notes=target.notes)
 
 

@@ -13,6 +13,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import BatchSource
 from lowmem_db.engine.build import build_ema, build_step, set_arithmetic
+from lowmem_db.engine.fitting import check_fits
 from lowmem_db.engine.samples import draw_images, draw_samples
 from lowmem_db.evaluation.during_training import Scorer
 from lowmem_db.models.finding import model_of
@@ -73,6 +74,7 @@ def prepare_data(config: Config) -> BatchSource:
     device = environment.resolve_device(config.device)
     photos = check_photos(config)
     model = model_of(config)
+    check_fits(config, model)
     check_prompts(config, model, photos)
     set_arithmetic(config, device)
     return prepare(config, model, device, photos)

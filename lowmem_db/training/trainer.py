@@ -72,6 +72,7 @@ class Trainer:
         self.batches = batches
         self.ema = ema
         self.observers = observers
+        self._saved = time.monotonic()
         self.trained_modules: dict[str, nn.Module] = that_train(denoiser.modules())
         self.step = 0
         self.peak_step_bytes = 0
@@ -110,6 +111,7 @@ class Trainer:
             StorageError: The disk is full.
         """
         self.run.truncate_rows(self.step)
+        self._saved = time.monotonic()
         environment.reset_peak_bytes(self.denoiser.device)
         with stop_on_signals(self.run, lambda: self.step) as stop, self._observed(stop):
             reason = self._reason_to_stop()
@@ -163,10 +165,7 @@ class Trainer:
                 self.denoiser, self.objective, self.optimizer, self.batches.batches_at(self.step), self.step
             )
         except NonFiniteError as error:
-            raise NonFiniteError(
-                f"step {self.step + 1}: {error}; {self._last_good_checkpoint()}, lower training.learning_rate and "
-                "continue with --resume"
-            ) from error
+            raise NonFiniteError(f"step {self.step + 1}: {error}; {self._way_out()}") from error
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.step)
@@ -174,7 +173,8 @@ class Trainer:
 
     def _after_step(self, stop: StopRequest) -> None:
         wanted = [observer.wants_checkpoint(self.step) for observer in self.observers]
-        is_saved = any(wanted) or self.step % self.config.checkpointing.every == 0 or self.is_done or bool(stop)
+        is_due = self.step % self.config.checkpointing.every == 0 or self._is_old()
+        is_saved = any(wanted) or is_due or self.is_done or bool(stop)
         if is_saved:
             self.save_checkpoint()
         if stop and not self.is_done:
@@ -184,10 +184,16 @@ class Trainer:
                 self.tell("checkpoint", self.step)
                 self._prune_checkpoints()  # again: a score may have changed which one is best
 
+    def _is_old(self) -> bool:
+        """Return whether the last checkpoint is older than ``checkpointing.every_minutes``."""
+        minutes = self.config.checkpointing.every_minutes
+        return minutes is not None and time.monotonic() - self._saved > 60 * minutes
+
     def save_checkpoint(self) -> None:
         """Save a checkpoint now.
 
         Raises:
+            NonFiniteError: A weight is infinite or NaN; the newest checkpoint is untouched.
             StorageError: The disk is full; the newest checkpoint is untouched.
         """
         try:
@@ -199,6 +205,9 @@ class Trainer:
             )
         except StorageError as error:
             raise StorageError(f"{error}, with --resume; {self._last_good_checkpoint()}") from error
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {self.step}: {error}; {self._way_out()}") from error
+        self._saved = time.monotonic()
         self._prune_checkpoints()
 
     def _prune_checkpoints(self) -> None:
@@ -249,6 +258,9 @@ class Trainer:
     def _data_key(self) -> str:
         images = [*self.batches.instance_images, *self.batches.class_images]
         return fingerprint.of_values([[image.record.content_key, image.record.prompt] for image in images])
+
+    def _way_out(self) -> str:
+        return f"{self._last_good_checkpoint()}, lower training.learning_rate and continue with --resume"
 
     def _last_good_checkpoint(self) -> str:
         complete = self.run.complete_steps()

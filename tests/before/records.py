@@ -15,6 +15,10 @@ HERE = Path(__file__).parent
 ARCHIVE = HERE / "before.tar.xz"
 RECORD = HERE / "record.json"
 VERSIONS = {"_diffusers_version", "transformers_version"}  # of the libraries that write a configuration
+NEW_FILES = {"checksums.json"}
+NEW_METADATA = {
+    "lowmem_db.config", "lowmem_db_base_key", "modelspec.predict_key", "ss_v2", "ss_clip_skip", "ssmd_cover_images",
+}  # fmt: skip
 OF_THE_MACHINE = {"seconds", "peak_bytes"}
 
 GENERATED = ("-p", "a zx dog", "-p", "a dog on a beach", "--num-images", "2", "--num-inference-steps", "3")
@@ -35,7 +39,6 @@ DRAWN = ("finished/full", "finished/lora", "finished/lora/final", "finished/lora
 """What ``generate`` draws from: final models of runs, a LoRA by itself, a checkpoint."""
 
 
-LATER = {"lowmem_db.config", "modelspec.predict_key", "ss_v2", "ss_clip_skip", "ssmd_cover_images"}
 FIELDS_OF_BASE = {"base", "revision", "variant", "allow_pickle"}
 LATER_IN_FINAL = ("README.md", "-lora-kohya.safetensors")
 
@@ -51,6 +54,7 @@ def machine() -> dict[str, str]:
 def files_of(path: Path) -> dict[str, dict[str, str]]:
     """Return layout and bits of a file, or of all files below a folder."""
     files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+    files = [file for file in files if file.name not in NEW_FILES]
     return {str(file.relative_to(path.parent)): _described(file) for file in files}
 
 
@@ -98,7 +102,7 @@ def _read_metadata(metadata: dict[str, str]) -> dict[str, Any]:
     read: dict[str, Any] = {}
     is_of_kohya = "ss_network_module" in metadata
     for name, value in metadata.items():
-        if name in LATER or (is_of_kohya and name.startswith("modelspec.")):
+        if name in NEW_METADATA or (is_of_kohya and name.startswith("modelspec.")):
             continue
         if name == "lowmem_db_base":
             read[name] = {field: said for field, said in json.loads(value).items() if field in FIELDS_OF_BASE}
