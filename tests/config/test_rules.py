@@ -114,6 +114,7 @@ CASES = [
     ),
     ({"checkpointing.copy_to": Path("runs/dog")}, "checkpointing.copy_to", {"checkpointing.copy_to": "drive/dog"}),
     ({"sampling.every": 5}, "sampling.every", {"sampling.prompts": ["a sks dog"]}),
+    ({"memory.micro_batches": 3}, "memory.micro_batches", {"training.train_batch_size": 6}),
     ({"lora.rank": 8}, "lora.enabled", {"lora.enabled": True}),
     ({"lora.enabled": True, "memory.weights": "bf16_extra_bits"}, "memory.weights", {"memory.weights": "fp32"}),
     ({"lora.enabled": True, "training.layers": ["unet.*"]}, "training.layers", {"training.layers": []}),
