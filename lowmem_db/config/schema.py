@@ -202,6 +202,9 @@ class TrainingConfig(Section):
     the CPU."""
     allow_tf32: bool = False
     """Let CUDA devices multiply fp32 matrices in TF32."""
+    compile: bool = False
+    """Compile the residual and transformer blocks with ``torch.compile``, which takes minutes before the first steps.
+    Results differ from those without it in the last bits. No gain has been measured on a card yet."""
 
 
 class ObjectiveConfig(Section):
@@ -304,6 +307,10 @@ class MemoryConfig(Section):
     been measured on a card yet."""
     tiled_samples: bool | None = None
     """Draw samples during training one at a time, and decode them in tiles in the type of the weights."""
+    micro_batches: Annotated[int, Field(ge=0)] | None = None
+    """Compute each batch in so many parts, one after the other, and step on the mean of their gradients, with the noise
+    that the whole batch would have. Results differ only by rounding. Default: 0, batches as a whole, until memory runs
+    out."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention implementation; xformers needs a CUDA device."""
     techniques: dict[str, bool | int | float | str | None] = {}

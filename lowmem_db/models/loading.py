@@ -3,9 +3,10 @@
 import re
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler
@@ -21,6 +22,8 @@ from lowmem_db.finite import first_not_finite, is_finite
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
 from lowmem_db.models.configurations import NONSENSE, own_fields
 from lowmem_db.models.files import ModelFiles
+from lowmem_db.models.reading import read_module, weight_files
+from lowmem_db.out_of_memory import place_of
 
 Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderTAEF2
 _AUTOENCODERS: dict[str, type[ModelMixin]] = {
@@ -50,25 +53,50 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
     """
     if device.type == "meta":
         return nn.Module.to(_build_on_meta(kind, files, component), dtype).eval().requires_grad_(False)
+    path = files.folder_of(component)
+    weights = weight_files(path, files.variant_of(component))
+    read = _from_pretrained if not weights or getattr(kind, "_keep_in_fp32_modules", None) else _read
+    try:
+        loaded, found = read(kind, files, component, device, dtype)
+    except _DAMAGED as error:
+        _refuse_damaged(path, error)
+    check_names(path, missing=found["missing_keys"], unexpected=found["unexpected_keys"])
+    if found["mismatched_keys"]:
+        raise ModelError(f"{path}: {found['mismatched_keys'][0]}; download the model again")
+    check_finite(path, loaded)
+    return loaded.to(device).eval().requires_grad_(False)
+
+
+def _read(
+    kind: Any, files: ModelFiles, component: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """Return a module with the tensors of safetensors, read one by one, and the names that do not match."""
+    path = files.folder_of(component)
+    weights = weight_files(path, files.variant_of(component))
+    module, found = read_module(partial(_build, kind, files, component), weights, component, device, dtype)
+    if isinstance(module, PreTrainedModel):
+        module.config.dtype = dtype  # saved configurations name the type, or the folder, as from_pretrained lets them
+    else:
+        module.register_to_config(_name_or_path=str(path))
+    return module, found
+
+
+def _from_pretrained(
+    kind: Any, files: ModelFiles, component: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """Return a module that its library loads onto the host, and the names that do not match."""
+    del device
     hide_loading_bars()
     path, config = files.folder_of(component), files.config_of(component)
     options: dict[str, Any] = {"use_safetensors": not files.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
     if issubclass(kind, PreTrainedModel):
         options["config"] = cast("Any", kind.config_class)(**own_fields(kind.config_class, config))
-    try:
-        loaded, found = cast("Any", kind).from_pretrained(
-            path,
-            local_files_only=True,
-            variant=files.variant_of(component),
-            output_loading_info=True,
-            **options,
-        )
-    except _DAMAGED as error:
-        raise _damaged(path, error) from error
-    check_names(path, missing=found["missing_keys"], unexpected=found["unexpected_keys"])
-    check_finite(path, loaded)
-    return loaded.to(device).eval().requires_grad_(False)
+    variant = files.variant_of(component)
+    loaded, found = kind.from_pretrained(
+        path, local_files_only=True, variant=variant, output_loading_info=True, **options
+    )
+    return loaded, {**found, "mismatched_keys": []}  # the library has refused those
 
 
 def check_names(path: Path, *, missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -139,7 +167,7 @@ def load_tokenizer(files: ModelFiles, component: str) -> CLIPTokenizer:
     try:
         return CLIPTokenizer.from_pretrained(path, local_files_only=True)
     except _DAMAGED as error:
-        raise _damaged(path, error) from error
+        _refuse_damaged(path, error)
 
 
 def load_noise_schedule(
@@ -185,12 +213,16 @@ def schedule_changes(prediction_type: str | None, zero_terminal_snr: bool | None
 
 def _build_on_meta(kind: Any, files: ModelFiles, component: str) -> Any:
     """Build a component from its configuration, without weights."""
+    with torch.device("meta"):
+        return _build(kind, files, component)
+
+
+def _build(kind: Any, files: ModelFiles, component: str) -> Any:
     config = files.config_of(component)
     try:
-        with torch.device("meta"):
-            if issubclass(kind, PreTrainedModel):
-                return kind(cast("Any", kind.config_class)(**own_fields(kind.config_class, config)))
-            return kind.from_config(config)
+        if issubclass(kind, PreTrainedModel):
+            return kind(cast("Any", kind.config_class)(**own_fields(kind.config_class, config)))
+        return kind.from_config(config)
     except NONSENSE as error:
         raise ModelError(
             f"{files.folder_of(component)}: config.json does not describe a {kind.__name__} ({_in_a_line(error)}); "
@@ -202,10 +234,13 @@ def _has_safetensors(path: Path) -> bool:
     return any(file.suffix == ".safetensors" for file in path.iterdir())
 
 
-def _damaged(path: Path, error: Exception) -> ModelError:
-    return ModelError(
+def _refuse_damaged(path: Path, error: Exception) -> NoReturn:
+    """Raise the error of a damaged component; out of memory is no damage."""
+    if place_of(error) is not None:
+        raise error
+    raise ModelError(
         f"{path}: cannot be loaded ({_in_a_line(error)}); check model.base and model.variant, or download it again"
-    )
+    ) from error
 
 
 def _in_a_line(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """The weights of a component on disk in diffusers' layout: all names and shapes at once, tensors one by one."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +10,8 @@ from torch import Tensor
 from lowmem_db.errors import ModelError
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import META, check_names
-from lowmem_db.models.names import published_name
+from lowmem_db.models.names import current_name, published_name
 from lowmem_db.storage.tensor_stream import dtype_of_name
-
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_OLD_NAME = re.compile(r"(mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _published(model: ModelFolder, component: str, name: str) -> str:
     if model.family.component(component).role == "autoencoder":
-        return _OLD_NAME.sub(lambda match: f"{match[1]}.{_OLD_ATTENTION[match[2]]}.", name)
+        return current_name(name)
     return published_name(component, name)
 
 

@@ -31,6 +31,7 @@ from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders, read_otherwise
+from lowmem_db.out_of_memory import first_that_fits
 from lowmem_db.randomness import generator
 from lowmem_db.records import Size
 from lowmem_db.sampling.images import is_black
@@ -291,10 +292,15 @@ def _is_drawn(file: Path, size: Size) -> bool:
 
 
 def _embed(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> PromptTable:
-    """Return the embeddings of the class prompt and of the empty prompt."""
-    return embed_prompts(
-        model, load_text_encoders(model, device=device, dtype=dtype), [str(config.subject.class_prompt), ""]
-    )
+    """Return the embeddings of the class prompt and of the empty prompt; the CPU computes them in fp32."""
+
+    def on(where: torch.device, in_dtype: torch.dtype) -> PromptTable:
+        text_encoders = load_text_encoders(model, device=where, dtype=in_dtype)
+        return embed_prompts(model, text_encoders, [str(config.subject.class_prompt), ""])
+
+    places = [(device, dtype)] if device.type == "cpu" else [(device, dtype), (CPU, torch.float32)]
+    attempts = [(f"on {where}", partial(on, where, in_dtype)) for where, in_dtype in places]
+    return first_that_fits("encoding the class prompt", attempts, "close other programs")
 
 
 def _images_per_part(batch_size: int) -> int:

@@ -4,12 +4,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lowmem_db import environment, fingerprint
+from lowmem_db import environment, fingerprint, out_of_memory
 from lowmem_db.adaptation.base import Adaptation, Stateful
 from lowmem_db.adaptation.layers import that_train
 from lowmem_db.config.schema import Config
@@ -47,6 +47,7 @@ class Trainer:
 
     Attributes:
         step: Optimizer steps done.
+        phase: What it does now, as the planner calls it; scores count as samples.
         peak_step_bytes: Peak memory of a step so far, as counted by :func:`environment.peak_bytes`.
         trained_modules: Components that train, or trained until they were stopped.
     """
@@ -76,6 +77,8 @@ class Trainer:
         self.trained_modules: dict[str, nn.Module] = that_train(denoiser.modules())
         self.step = 0
         self.peak_step_bytes = 0
+        self.phase: Literal["train", "sample"] = "train"
+        self._whole_at: tuple[int, int] | None = None
 
     def stateful_objects(self) -> dict[str, Stateful]:
         """Return the objects that a checkpoint holds, by name."""
@@ -109,18 +112,54 @@ class Trainer:
             RunInterrupted: The run was asked to stop; a checkpoint was saved.
             NonFiniteError: The loss or the gradient is not finite.
             StorageError: The disk is full.
+            Exception: Memory ran out (:func:`out_of_memory.place_of`); a checkpoint was saved if the weights are whole.
         """
         self.run.truncate_rows(self.step)
         self._saved = time.monotonic()
         environment.reset_peak_bytes(self.denoiser.device)
-        with stop_on_signals(self.run, lambda: self.step) as stop, self._observed(stop):
-            reason = self._reason_to_stop()
-            while not self.is_done and reason is None:
-                self.tell("step", self._step())
-                self._after_step(stop)
-                reason = self._reason_to_stop()
+        with stop_on_signals(self.run, lambda: self.step) as stop:
+            try:
+                with self._observed(stop):
+                    reason = self._steps(stop)
+                self.phase = "train"
+            except Exception as error:
+                if out_of_memory.place_of(error) is not None:
+                    self._save_if_whole(error)
+                    if stop:
+                        stop.stop()
+                raise
         if not self.is_done:
             say(f"{reason}: stopped after step {self.step}")
+
+    def _steps(self, stop: StopRequest) -> str | None:
+        """Step until the run is done or there is a reason to stop; return the reason."""
+        self._whole_at = self._counts()
+        reason = self._reason_to_stop()
+        while not self.is_done and reason is None:
+            self.phase = "train"
+            self.tell("step", self._step())
+            self._whole_at = self._counts()
+            self._after_step(stop)
+            reason = self._reason_to_stop()
+        return reason
+
+    def _save_if_whole(self, error: Exception) -> None:
+        """Free what the failed step holds, and save a checkpoint unless memory ran out while weights changed."""
+        out_of_memory.forget(error)
+        self.optimizer.zero_grad()
+        out_of_memory.release()
+        if self._counts() != self._whole_at or self.step in {0, *self.run.complete_steps()}:
+            return
+        try:
+            self.save_checkpoint()
+        except Exception as second:
+            if out_of_memory.place_of(second) is None:
+                raise
+            out_of_memory.forget(second)
+
+    def _counts(self) -> tuple[int, int]:
+        """Return the steps done and those the optimizer has begun; in between, weights are neither old nor new."""
+        return self.step, self.optimizer.num_steps
 
     @property
     def is_done(self) -> bool:
@@ -145,6 +184,7 @@ class Trainer:
         """Start the observers; afterwards end those that were started, in reverse order."""
         started: list[Observer] = []
         try:
+            self.phase = "sample"
             with stop.after_checkpoint("samples and scores") if self.step else nullcontext():
                 for observer in self.observers:
                     started.append(observer)
@@ -180,6 +220,7 @@ class Trainer:
         if stop and not self.is_done:
             stop.stop()
         if is_saved:
+            self.phase = "sample"
             with stop.after_checkpoint("samples and scores"):
                 self.tell("checkpoint", self.step)
                 self._prune_checkpoints()  # again: a score may have changed which one is best

@@ -16,7 +16,9 @@ ARCHIVE = HERE / "before.tar.xz"
 RECORD = HERE / "record.json"
 VERSIONS = {"_diffusers_version", "transformers_version"}  # of the libraries that write a configuration
 NEW_FILES = {"checksums.json"}
-NEW_METADATA = {"lowmem_db.config", "lowmem_db_base_key"}
+NEW_METADATA = {
+    "lowmem_db.config", "lowmem_db_base_key", "modelspec.predict_key", "ss_v2", "ss_clip_skip", "ssmd_cover_images",
+}  # fmt: skip
 OF_THE_MACHINE = {"seconds", "peak_bytes"}
 
 GENERATED = ("-p", "a zx dog", "-p", "a dog on a beach", "--num-images", "2", "--num-inference-steps", "3")
@@ -35,6 +37,10 @@ EXPORTED = {
 """Arguments of ``export`` by what it writes."""
 DRAWN = ("finished/full", "finished/lora", "finished/lora/final", "finished/lora_xl", "unfinished/in_backward")
 """What ``generate`` draws from: final models of runs, a LoRA by itself, a checkpoint."""
+
+
+FIELDS_OF_BASE = {"base", "revision", "variant", "allow_pickle"}
+LATER_IN_FINAL = ("README.md", "-lora-kohya.safetensors")
 
 
 def machine() -> dict[str, str]:
@@ -92,10 +98,14 @@ def _weights(file: Path) -> dict[str, str]:
 
 
 def _read_metadata(metadata: dict[str, str]) -> dict[str, Any]:
-    """Return metadata with its JSON read, without what may get fields, or was not there."""
+    """Return metadata with its JSON read; later versions may say more, and name more fields of the model."""
     read: dict[str, Any] = {}
+    is_of_kohya = "ss_network_module" in metadata
     for name, value in metadata.items():
-        if name in NEW_METADATA:
+        if name in NEW_METADATA or (is_of_kohya and name.startswith("modelspec.")):
+            continue
+        if name == "lowmem_db_base":
+            read[name] = {field: said for field, said in json.loads(value).items() if field in FIELDS_OF_BASE}
             continue
         try:
             read[name] = json.loads(value)

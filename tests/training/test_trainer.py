@@ -18,7 +18,7 @@ from lowmem_db.engine import draw
 from lowmem_db.engine.step import train_step
 from lowmem_db.errors import ConfigError, NonFiniteError, StorageError
 from lowmem_db.models.finding import find_model
-from lowmem_db.run import checks, run
+from lowmem_db.run import attempts, checks
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_state, read_tensors
 from lowmem_db.training import trainer
@@ -136,10 +136,10 @@ def test_samples_come_from_the_moving_average(
 ) -> None:
     seen: list[torch.Tensor] = []
 
-    def recording(config, model, denoiser, prompts, run, step):
+    def recording(config, model, denoiser, prompts, run, thrift, step):
         seen.append(denoiser.module.conv_in.weight.detach().clone())
 
-    monkeypatch.setattr(run, "draw_samples", recording)
+    monkeypatch.setattr(attempts, "draw_samples", recording)
     fields = tiny_fields | {"sampling.prompts": ["a dog"], "training.max_train_steps": 1}
     train(arguments(fields))
     train(arguments(fields | {"ema.enabled": True, "output_dir": str(tmp_path / "ema")}))
