@@ -12,6 +12,7 @@ from PIL import Image
 from lowmem_db.config.schema import Sampler
 from lowmem_db.console import say, warn
 from lowmem_db.engine.draw import Artist, Job, draw, loaded_for_use
+from lowmem_db.engine.fitting import too_many_steps
 from lowmem_db.engine.source import ImageSource, Step, find_source
 from lowmem_db.errors import DataError
 from lowmem_db.models.text_encoders import cut_prompt_warnings
@@ -145,6 +146,8 @@ def generate_images(
         dtype: Type to compute in.
 
     Raises:
+        DataError: The resolution is not a multiple of the size of a latent pixel, or there are more sampling steps than
+            the model's noise schedule has.
         ConfigError: The model predicts epsilon and its last timestep is pure noise.
         DataError: The resolution is not a multiple of the size of a latent pixel.
     """
@@ -229,7 +232,10 @@ def _check(source: ImageSource, wishes: Wishes) -> None:
     assert wishes.sampler, "defaults are filled in"
     fields = ("--resolution", "--resolution") if wishes.width == wishes.height else ("--height", "--width")
     check_size(source, _size(wishes), fields)
-    source.model.family.sampler(source.model, wishes.sampler, source.objective)
+    assert wishes.num_inference_steps, "defaults are filled in"
+    steps, sampler = wishes.num_inference_steps, wishes.sampler
+    if problem := too_many_steps("--num-inference-steps", source.model, sampler, steps, source.objective):
+        raise DataError(problem)
 
 
 def _draw(source: ImageSource, wishes: Wishes, device: torch.device, dtype: torch.dtype) -> list[list[Image.Image]]:

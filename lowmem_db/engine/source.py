@@ -1,6 +1,6 @@
 """The model that images are drawn from: a model on disk, with what a run has trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,18 +8,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lowmem_db.adaptation import lora_base
 from lowmem_db.adaptation.lora_file import LoraFile, lora_of_checkpoint, put_into, read_lora
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config, ModelConfig, ObjectiveConfig
 from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.engine.checkpoint_weights import checkpoint_weights, trained_components
-from lowmem_db.errors import DataError
+from lowmem_db.errors import CheckpointError, DataError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.finding import final_model_of, find_base, find_model
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.places import INDEX, LORA_FILE
 from lowmem_db.models.text_encoders import embed_prompts
+from lowmem_db.storage.checksums import MANIFEST
 from lowmem_db.storage.run_folder import RunFolder
 
 
@@ -84,7 +86,23 @@ class ImageSource:
             and self.run_config is not None
             and component in trained_components(self.checkpoint)
         ):
-            module.load_state_dict(checkpoint_weights(self.checkpoint, component, self.run_config))
+            _load(module, checkpoint_weights(self.checkpoint, component, self.run_config), self.checkpoint)
+
+
+def _load(module: nn.Module, state: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
+    """Load the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: They do not belong to this model.
+    """
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{checkpoint}: does not fit the base model of its run ({reason}); delete {checkpoint} to draw from an "
+            "older one"
+        ) from error
 
 
 Step = int | Literal["final"]
@@ -98,6 +116,10 @@ def find_source(source: str, *, step: Step | None = None, base: str | None = Non
         source: A run folder, a folder with a LoRA, or anything that ``model.base`` accepts.
         step: A checkpoint of the run, or ``final``. Default: the final model, or else the newest checkpoint.
         base: Where the model is that it was trained on. Default: where its run or its LoRA says.
+
+    Args:
+        source: A run folder, a LoRA, or anything that ``model.base`` accepts.
+        base: The base model of a LoRA. Default: that of its run, or the local one whose content key its file holds.
 
     Raises:
         DataError: A run folder has no model, or not of this step; an argument has no effect.
@@ -114,6 +136,7 @@ def find_source(source: str, *, step: Step | None = None, base: str | None = Non
             return _lora_source(run.final_dir / LORA_FILE, config, run, base)
         if run.final_dir.is_dir():
             _refuse_base(base, run.final_dir)
+            _remark_on_age(run.final_dir)
             return ImageSource(model=final_model_of(config, run.final_dir), run_config=config)
     chosen = choose_step(run, step)
     if step is None:
@@ -172,6 +195,21 @@ def _base(
 def _lora_source(file: Path, config: Config | None, run: RunFolder | None, base: str | None) -> ImageSource:
     """Return the base model and the adapters of a file, as ``final/`` of a LoRA run has it."""
     lora = read_lora(file)
-    trained_on = lora.trained_on if config is None else config.model
-    model = _base(trained_on, base, str(file if run is None else run.root), config)
+    owner = config or _config_of_owner(file.parent)
+    if owner is None:
+        model = lora_base.find_base(lora, source=str(file.parent), given=base)
+    else:
+        model = _base(owner.model, base, str(file if run is None else run.root), owner)
     return ImageSource(model=model, lora=lora, lora_files=(file,), run_config=config)
+
+
+def _config_of_owner(folder: Path) -> Config | None:
+    """Return the configuration of the run if this is its ``final/``."""
+    run = RunFolder(folder.absolute().parent)
+    is_final = folder.absolute() == run.final_dir and run.config_file.is_file()
+    return load_config(run.config_file) if is_final else None
+
+
+def _remark_on_age(final: Path) -> None:
+    if not (final / MANIFEST).is_file():
+        say(f"{final}: was written by an older version without checksums, so its files are not verified")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_db.adaptation import lora_base
 from lowmem_db.adaptation.lora_file import LoraFile, put_into
 from lowmem_db.adaptation.low_rank import merge
 from lowmem_db.console import track
@@ -58,6 +59,7 @@ def extract_lora(source: ExportSource, base: ModelFolder, rank: int) -> tuple[Lo
     state: dict[str, Tensor] = {}
     all_norms: dict[str, ChangeNorms] = {}
     for component in (base.family.denoiser, *base.family.text_encoders):
+        source.model.verify(component)
         after = {name: stored.read for name, stored in stored_weights(source.model, component).items()}
         found, norms = _of_component(component, after, base, rank)
         if norms.total > 0.0:
@@ -114,14 +116,20 @@ def base_of(source: ExportSource, given: str | None) -> ModelFolder:
     return find_base(trained_on, given, of=source.name, cache_dir=cache_dir, exact=False)
 
 
-def base_of_lora(source: LoraSource, given: str | None) -> ModelFolder:
+def base_of_lora(source: LoraSource, given: str | None = None) -> ModelFolder:
     """Return the model that a LoRA was trained on.
+
+    Args:
+        source: The LoRA.
+        given: The base model that the user named. Default: that of the run, see also :func:`find_base`.
 
     Raises:
         ModelError: It is not known, or does not exist.
     """
-    cache_dir = None if source.config is None else source.config.cache_dir
-    return find_base(source.trained_on, given, of=source.name, cache_dir=cache_dir, exact=False)
+    config = source.config
+    if config is None:
+        return lora_base.find_base(source.lora, source=source.name, given=given)
+    return find_base(config.model, given, of=source.name, cache_dir=config.cache_dir, exact=False)
 
 
 def total_of(norms: Mapping[str, ChangeNorms]) -> ChangeNorms:

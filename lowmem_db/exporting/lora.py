@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem_db.adaptation.lora_file import LoraFile, read_lora, write_lora
 from lowmem_db.config.loading import load_config
-from lowmem_db.config.schema import Config, ModelConfig
+from lowmem_db.config.schema import Config
 from lowmem_db.errors import ModelError
 from lowmem_db.exporting.casting import cast
 from lowmem_db.exporting.source import refuse_existing
@@ -44,11 +44,6 @@ class LoraSource:
     lora: LoraFile
     config: Config | None = None
     sample: Path | None = None
-
-    @property
-    def trained_on(self) -> ModelConfig | None:
-        """The base model, or None if it is not known."""
-        return self.lora.trained_on if self.config is None else self.config.model
 
 
 def find_lora_source(source: str) -> LoraSource | None:

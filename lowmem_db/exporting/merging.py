@@ -6,9 +6,9 @@ import torch
 
 from lowmem_db.adaptation.lora_file import put_into
 from lowmem_db.adaptation.low_rank import merge
+from lowmem_db.exporting.extraction import base_of_lora
 from lowmem_db.exporting.lora import LoraSource
 from lowmem_db.exporting.source import refuse_existing
-from lowmem_db.models.finding import find_base
 from lowmem_db.models.saving import save_model
 from lowmem_db.storage.atomic import write_folder
 
@@ -22,15 +22,14 @@ def merge_into_folder(
         source: The LoRA.
         out: The folder to create.
         precision: Type of the components that have changed.
-        base: The model to merge into. Default: the one it was trained on.
+        base: The base model. Default: that of the run, or the local one whose content key the LoRA holds.
 
     Raises:
-        ModelError: The LoRA does not name its base model, that does not exist, or ``out`` exists.
+        ModelError: The base model does not exist or must be named, or ``out`` exists.
         StorageError: The disk is full.
     """
     refuse_existing(out)
-    cache_dir = None if source.config is None else source.config.cache_dir
-    model = find_base(source.trained_on, base, of=source.name, cache_dir=cache_dir, exact=False)
+    model = base_of_lora(source, base)
     merged = {}
     for component in source.lora.settings:
         merged[component] = model.load(component)

@@ -3,6 +3,7 @@
 Everything is checked before a weight is read: layout, family, and that the weights are safetensors.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from lowmem_db.config.schema import Config, ModelConfig
 from lowmem_db.console import say, warn
+from lowmem_db.environment import without_downloads
 from lowmem_db.errors import ModelError
 from lowmem_db.models.autoencoder_override import AUTOENCODER_FILE, with_autoencoder
+from lowmem_db.models.checking import check_model
 from lowmem_db.models.families import FAMILIES, families_of, find_family
 from lowmem_db.models.families.base import Reading
 from lowmem_db.models.files import ModelFiles
@@ -20,7 +23,7 @@ from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.places import HUB_FILE, HUB_ID, INDEX, near, place_of
 from lowmem_db.models.single_file import CONFIGS_DIR, recognise
 from lowmem_db.models.single_file_folder import folder_of_file
-from lowmem_db.models.soundness import check_model
+from lowmem_db.models.soundness import check_files
 
 _SUCCESSORS = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -44,6 +47,7 @@ def find_model(
     prompt_chunks: int = 1,
     cache_dir: Path | None = None,
     weights: bool = True,
+    fetch: bool = True,
 ) -> ModelFolder:
     """Find a model and check its layout; a hub id is downloaded first, a single file becomes a folder in the cache.
 
@@ -59,6 +63,7 @@ def find_model(
         cache_dir: Where the folders of single files are kept. Default: the usual cache.
         weights: Whether weights are needed. If not, nothing is downloaded or written: the configuration files are
             enough, and those of well-known models are in this package.
+        fetch: Whether a hub id may be downloaded: if the user, and not a file, has named it.
 
     Raises:
         ModelError: It does not exist, its family is not supported, it has only pickled weights, or the autoencoder is
@@ -66,22 +71,25 @@ def find_model(
         ConfigError: Its text encoders cannot be read so.
     """
     if weights:
-        path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
+        with nullcontext() if fetch else without_downloads():
+            path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
         files = ModelFiles(path=path, variant=variant, allow_pickle=allow_pickle)
         _check_layout(base, files)
         model = _folder_of(base, files)
     else:
         model = _find_configuration(base, revision, variant)
-    if vae is not None and (found := _find_autoencoder(vae, weights=weights)) is not None:
-        model = with_autoencoder(model, vae, found, cache_dir=cache_dir, weights=weights)
+    with nullcontext() if fetch else without_downloads():
+        if vae is not None and (found := _find_autoencoder(vae, weights=weights)) is not None:
+            model = with_autoencoder(model, vae, found, cache_dir=cache_dir, weights=weights)
     if weights:
-        check_model(model)
+        check_files(model)
+    check_model(model, weights=weights)
     return replace(model, family=model.family.with_reading(model, Reading(clip_skip, prompt_chunks)))
 
 
-def model_of(config: Config, *, weights: bool = True) -> ModelFolder:
+def model_of(config: Config, *, weights: bool = True, fetch: bool = True) -> ModelFolder:
     """Find the base model of a run, see :func:`find_model`."""
-    return _find(config.model, config.cache_dir, weights=weights)
+    return _find(config.model, config.cache_dir, weights=weights, fetch=fetch)
 
 
 def find_base(
@@ -105,7 +113,7 @@ def find_base(
         raise ModelError(f"{of}: does not name its base model; name it with --base MODEL")
     else:
         try:
-            model = _find(trained_on, cache_dir)
+            model = _find(trained_on, cache_dir, fetch=False)
         except ModelError as error:
             raise ModelError(
                 f"{error}. It is the base of {of}: if it has moved, say where it is with --base"
@@ -131,8 +139,9 @@ def _find_moved(trained_on: ModelConfig | None, given: str, cache_dir: Path | No
         return _find(trained_on.model_copy(update={"base": given, "revision": None, "variant": None}), cache_dir)
 
 
-def _find(fields: ModelConfig, cache_dir: Path | None, *, weights: bool = True) -> ModelFolder:
-    return find_model(**fields.model_dump(exclude={"content_key"}), cache_dir=cache_dir, weights=weights)
+def _find(fields: ModelConfig, cache_dir: Path | None, *, weights: bool = True, fetch: bool = True) -> ModelFolder:
+    named = fields.model_dump(exclude={"content_key"})
+    return find_model(**named, cache_dir=cache_dir, weights=weights, fetch=fetch)
 
 
 def final_model_of(config: Config, folder: Path) -> ModelFolder:

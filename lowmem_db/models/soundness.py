@@ -20,7 +20,7 @@ from lowmem_db.models.stored_weights import stored_weights
 _INDEX = ".index.json"
 
 
-def check_model(model: ModelFolder) -> None:
+def check_files(model: ModelFolder) -> None:
     """Refuse a model whose files do not belong together.
 
     Raises:

@@ -1,8 +1,10 @@
 """The phases before training, one after the other, and their results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -16,10 +18,14 @@ from lowmem_db.data.photos import photo_warnings, scan_photos
 from lowmem_db.data.tags import caption_variants, varies
 from lowmem_db.errors import DataError
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import CPU
 from lowmem_db.models.text_encoders import cut_prompt_warnings
+from lowmem_db.out_of_memory import first_that_fits
 from lowmem_db.preparation.class_images import ClassImages, prepare_class_images
 from lowmem_db.preparation.encode import encode_images, encode_prompts
 from lowmem_db.records import ImageRecord, Size
+
+_Made = TypeVar("_Made")
 
 
 def check_photos(config: Config) -> list[ImageRecord]:
@@ -76,22 +82,27 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
     subjects = [photos_of(config, photos, number) for number in range(len(config.subjects))]
     of_class = _class_images_of_all(config, model, device, [[size_of[p.path] for p in own] for own in subjects])
     _check_overlap(photos, [record for records, _ in of_class for record in records], config.prior.class_dir)
+    everything = [
+        *((own, [size_of[photo.path] for photo in own]) for own in subjects),
+        *((records, [size] * len(records)) for records, size in of_class),
+    ]
+
+    def encode(where: torch.device) -> list[list[EncodedImage]]:
+        return [encode_images(config, model, where, records, each) for records, each in everything]
+
+    encoded = _there_or_on_cpu("encoding pictures", encode, device)
     instance_images = [
         image
-        for subject, own in zip(config.subjects, subjects, strict=True)
-        for image in encode_images(config, model, device, own, [size_of[p.path] for p in own]) * subject.repeats
+        for subject, images in zip(config.subjects, encoded, strict=False)  # the rest are class images
+        for image in images * subject.repeats
     ]
-    class_images = [
-        image
-        for records, size in of_class
-        for image in encode_images(config, model, device, records, [size] * len(records))
-    ]
+    class_images = [image for images in encoded[len(subjects) :] for image in images]
     environment.release_memory(device)
     class_records = [image.record for image in class_images]
     variants = {photo.prompt: caption_variants(photo.prompt, config.data, config.seed) for photo in photos}
     prompts = {record.prompt for record in [*photos, *class_records]} | config.prompts_drawn
     prompts |= {variant for found in variants.values() for variant in found}
-    table = encode_prompts(config, model, device, prompts)
+    table = _there_or_on_cpu("encoding prompts", lambda where: encode_prompts(config, model, where, prompts), device)
     environment.release_memory(device)
     return BatchSource(
         instance_images=repeated(instance_images, config.data.repeats),
@@ -103,6 +114,13 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
         conditioning_dropout=config.objective.conditioning_dropout,
         caption_variants=variants if varies(config.data) else {},
     )
+
+
+def _there_or_on_cpu(what: str, make: Callable[[torch.device], _Made], device: torch.device) -> _Made:
+    """Compute on a device, and what does not fit there on the CPU; what was cached before is not made again."""
+    places = [device] if device.type == "cpu" else [device, CPU]
+    attempts = [(f"on {where}", partial(make, where)) for where in places]
+    return first_that_fits(what, attempts, "free memory, or lower data.resolution")
 
 
 def repeated(images: Sequence[EncodedImage], repeats: Mapping[str, int]) -> list[EncodedImage]:
