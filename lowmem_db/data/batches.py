@@ -95,6 +95,8 @@ class BatchSource:
         train_batch_size: Photos per batch.
         gradient_accumulation_steps: Batches per step.
         conditioning_dropout: Fraction of samples that get the empty prompt.
+        templates: Prompts of which one is drawn for each sample of a photo without its own caption.
+        template_for: The prompt for which they are drawn.
     """
 
     instance_images: Sequence[EncodedImage]
@@ -104,6 +106,8 @@ class BatchSource:
     train_batch_size: int
     gradient_accumulation_steps: int
     conditioning_dropout: float = 0.0
+    templates: Sequence[str] = ()
+    template_for: str | None = None
 
     def batches_at(self, step: int) -> list[Batch]:
         """Return the batches of one optimizer step; all images in a batch have the same size.
@@ -163,7 +167,11 @@ class BatchSource:
         return int(torch.randint(len(image.mean), (), generator=generator(self.seed, "crop", step, sample)))
 
     def _prompt(self, image: EncodedImage, step: int, sample: int) -> str:
-        if self.conditioning_dropout == 0:
+        if self.conditioning_dropout > 0:
+            draw = torch.rand((), generator=generator(self.seed, "conditioning_dropout", step, sample))
+            if draw < self.conditioning_dropout:
+                return ""
+        if not self.templates or image.record.prompt != self.template_for:
             return image.record.prompt
-        draw = torch.rand((), generator=generator(self.seed, "conditioning_dropout", step, sample))
-        return "" if draw < self.conditioning_dropout else image.record.prompt
+        drawn = torch.randint(len(self.templates), (), generator=generator(self.seed, "template", step, sample))
+        return self.templates[int(drawn)]

@@ -60,7 +60,7 @@ def count_on_meta(config: Config, model: ModelFolder) -> dict[str, int]:
 
 def _load_denoiser(config: Config, model: ModelFolder, device: torch.device) -> Denoiser:
     family, dtype = model.family, find_adaptation(config).load_dtype()
-    names = [family.denoiser, *(family.text_encoders if config.training.train_text_encoder else ())]
+    names = [family.denoiser, *(family.text_encoders if config.runs_text_encoders else ())]
     modules = {name: model.load(name, device, dtype) for name in names}
     return Denoiser(family, modules, AUTOCAST_TYPES[autocast(config)])
 

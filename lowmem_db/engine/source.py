@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem_db.adaptation.embeddings import word_of_checkpoint
 from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, lora_of_checkpoint, put_into, read_lora
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config, ObjectiveConfig
@@ -15,8 +16,10 @@ from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.errors import DataError
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.finding import find_model, model_of
+from lowmem_db.models.embedding_file import EMBEDDING_FILE, read_base, read_embedding
+from lowmem_db.models.finding import find_model, model_of, with_words
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.new_words import NewWord
 from lowmem_db.models.text_encoders import embed_prompts
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_state
@@ -97,23 +100,45 @@ def find_source(source: str) -> ImageSource:
     """
     run = RunFolder(Path(source))
     if not run.config_file.is_file():
-        return _lora_source(Path(source)) or ImageSource(model=find_model(source))
+        trained = _lora_source(Path(source)) or _embedding_source(Path(source))
+        return trained or ImageSource(model=find_model(source))
     config = load_config(run.config_file)
-    if (of_lora := _lora_source(run.final_dir, config)) is not None:
+    if (of_lora := _lora_source(run.final_dir, config) or _embedding_source(run.final_dir, config)) is not None:
         return of_lora
     if run.final_dir.is_dir():
-        return ImageSource(model=find_model(str(run.final_dir)), run_config=config)
+        return ImageSource(model=find_model(str(run.final_dir), embeddings=config.model.embeddings), run_config=config)
     steps = run.complete_steps()
     if not steps:
         raise DataError(f"{run.root}: the run has no final model and no complete checkpoint yet; train it first")
     say(f"the run is not finished: drawing from its checkpoint of step {steps[-1]}")
-    model, checkpoint = model_of(config), run.checkpoint_dir(steps[-1])
+    checkpoint = run.checkpoint_dir(steps[-1])
+    if config.textual_inversion.enabled:
+        return ImageSource(model=_with_word(config, word_of_checkpoint(checkpoint, config)), run_config=config)
+    model = model_of(config)
     if config.lora.enabled:
         files = tuple(sorted(checkpoint.glob("*.safetensors")))
         return ImageSource(
             model=model, lora=lora_of_checkpoint(checkpoint, config), lora_files=files, run_config=config
         )
     return ImageSource(model=model, checkpoint=checkpoint, run_config=config)
+
+
+def _embedding_source(folder: Path, run_config: Config | None = None) -> ImageSource | None:
+    """Return the base model with the word if a folder holds an embedding, as ``final/`` of Textual Inversion does."""
+    file = folder / EMBEDDING_FILE
+    if not file.is_file():
+        return None
+    word = read_embedding(file)
+    if run_config is not None:
+        return ImageSource(model=_with_word(run_config, word), run_config=run_config)
+    if not (base := read_base(file)):
+        raise DataError(f"{file}: does not name its base model; draw from the run folder instead")
+    return ImageSource(model=with_words(find_model(**base), [word]))
+
+
+def _with_word(config: Config, word: NewWord) -> ModelFolder:
+    """Return the base model of a run of Textual Inversion with the word as it was learned."""
+    return with_words(find_model(**config.model.model_dump(), cache_dir=config.cache_dir), [word])
 
 
 def _lora_source(folder: Path, run_config: Config | None = None) -> ImageSource | None:

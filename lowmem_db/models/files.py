@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from lowmem_db import fingerprint
 from lowmem_db.errors import ModelError
+from lowmem_db.models.new_words import NewWord
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
@@ -24,11 +25,13 @@ class ModelFiles:
         path: The folder.
         variant: Variant of the weight files.
         allow_pickle: Whether pickled weights may be read.
+        words: New words of its vocabulary.
     """
 
     path: Path
     variant: str | None = None
     allow_pickle: bool = False
+    words: tuple[NewWord, ...] = field(default=(), compare=False)
 
     def config_of(self, component: str) -> dict[str, Any]:
         """Return the JSON configuration of a component."""
@@ -58,7 +61,9 @@ class ModelFiles:
         for component in components:
             files = [file for file in sorted((self.path / component).iterdir()) if file.is_file()]
             keys.append((component, fingerprint.of_files(files)))
-        return fingerprint.of_values(keys, self.variant)
+        key = fingerprint.of_values(keys, self.variant)
+        reads_words = any(component.startswith(("tokenizer", "text_encoder")) for component in components)
+        return fingerprint.of_values(key, [word.key() for word in self.words]) if self.words and reads_words else key
 
 
 _CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}

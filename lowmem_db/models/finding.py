@@ -5,6 +5,8 @@ Everything is checked before a weight is read: layout, family, and that the weig
 
 import difflib
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -13,9 +15,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.errors import ModelError
+from lowmem_db.models.embedding_file import read_embedding
 from lowmem_db.models.families import FAMILIES, families_of, find_family
 from lowmem_db.models.files import WEIGHT_SUFFIXES, ModelFiles
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.new_words import NewWord, check_widths
 from lowmem_db.models.single_file import CONFIGS_DIR, recognise
 from lowmem_db.models.single_file_folder import folder_of_file
 
@@ -31,6 +35,7 @@ def find_model(
     revision: str | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
+    embeddings: Sequence[str] = (),
     cache_dir: Path | None = None,
     weights: bool = True,
 ) -> ModelFolder:
@@ -42,26 +47,45 @@ def find_model(
         revision: Branch, tag or commit on the hub.
         variant: Variant of the weight files, such as ``fp16``.
         allow_pickle: Accept ``.bin`` weights if there are no safetensors.
+        embeddings: Files of learned embeddings, whose words prompts may use.
         cache_dir: Where the folders of single files are kept. Default: the usual cache.
         weights: Whether weights are needed. If not, nothing is downloaded or written: the configuration files are
             enough, and those of well-known models are in this package.
 
     Raises:
+        ConfigError: An embedding was learned on another kind of model.
         ModelError: It does not exist, its family is not supported, or it has only pickled weights.
     """
+    words = [read_embedding(Path(file)) for file in embeddings]
     if not weights:
-        return _find_configuration(base, revision, variant)
+        return with_words(_find_configuration(base, revision, variant), words)
     path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
     files = ModelFiles(path=path, variant=variant, allow_pickle=allow_pickle)
     _check_layout(base, files)
     model = _folder_of(base, files)
     _check_weights(model)
-    return model
+    return with_words(model, words)
+
+
+def with_words(model: ModelFolder, words: Sequence[NewWord]) -> ModelFolder:
+    """Return a model with more words.
+
+    Raises:
+        ConfigError: A word was learned on another kind of model.
+    """
+    widths = {name: model.config_of(name)["hidden_size"] for name in model.family.text_encoders} if words else {}
+    for word in words:
+        check_widths(word, widths)
+    return replace(model, words=(*model.words, *words)) if words else model
 
 
 def model_of(config: Config, *, weights: bool = True) -> ModelFolder:
-    """Find the base model of a run, see :func:`find_model`."""
-    return find_model(**config.model.model_dump(), cache_dir=config.cache_dir, weights=weights)
+    """Find the base model of a run, with the word that it learns, see :func:`find_model`."""
+    model = find_model(**config.model.model_dump(), cache_dir=config.cache_dir, weights=weights)
+    own = config.textual_inversion
+    if not own.enabled:
+        return model
+    return with_words(model, [NewWord(token=own.token, num_vectors=own.num_vectors, initializer=config.initializer)])
 
 
 def find_file(base: str, revision: str | None = None) -> Path | None:

@@ -9,6 +9,7 @@ from torch import nn
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
+from lowmem_db.models.new_words import expanded
 
 
 def load_text_encoders(
@@ -26,7 +27,7 @@ def tokenize_prompts(model: ModelFolder, prompts: Sequence[str]) -> PromptTable:
 
 def num_cut_tokens(tokenizer: Any, prompt: str) -> int:
     """Return how many tokens of a prompt are cut off."""
-    return max(0, len(tokenizer(prompt, verbose=False).input_ids) - tokenizer.model_max_length)
+    return max(0, len(tokenizer(expanded(tokenizer, prompt), verbose=False).input_ids) - tokenizer.model_max_length)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class Predictor:
         if strategy.prior.enabled:
             found.append(_phase("class_images", self._traced("class_images", strategy, trace_class_images)))
         found.append(_phase("encode_images", self._traced("encode_images", strategy, trace_encode_images)))
-        if not strategy.training.train_text_encoder:
+        if not strategy.runs_text_encoders:
             found.append(_phase("encode_text", self._traced("encode_text", strategy, trace_encode_text)))
         return found
 
@@ -114,7 +114,7 @@ class Predictor:
 
     def _computing_seconds(self, strategy: Config) -> float:
         first = self._first
-        if strategy.lora.enabled:
+        if not strategy.trains_weights:
             frozen = {"lora.base_weights": strategy.lora.base_weights}
             first = changed(first, frozen | {"training.mixed_precision": strategy.training.mixed_precision})
         costs = self.train(first).costs

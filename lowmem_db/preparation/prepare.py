@@ -9,7 +9,9 @@ from lowmem_db.data.batches import BatchSource
 from lowmem_db.data.buckets import share_out, sizes_of
 from lowmem_db.data.identifiers import identifier_warnings
 from lowmem_db.data.photos import photo_warnings, scan_photos
+from lowmem_db.data.templates import templates_of
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.new_words import initial_id
 from lowmem_db.models.text_encoders import num_cut_tokens
 from lowmem_db.preparation.class_images import ClassImages, prepare_class_images
 from lowmem_db.preparation.encode import encode_images, encode_prompts
@@ -39,7 +41,15 @@ def check_photos(config: Config) -> list[ImageRecord]:
 
 
 def check_prompts(config: Config, model: ModelFolder, photos: list[ImageRecord]) -> None:
-    """Warn if a prompt does not tell the model what its author expects."""
+    """Warn if a prompt does not tell the model what its author expects.
+
+    Raises:
+        ConfigError: A new word, or the word that it starts as, does not fit the model's vocabulary.
+    """
+    for name in model.family.names_of("tokenizer") if model.words else ():
+        for word in model.words:
+            if word.initializer is not None:
+                initial_id(model.load(name), word.initializer)
     prompts = sorted({photo.prompt for photo in photos} | {config.subject.class_prompt or ""})
     for name in model.family.names_of("tokenizer")[:1]:  # all of them read the same words
         tokenizer = model.load(name)
@@ -47,6 +57,8 @@ def check_prompts(config: Config, model: ModelFolder, photos: list[ImageRecord])
             if cut := num_cut_tokens(tokenizer, prompt):
                 read = tokenizer.model_max_length
                 warn(f"the model reads {read} tokens and ignores the last {cut} of {prompt!r}")
+        if config.textual_inversion.enabled:
+            continue  # the new word is the identifier
         for message in identifier_warnings(config.subject.instance_prompt, config.subject.class_prompt, tokenizer):
             warn(message)
 
@@ -68,7 +80,8 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
     ]
     environment.release_memory(device)
     class_records = [image.record for image in class_images]
-    prompts = {record.prompt for record in [*photos, *class_records]} | config.prompts_drawn
+    templates = templates_of(config)
+    prompts = {record.prompt for record in [*photos, *class_records]} | config.prompts_drawn | set(templates)
     table = encode_prompts(config, model, device, prompts)
     environment.release_memory(device)
     return BatchSource(
@@ -79,6 +92,8 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
         train_batch_size=config.training.train_batch_size,
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         conditioning_dropout=config.objective.conditioning_dropout,
+        templates=templates,
+        template_for=config.subject.instance_prompt,
     )
 
 

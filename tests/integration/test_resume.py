@@ -98,6 +98,23 @@ VARIANTS |= {
     "chosen layers, 24-bit weights": _IN_BACKWARD
     | {"memory.weights": "bf16_extra_bits", "training.layers": ["unet.*.attn*", "text_encoder.*.mlp.*"]},
 }
+VARIANTS |= {
+    "textual inversion, average, samples": {
+        "subject.instance_prompt": "a <z>",
+        "subject.class_prompt": "a d",
+        "textual_inversion.enabled": True,
+        "textual_inversion.token": "<z>",
+        "prior.enabled": False,
+        "training.learning_rate": 5e-6,
+        "training.train_text_encoder": False,
+        "training.learning_rate_text_encoder": None,
+        "ema.enabled": True,
+        "memory.checkpointing": "layers",
+        "sampling.prompts": ["a <z>"],
+        "sampling.num_images": 1,
+        "sampling.num_inference_steps": 2,
+    },
+}
 _SCORED = {
     "evaluation.every": 2,
     "evaluation.keep_best": True,

@@ -7,11 +7,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lowmem_db.models.new_words import expanded
+
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Int[Tensor, "b tokens"]:
     """Return token ids, padded or truncated to the length the model was trained with."""
     encoded = tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        [expanded(tokenizer, prompt) for prompt in prompts],
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
     )
     return encoded.input_ids
 
