@@ -56,5 +56,5 @@ class LowRankAdapters(Adaptation):
         return sum(trained.values())
 
     def values_in_final(self, model: ModelFolder, trained: Mapping[str, int]) -> int:
-        """Count the adapters only."""
-        return sum(trained.values())
+        """Count the adapters only, which are written for diffusers and for other programs."""
+        return 2 * sum(trained.values())

@@ -83,6 +83,24 @@ RULES = (
         _no_effect(field, lambda c: not c.data.aspect_ratio_buckets, "without data.aspect_ratio_buckets=true; set that")
         for field in ("data.bucket_step", "data.min_bucket_side", "data.max_bucket_side")
     ),
+    *(
+        _no_effect(
+            field,
+            lambda c: not c.data.shuffle_tags and c.data.tag_dropout == 0,
+            "while tags are neither shuffled nor left out; set data.shuffle_tags=true or data.tag_dropout=0.1",
+        )
+        for field in ("data.keep_tags", "data.num_caption_variants")
+    ),
+    Rule(
+        lambda c: bool(c.sampling.negative_prompt) and not (c.sampling.prompts or c.evaluation.every),
+        "sampling.negative_prompt: {config.sampling.negative_prompt!r} has no effect without images during training; "
+        'set sampling.prompts=["a sks dog"], or leave it out',
+    ),
+    Rule(
+        lambda c: c.sampling.at_start and not c.sampling.prompts,
+        "sampling.at_start: true has no effect without sampling.prompts; set "
+        'sampling.prompts=["a sks dog"], or leave it out',
+    ),
     Rule(
         lambda c: bool(c.objective.zero_terminal_snr) and c.objective.prediction_type == "epsilon",
         "objective.zero_terminal_snr: true makes the last timestep pure noise, from which epsilon teaches nothing; set "

@@ -75,6 +75,15 @@ class ModelConfig(Section):
     embeddings: tuple[Annotated[str, AfterValidator(lambda path: str(_expand_home(Path(path))))], ...] = ()
     """Files of learned embeddings (Textual Inversion) whose words prompts may use, in the formats of diffusers,
     AUTOMATIC1111 and ComfyUI; pickled ones (``.pt``, ``.bin``) are read with ``weights_only=True``."""
+    vae: str | None = None
+    """Another autoencoder, for training and in the final model: a folder in diffusers' layout, a ``.safetensors`` file,
+    or a hub id such as ``madebyollin/sdxl-vae-fp16-fix``. Default: the model's own."""
+    clip_skip: PositiveInt | None = None
+    """Layer of the text encoders that the model reads, counted from the end as other programs do: 2 is the last but
+    one. Default: what the family was trained with, 1 for Stable Diffusion 1.x, 2 for 2.x and XL."""
+    prompt_chunks: PositiveInt = 1
+    """Chunks of 75 tokens in which prompts are read, as other programs do with long prompts; shorter ones are
+    padded."""
 
 
 class SubjectConfig(Section):
@@ -106,6 +115,18 @@ class DataConfig(Section):
     """Shortest side of a bucket in pixels. Default: half of ``resolution``."""
     max_bucket_side: PositiveInt | None = None
     """Longest side of a bucket in pixels. Default: twice ``resolution``."""
+    random_flip: bool = False
+    """Mirror half of the samples, drawn anew each time; not for subjects with a left and a right."""
+    repeats: dict[str, PositiveInt] = {}
+    """How often photos are seen compared with the others, by shell patterns of their file names: ``{face*.jpg: 3}``."""
+    shuffle_tags: bool = False
+    """Shuffle the tags of captions, that is, what is between commas."""
+    keep_tags: Annotated[int, Field(ge=0)] | None = None
+    """The first so many tags stay in their places and are never left out. Default: none."""
+    tag_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the other tags that is left out."""
+    num_caption_variants: PositiveInt | None = None
+    """Number of orders and omissions of each caption that are encoded; a sample draws one of them. Default: 16."""
 
 
 class PriorConfig(Section):
@@ -310,6 +331,10 @@ class SamplingConfig(Section):
 
     prompts: tuple[str, ...] = ()
     """Prompts to draw. Default: no samples."""
+    negative_prompt: str = ""
+    """What the images should not show: takes the place of the empty prompt in guidance, also in scores."""
+    at_start: bool = False
+    """Also draw samples before the first step, with the model as it was."""
     every: PositiveInt | None = None
     """Steps between samples. Default: at every checkpoint."""
     num_images: PositiveInt = 4
@@ -435,8 +460,9 @@ class Config(Section):
 
     @property
     def prompts_drawn(self) -> frozenset[str]:
-        """Prompts for which images are drawn during training."""
-        return self.prompts_scored | set(self.sampling.prompts)
+        """Prompts that images during training need, the negative one included."""
+        drawn = self.prompts_scored | set(self.sampling.prompts)
+        return drawn | {self.sampling.negative_prompt} if drawn else drawn
 
     @property
     def samples_per_step(self) -> int:

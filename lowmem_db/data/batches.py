@@ -23,12 +23,19 @@ class EncodedImage:
         mean: Mean of each crop.
         std: Standard deviation of each crop.
         picture: Conditioning on each crop, as in :class:`Conditioning`.
+        has_mirrored: Whether the second half of the rows are the crops of the first half, mirrored.
     """
 
     record: ImageRecord
     mean: Float[Tensor, "crops c h w"]
     std: Float[Tensor, "crops c h w"]
     picture: Mapping[str, Shaped[Tensor, "crops ..."]] = field(default_factory=dict)
+    has_mirrored: bool = False
+
+    @property
+    def num_crops(self) -> int:
+        """Number of crops, not counting mirrored ones."""
+        return len(self.mean) // (2 if self.has_mirrored else 1)
 
     @property
     def shape(self) -> Shape:
@@ -95,8 +102,7 @@ class BatchSource:
         train_batch_size: Photos per batch.
         gradient_accumulation_steps: Batches per step.
         conditioning_dropout: Fraction of samples that get the empty prompt.
-        templates: Prompts of which one is drawn for each sample of a photo without its own caption.
-        template_for: The prompt for which they are drawn.
+        caption_variants: Variants of the photos' prompts; each sample draws one. Prompts without any stay as they are.
     """
 
     instance_images: Sequence[EncodedImage]
@@ -106,8 +112,7 @@ class BatchSource:
     train_batch_size: int
     gradient_accumulation_steps: int
     conditioning_dropout: float = 0.0
-    templates: Sequence[str] = ()
-    template_for: str | None = None
+    caption_variants: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def batches_at(self, step: int) -> list[Batch]:
         """Return the batches of one optimizer step; all images in a batch have the same size.
@@ -164,14 +169,20 @@ class BatchSource:
         )
 
     def _crop(self, image: EncodedImage, step: int, sample: int) -> int:
-        return int(torch.randint(len(image.mean), (), generator=generator(self.seed, "crop", step, sample)))
+        count = image.num_crops
+        crop = int(torch.randint(count, (), generator=generator(self.seed, "crop", step, sample)))
+        if not image.has_mirrored:
+            return crop
+        is_mirrored = bool(torch.randint(2, (), generator=generator(self.seed, "flip", step, sample)))
+        return crop + count * is_mirrored
 
     def _prompt(self, image: EncodedImage, step: int, sample: int) -> str:
         if self.conditioning_dropout > 0:
             draw = torch.rand((), generator=generator(self.seed, "conditioning_dropout", step, sample))
             if draw < self.conditioning_dropout:
                 return ""
-        if not self.templates or image.record.prompt != self.template_for:
+        is_photo = sample < self.train_batch_size * self.gradient_accumulation_steps
+        variants = self.caption_variants.get(image.record.prompt, ()) if is_photo else ()
+        if not variants:
             return image.record.prompt
-        drawn = torch.randint(len(self.templates), (), generator=generator(self.seed, "template", step, sample))
-        return self.templates[int(drawn)]
+        return variants[int(torch.randint(len(variants), (), generator=generator(self.seed, "caption", step, sample)))]

@@ -48,7 +48,9 @@ def num_distinct_crops(record: ImageRecord, *, size: Size, crop: Crop, num_crops
     return min(num_crops, 1 + free_pixels)
 
 
-def load_pixels(record: ImageRecord, *, size: Size, crop: Crop, index: int) -> Float[Tensor, "3 h w"]:
+def load_pixels(
+    record: ImageRecord, *, size: Size, crop: Crop, index: int, mirrored: bool = False
+) -> Float[Tensor, "3 h w"]:
     """Read one crop of an image, which is resized to just cover the crop.
 
     The filter is Lanczos with antialiasing. Photos are usually reduced several times: without antialiasing that gives
@@ -59,6 +61,7 @@ def load_pixels(record: ImageRecord, *, size: Size, crop: Crop, index: int) -> F
         size: Height and width of the crop.
         crop: Where to crop.
         index: Number of the random crop; no effect on centre crops and images with the aspect ratio of the crop.
+        mirrored: Exchange left and right.
 
     Returns:
         Values in [-1, 1], float32.
@@ -75,19 +78,23 @@ def load_pixels(record: ImageRecord, *, size: Size, crop: Crop, index: int) -> F
     box = crop_box(record, size, crop, index)
     corners = (box.left, box.top, min(box.left + box.width, image.width), min(box.top + box.height, image.height))
     cut = image.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=corners)
-    return torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+    pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+    return pixels.flip(-1) if mirrored else pixels
 
 
-def crop_facts(record: ImageRecord, *, size: Size, crop: Crop, index: int) -> Float[Tensor, " 6"]:
+def crop_facts(
+    record: ImageRecord, *, size: Size, crop: Crop, index: int, mirrored: bool = False
+) -> Float[Tensor, " 6"]:
     """Return the sizes and position of a crop, on which SDXL is conditioned (arXiv:2307.01952, section 2.2).
 
     Returns:
-        Height and width of the original image; top and left of the crop in the resized image; height and width of the
-        crop. All in pixels.
+        Height and width of the original image; top and left of the crop in the resized image, which is mirrored with
+        it; height and width of the crop. All in pixels.
     """
     box = crop_box(record, size, crop, index)
     scale = size[0] / box.height
-    top, left = round(box.top * scale), round(box.left * scale)
+    from_left = record.width - box.left - box.width if mirrored else box.left
+    top, left = round(box.top * scale), round(from_left * scale)
     return torch.tensor([record.height, record.width, top, left, *size], dtype=torch.float32)
 
 

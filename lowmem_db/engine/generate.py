@@ -40,8 +40,10 @@ def generate_images(
 
     Raises:
         DataError: The resolution is not a multiple of the size of a latent pixel.
+        ConfigError: The model predicts epsilon and its last timestep is pure noise.
     """
     check_resolution(source, resolution)
+    source.model.family.sampler(source.model, settings.sampler, source.objective)  # refuses what it cannot draw
     table = source.embed([*prompts, ""], device, dtype)
     artist = Artist(model=source.model, settings=settings, objective=source.objective)
     jobs = [

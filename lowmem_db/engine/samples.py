@@ -48,7 +48,9 @@ def sample_artist(config: Config, model: ModelFolder) -> Artist:
         num_inference_steps=config.sampling.num_inference_steps,
         guidance_scale=config.sampling.guidance_scale,
     )
-    return Artist(model=model, settings=settings, objective=config.objective)
+    return Artist(
+        model=model, settings=settings, objective=config.objective, negative_prompt=config.sampling.negative_prompt
+    )
 
 
 def sample_job(config: Config, prompt: str) -> Job:

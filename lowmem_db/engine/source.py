@@ -17,7 +17,7 @@ from lowmem_db.data.batches import PromptTable
 from lowmem_db.errors import DataError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.embedding_file import EMBEDDING_FILE, read_base, read_embedding
-from lowmem_db.models.finding import find_model, model_of, with_words
+from lowmem_db.models.finding import final_model_of, find_model, model_of, with_words
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.new_words import NewWord
 from lowmem_db.models.text_encoders import embed_prompts
@@ -106,7 +106,7 @@ def find_source(source: str) -> ImageSource:
     if (of_lora := _lora_source(run.final_dir, config) or _embedding_source(run.final_dir, config)) is not None:
         return of_lora
     if run.final_dir.is_dir():
-        return ImageSource(model=find_model(str(run.final_dir), embeddings=config.model.embeddings), run_config=config)
+        return ImageSource(model=final_model_of(config, run.final_dir), run_config=config)
     steps = run.complete_steps()
     if not steps:
         raise DataError(f"{run.root}: the run has no final model and no complete checkpoint yet; train it first")

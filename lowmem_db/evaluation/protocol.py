@@ -21,6 +21,7 @@ from lowmem_db.engine.manifest import MANIFEST, differences, write_manifest
 from lowmem_db.engine.source import ImageSource, find_source
 from lowmem_db.errors import DataError
 from lowmem_db.evaluation.folders import PROMPTS_FILE, Limits, SubjectFiles, choose, scan_pictures
+from lowmem_db.models.text_encoders import read_otherwise
 from lowmem_db.randomness import generator
 from lowmem_db.sampling.latents import SamplingSettings
 from lowmem_db.sampling.prompts import read_prompt_file, read_suite, subject_names
@@ -306,7 +307,7 @@ def _resolution(run: Run, drawing: Drawing) -> int:
 
 
 def _manifest(run: Run, drawing: Drawing) -> dict[str, Any]:
-    trained = run.source.trained_files
+    trained, read = run.source.trained_files, read_otherwise(run.source.model)
     check_resolution(run.source, _resolution(run, drawing))
     return {
         "format_version": _FORMAT_VERSION,
@@ -318,6 +319,7 @@ def _manifest(run: Run, drawing: Drawing) -> dict[str, Any]:
         "resolution": _resolution(run, drawing),
         "precision": str(drawing.dtype).removeprefix("torch."),
         "seed": drawing.seed,
+        **({"clip_skip_and_chunks": read} if read else {}),
     }
 
 

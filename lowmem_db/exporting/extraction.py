@@ -1,15 +1,17 @@
-"""Extracting a LoRA from a full fine-tuning: the nearest low-rank matrix to the change of each layer.
+"""Extracting a LoRA from a full fine-tuning, or from a DoRA: the nearest low-rank matrix to the change of each layer.
 
 By the Eckart-Young-Mirsky theorem that is the truncated singular value decomposition.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowmem_db.adaptation.lora_file import LoraFile
+from lowmem_db.adaptation.lora_file import LoraFile, put_into
+from lowmem_db.adaptation.low_rank import merge
 from lowmem_db.console import track
 from lowmem_db.errors import ModelError
 from lowmem_db.exporting.lora import LoraSource
@@ -56,17 +58,49 @@ def extract_lora(source: ExportSource, base: ModelFolder, rank: int) -> tuple[Lo
     state: dict[str, Tensor] = {}
     all_norms: dict[str, ChangeNorms] = {}
     for component in (base.family.denoiser, *base.family.text_encoders):
-        found, norms = _of_component(component, source.model, base, rank)
+        after = {name: stored.read for name, stored in stored_weights(source.model, component).items()}
+        found, norms = _of_component(component, after, base, rank)
         if norms.total > 0.0:
             all_norms[component] = norms
             state |= {f"{component}.{name}": tensor for name, tensor in found.items()}
     if not state:
         raise ModelError(f"{source.name}: no linear or convolutional layer differs from those of {base.name}")
-    settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False}
-    adapted = {name.partition(".")[0] for name in state}
     fields = {} if source.config is None else source.config.model.model_dump()
-    lora = LoraFile(state=state, settings=dict.fromkeys(sorted(adapted), settings), base=fields, metadata={})
+    lora = LoraFile(state=state, settings=_plain_settings(state, rank), base=fields, metadata={})
     return LoraSource(name=source.name, lora=lora, config=source.config), all_norms
+
+
+def bake_dora(source: LoraSource, base: ModelFolder, rank: int) -> tuple[LoraSource, dict[str, ChangeNorms]]:
+    """Turn a DoRA into a plain LoRA, because no two programs agree on what kohya's ``dora_scale`` means.
+
+    Args:
+        source: The DoRA.
+        base: The model it was trained on.
+        rank: Rank of the LoRA.
+
+    Returns:
+        The LoRA, and the norms of each component.
+
+    Raises:
+        ModelError: The DoRA belongs to another model.
+    """
+    state: dict[str, Tensor] = {}
+    all_norms: dict[str, ChangeNorms] = {}
+    for component in source.lora.settings:
+        module = base.load(component)
+        put_into(component, module, source.lora)
+        merge(module)
+        merged = {published_name(component, name): tensor for name, tensor in module.state_dict().items()}
+        after = {name: tensor.detach for name, tensor in merged.items()}
+        found, all_norms[component] = _of_component(component, after, base, rank)
+        state |= {f"{component}.{name}": tensor for name, tensor in found.items()}
+    lora = replace(source.lora, state=state, settings=_plain_settings(state, rank))
+    return replace(source, lora=lora), all_norms
+
+
+def _plain_settings(state: Mapping[str, Tensor], rank: int) -> dict[str, Mapping[str, Any]]:
+    settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False}
+    return dict.fromkeys(sorted({name.partition(".")[0] for name in state}), settings)
 
 
 def base_of(source: ExportSource, given: str | None) -> ModelFolder:
@@ -82,6 +116,19 @@ def base_of(source: ExportSource, given: str | None) -> ModelFolder:
     return model_of(source.config)
 
 
+def base_of_lora(source: LoraSource) -> ModelFolder:
+    """Return the model that a LoRA was trained on.
+
+    Raises:
+        ModelError: It is not known, or does not exist.
+    """
+    if source.config is not None:
+        return model_of(source.config)
+    if not source.lora.base:
+        raise ModelError(f"{source.name}: the LoRA does not name its base model; export it from its run folder")
+    return find_model(**source.lora.base)
+
+
 def total_of(norms: Mapping[str, ChangeNorms]) -> ChangeNorms:
     """Return the sums of all components' norms."""
     parts = norms.values()
@@ -89,10 +136,10 @@ def total_of(norms: Mapping[str, ChangeNorms]) -> ChangeNorms:
 
 
 def _of_component(
-    component: str, tuned: ModelFolder, base: ModelFolder, rank: int
+    component: str, after: Mapping[str, Callable[[], Tensor]], base: ModelFolder, rank: int
 ) -> tuple[dict[str, Tensor], ChangeNorms]:
-    after, before = stored_weights(tuned, component), stored_weights(base, component)
-    if differing := [name for name in before if name not in after or after[name].shape != before[name].shape]:
+    before = stored_weights(base, component)
+    if differing := [name for name in before if name not in after or after[name]().shape != before[name].shape]:
         raise ModelError(
             f"--base: {component} of {base.name} has different shapes ({differing[0]}); name the model that the "
             "training started from"
@@ -101,7 +148,7 @@ def _of_component(
     state: dict[str, Tensor] = {}
     in_lora = total = 0.0
     for name in track(before, f"extracting {component}", len(before)):
-        change = after[name].read().float() - before[name].read().float()
+        change = after[name]().float() - before[name].read().float()
         norm = float(change.double().square().sum())
         total += norm
         if norm > 0.0 and name in layers:

@@ -1,25 +1,30 @@
 """Exporting LoRAs in the layouts of diffusers / peft and of kohya, which ComfyUI and AUTOMATIC1111 load."""
 
+import base64
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, read_lora, write_lora
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
+from lowmem_db.errors import ModelError
 from lowmem_db.exporting.casting import cast
 from lowmem_db.exporting.source import refuse_existing
-from lowmem_db.models.families import FAMILIES, find_lora_prefixes
+from lowmem_db.models.families import FAMILIES, Family, find_lora_prefixes
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import write_tensors
 
 LoraLayout = Literal["lora-diffusers", "lora-kohya"]
+_THUMBNAIL_SIDE = 256
 _FACTORS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
 
@@ -31,11 +36,13 @@ class LoraSource:
         name: The name of its run or folder.
         lora: Its tensors and settings.
         config: Configuration of its run, or None.
+        sample: An image that the run has drawn, for the thumbnail, or None.
     """
 
     name: str
     lora: LoraFile
     config: Config | None = None
+    sample: Path | None = None
 
 
 def find_lora_source(source: str) -> LoraSource | None:
@@ -50,7 +57,8 @@ def find_lora_source(source: str) -> LoraSource | None:
     name = path.resolve().name
     if (run.final_dir / LORA_FILE).is_file():
         config = load_config(run.config_file) if run.config_file.is_file() else None
-        return LoraSource(name=name, lora=read_lora(run.final_dir / LORA_FILE), config=config)
+        lora = read_lora(run.final_dir / LORA_FILE)
+        return LoraSource(name=name, lora=lora, config=config, sample=run.newest_sample())
     if (path / LORA_FILE).is_file():
         return LoraSource(name=name, lora=read_lora(path / LORA_FILE))
     return None
@@ -84,19 +92,29 @@ def kohya_state(lora: LoraFile) -> dict[str, Tensor]:
     """Return the tensors of a LoRA under the names of kohya's scripts.
 
     Each layer gets an ``alpha`` for which ``alpha / rank`` is the adapter's scale, rank-stabilised or not.
+
+    Raises:
+        ModelError: It is a DoRA. Programs read ``dora_scale`` in different ways, none of them as it was trained.
     """
+    if is_dora(lora):
+        raise ModelError(
+            "lora.dora: true, but kohya's layout has no norms that programs agree on; bake it into a LoRA with "
+            "export --format lora-kohya, or into the model with export --merge"
+        )
     prefixes = find_lora_prefixes(lora.settings)
     state: dict[str, Tensor] = {}
     for name, tensor in lora.state.items():
         component, _, path = name.partition(".")
         layer, _, kind = path.partition(".lora_")
         target = f"{prefixes[component]}_{layer.replace('.', '_')}"
-        if kind.startswith("magnitude_vector"):
-            state[f"{target}.dora_scale"] = _as_column(tensor)
-        else:
-            state[f"{target}.{_FACTORS[f'lora_{kind}']}"] = tensor
-            state[f"{target}.alpha"] = torch.tensor(alpha_of(lora.settings[component]))
+        state[f"{target}.{_FACTORS[f'lora_{kind}']}"] = tensor
+        state[f"{target}.alpha"] = torch.tensor(alpha_of(lora.settings[component]))
     return state
+
+
+def is_dora(lora: LoraFile) -> bool:
+    """Return whether adapters have norms besides their factors, which kohya's layout cannot express."""
+    return any(settings.get("use_dora") for settings in lora.settings.values())
 
 
 def alpha_of(settings: Mapping[str, Any]) -> float:
@@ -108,18 +126,26 @@ def alpha_of(settings: Mapping[str, Any]) -> float:
 def kohya_metadata(source: LoraSource) -> dict[str, str]:
     """Return the metadata that kohya's scripts write, as far as it is known."""
     settings = next(iter(source.lora.settings.values()))
+    architecture, is_2x = _architecture(source)
     found: dict[str, Any] = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": settings["r"],
         "ss_network_alpha": alpha_of(settings),
         "ss_output_name": source.name,
         "ss_base_model_version": _base_version(source.lora),
+        "ss_v2": is_2x,
         "ss_sd_model_name": Path(str(source.lora.base.get("base", ""))).name or None,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.architecture": architecture,
+        "modelspec.title": source.name,
     }
     if settings["lora_dropout"]:
         found["ss_network_dropout"] = settings["lora_dropout"]
     if source.config is not None:
         found |= _of_run(source.config)
+    if source.sample is not None:
+        found |= _thumbnail(source.sample)
     return {name: str(value) for name, value in found.items() if value is not None} | {"format": "pt"}
 
 
@@ -143,15 +169,44 @@ def _of_run(config: Config) -> dict[str, Any]:
         "ss_prior_loss_weight": config.prior.loss_weight if config.prior.enabled else None,
         "ss_min_snr_gamma": config.objective.snr_gamma,
         "ss_noise_offset": config.objective.noise_offset or None,
+        "ss_clip_skip": config.model.clip_skip,
+        "modelspec.encoder_layer": config.model.clip_skip,
+        "modelspec.trigger_phrase": config.subject.instance_prompt,
+        "modelspec.resolution": f"{config.data.resolution}x{config.data.resolution}",
         "ss_tag_frequency": json.dumps({"instance": {config.subject.instance_prompt: 1}}),
     }
 
 
+def _thumbnail(sample: Path) -> dict[str, str]:
+    """Return a small copy of an image, as ModelSpec and as AUTOMATIC1111 name it."""
+    buffer = BytesIO()
+    with Image.open(sample) as picture:
+        small = picture.convert("RGB")
+        small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+        small.save(buffer, "JPEG", quality=85)
+    text = base64.b64encode(buffer.getvalue()).decode()
+    return {"modelspec.thumbnail": f"data:image/jpeg;base64,{text}", "ssmd_cover_images": json.dumps([text])}
+
+
 def _base_version(lora: LoraFile) -> str | None:
     """Return the base model's name in kohya's scripts, which the adapters reveal."""
-    return next((family.kohya_version for family in FAMILIES if family.recognises_lora(lora.state)), None)
+    family = _family_of(lora)
+    return None if family is None else family.kohya_version
 
 
-def _as_column(norms: Tensor) -> Tensor:
-    """Return DoRA's row norms with rows as the first dimension: peft has ``[out]`` or ``[1, out, 1, 1]``."""
-    return norms[:, None] if norms.ndim == 1 else norms.transpose(0, 1)
+def _family_of(lora: LoraFile) -> Family | None:
+    return next((family for family in FAMILIES if family.recognises_lora(lora.state)), None)
+
+
+def _architecture(source: LoraSource) -> tuple[str | None, bool | None]:
+    """Return ModelSpec's name of the architecture, and whether it is Stable Diffusion 2.x, if the family is known.
+
+    ModelSpec tells 2.x models of 768 px, which predict v, from those of 512 px, which predict epsilon.
+    """
+    family = _family_of(source.lora)
+    layout = None if family is None else family.layout
+    if layout is None:
+        return None, None
+    is_large = source.config is not None and source.config.data.resolution > 512
+    name = layout.architecture_of(96 if is_large else 64, "v_prediction" if is_large else "epsilon")
+    return f"{name}/lora", layout.sizes_in_name

@@ -44,6 +44,6 @@ def merge_into_folder(source: LoraSource, out: Path, precision: torch.dtype = to
             merged,
             dtype=precision,
             prediction_type=objective.prediction_type if objective is not None else None,
-            zero_terminal_snr=objective.zero_terminal_snr if objective is not None else False,
+            zero_terminal_snr=objective.zero_terminal_snr if objective is not None else None,
         ),
     )

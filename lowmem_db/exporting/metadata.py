@@ -11,7 +11,7 @@ from typing import Any
 from lowmem_db.config.schema import Config
 from lowmem_db.exporting.source import ExportSource
 from lowmem_db.models.families.original_layout import Layout
-from lowmem_db.models.single_file import CONFIGS_KEY
+from lowmem_db.models.prediction import CONFIGS_KEY
 
 _SPEC_PREDICTION = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
@@ -22,7 +22,6 @@ def metadata_of(source: ExportSource, layout: Layout) -> dict[str, str]:
     components = {name: _without_path(model.config_of(name)) for name in (*layout.prefixes, "scheduler")}
     resolution = model.resolution if source.config is None else source.config.data.resolution
     prediction_type = components["scheduler"].get("prediction_type", "epsilon")
-    components[model.family.denoiser]["sample_size"]
     found = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": layout.architecture_of(
@@ -32,11 +31,14 @@ def metadata_of(source: ExportSource, layout: Layout) -> dict[str, str]:
         "modelspec.title": source.name,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.prediction_type": _SPEC_PREDICTION[prediction_type],
+        "modelspec.predict_key": _SPEC_PREDICTION[prediction_type],  # ComfyUI's name for it
         CONFIGS_KEY: _json(components),
         "format": "pt",
     }
     if source.config is not None:
         found["modelspec.trigger_phrase"] = source.config.subject.instance_prompt
+        if source.config.model.clip_skip is not None:
+            found["modelspec.encoder_layer"] = str(source.config.model.clip_skip)
         found["lowmem_db.config"] = _json(_without_folders(source.config))
     return found
 

@@ -1,6 +1,7 @@
 """One export request of any kind."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,12 +11,14 @@ import torch
 from lowmem_db.console import say
 from lowmem_db.errors import ModelError
 from lowmem_db.exporting.diffusers_folder import export_diffusers
-from lowmem_db.exporting.extraction import base_of, extract_lora, total_of
-from lowmem_db.exporting.lora import LoraSource, export_lora, find_lora_source
+from lowmem_db.exporting.extraction import ChangeNorms, bake_dora, base_of, base_of_lora, extract_lora, total_of
+from lowmem_db.exporting.lora import LoraSource, export_lora, find_lora_source, is_dora
 from lowmem_db.exporting.merging import merge_into_folder
 from lowmem_db.exporting.single_file import export_single_file
 from lowmem_db.exporting.source import ExportSource, find_export_source, refuse_existing
 from lowmem_db.models.finding import find_model
+
+_DORA_RANKS = 4  # how many times the rank of a DoRA its LoRA has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +55,15 @@ def export_model(request: Request) -> Path:
     if request.extract_rank is not None:
         if request.merge:
             raise ModelError("--extract-lora: cannot be combined with --merge; leave one of them out")
-        if lora is not None:
+        if lora is not None and not is_dora(lora.lora):
             raise ModelError(f"--extract-lora: needs a full fine-tuning, but {request.source} is a LoRA; leave it out")
         if request.layout is not None and not _is_of_lora(request):
             raise ModelError(
                 f"--extract-lora: makes a LoRA, but --format {request.layout} is for complete models; allowed: "
                 "lora-kohya, lora-diffusers"
             )
+        if lora is not None:
+            return _export_lora(request, _baked(lora, request.extract_rank))
         return _export_extracted(request, find_export_source(request.source), request.extract_rank)
     if request.base is not None:
         raise ModelError(f"--base: {request.base} has no effect without --extract-lora RANK; leave it out")
@@ -77,6 +82,8 @@ def export_model(request: Request) -> Path:
             f"--format: {request.layout} is for complete models, but {request.source} is a LoRA; add --merge to merge "
             "it into its base model, or use --format lora-kohya or lora-diffusers"
         )
+    if is_dora(lora.lora) and request.layout != "lora-diffusers":
+        lora = _baked(lora, _rank_of_baked(lora))
     return _export_lora(request, lora)
 
 
@@ -119,6 +126,26 @@ def _export_merged(request: Request, lora: LoraSource) -> Path:
 
 def _export_extracted(request: Request, source: ExportSource, rank: int) -> Path:
     made, kept = extract_lora(source, base_of(source, request.base), rank)
+    _say_kept(kept, rank)
+    return _export_lora(request, made)
+
+
+def _baked(source: LoraSource, rank: int) -> LoraSource:
+    """Return a DoRA as a plain LoRA, and say how much of it is kept."""
+    made, kept = bake_dora(source, base_of_lora(source), rank)
+    say(
+        f"{source.name} is a DoRA, which other programs read in different ways, none of them as it was trained; it is "
+        f"baked into a plain LoRA of rank {rank} (--extract-lora RANK chooses another, --merge keeps all of it)"
+    )
+    _say_kept(kept, rank)
+    return made
+
+
+def _rank_of_baked(source: LoraSource) -> int:
+    """Return the rank for a DoRA: the norms that it trains besides change each row by a factor, of any rank."""
+    return max(_DORA_RANKS * settings["r"] for settings in source.lora.settings.values())
+
+
+def _say_kept(kept: Mapping[str, ChangeNorms], rank: int) -> None:
     for component, norms in {**kept, "all": total_of(kept)}.items():
         say(f"rank {rank} keeps {norms.share:.1%} of the change of {component} (squared Frobenius norm)")
-    return _export_lora(request, made)

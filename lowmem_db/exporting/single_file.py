@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem_db.console import say
 from lowmem_db.errors import ModelError
 from lowmem_db.exporting.casting import cast, stored_dtype
+from lowmem_db.exporting.ldm_configuration import ldm_configuration
 from lowmem_db.exporting.metadata import metadata_of
 from lowmem_db.exporting.source import ExportSource, refuse_existing
 from lowmem_db.models.families.original_layout import Entry, Layout
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.prediction import V_PREDICTION, ZERO_TERMINAL_SNR
 from lowmem_db.models.stored_weights import StoredTensor, stored_weights
+from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.tensor_stream import StreamedTensor, write_streamed
 
 LOGIT_SCALE = math.log(100)
@@ -35,13 +39,42 @@ def export_single_file(source: ExportSource, out: Path, precision: torch.dtype |
     """
     refuse_existing(out)
     layout = source.model.family.layout_of(source.model)
+    beside = configuration_beside(source.model, out)
     tensors: dict[str, StreamedTensor] = {}
     for component in layout.prefixes:
         weights = stored_weights(source.model, component)
         config = source.model.config_of(component)
         for entry in entries_of(layout, component, source.model, weights):
             tensors[entry.name] = _streamed(entry, weights, config, precision)
+    for marker in markers_of(source.model):
+        tensors[marker] = StreamedTensor((0,), torch.float32, lambda: torch.empty(0))
     write_streamed(out, tensors, metadata_of(source, layout))
+    for file, text in beside.items():
+        write_text(file, text)
+        say(f"wrote {file}, which tells other programs that the model predicts v: keep it beside {out.name}")
+
+
+def markers_of(model: ModelFolder) -> list[str]:
+    """Return the names of the empty tensors that tell other programs what a model predicts; epsilon needs none."""
+    scheduler = model.config_of("scheduler")
+    if scheduler.get("prediction_type") != "v_prediction":
+        return []
+    return [V_PREDICTION, *([ZERO_TERMINAL_SNR] if scheduler.get("rescale_betas_zero_snr") else [])]
+
+
+def configuration_beside(model: ModelFolder, out: Path) -> dict[Path, str]:
+    """Return the file that has to lie beside a single file, with its text.
+
+    Other programs look for the markers in SDXL's files only; for earlier models they read LDM's configuration.
+
+    Raises:
+        ModelError: The file exists.
+    """
+    if V_PREDICTION not in markers_of(model) or len(model.family.text_encoders) > 1:
+        return {}
+    file = out.with_suffix(".yaml")
+    refuse_existing(file)
+    return {file: ldm_configuration(model)}
 
 
 def entries_of(layout: Layout, component: str, model: ModelFolder, names: dict[str, StoredTensor]) -> list[Entry]:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,27 @@ class ModelFiles:
         variant: Variant of the weight files.
         allow_pickle: Whether pickled weights may be read.
         words: New words of its vocabulary.
+        replaced: Folders of components that come from elsewhere, always without a variant.
     """
 
     path: Path
     variant: str | None = None
     allow_pickle: bool = False
     words: tuple[NewWord, ...] = field(default=(), compare=False)
+    replaced: Mapping[str, Path] = field(default_factory=dict)
+
+    def folder_of(self, component: str) -> Path:
+        """Return the folder of a component."""
+        return self.replaced.get(component, self.path / component)
+
+    def variant_of(self, component: str) -> str | None:
+        """Return the variant of a component's weight files."""
+        return None if component in self.replaced else self.variant
 
     def config_of(self, component: str) -> dict[str, Any]:
         """Return the JSON configuration of a component."""
         kind = component.partition("_")[0]
-        return read_json(self.path / component / _CONFIG_FILES.get(kind, "config.json"))
+        return read_json(self.folder_of(component) / _CONFIG_FILES.get(kind, "config.json"))
 
     @property
     def index(self) -> dict[str, Any]:
@@ -48,7 +59,7 @@ class ModelFiles:
 
         Shards are added up; if the same weights are stored in several formats, the largest counts.
         """
-        files = [file for file in (self.path / component).iterdir() if file.suffix in WEIGHT_SUFFIXES]
+        files = [file for file in self.folder_of(component).iterdir() if file.suffix in WEIGHT_SUFFIXES]
         wholes: dict[str, int] = {}
         for file in files:
             whole = _SHARD.sub("", file.name)
@@ -59,7 +70,7 @@ class ModelFiles:
         """Return a key of the bytes of some components, configurations and weights together, in the order given."""
         keys = []
         for component in components:
-            files = [file for file in sorted((self.path / component).iterdir()) if file.is_file()]
+            files = [file for file in sorted(self.folder_of(component).iterdir()) if file.is_file()]
             keys.append((component, fingerprint.of_files(files)))
         key = fingerprint.of_values(keys, self.variant)
         reads_words = any(component.startswith(("tokenizer", "text_encoder")) for component in components)

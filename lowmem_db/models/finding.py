@@ -15,8 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.errors import ModelError
+from lowmem_db.models.autoencoder_override import AUTOENCODER_FILE, with_autoencoder
 from lowmem_db.models.embedding_file import read_embedding
 from lowmem_db.models.families import FAMILIES, families_of, find_family
+from lowmem_db.models.families.base import Reading
 from lowmem_db.models.files import WEIGHT_SUFFIXES, ModelFiles
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.new_words import NewWord, check_widths
@@ -36,6 +38,9 @@ def find_model(
     variant: str | None = None,
     allow_pickle: bool = False,
     embeddings: Sequence[str] = (),
+    vae: str | None = None,
+    clip_skip: int | None = None,
+    prompt_chunks: int = 1,
     cache_dir: Path | None = None,
     weights: bool = True,
 ) -> ModelFolder:
@@ -48,22 +53,31 @@ def find_model(
         variant: Variant of the weight files, such as ``fp16``.
         allow_pickle: Accept ``.bin`` weights if there are no safetensors.
         embeddings: Files of learned embeddings, whose words prompts may use.
+        vae: Another autoencoder: a folder, a single file or a hub id.
+        clip_skip: Layer of the text encoders that is read, counted from the end. Default: the family's.
+        prompt_chunks: Chunks in which prompts are read.
         cache_dir: Where the folders of single files are kept. Default: the usual cache.
         weights: Whether weights are needed. If not, nothing is downloaded or written: the configuration files are
             enough, and those of well-known models are in this package.
 
     Raises:
-        ConfigError: An embedding was learned on another kind of model.
-        ModelError: It does not exist, its family is not supported, or it has only pickled weights.
+        ModelError: It does not exist, its family is not supported, it has only pickled weights, or the autoencoder is
+             for other models.
+        ConfigError: Its text encoders cannot be read so, or an embedding was learned on another kind of model.
     """
     words = [read_embedding(Path(file)) for file in embeddings]
-    if not weights:
-        return with_words(_find_configuration(base, revision, variant), words)
-    path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
-    files = ModelFiles(path=path, variant=variant, allow_pickle=allow_pickle)
-    _check_layout(base, files)
-    model = _folder_of(base, files)
-    _check_weights(model)
+    if weights:
+        path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
+        files = ModelFiles(path=path, variant=variant, allow_pickle=allow_pickle)
+        _check_layout(base, files)
+        model = _folder_of(base, files)
+    else:
+        model = _find_configuration(base, revision, variant)
+    if vae is not None and (found := _find_autoencoder(vae, weights=weights)) is not None:
+        model = with_autoencoder(model, vae, found, cache_dir=cache_dir, weights=weights)
+    if weights:
+        _check_weights(model)
+    model = replace(model, family=model.family.with_reading(model, Reading(clip_skip, prompt_chunks)))
     return with_words(model, words)
 
 
@@ -86,6 +100,13 @@ def model_of(config: Config, *, weights: bool = True) -> ModelFolder:
     if not own.enabled:
         return model
     return with_words(model, [NewWord(token=own.token, num_vectors=own.num_vectors, initializer=config.initializer)])
+
+
+def final_model_of(config: Config, folder: Path) -> ModelFolder:
+    """Find the model that a run has written; its prompts are read as in the run, learned words included."""
+    chosen = config.model
+    reading = {"clip_skip": chosen.clip_skip, "prompt_chunks": chosen.prompt_chunks}
+    return find_model(str(folder), **reading, embeddings=chosen.embeddings)
 
 
 def find_file(base: str, revision: str | None = None) -> Path | None:
@@ -121,6 +142,28 @@ def _find_folder(
     raise ModelError(
         f"model.base: {base!r} is not a folder, a file or a hub id; allowed: demo, a folder, a .safetensors "
         f"file, owner/name{_near(base)}"
+    )
+
+
+def _find_autoencoder(vae: str, *, weights: bool) -> Path | None:
+    """Return the file or folder that ``model.vae`` names, or None if it is not here and only a plan needs it."""
+    if Path(vae).is_dir():
+        return Path(vae)
+    try:
+        if (file := find_file(vae)) is not None:
+            return file
+        if _HUB_ID.fullmatch(vae) and not vae.endswith(".safetensors"):
+            patterns = [f"{folder}{name}" for folder in ("", "vae/") for name in ("config.json", f"{AUTOENCODER_FILE}")]
+            return Path(snapshot_download(vae, allow_patterns=patterns, local_files_only=not weights))
+    except (*_NETWORK_ERRORS, ModelError) as error:
+        if not weights:
+            say(f"model.vae: {vae} is not here yet; the plan takes it for as large as the model's own")
+            return None
+        reason = str(error).removeprefix("model.base: ")
+        raise ModelError(f"model.vae: {reason}") from error
+    raise ModelError(
+        f"model.vae: {vae!r} is not a folder, a file or a hub id; allowed: a folder in diffusers' layout, a "
+        f".safetensors file, owner/name{_near(vae)}"
     )
 
 
@@ -204,7 +247,7 @@ def _refuse_missing(base: str, files: ModelFiles, needed: str, *, plans: bool) -
 
 def _check_weights(model: ModelFolder) -> None:
     for component in model.family.with_weights:
-        folder = model.path / component
+        folder = model.folder_of(component)
         suffixes = {file.suffix for file in folder.iterdir()} & WEIGHT_SUFFIXES
         if not suffixes:
             raise ModelError(f"model.base: {folder} has no weights; allowed: a .safetensors file")

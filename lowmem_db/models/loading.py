@@ -41,11 +41,13 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
     """
     if device.type == "meta":
         return nn.Module.to(_build_on_meta(kind, files, component), dtype).eval().requires_grad_(False)
-    path = files.path / component
+    path = files.folder_of(component)
     options: dict[str, Any] = {"use_safetensors": not files.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
     try:
-        loaded: Any = cast("Any", kind).from_pretrained(path, local_files_only=True, variant=files.variant, **options)
+        loaded: Any = cast("Any", kind).from_pretrained(
+            path, local_files_only=True, variant=files.variant_of(component), **options
+        )
     except _DAMAGED as error:
         raise _damaged(path, error) from error
     return loaded.to(device).eval().requires_grad_(False)
@@ -63,7 +65,7 @@ def load_autoencoder(files: ModelFiles, component: str, device: torch.device, dt
     dtype = torch.float32 if config.get("force_upcast") else dtype
     name = config.get("_class_name", "AutoencoderKL")
     if name not in _AUTOENCODERS:
-        raise ModelError(f"{files.path / component}: is a {name}; allowed: {', '.join(_AUTOENCODERS)}")
+        raise ModelError(f"{files.folder_of(component)}: is a {name}; allowed: {', '.join(_AUTOENCODERS)}")
     return cast("Autoencoder", load_module(_AUTOENCODERS[name], files, component, device, dtype))
 
 
@@ -74,7 +76,7 @@ def load_tokenizer(files: ModelFiles, component: str) -> CLIPTokenizer:
         ConfigError: A new word cannot be added.
         ModelError: Its files are missing; transformers would silently make an empty one.
     """
-    path = files.path / component
+    path = files.folder_of(component)
     if not any(all((path / name).is_file() for name in names) for names in _TOKENIZER_FILES):
         raise ModelError(f"{path}: has neither tokenizer.json nor vocab.json and merges.txt; download the model again")
     try:

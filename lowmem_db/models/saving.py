@@ -54,9 +54,9 @@ def save_model(
             save_component(folder / component, source.load(component), dtype=torch.float32)
         else:
             shutil.copytree(
-                source.path / component, folder / component, copy_function=shutil.copyfile, ignore=_OTHER_WEIGHTS
+                source.folder_of(component), folder / component, copy_function=shutil.copyfile, ignore=_OTHER_WEIGHTS
             )
-    index = source.family.finished_index(source.index)
+    index = {"_diffusers_version": diffusers.__version__} | source.family.finished_index(source.index)
     if changed := schedule_changes(prediction_type, zero_terminal_snr):
         index["scheduler"] = ["diffusers", _change_scheduler(folder / "scheduler" / "scheduler_config.json", changed)]
     _write_json(folder / "model_index.json", index)
@@ -81,7 +81,7 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def _has_usual_weights(source: ModelFolder, component: str) -> bool:
-    return source.variant is None and any((source.path / component).glob("*.safetensors"))
+    return source.variant_of(component) is None and any(source.folder_of(component).glob("*.safetensors"))
 
 
 def save_component(

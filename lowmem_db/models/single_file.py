@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from lowmem_db.errors import ModelError
@@ -17,14 +16,14 @@ from lowmem_db.models.families.original_layout import UNET_PREFIX, Entry, Layout
 from lowmem_db.models.families.stable_diffusion import text_width
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import load_noise_schedule
+from lowmem_db.models.prediction import CONFIGS_KEY, ZERO_TERMINAL_SNR, Prediction, find_prediction
 from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, read_header
+from lowmem_db.storage.tensor_stream import FLOAT8
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
-CONFIGS_KEY = "lowmem_db.components"
-"""Metadata key of files written by this program: the configuration of every component, as JSON."""
 _CONV_IN = "input_blocks.0.0.weight"
 _PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
-_PREDICTION_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
 _ZERO_TERMINAL_SNR = {
     "_class_name": "DDIMScheduler",
     "rescale_betas_zero_snr": True,
@@ -35,6 +34,15 @@ _NONSENSE = (
     StrictDataclassError,
 )  # fmt: skip
 _OTHER_CHANNELS = {5: "a depth model", 7: "an upscaler", 8: "an image-editing model", 9: "an inpainting model"}
+_OTHER_NOISE = {
+    "edm_mean": "an EDM model with latents of its own, such as Playground v2.5",
+    "edm_std": "an EDM model with latents of its own, such as Playground v2.5",
+    "edm_vpred.sigma_max": "an EDM model that predicts v over continuous noise levels, such as CosXL",
+}
+_SCALED = re.compile(
+    r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale(_2)?|input_scale|comfy_quant)$"
+    r"|\.weight\.(absmax|quant_map|quant_state\..*)$|\.(SCB|weight_format)$"
+)
 _OTHER_FILES = (
     (r"^lora_(unet|te)|\.lora_(down|up|[AB])\b|\.lora\.(down|up)\.", "a LoRA, which needs its base model"),
     (r"^control_model\.|^controlnet_", "a ControlNet"),
@@ -60,7 +68,8 @@ class DescribedFiles(ModelFiles):
 
     def config_of(self, component: str) -> dict[str, Any]:
         """Return the configuration of a component."""
-        return self.configs[component] if component in self.configs else super().config_of(component)
+        is_own = component in self.configs and component not in self.replaced
+        return self.configs[component] if is_own else super().config_of(component)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,29 +99,61 @@ def recognise(file: Path) -> SingleFile:
     Raises:
         ModelError: It is not a complete Stable Diffusion model; the message says what was found.
     """
+    if file.suffix == ".gguf":
+        raise ModelError(
+            f"model.base: {file} is quantized (GGUF), which is for drawing only; allowed: the fp16 or bf16 version as "
+            ".safetensors"
+        )
     if file.suffix in _PICKLED:
         raise ModelError(
             f"model.base: {file} is pickled, which can run code when it is read; allowed: the same model as "
             ".safetensors; the checkpoint merger of AUTOMATIC1111 writes one"
         )
     found, metadata = read_header(file)
+    if quantized := next((name for name in found if _SCALED.search(name)), None):
+        raise _refusal(
+            file,
+            f"holds quantized weights with scales beside them ({quantized}), which are for drawing only; plain fp8 "
+            "would do, or use the fp16 or bf16 version",
+        )
     conv_in = _find(found, UNET_PREFIX + _CONV_IN)
     if conv_in is None:
         raise _refusal(file, f"is {_describe(found)}")
     if conv_in.shape[1] != 4:
         kind = _OTHER_CHANNELS.get(conv_in.shape[1], "an unknown model")
         raise _refusal(file, f"is {kind}: its UNet has {conv_in.shape[1]} input channels instead of 4")
+    for marker, what in _OTHER_NOISE.items():
+        if marker in found:
+            raise _refusal(file, f"is {what}, as its tensor {marker} says: it would train into noise")
     if CONFIGS_KEY not in metadata:
         return _with_tensors(_of_family(file, found, metadata), found)
     with _refusing_nonsense(file):
-        return _with_tensors(_with_own_configs(file, metadata), found)
+        return _with_tensors(_with_own_configs(file, found, metadata), found)
 
 
 def _with_tensors(model: SingleFile, found: Mapping[str, StoredTensor]) -> SingleFile:
     tensors = {}
     for component in model.layout.prefixes:
-        tensors |= _tensors_of(model, component, found)
-    return replace(model, tensors=tensors)
+        own = _tensors_of(model, component, found)
+        if component == model.family.denoiser:
+            _refuse_unknown(model, own, found)
+        tensors |= own
+    remark = model.remark
+    if any(tensor.dtype in FLOAT8 for tensor in tensors.values()):
+        remark += (
+            "; weights that it holds in 8 bits (fp8) are widened to fp16, which does not bring back what they lost"
+        )
+    return replace(model, tensors=tensors, remark=remark)
+
+
+def _refuse_unknown(model: SingleFile, known: Iterable[str], found: Iterable[str]) -> None:
+    """Refuse a UNet with tensors that the layout does not know: it computes something else."""
+    names = set(known)
+    if unknown := [name for name in found if name.startswith(UNET_PREFIX) and name not in names]:
+        raise _refusal(
+            model.file,
+            f"is not a plain {model.family.name} model: its UNet has {len(unknown)} tensors more, such as {unknown[0]}",
+        )
 
 
 def _of_family(file: Path, found: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> SingleFile:
@@ -122,24 +163,34 @@ def _of_family(file: Path, found: Mapping[str, StoredTensor], metadata: Mapping[
     if layout is None:
         width = text_width(shapes)
         raise _refusal(file, f"has a UNet for text embeddings of width {width}" + " (SDXL's refiner)" * (width == 1280))
-    prediction_type, reason = _prediction_type(file, layout, found, metadata)
-    path = CONFIGS_DIR / layout.folder_of_configs(prediction_type)
+    prediction = find_prediction(file, layout, found, metadata)
+    path = CONFIGS_DIR / layout.folder_of_configs(prediction.type)
     scheduler = ModelFiles(path=path).config_of("scheduler")
-    scheduler |= {"prediction_type": prediction_type} | (_ZERO_TERMINAL_SNR if "ztsnr" in found else {})
-    return _model(file, path, layout, {"scheduler": scheduler}, reason)
+    return _model(file, path, layout, {"scheduler": _as_marked(scheduler, prediction, found)}, prediction)
 
 
-def _with_own_configs(file: Path, metadata: Mapping[str, str]) -> SingleFile:
+def _with_own_configs(file: Path, found: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> SingleFile:
     """Return the model that a file written by this program describes in its metadata."""
     configs = json.loads(metadata[CONFIGS_KEY])
     layout = layout_for(configs)
-    prediction_type = configs["scheduler"].get("prediction_type", "epsilon")
-    if prediction_type not in {"epsilon", "v_prediction", "sample"}:
-        raise ValueError(f"prediction_type {prediction_type!r}; allowed: epsilon, v_prediction, sample")
-    path = CONFIGS_DIR / layout.folder_of_configs(prediction_type)
-    model = _model(file, path, layout, configs, "as its metadata says")
-    model.family.sampler(model, "ddpm")  # refuses an invalid schedule
+    prediction = find_prediction(file, layout, found, metadata)
+    if prediction.type not in {"epsilon", "v_prediction", "sample"}:
+        raise ValueError(f"prediction_type {prediction.type!r}; allowed: epsilon, v_prediction, sample")
+    path = CONFIGS_DIR / layout.folder_of_configs(prediction.type)
+    configs["scheduler"] = _as_marked(configs["scheduler"], prediction, found)
+    model = _model(file, path, layout, configs, prediction)
+    load_noise_schedule(model)  # refuses an invalid schedule
     return model
+
+
+def _as_marked(scheduler: dict[str, Any], prediction: Prediction, found: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """Return a scheduler's configuration with what the file says of the prediction and of zero terminal SNR."""
+    changed: dict[str, Any] = {}
+    if prediction.type != scheduler.get("prediction_type", "epsilon"):
+        changed["prediction_type"] = prediction.type
+    if ZERO_TERMINAL_SNR in found and not scheduler.get("rescale_betas_zero_snr"):
+        changed |= _ZERO_TERMINAL_SNR
+    return scheduler | changed
 
 
 @contextmanager
@@ -152,11 +203,14 @@ def _refusing_nonsense(file: Path) -> Iterator[None]:
         raise ModelError(f"{file}: its metadata {CONFIGS_KEY} is damaged ({reason}); export it again") from error
 
 
-def _model(file: Path, path: Path, layout: Layout, configs: Mapping[str, dict[str, Any]], reason: str) -> SingleFile:
+def _model(
+    file: Path, path: Path, layout: Layout, configs: Mapping[str, dict[str, Any]], prediction: Prediction
+) -> SingleFile:
     files = DescribedFiles(path=path, configs=configs)
     family = find_family(files)
-    predicts = files.config_of("scheduler").get("prediction_type", "epsilon")
-    remark = f"{file.name} is {family.name} and predicts {predicts}, {reason}"
+    remark = f"{file.name} is {family.name} and predicts {prediction.type}, {prediction.reason}"
+    if configs["scheduler"].get("rescale_betas_zero_snr"):
+        remark += "; it has zero terminal SNR"
     return SingleFile(
         name=str(file),
         path=path,
@@ -167,44 +221,6 @@ def _model(file: Path, path: Path, layout: Layout, configs: Mapping[str, dict[st
         tensors={},
         remark=remark,
     )
-
-
-def _prediction_type(file: Path, layout: Layout, found: Iterable[str], metadata: Mapping[str, str]) -> tuple[str, str]:
-    """Return what the UNet predicts, which its weights do not reveal, and how that was decided."""
-    spec = metadata.get("modelspec.prediction_type", "")
-    if spec in _PREDICTION_TYPES:
-        return _PREDICTION_TYPES[spec], f"as its metadata says (modelspec.prediction_type: {spec})"
-    beside = file.with_suffix(".yaml")
-    if beside.is_file():
-        said = _parameterization(beside)
-        return said, f"as {beside.name} next to it says"
-    if "v_pred" in found:
-        return "v_prediction", "as its tensor v_pred says"
-    return layout.usual_prediction, (
-        f"like most models of its family, as the file does not say; if that is wrong, write a file {beside.name} next "
-        "to it with the line parameterization: v (or eps)"
-    )
-
-
-def _parameterization(file: Path) -> str:
-    """Return what the UNet predicts according to a configuration of the original repositories."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ModelError(f"{file}: is damaged ({error}); delete it, or write parameterization: v (or eps)") from error
-    said = next(_values(content, "parameterization"), "eps")  # the original code's default
-    if said not in _PREDICTION_TYPES:
-        raise ModelError(f"{file}: parameterization is {said!r}; allowed: eps, v")
-    return _PREDICTION_TYPES[said]
-
-
-def _values(content: Any, key: str) -> Iterator[Any]:
-    """Yield the values of a key anywhere in nested mappings."""
-    if isinstance(content, dict):
-        if key in content:
-            yield content[key]
-        for value in content.values():
-            yield from _values(value, key)
 
 
 def _tensors_of(model: SingleFile, component: str, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 
 from lowmem_db import fingerprint
@@ -17,7 +18,7 @@ from lowmem_db.models.families.original_layout import Entry
 from lowmem_db.models.single_file import CONFIGS_DIR, SingleFile, recognise
 from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, weights_name
 from lowmem_db.storage.atomic import write_folder
-from lowmem_db.storage.tensor_stream import StreamedTensor, write_streamed
+from lowmem_db.storage.tensor_stream import FLOAT8, StreamedTensor, write_streamed
 
 _FORMAT_VERSION = 1
 _VOCABULARY_DIR = CONFIGS_DIR / "clip_tokenizer"
@@ -48,7 +49,7 @@ def folder_of_file(file: Path, cache_dir: Path | None = None) -> Path:
 
 
 def write_model(model: SingleFile, folder: Path) -> None:
-    """Fill a folder with the components of a single file, in the types they have in it."""
+    """Fill a folder with the components of a single file, in the types they have in it; fp8 becomes fp16."""
     for component in model.family.components:
         target = folder / component.name
         target.mkdir()
@@ -76,7 +77,8 @@ def _streamed(model: SingleFile, component: str) -> dict[str, StreamedTensor]:
 
 
 def _source(entry: Entry, stored: StoredTensor, name: str, shape: tuple[int, ...]) -> StreamedTensor:
-    return StreamedTensor(shape, stored.dtype, lambda: entry.unpack(stored.read(), name, shape))
+    dtype = torch.float16 if stored.dtype in FLOAT8 else stored.dtype
+    return StreamedTensor(shape, dtype, lambda: entry.unpack(stored.read().to(dtype), name, shape))
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

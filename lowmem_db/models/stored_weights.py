@@ -65,9 +65,9 @@ def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor
     Raises:
         ModelError: There are no safetensors, or they do not match the component's configuration.
     """
-    folder = model.path / component
+    folder = model.folder_of(component)
     found: dict[str, StoredTensor] = {}
-    for file in _files(model, folder, weights_name(model, component).removesuffix(".safetensors")):
+    for file in _files(model, component, weights_name(model, component).removesuffix(".safetensors")):
         found |= {_published(model, component, name): tensor for name, tensor in read_header(file)[0].items()}
     expected = expected_shapes(model, component)
     for name, shape in expected.items():
@@ -101,8 +101,9 @@ def _published(model: ModelFolder, component: str, name: str) -> str:
     return published_name(component, name)
 
 
-def _files(model: ModelFolder, folder: Path, stem: str) -> list[Path]:
-    variant = "" if model.variant is None else f".{model.variant}"
+def _files(model: ModelFolder, component: str, stem: str) -> list[Path]:
+    folder, name = model.folder_of(component), model.variant_of(component)
+    variant = "" if name is None else f".{name}"
     whole = folder / f"{stem}{variant}.safetensors"
     files = [whole] if whole.is_file() else sorted(folder.glob(f"{stem}{variant}-*-of-*.safetensors"))
     if not files:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lowmem_db.data.batches import PromptTable
+from lowmem_db.models.families.base import Reading
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
 from lowmem_db.models.new_words import expanded
@@ -25,9 +26,16 @@ def tokenize_prompts(model: ModelFolder, prompts: Sequence[str]) -> PromptTable:
     return PromptTable.of(prompts, tokens, zeroes_empty_prompt=model.family.zeroes_empty_prompt(model))
 
 
-def num_cut_tokens(tokenizer: Any, prompt: str) -> int:
-    """Return how many tokens of a prompt are cut off."""
-    return max(0, len(tokenizer(expanded(tokenizer, prompt), verbose=False).input_ids) - tokenizer.model_max_length)
+def read_otherwise(model: ModelFolder) -> list[list[int | None]]:
+    """Return what belongs into a key if prompts are not read in the usual way; keys of the usual way stay the same."""
+    reading = model.family.reading
+    return [] if reading == Reading() else [[reading.clip_skip, reading.num_chunks]]
+
+
+def num_cut_tokens(tokenizer: Any, prompt: str, num_chunks: int = 1) -> int:
+    """Return how many tokens of a prompt are cut off if it is read in some number of chunks."""
+    words = tokenizer(expanded(tokenizer, prompt), add_special_tokens=False, verbose=False).input_ids
+    return max(0, len(words) - num_chunks * (tokenizer.model_max_length - 2))
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
 from lowmem_db.models.saving import DTYPES
-from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders
+from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders, read_otherwise
 from lowmem_db.randomness import generator
 from lowmem_db.records import Size
 from lowmem_db.sampling.latents import SamplingSettings
@@ -115,6 +115,7 @@ def _set(config: Config, model: ModelFolder, device: torch.device, size: Size, c
 
 
 def _manifest(config: Config, model: ModelFolder, device: torch.device, resolution: int | list[int]) -> dict[str, Any]:
+    read = read_otherwise(model)
     return {
         "format_version": _FORMAT_VERSION,
         "model": model.whole_key,
@@ -124,6 +125,7 @@ def _manifest(config: Config, model: ModelFolder, device: torch.device, resoluti
         "precision": _precision(config, device),
         "sample_batch_size": config.prior.sample_batch_size,
         "seed": config.seed,
+        **({"clip_skip_and_chunks": read} if read else {}),
     }
 
 

@@ -17,7 +17,7 @@ from lowmem_db.console import say, track
 from lowmem_db.data.batches import EncodedImage, PromptTable
 from lowmem_db.data.crops import crop_facts, load_pixels, num_distinct_crops
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.text_encoders import load_text_encoders, tokenize_prompts
+from lowmem_db.models.text_encoders import load_text_encoders, read_otherwise, tokenize_prompts
 from lowmem_db.records import ImageRecord, Size
 from lowmem_db.storage.run_folder import read_json, write_json
 from lowmem_db.storage.tensors import TensorStore
@@ -43,7 +43,12 @@ def encode_images(
     """
     store = TensorStore(config.cache_dir / "latents")
     space_key = model.space.content_key()
-    crops = [_Crops(record, size, config.data) for record, size in zip(records, sizes, strict=True)]
+    sides = (False, True) if config.data.random_flip else (False,)
+    crops = [
+        _Crops(record, size, config.data, mirrored)
+        for record, size in zip(records, sizes, strict=True)
+        for mirrored in sides
+    ]
     keys = [picture.key(space_key) for picture in crops]
     missing = [picture for picture, key in zip(crops, keys, strict=True) if _read_moments(store, key) is None]
     _say_reused(config, crops, keys, missing)
@@ -54,7 +59,8 @@ def encode_images(
             mean, std = (torch.cat(parts).cpu() for parts in zip(*moments, strict=True))
             tensors = {"mean": mean, "std": std, "time_ids": picture.facts()}
             store.write(picture.key(space_key), tensors)
-    return [_encoded(model, store, record, key) for record, key in zip(records, keys, strict=True)]
+    found = [keys[index : index + len(sides)] for index in range(0, len(keys), len(sides))]
+    return [_encoded(model, store, record, own) for record, own in zip(records, found, strict=True)]
 
 
 def encode_prompts(config: Config, model: ModelFolder, device: torch.device, prompts: Iterable[str]) -> PromptTable:
@@ -71,7 +77,7 @@ def encode_prompts(config: Config, model: ModelFolder, device: torch.device, pro
     text_encoders = _lazily(lambda: load_text_encoders(model, device=device))
     embeds: dict[str, dict[str, Tensor]] = {}
     for prompt in unique:
-        key = fingerprint.of_values("prompt", _PROMPT_FORMAT_VERSION, encoder_key, prompt)
+        key = fingerprint.of_values("prompt", _PROMPT_FORMAT_VERSION, encoder_key, prompt, *read_otherwise(model))
         stored = store.read(key)
         if stored is None:
             with torch.no_grad():
@@ -89,6 +95,7 @@ class _Crops:
     record: ImageRecord
     size: Size
     config: DataConfig
+    mirrored: bool
 
     @property
     def count(self) -> int:
@@ -96,23 +103,25 @@ class _Crops:
 
     @property
     def index_name(self) -> str:
-        """Name in the index: the file name, and the size unless it is the usual square."""
+        """Name in the index: the file name, the size unless it is the usual square, and the side."""
         is_square = self.size == (self.config.resolution, self.config.resolution)
-        return self.record.path.name if is_square else f"{self.record.path.name} {self.size[1]}x{self.size[0]}"
+        name = self.record.path.name if is_square else f"{self.record.path.name} {self.size[1]}x{self.size[0]}"
+        return f"{name} mirrored" if self.mirrored else name
 
     def pixels(self, index: int) -> Tensor:
-        return load_pixels(self.record, size=self.size, crop=self.config.crop, index=index)
+        return load_pixels(self.record, size=self.size, crop=self.config.crop, index=index, mirrored=self.mirrored)
 
     def facts(self) -> Tensor:
-        return torch.stack(
-            [crop_facts(self.record, size=self.size, crop=self.config.crop, index=index) for index in range(self.count)]
-        )
+        return torch.stack([self._facts(index) for index in range(self.count)])
+
+    def _facts(self, index: int) -> Tensor:
+        return crop_facts(self.record, size=self.size, crop=self.config.crop, index=index, mirrored=self.mirrored)
 
     def key(self, space_key: str) -> str:
         has_crop_s_shape = self.record.width * self.size[0] == self.record.height * self.size[1]
         return fingerprint.of_values(
             "moments", _FORMAT_VERSION, self.record.content_key, space_key, list(self.size),
-            "whole" if has_crop_s_shape else self.config.crop, self.count,
+            "whole" if has_crop_s_shape else self.config.crop, self.count, *(["mirrored"] if self.mirrored else []),
         )  # fmt: skip
 
 
@@ -121,11 +130,16 @@ def _read_moments(store: TensorStore, key: str) -> dict[str, Tensor] | None:
     return moments if moments is not None and {"mean", "std", "time_ids"} <= moments.keys() else None
 
 
-def _encoded(model: ModelFolder, store: TensorStore, record: ImageRecord, key: str) -> EncodedImage:
-    moments = _read_moments(store, key)
-    assert moments is not None, f"{store.path(key)} was written but does not exist"
-    picture = model.family.describe_pictures(moments["time_ids"])
-    return EncodedImage(record=record, mean=moments["mean"], std=moments["std"], picture=picture)
+def _encoded(model: ModelFolder, store: TensorStore, record: ImageRecord, keys: Sequence[str]) -> EncodedImage:
+    """Return the moments of an image, those of its mirrored crops after the others."""
+    found: list[dict[str, Tensor]] = []
+    for key in keys:
+        moments = _read_moments(store, key)
+        assert moments is not None, f"{store.path(key)} was written but does not exist"
+        found.append(moments)
+    mean, std, time_ids = (torch.cat([moments[name] for moments in found]) for name in ("mean", "std", "time_ids"))
+    picture = model.family.describe_pictures(time_ids)
+    return EncodedImage(record=record, mean=mean, std=std, picture=picture, has_mirrored=len(keys) > 1)
 
 
 def _say_reused(config: Config, crops: Sequence[_Crops], keys: Sequence[str], missing: Sequence[_Crops]) -> None:

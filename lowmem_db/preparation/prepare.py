@@ -1,15 +1,20 @@
 """The phases before training, one after the other, and their results."""
 
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
 import torch
 
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say, warn
-from lowmem_db.data.batches import BatchSource
+from lowmem_db.data.batches import BatchSource, EncodedImage
 from lowmem_db.data.buckets import share_out, sizes_of
 from lowmem_db.data.identifiers import identifier_warnings
 from lowmem_db.data.photos import photo_warnings, scan_photos
+from lowmem_db.data.tags import caption_variants, varies
 from lowmem_db.data.templates import templates_of
+from lowmem_db.errors import DataError
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.new_words import initial_id
 from lowmem_db.models.text_encoders import num_cut_tokens
@@ -50,13 +55,17 @@ def check_prompts(config: Config, model: ModelFolder, photos: list[ImageRecord])
         for word in model.words:
             if word.initializer is not None:
                 initial_id(model.load(name), word.initializer)
-    prompts = sorted({photo.prompt for photo in photos} | {config.subject.class_prompt or ""})
+    prompts = sorted({photo.prompt for photo in photos} | {config.subject.class_prompt or ""} | config.prompts_drawn)
     for name in model.family.names_of("tokenizer")[:1]:  # all of them read the same words
         tokenizer = model.load(name)
         for prompt in prompts:
-            if cut := num_cut_tokens(tokenizer, prompt):
-                read = tokenizer.model_max_length
-                warn(f"the model reads {read} tokens and ignores the last {cut} of {prompt!r}")
+            if cut := num_cut_tokens(tokenizer, prompt, model.family.reading.num_chunks):
+                read = tokenizer.model_max_length * model.family.reading.num_chunks
+                needed = model.family.reading.num_chunks - (-cut // (tokenizer.model_max_length - 2))
+                warn(
+                    f"the model reads {read} tokens and ignores the last {cut} of {prompt!r}; to read all of it, set "
+                    f"model.prompt_chunks={needed}"
+                )
         if config.textual_inversion.enabled:
             continue  # the new word is the identifier
         for message in identifier_warnings(config.subject.instance_prompt, config.subject.class_prompt, tokenizer):
@@ -80,21 +89,44 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
     ]
     environment.release_memory(device)
     class_records = [image.record for image in class_images]
-    templates = templates_of(config)
-    prompts = {record.prompt for record in [*photos, *class_records]} | config.prompts_drawn | set(templates)
+    variants = {photo.prompt: caption_variants(photo.prompt, config.data, config.seed) for photo in photos}
+    if templates := templates_of(config):
+        variants[config.subject.instance_prompt] = templates
+    prompts = {record.prompt for record in [*photos, *class_records]} | config.prompts_drawn
+    prompts |= {variant for found in variants.values() for variant in found}
     table = encode_prompts(config, model, device, prompts)
     environment.release_memory(device)
     return BatchSource(
-        instance_images=instance_images,
+        instance_images=repeated(instance_images, config.data.repeats),
         class_images=class_images,
         prompts=table,
         seed=config.seed,
         train_batch_size=config.training.train_batch_size,
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         conditioning_dropout=config.objective.conditioning_dropout,
-        templates=templates,
-        template_for=config.subject.instance_prompt,
+        caption_variants=variants if templates or varies(config.data) else {},
     )
+
+
+def repeated(images: Sequence[EncodedImage], repeats: Mapping[str, int]) -> list[EncodedImage]:
+    """Return images as often as they are to be seen in an epoch.
+
+    Args:
+        images: The photos.
+        repeats: Counts by shell patterns of file names; the first pattern that matches counts.
+
+    Raises:
+        DataError: A pattern matches no photo.
+    """
+    names = [image.record.path.name for image in images]
+    for pattern in repeats:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise DataError(
+                f"data.repeats: {pattern!r} matches no photo; allowed: shell patterns of {', '.join(names[:5])}"
+                f"{', ...' * (len(names) > 5)}"
+            )
+    counts = [next((count for pattern, count in repeats.items() if fnmatchcase(name, pattern)), 1) for name in names]
+    return [image for image, count in zip(images, counts, strict=True) for _ in range(count)]
 
 
 def _class_images(

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import torch
 
+from lowmem_db.adaptation.lora_file import LORA_FILE, read_lora
+from lowmem_db.config.schema import Config
 from lowmem_db.console import say
+from lowmem_db.exporting.lora import LoraSource, export_lora, is_dora
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.run.model_card import CARD_FILE, model_card
 from lowmem_db.storage import hub
-from lowmem_db.storage.atomic import write_folder
+from lowmem_db.storage.atomic import write_folder, write_text
 from lowmem_db.training.trainer import Trainer
 
 
@@ -31,3 +35,14 @@ def _save_final(trainer: Trainer, model: ModelFolder, folder: Path) -> None:
         extra_bits = {name: bits for name, bits in extra_bits.items() if name not in trainer.ema.parameters}
     with nullcontext() if trainer.ema is None else trainer.ema.applied(torch.float32):
         trainer.adaptation.write(folder, model, trainer.trained_modules, extra_bits)
+    write_text(folder / CARD_FILE, model_card(trainer.config, model, trainer.adaptation.noun, trainer.step))
+    if (folder / LORA_FILE).is_file() and model.family.lora_prefixes:
+        _add_layout_of_other_programs(folder, trainer.config)
+
+
+def _add_layout_of_other_programs(folder: Path, config: Config) -> None:
+    """Write a LoRA in kohya's layout too: other programs load only half of diffusers'. A DoRA has to be exported."""
+    name = config.output_dir.absolute().name
+    source = LoraSource(name=name, lora=read_lora(folder / LORA_FILE), config=config)
+    if not is_dora(source.lora):
+        export_lora(source, folder / f"{name}-lora-kohya.safetensors", "lora-kohya")

@@ -14,6 +14,9 @@ from lowmem_db.storage.run_folder import RunFolder
 FIXED_FIELDS = (
     "model.base",
     "model.revision",
+    "model.vae",
+    "model.clip_skip",
+    "model.prompt_chunks",
     "training.train_text_encoder",
     "training.stop_text_encoder_training",
     "training.layers",

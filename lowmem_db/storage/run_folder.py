@@ -79,6 +79,11 @@ class RunFolder:
         """Return the folder of the samples of a step."""
         return self.root / "samples" / f"step-{step:06d}"
 
+    def newest_sample(self) -> Path | None:
+        """Return the first image of the newest samples, or None if the run has drawn none."""
+        files = sorted((self.root / "samples").glob("step-*/00-00.png"))
+        return files[-1] if files else None
+
     def checkpoint_dir(self, step: int) -> Path:
         """Return the folder of the checkpoint of a step."""
         return self.checkpoints_dir / f"step-{step:06d}"

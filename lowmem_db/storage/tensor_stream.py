@@ -18,8 +18,11 @@ from lowmem_db.storage.atomic import write_file
 
 _DTYPE_NAMES = {  # in the order in which safetensors writes them
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float16: "F16", torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+"""Types that fp16 holds exactly and that nothing computes in."""
 _RANKS = {dtype: rank for rank, dtype in enumerate(_DTYPE_NAMES)}
 DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 _ALIGNMENT = 8

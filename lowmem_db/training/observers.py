@@ -158,7 +158,10 @@ class Samples(Observer):
     def start(self, trainer: Training) -> None:
         """Draw the samples that are missing if the run was killed after a checkpoint."""
         self._trainer = trainer
-        self.checkpoint(trainer.step)
+        if trainer.step == 0:
+            self._draw_if_missing(0, self._config.sampling.at_start)
+        else:
+            self.checkpoint(trainer.step)
 
     def wants_checkpoint(self, step: int) -> bool:
         """Whether samples are due."""
@@ -167,8 +170,11 @@ class Samples(Observer):
 
     def checkpoint(self, step: int) -> None:
         """Draw the samples, unless they exist."""
+        self._draw_if_missing(step, self.wants_checkpoint(step))
+
+    def _draw_if_missing(self, step: int, is_due: bool) -> None:
         folder = self._run.samples_dir(step)
-        if self.wants_checkpoint(step) and not folder.is_dir():
+        if is_due and not folder.is_dir():
             with self._trainer.weights():
                 self._draw(step)
             environment.reset_peak_bytes(self._trainer.denoiser.device)

@@ -24,6 +24,10 @@ CASES = [
     ({"data.bucket_step": 32}, "data.bucket_step", {"data.aspect_ratio_buckets": True}),
     ({"data.min_bucket_side": 256}, "data.min_bucket_side", {"data.aspect_ratio_buckets": True}),
     ({"data.max_bucket_side": 768}, "data.max_bucket_side", {"data.aspect_ratio_buckets": True}),
+    ({"data.keep_tags": 1}, "data.keep_tags", {"data.shuffle_tags": True}),
+    ({"data.num_caption_variants": 4}, "data.num_caption_variants", {"data.tag_dropout": 0.1}),
+    ({"sampling.negative_prompt": "blurry"}, "sampling.negative_prompt", {"evaluation.every": 100}),
+    ({"sampling.at_start": True}, "sampling.at_start", {"sampling.prompts": ["a sks dog"]}),
     (
         {"objective.zero_terminal_snr": True, "objective.prediction_type": "epsilon"},
         "objective.zero_terminal_snr",

@@ -51,24 +51,6 @@ def test_both_layouts_draw_bit_for_bit_what_the_trained_model_draws(
     assert (found - before).abs().max() > 1e-3
 
 
-def test_dora_scale_is_what_comfyui_multiplies_rows_with(tiny_model: Path) -> None:
-    """``dora_scale * W' / |W'|``, with ``W' = W + alpha / rank * up @ down`` and the norm of each row."""
-    source, _ = lora_of("DoRA", tiny_model)
-    state = kohya_state(source.lora)
-    base, merged = find_model(str(tiny_model)).load("unet"), find_model(str(tiny_model)).load("unet")
-    put_into("unet", merged, source.lora)
-    merge(merged)
-    for path in ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.0.resnets.0.conv1"):
-        key = f"lora_unet_{path.replace('.', '_')}"
-        down, up, alpha = (state[f"{key}.{name}"] for name in ("lora_down.weight", "lora_up.weight", "alpha"))
-        weight = base.get_submodule(path).weight
-        changed = weight + alpha / down.shape[0] * (up.flatten(1) @ down.flatten(1)).view_as(weight)
-        norm = changed.flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1))
-        expected = merged.get_submodule(path).weight
-        torch.testing.assert_close(state[f"{key}.dora_scale"] * changed / norm, expected)
-        assert not torch.equal(expected, weight)
-
-
 def test_names_of_sdxl_s_text_encoders_are_te1_and_te2() -> None:
     path = "text_model.encoder.layers.0.self_attn.q_proj"
     state = {

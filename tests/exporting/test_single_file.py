@@ -58,7 +58,7 @@ def test_types_stay_unless_another_is_asked_for(family: str, models: dict[str, P
     kept = load_file(export(models[family], tmp_path / "kept.safetensors"))
     half = load_file(export(models[family], tmp_path / "half.safetensors", torch.float16))
     assert {tensor.dtype for tensor in kept.values()} <= {torch.float32, torch.int64}
-    assert {tensor.dtype for tensor in half.values()} <= {torch.float16, torch.int64}
+    assert {tensor.dtype for tensor in half.values() if tensor.numel()} <= {torch.float16, torch.int64}
 
 
 def test_same_model_gives_the_same_bytes(models: dict[str, Path], tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def refusal(file: Path) -> str:
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_published_models_are_recognised_by_their_shapes(name: str, tmp_path: Path) -> None:
-    model = recognise(write_sparse(tmp_path / "model.safetensors", whole(name)))
+    spec = {"modelspec.prediction_type": "v" if name == "sd21" else "epsilon"}
+    model = recognise(write_sparse(tmp_path / "model.safetensors", whole(name), spec))
     assert (model.family.name, model.path.name) == (FAMILIES[name], name)
     assert f"model.safetensors is {FAMILIES[name]} and predicts" in model.remark
 
@@ -78,63 +79,15 @@ def test_clip_may_be_named_as_old_versions_of_transformers_did(sd15: Shapes, tmp
     assert recognise(write_sparse(tmp_path / "old.safetensors", old)).path.name == "sd15"
 
 
-# What the UNet predicts.
+# What the UNet predicts; all else about it is in test_prediction.py.
 
 
-@pytest.mark.parametrize(
-    ("said", "prediction_type", "folder"), [("v", "v_prediction", "sd21"), ("epsilon", "epsilon", "sd21_base")]
-)
-def test_metadata_tell_what_is_predicted(
-    said: str, prediction_type: str, folder: str, sd21: Shapes, tmp_path: Path
-) -> None:
-    file = write_sparse(tmp_path / "m.safetensors", sd21, {"modelspec.prediction_type": said})
-    model = recognise(file)
-    assert (model.config_of("scheduler")["prediction_type"], model.path.name) == (prediction_type, folder)
-    assert f"predicts {prediction_type}, as its metadata says" in model.remark
-
-
-@pytest.mark.parametrize(
-    ("text", "prediction_type"),
-    [
-        ('model:\n  target: ldm\n  params:\n    parameterization: "v"\n', "v_prediction"),
-        ("model:\n  params:\n    linear_start: 0.00085\n", "epsilon"),
-        ("parameterization: eps\n", "epsilon"),
-    ],
-)
-def test_configuration_beside_the_file_tells_what_is_predicted(
-    text: str, prediction_type: str, sd21: Shapes, tmp_path: Path
-) -> None:
-    file = write_sparse(tmp_path / "m.safetensors", sd21)
-    (tmp_path / "m.yaml").write_text(text)
-    model = recognise(file)
-    assert model.config_of("scheduler")["prediction_type"] == prediction_type
-    assert f"predicts {prediction_type}, as m.yaml next to it says" in model.remark
-
-
-@pytest.mark.parametrize(
-    ("text", "said"), [("parameterization: x0\n", "'x0'; allowed: eps, v"), ("a: [", "is damaged")]
-)
-def test_configuration_beside_the_file_that_cannot_be_used_is_refused(
-    text: str, said: str, sd21: Shapes, tmp_path: Path
-) -> None:
-    file = write_sparse(tmp_path / "m.safetensors", sd21)
-    (tmp_path / "m.yaml").write_text(text)
-    with pytest.raises(ModelError, match=re.escape(said)):
-        recognise(file)
-
-
-@pytest.mark.parametrize(("name", "prediction_type"), [("sd15", "epsilon"), ("sd21", "v_prediction")])
-def test_a_guess_is_said_with_the_way_to_correct_it(name: str, prediction_type: str, tmp_path: Path) -> None:
-    remark = recognise(write_sparse(tmp_path / "m.safetensors", whole(name))).remark
-    assert f"predicts {prediction_type}, like most models of its family, as the file does not say" in remark
-    assert "write a file m.yaml next to it with the line parameterization: v (or eps)" in remark
-
-
-def test_tensors_of_derivatives_tell_v_prediction_and_zero_terminal_snr(sd15: Shapes, tmp_path: Path) -> None:
-    model = recognise(write_sparse(tmp_path / "m.safetensors", sd15 | {"v_pred": (), "ztsnr": ()}))
+def test_prediction_and_zero_terminal_snr_are_in_the_scheduler(sd15: Shapes, tmp_path: Path) -> None:
+    model = recognise(write_sparse(tmp_path / "m.safetensors", sd15 | {"v_pred": (0,), "ztsnr": (0,)}))
     scheduler = model.config_of("scheduler")
     assert scheduler["prediction_type"] == "v_prediction"
     assert (scheduler["rescale_betas_zero_snr"], scheduler["timestep_spacing"]) == (True, "trailing")
+    assert model.remark.endswith("as its tensor v_pred says; it has zero terminal SNR")
 
 
 # What is refused.
@@ -197,6 +150,46 @@ def test_refiner_is_refused(sd15: Shapes, tmp_path: Path) -> None:
     assert "has a UNet for text embeddings of width 1280 (SDXL's refiner)" in message
 
 
+@pytest.mark.parametrize(
+    ("marker", "what"), [("edm_mean", "Playground v2.5"), ("edm_std", "Playground"), ("edm_vpred.sigma_max", "CosXL")]
+)
+def test_models_of_other_noise_are_refused_by_their_markers(
+    marker: str, what: str, sd15: Shapes, tmp_path: Path
+) -> None:
+    message = refusal(write_sparse(tmp_path / "m.safetensors", sd15 | {marker: (1, 4, 1, 1)}))
+    assert what in message
+    assert f"as its tensor {marker} says" in message
+
+
+def test_tensors_of_the_unet_that_the_layout_does_not_know_are_refused(sd15: Shapes, tmp_path: Path) -> None:
+    name = "time_embed.cond_proj.weight"
+    message = refusal(write_sparse(tmp_path / "m.safetensors", sd15 | {UNET + name: (4,)}))
+    assert f"is not a plain Stable Diffusion 1.x model: its UNet has 1 tensors more, such as {UNET}{name}" in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scaled_fp8",
+        f"{UNET}scaled_fp8",
+        f"{UNET}middle_block.1.proj_in.scale_weight",
+        f"{UNET}middle_block.1.proj_in.weight_scale",
+        f"{UNET}middle_block.1.proj_in.comfy_quant",
+        f"{UNET}middle_block.1.proj_in.weight.quant_state.bitsandbytes__nf4",
+    ],
+)
+def test_weights_with_scales_beside_them_are_refused(name: str, sd15: Shapes, tmp_path: Path) -> None:
+    message = refusal(write_sparse(tmp_path / "m.safetensors", sd15 | {name: (1,)}))
+    assert f"holds quantized weights with scales beside them ({name})" in message
+    assert "use the fp16 or bf16 version" in message
+
+
+def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    assert "is quantized (GGUF), which is for drawing only" in refusal(file)
+
+
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt"])
 def test_pickled_file_is_refused_unread(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"m{suffix}"
@@ -250,4 +243,4 @@ def test_configurations_in_the_metadata_come_first(sd15: Shapes, tmp_path: Path)
     configs["unet"] = configs["unet"] | {"sample_size": 72}
     model = recognise(write_sparse(tmp_path / "m.safetensors", sd15, {CONFIGS_KEY: json.dumps(configs)}))
     assert model.config_of("unet")["sample_size"] == 72
-    assert model.remark.endswith("predicts epsilon, as its metadata says")
+    assert model.remark.endswith("predicts epsilon, as its metadata lowmem_db.components says")

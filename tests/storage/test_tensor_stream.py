@@ -24,6 +24,10 @@ TENSORS = {
     "double": torch.tensor([1.0], dtype=torch.float64),
     "byte": torch.tensor([1], dtype=torch.uint8),
     "empty": torch.zeros(0, 3),
+    "narrow": torch.arange(3.0).to(torch.float8_e4m3fn),
+    "narrower": torch.arange(3.0).to(torch.float8_e5m2),
+    "small": torch.tensor([1], dtype=torch.int8),
+    "short": torch.tensor([1], dtype=torch.int16),
 }
 
 
@@ -68,5 +72,5 @@ def failing() -> Callable[[], Tensor]:
 
 def test_types_that_hold_no_weights_are_refused_by_name() -> None:
     assert dtype_of_name("BF16", Path("f")) == torch.bfloat16
-    with pytest.raises(StorageError, match="f: holds tensors of type F8_E4M3; allowed: I64, F64, F32"):
-        dtype_of_name("F8_E4M3", Path("f"))
+    with pytest.raises(StorageError, match="f: holds tensors of type F8_E8M0; allowed: I64, F64, F32"):
+        dtype_of_name("F8_E8M0", Path("f"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowmem_db.config.schema import ObjectiveConfig
 from lowmem_db.config.schema import Sampler as SamplerName
-from lowmem_db.errors import ModelError
+from lowmem_db.errors import ConfigError, ModelError
 from lowmem_db.models.families.blocks import Block
 from lowmem_db.models.families.original_layout import Layout
 from lowmem_db.models.families.spaces import Space
@@ -63,6 +63,19 @@ class Component:
         return self.role in {"denoiser", "text_encoder", "autoencoder"}
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How prompts are read.
+
+    Attributes:
+        clip_skip: Layer of the text encoders that is read, counted from the end. Default: the family's.
+        num_chunks: Chunks in which prompts are read, each with its own start and end token.
+    """
+
+    clip_skip: int | None = None
+    num_chunks: int = 1
+
+
 class Family:
     """A family of models that can be trained.
 
@@ -74,6 +87,7 @@ class Family:
         lora_prefixes: Prefixes of each component's adapters in kohya's scripts; empty if they do not support it.
         kohya_version: Name of the base model in kohya's scripts, or None if they do not support it.
         layout: Layout of its published single files, or None.
+        reading: How prompts are read.
     """
 
     name: str
@@ -83,6 +97,20 @@ class Family:
     lora_prefixes: Mapping[str, str] = {}
     kohya_version: str | None = None
     layout: Layout | None = None
+    reading: Reading = Reading()
+
+    def with_reading(self, files: ModelFiles, reading: Reading) -> "Family":
+        """Return the family with another way to read prompts.
+
+        Raises:
+            ConfigError: The family does not support it, or the model has fewer layers.
+        """
+        if reading == Reading():
+            return self
+        field = "clip_skip" if reading.clip_skip else "prompt_chunks"
+        raise ConfigError(
+            f"model.{field}: {files.path} is {self.name}, whose prompts are read in one way only; leave it out"
+        )
 
     def recognises(self, files: ModelFiles) -> bool:
         """Return whether a folder with one of :attr:`pipelines` is a model of this family."""

@@ -69,7 +69,7 @@ class Layout:
         penultimate: Those of them whose last block is unused and missing from diffusers' layout.
         configs: Folder of its configurations in this package.
         configs_of_epsilon: The folder for models that predict epsilon. Default: the same.
-        usual_prediction: What most of its models predict.
+        usual_prediction: What most of its models predict; None if it has many of both.
         sizes_in_name: Whether ModelSpec's names for such models include size and prediction.
     """
 
@@ -79,7 +79,7 @@ class Layout:
     penultimate: frozenset[str] = frozenset()
     configs: str
     configs_of_epsilon: str | None = None
-    usual_prediction: str = "epsilon"
+    usual_prediction: str | None = "epsilon"
     sizes_in_name: bool = False
 
     def folder_of_configs(self, prediction_type: str) -> str:
@@ -131,7 +131,7 @@ SD2 = Layout(
     architecture="stable-diffusion-v2",
     configs="sd21",
     configs_of_epsilon="sd21_base",
-    usual_prediction="v_prediction",
+    usual_prediction=None,
     sizes_in_name=True,
     prefixes={"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text_encoder": "cond_stage_model.model."},
     open_clip=frozenset({"text_encoder"}),

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from lowmem_db.config.schema import ObjectiveConfig
 from lowmem_db.config.schema import Sampler as SamplerName
 from lowmem_db.errors import ConfigError, ModelError
 from lowmem_db.models.families import clip
-from lowmem_db.models.families.base import Component, Family, Sampler, Tensors, token_ids
+from lowmem_db.models.families.base import Component, Family, Reading, Sampler, Tensors, token_ids
 from lowmem_db.models.families.blocks import Block
 from lowmem_db.models.families.original_layout import SD1, SD2, Layout, layout_for
 from lowmem_db.models.families.spaces import LatentSpace
@@ -27,6 +28,7 @@ from lowmem_db.records import Conditioning
 CLIP_VOCABULARY = 49408
 _SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm_solver": DPMSolverMultistepScheduler}
 _TO_K = re.compile(r"^model(_ema)?\.diffusion_model.*attn2\.?to_k\.?weight$")
+_OTHER_PROCESSES = ("EDM", "FlowMatch")
 _EXTRAS = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -39,6 +41,8 @@ class StableDiffusion(Family):
         layout: Layout of its published single files, or None.
         hub_ids: Models on the hub whose configurations are in this package, with their folders.
         kohya_version: Name of the base model in kohya's scripts, or None.
+        usual_clip_skip: Layer of the text encoders that it was trained with, counted from the end.
+        layers_left_out: Layers at the end that are not in diffusers' layout, because the model does not read them.
     """
 
     components = (
@@ -59,12 +63,16 @@ class StableDiffusion(Family):
         layout: Layout | None = None,
         hub_ids: Mapping[str, str] | None = None,
         kohya_version: str | None = None,
+        usual_clip_skip: int = 1,
+        layers_left_out: int = 0,
     ) -> None:
         self.name = name
         self.cross_attention_dim = cross_attention_dim
         self.layout = layout
         self.hub_ids = hub_ids or {}
         self.kohya_version = kohya_version
+        self.usual_clip_skip = usual_clip_skip
+        self.layers_left_out = layers_left_out
 
     def recognises(self, files: ModelFiles) -> bool:
         """Return whether the UNet takes text embeddings of this width."""
@@ -88,24 +96,45 @@ class StableDiffusion(Family):
 
     def tokenize(self, files: ModelFiles, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the token ids of prompts."""
-        return {"input_ids": clip.tokenize(load_tokenizer(files, "tokenizer"), prompts)}
+        return {"input_ids": clip.tokenize(load_tokenizer(files, "tokenizer"), prompts, self.reading.num_chunks)}
 
     def encode(self, text_encoders: Mapping[str, nn.Module], tokens: Tensors) -> dict[str, Tensor]:
-        """Return the last hidden states of the text encoder."""
+        """Return the hidden states of the text encoder that :attr:`reading` asks for, by default the last ones."""
         text_encoder = cast("CLIPTextModel", text_encoders["text_encoder"])
-        return {"embeds": clip.encode_prompt(text_encoder, tokens["input_ids"])}
+        layer = (self.reading.clip_skip or self.usual_clip_skip) - self.layers_left_out
+        num_chunks = self.reading.num_chunks
+        return {"embeds": clip.encode_prompt(text_encoder, tokens["input_ids"], layer=layer, num_chunks=num_chunks)}
 
     def blank_tokens(self, files: ModelFiles, count: int) -> dict[str, Tensor]:
         """Return dummy token ids."""
-        return {"input_ids": token_ids(count, files.config_of("text_encoder")["max_position_embeddings"])}
+        return {"input_ids": token_ids(count, self._num_tokens(files))}
 
     def blank_embeds(
         self, files: ModelFiles, count: int, device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:
         """Return embeddings of zeros."""
-        length = files.config_of("text_encoder")["max_position_embeddings"]
+        length = self._num_tokens(files)
         width = files.config_of("unet")["cross_attention_dim"]
         return {"embeds": torch.zeros(count, length, width, dtype=dtype, device=device)}
+
+    def _num_tokens(self, files: ModelFiles) -> int:
+        return files.config_of("text_encoder")["max_position_embeddings"] * self.reading.num_chunks
+
+    def with_reading(self, files: ModelFiles, reading: Reading) -> "StableDiffusion":
+        """Return the family with another way to read prompts."""
+        asked, fewest = reading.clip_skip, 1 + self.layers_left_out
+        for name in self.text_encoders if asked is not None else ():
+            most = files.config_of(name)["num_hidden_layers"] + self.layers_left_out
+            if asked is not None and not fewest <= asked <= most:
+                raise ConfigError(
+                    f"model.clip_skip: {asked}, but {name} of {self.name} has layers {fewest} to {most}, "
+                    f"counted from the end; the usual one is {self.usual_clip_skip}"
+                )
+        if reading == self.reading:
+            return self
+        family = copy(self)
+        family.reading = reading
+        return family
 
     def space(self, files: ModelFiles) -> LatentSpace:
         """Return the autoencoder's latents."""
@@ -133,23 +162,16 @@ class StableDiffusion(Family):
         Raises:
             ConfigError: The model predicts epsilon and the last timestep is pure noise.
         """
-        schedule = load_noise_schedule(files, objective.prediction_type, objective.zero_terminal_snr)
-        prediction_type = schedule.config["prediction_type"]
-        if schedule.config["rescale_betas_zero_snr"] and prediction_type == "epsilon":
-            raise ConfigError(
-                "objective.prediction_type: this model predicts epsilon, which says nothing about the picture at a "
-                "last timestep of pure noise (zero terminal SNR); set objective.prediction_type=v_prediction, or "
-                "objective.zero_terminal_snr=false"
-            )
-        return Diffusion(schedule.alphas_cumprod, prediction_type)
+        schedule = _schedule(files, objective)
+        return Diffusion(schedule.alphas_cumprod, schedule.config["prediction_type"])
 
     def sampler(self, files: ModelFiles, name: SamplerName, objective: ObjectiveConfig | None = None) -> Sampler:
-        """Return one of diffusers' samplers."""
-        if objective is None:
-            schedule = load_noise_schedule(files)
-        else:
-            schedule = load_noise_schedule(files, objective.prediction_type, objective.zero_terminal_snr)
-        return _SAMPLERS[name].from_config(schedule.config)
+        """Return one of diffusers' samplers.
+
+        Raises:
+            ConfigError: The model predicts epsilon and the last timestep is pure noise.
+        """
+        return _SAMPLERS[name].from_config(_schedule(files, objective).config)
 
     def blocks(self, modules: Mapping[str, nn.Module]) -> dict[str, Block]:
         """Return the blocks of the UNet, and each text encoder as one block."""
@@ -175,6 +197,32 @@ class StableDiffusion(Family):
     def finished_index(self, index: dict[str, Any]) -> dict[str, Any]:
         """Drop optional parts that are not in the folder, so that the pipeline loads without them."""
         return without_extras(index) | {"requires_safety_checker": False}
+
+
+def _schedule(files: ModelFiles, objective: ObjectiveConfig | None) -> DDPMScheduler:
+    """Return the noise schedule of a model, with a run's changes.
+
+    Raises:
+        ModelError: The model has another noise process, such as Playground v2.5's.
+        ConfigError: It predicts epsilon where there is no signal: it can be neither trained nor drawn with.
+    """
+    kind = str(files.config_of("scheduler").get("_class_name"))
+    if kind.startswith(_OTHER_PROCESSES):
+        raise ModelError(
+            f"model.base: {files.path} has an {kind}: its noise process is not Stable Diffusion's, and it would train "
+            "into noise; allowed: models that predict epsilon, v or the picture in discrete steps"
+        )
+    changed = objective or ObjectiveConfig()
+    schedule = load_noise_schedule(files, changed.prediction_type, changed.zero_terminal_snr)
+    if schedule.config["rescale_betas_zero_snr"] and schedule.config["prediction_type"] == "epsilon":
+        raise ConfigError(
+            "objective.prediction_type: this model predicts epsilon, which says nothing about the picture at a "
+            "last timestep of pure noise (zero terminal SNR); set objective.prediction_type=v_prediction, or "
+            "objective.zero_terminal_snr=false. If the model says so by mistake, correct prediction_type or "
+            f"rescale_betas_zero_snr in {files.path / 'scheduler' / 'scheduler_config.json'}; a single file needs a "
+            "YAML file of the same name beside it with the line parameterization: v"
+        )
+    return schedule
 
 
 def text_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -207,5 +255,7 @@ SD_2 = StableDiffusion(
         "stabilityai/stable-diffusion-2-1-base": "sd21_base",
     },
     kohya_version="sd_v2",
+    usual_clip_skip=2,
+    layers_left_out=1,
 )
 SD_OF_ANY_WIDTH = StableDiffusion("Stable Diffusion architecture")

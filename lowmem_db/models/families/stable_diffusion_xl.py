@@ -35,7 +35,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def tokenize(self, files: ModelFiles, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the token ids of prompts by both tokenizers, each with its own padding."""
-        second = clip.tokenize(load_tokenizer(files, "tokenizer_2"), prompts)
+        second = clip.tokenize(load_tokenizer(files, "tokenizer_2"), prompts, self.reading.num_chunks)
         return super().tokenize(files, prompts) | {"input_ids_2": second}
 
     def encode(self, text_encoders: Mapping[str, nn.Module], tokens: Tensors) -> dict[str, Tensor]:
@@ -45,6 +45,8 @@ class StableDiffusionXL(StableDiffusion):
             cast("CLIPTextModelWithProjection", text_encoders["text_encoder_2"]),
             tokens["input_ids"],
             tokens["input_ids_2"],
+            layer=self.reading.clip_skip or self.usual_clip_skip,
+            num_chunks=self.reading.num_chunks,
         )
         return {"embeds": embeds, "pooled": pooled}
 
@@ -84,5 +86,6 @@ SD_XL = StableDiffusionXL(
     layout=SDXL,
     hub_ids={"stabilityai/stable-diffusion-xl-base-1.0": "sdxl_base"},
     kohya_version="sdxl_base_v1-0",
+    usual_clip_skip=2,
 )
-SD_XL_OF_ANY_WIDTH = StableDiffusionXL("Stable Diffusion XL architecture")
+SD_XL_OF_ANY_WIDTH = StableDiffusionXL("Stable Diffusion XL architecture", usual_clip_skip=2)

@@ -1,11 +1,17 @@
 """Prompts to embeddings, pictures to latents and back, and the denoiser, against diffusers' own pipeline."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
+from lowmem_db.config.schema import ObjectiveConfig
+from lowmem_db.engine.generate import generate_images
+from lowmem_db.engine.source import find_source
+from lowmem_db.errors import ConfigError, ModelError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.families.clip import encode_prompt, tokenize
 from lowmem_db.models.families.spaces import LatentCodec, LatentSpace
@@ -13,6 +19,7 @@ from lowmem_db.models.finding import find_model
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.text_encoders import num_cut_tokens
 from lowmem_db.records import Conditioning
+from lowmem_db.sampling.latents import SamplingSettings
 from tests.tiny_models import NUM_TOKENS
 
 PROMPTS = ["", "a dog", "a sks dog " * 20, "süß 犬 🐕", "  A   DOG  ", 'don\'t "quote"']
@@ -132,3 +139,28 @@ def test_autocast_computes_in_half_and_keeps_weights_and_gradients(model: ModelF
     assert {gradient.dtype for gradient in gradients if gradient is not None} == {torch.float32}
     assert gradients[0] is not None
     assert gradients[-1] is not None
+
+
+@pytest.mark.parametrize(
+    "kind", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"]
+)
+def test_models_of_another_noise_process_are_refused(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "playground"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": kind}))
+    model = find_model(str(folder))
+    for use in (lambda: model.family.process(model, ObjectiveConfig()), lambda: model.family.sampler(model, "ddim")):
+        with pytest.raises(ModelError, match=f"has an {kind}: its noise process is not Stable Diffusion's"):
+            use()
+
+
+def test_epsilon_at_zero_terminal_snr_is_neither_trained_nor_drawn_with(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "black"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
+    settings = SamplingSettings(sampler="ddim", num_inference_steps=2, guidance_scale=1.0)
+    options = {"num_images": 1, "resolution": 32, "seed": 0, "device": torch.device("cpu"), "dtype": torch.float32}
+    with pytest.raises(ConfigError, match=r"this model predicts epsilon.*a single file needs a YAML file"):
+        generate_images(find_source(str(folder)), ["a dog"], settings, **options)
+    model = find_model(str(folder))
+    assert model.family.process(model, ObjectiveConfig(prediction_type="v_prediction")).prediction_type

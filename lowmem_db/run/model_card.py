@@ -1,0 +1,184 @@
+"""The model card in ``final/``: what the model is, how it was made and how to draw with it.
+
+It holds no photo, no path and no name of a user or machine.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowmem_db import environment
+from lowmem_db.config.schema import Config
+from lowmem_db.models.folder import ModelFolder
+
+CARD_FILE = "README.md"
+LICENSES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2-1": "openrail++",
+    "stabilityai/stable-diffusion-2-1-base": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+}
+"""Licences of well-known bases, by the identifiers of the Hugging Face hub."""
+_PACKAGES = ("lowmem-db", "torch", "diffusers", "transformers", "peft")
+
+
+def model_card(config: Config, model: ModelFolder, noun: str, step: int) -> str:
+    """Return the card of a finished run.
+
+    Args:
+        config: The resolved configuration.
+        model: The base model.
+        noun: What ``final/`` holds, in a word.
+        step: The step that it was taken from.
+    """
+    name = config.output_dir.absolute().name
+    base = _base_name(config)
+    license_name = license_of(config, model)
+    origin = f"[{base}](https://huggingface.co/{base})" if _is_hub_id(config) else f"{base} ({model.family.name})"
+    prompt = config.subject.instance_prompt
+    lines = [
+        _front_matter(config, base, license_name),
+        f"# {name}",
+        "",
+        f"{noun[:1].upper()}{noun[1:]}, made from {origin}.",
+        "",
+        f"* Trigger words: `{prompt}`",
+        f"* Licence: {license_name or 'that of the base model, which is not known here'}",
+        f"* What it predicts: {_prediction(config, model)}",
+        f"* Size: {config.data.resolution} px",
+        *_remarks(config),
+        "",
+        "## How to draw",
+        "",
+        "```python",
+        *_usage(config, base),
+        "```",
+        *_for_other_programs(config, name),
+        "",
+        *_prompts(config),
+        "## How it was made",
+        "",
+        *_settings(config, step),
+        "",
+        ", ".join(f"{package} {version}" for package, version in _versions().items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def license_of(config: Config, model: ModelFolder) -> str | None:
+    """Return the licence of the base: that of a well-known model, or what its own card says; None if neither does."""
+    if config.model.base in LICENSES:
+        return LICENSES[config.model.base]
+    card = model.path / CARD_FILE
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    parts = text.split("---\n", 2)
+    if text.startswith("---\n") and len(parts) == 3:
+        try:
+            said = yaml.safe_load(parts[1])
+        except yaml.YAMLError:  # somebody else's card: nothing depends on it
+            return None
+        found = said.get("license") if isinstance(said, dict) else None
+        return found if isinstance(found, str) else None
+    return None
+
+
+def _is_hub_id(config: Config) -> bool:
+    base = config.model.base
+    return base != "demo" and base.count("/") == 1 and not Path(base).exists() and not base.startswith((".", "~"))
+
+
+def _base_name(config: Config) -> str:
+    """Return the name of the base without folders of this machine."""
+    base = config.model.base
+    return base if _is_hub_id(config) or base == "demo" else Path(base).name
+
+
+def _front_matter(config: Config, base: str, license_name: str | None) -> str:
+    found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if license_name is not None:
+        found["license"] = license_name
+    if _is_hub_id(config):
+        found["base_model"] = base
+    found["instance_prompt"] = config.subject.instance_prompt
+    found["tags"] = ["text-to-image", "diffusers", "lora" if config.lora.enabled else "dreambooth", "lowmem-db"]
+    return f"---\n{yaml.safe_dump(found, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _prediction(config: Config, model: ModelFolder) -> str:
+    scheduler = model.config_of("scheduler") if "scheduler" in model.family.names_of("scheduler") else {}
+    kind = config.objective.prediction_type or scheduler.get("prediction_type", "epsilon")
+    changed = config.objective.zero_terminal_snr
+    is_zero = scheduler.get("rescale_betas_zero_snr", False) if changed is None else changed
+    return f"`{kind}`" + (", with zero terminal SNR" if is_zero else "")
+
+
+def _remarks(config: Config) -> list[str]:
+    found = []
+    if config.model.clip_skip is not None:
+        found.append(f"* Clip skip: {config.model.clip_skip}")
+    if config.model.prompt_chunks > 1:
+        found.append(f"* Prompts are read in {config.model.prompt_chunks} chunks of 75 tokens")
+    if config.model.vae is not None:
+        vae = config.model.vae
+        found.append(f"* Autoencoder: {Path(vae).name if Path(vae).exists() else vae}")
+    return found
+
+
+def _usage(config: Config, base: str) -> list[str]:
+    prompt = json.dumps(config.subject.instance_prompt, ensure_ascii=False)
+    if not config.lora.enabled:
+        return [
+            "from diffusers import DiffusionPipeline",
+            "",
+            'pipeline = DiffusionPipeline.from_pretrained("FOLDER_OR_HUB_ID")',
+            f"image = pipeline({prompt}).images[0]",
+        ]
+    return [
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)})",
+        'pipeline.load_lora_weights("FOLDER_OR_HUB_ID", weight_name="pytorch_lora_weights.safetensors")',
+        f"image = pipeline({prompt}).images[0]",
+    ]
+
+
+def _for_other_programs(config: Config, name: str) -> list[str]:
+    if not config.lora.enabled:
+        return ["", f"For ComfyUI and other programs: `lowmem-db export {name}` makes a single file."]
+    if config.lora.dora:
+        return ["", f"For ComfyUI and other programs: `lowmem-db export {name}` bakes this DoRA into a plain LoRA."]
+    return ["", f"ComfyUI, AUTOMATIC1111 and others read `{name}-lora-kohya.safetensors`, not the other file."]
+
+
+def _prompts(config: Config) -> list[str]:
+    if not config.sampling.prompts:
+        return []
+    return ["## Prompts of its samples", "", *(f"* {prompt}" for prompt in config.sampling.prompts), ""]
+
+
+def _settings(config: Config, step: int) -> list[str]:
+    training, prior = config.training, config.prior
+    rows: dict[str, Any] = {
+        "steps": step,
+        "photos per step": config.samples_per_step,
+        "learning rate": training.learning_rate,
+        "text encoder trained": training.train_text_encoder,
+        "optimizer": config.optimizer.name,
+        "prior preservation": f"{prior.num_class_images} class images, weight {prior.loss_weight}"
+        if prior.enabled
+        else "none",
+        "seed": config.seed,
+    }
+    if config.lora.enabled:
+        rows["rank"] = config.lora.rank
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def _versions() -> dict[str, str]:
+    known = environment.versions()
+    return {name: str(known[name]) for name in _PACKAGES if known.get(name)}
