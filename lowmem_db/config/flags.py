@@ -54,6 +54,11 @@ VALUE_FLAGS = {
     "rank": "lora.rank",
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
+    "train_data_dir": "subject.instance_dir",
+    "placeholder_token": "textual_inversion.token",
+    "initializer_token": "textual_inversion.initializer",
+    "num_vectors": "textual_inversion.num_vectors",
+    "save_steps": "checkpointing.every",
 }
 """Flags that take a value, and the field that gets it unchanged."""
 
@@ -91,6 +96,7 @@ CHOICE_FLAGS = {
         "sampling.sampler",
         {"DPMSolverMultistepScheduler": "dpm_solver", "DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"},
     ),
+    "learnable_property": ("textual_inversion.templates", {"object": "object", "style": "style"}),
     "report_to": ("logging.tensorboard", {"tensorboard": True, "none": False}),
 }
 """Flags whose values have different names here."""
@@ -124,6 +130,7 @@ REFUSED_FLAGS = {
     "offload_ema": "the average stays on the device; leave it out",
     "optimizer": "for 8-bit AdamW use --use_8bit_adam; AdamW in fp32 needs no flag",
     "lora_layers": "choose what gets adapters: lora.targets=[attention, unet.mid_block.*]",
+    "save_as_full_pipeline": "final/ holds the embedding alone, which pipelines load; leave it out",
     "output_kohya_format": "export it when the run is done: lowmem-db export RUN --format lora-kohya",
     "validation_epochs": "count optimizer steps instead: --validation_steps",
     "do_edm_style_training": "the noise schedule is the one in the model's folder; leave it out",
@@ -139,6 +146,9 @@ REFUSED_FLAGS = {
 
 LORA_FLAGS = {"rank", "lora_alpha", "lora_dropout", "use_dora"}
 """Flags of diffusers' ``train_dreambooth_lora.py`` and its relatives: each of them enables adapters."""
+
+TEXTUAL_INVERSION_FLAGS = {"placeholder_token", "initializer_token", "num_vectors", "learnable_property"}
+"""Flags of diffusers' ``textual_inversion.py`` and its relative for SDXL: each of them learns an embedding."""
 
 _KNOWN = {
     *VALUE_FLAGS, *SWITCH_FLAGS, *CHOICE_FLAGS, *ALWAYS_SO, *REFUSED_FLAGS,
@@ -191,7 +201,19 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         parsed.overrides.insert(0, ("prior.enabled", False))
     if parsed.flags & LORA_FLAGS:
         parsed.overrides.insert(0, ("lora.enabled", True))
+    if parsed.flags & TEXTUAL_INVERSION_FLAGS:
+        _learn_embedding(parsed)
     return parsed
+
+
+def _learn_embedding(parsed: Arguments) -> None:
+    """Read the flags as those of Textual Inversion: the learning rate is the embedding's, and prompts are templates."""
+    moved = {"training.learning_rate": "textual_inversion.learning_rate"}
+    parsed.overrides = [(moved.get(path, path), value) for path, value in parsed.overrides]
+    parsed.overrides.insert(0, ("textual_inversion.enabled", True))
+    token = dict(parsed.overrides).get("textual_inversion.token")
+    if token is not None and not parsed.positional and "instance_prompt" not in parsed.flags:
+        parsed.overrides.append(("subject.instance_prompt", f"a photo of a {token}"))
 
 
 def _read_flag(argument: str, rest: list[str], parsed: Arguments) -> None:

@@ -28,6 +28,21 @@ PRIOR = """
   --num_class_images=200
   --max_train_steps=800
 """
+TEXTUAL_INVERSION = """
+  --pretrained_model_name_or_path=CompVis/stable-diffusion-v1-4
+  --train_data_dir=cat
+  --learnable_property="object"
+  --placeholder_token="<cat-toy>" --initializer_token="toy"
+  --resolution=512
+  --train_batch_size=1
+  --gradient_accumulation_steps=4
+  --max_train_steps=3000
+  --learning_rate=5.0e-04 --scale_lr
+  --lr_scheduler="constant"
+  --lr_warmup_steps=0
+  --push_to_hub
+  --output_dir="textual_inversion_cat"
+"""
 COMMANDS = {
     "basic": PLAIN + "--gradient_accumulation_steps=1 --learning_rate=5e-6 --max_train_steps=400",
     "prior preservation": PLAIN + PRIOR + "--gradient_accumulation_steps=1 --learning_rate=5e-6",
@@ -248,3 +263,23 @@ def test_a_configuration_file_keeps_its_own_prior_preservation() -> None:
     parsed = parse_arguments(["run.yaml", "--pretrained_model_name_or_path=m", "training.learning_rate=1e-6"])
     assert parsed.positional == ["run.yaml"]
     assert parsed.overrides == [("model.base", "m"), ("training.learning_rate", "1e-6")]
+
+
+def test_command_of_textual_inversion() -> None:
+    """It stands in the README of diffusers' examples/textual_inversion."""
+    parsed = parse_arguments(shlex.split(TEXTUAL_INVERSION))
+    config = load_config(None, parsed.overrides)
+    expected = {
+        "textual_inversion.enabled": True,
+        "textual_inversion.token": "<cat-toy>",
+        "textual_inversion.initializer": "toy",
+        "textual_inversion.templates": "object",
+        "textual_inversion.learning_rate": 5e-4,
+        "subject.instance_prompt": "a photo of a <cat-toy>",
+        "training.scale_learning_rate": True,
+        "prior.enabled": False,
+    }
+    for path, value in expected.items():
+        assert value_of(config, path) == value, path
+    with_prompt = parse_arguments([*shlex.split(TEXTUAL_INVERSION), "--instance_prompt=the <cat-toy>"])
+    assert load_config(None, with_prompt.overrides).subject.instance_prompt == "the <cat-toy>"
