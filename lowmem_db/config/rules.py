@@ -191,8 +191,7 @@ RULES = (
     Rule(
         lambda c: not c.trains_weights and _has_bf16_weights(c),
         "memory.weights: {config.memory.weights!r} is for weights that train, but adapters and embeddings train in "
-        "fp32; leave it out "
-        "or set it to fp32; for the type of the frozen weights use lora.base_weights",
+        "fp32; leave it out or set it to fp32; for the type of the frozen weights use lora.base_weights",
     ),
     Rule(
         lambda c: c.lora.enabled and bool(c.training.layers),
