@@ -296,3 +296,27 @@ def _read_budget(budget: str | int | None) -> int | None:
         return None if budget is None else parse_bytes(budget)
     except ValueError as error:
         raise ConfigError(f"--budget: {budget!r} {error}") from None
+
+
+def report(runs: Sequence[PathLike] | PathLike, output: PathLike | None = None, *, share: bool = False) -> Path:
+    """Write one self-contained HTML page about a run, or about several beside each other.
+
+    Args:
+        runs: Run folders.
+        output: The HTML file. Default: ``report.html`` in the run folder or, for several, in the current folder.
+        share: Leave out photos, paths and the names of folders; the default name is then ``report_to_share.html``.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: A folder is not a run.
+        StorageError: The file cannot be written.
+    """
+    from lowmem_db.reporting.page import REPORT_FILE, SHARED_FILE, write_report
+
+    folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
+    name = SHARED_FILE if share else REPORT_FILE
+    path = Path(output) if output is not None else folders[0] / name if len(folders) == 1 else Path(name)
+    write_report(folders, path, share=share)
+    return path

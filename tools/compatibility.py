@@ -21,6 +21,7 @@ TECHNIQUES: tuple[Fields, ...] = (
     {"training.mixed_precision": "fp16", "memory.optimizer_in_backward": True},
     {"memory.checkpointing": "segments", "memory.offload_checkpoints": True},
     {"memory.fused_layers": True},
+    {"memory.channels_last": True},
     {"lora.enabled": True, "lora.base_weights": "bf16"},
     {"lora.enabled": True, "lora.base_weights": "nf4"},
 )

@@ -9,6 +9,7 @@ from lowmem_db.bench.setting import Setting
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import resolve
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.random_weights import RandomModel
 
 Fields = dict[str, Any]
@@ -54,7 +55,7 @@ class Strategy:
 
     name: str
     config: Config
-    model: RandomModel
+    model: ModelFolder
 
 
 def strategies(setting: Setting) -> Iterator[Strategy]:

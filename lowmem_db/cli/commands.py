@@ -5,7 +5,7 @@ import logging
 import typer
 
 from lowmem_db import environment, nvidia
-from lowmem_db.cli import bench, doctor, evaluate, export, generate, identifiers, plan, prepare, train
+from lowmem_db.cli import bench, doctor, evaluate, export, generate, identifiers, plan, prepare, report, train
 from lowmem_db.console import warn
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("identifiers")(identifiers.identifiers)
+app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 

@@ -309,6 +309,10 @@ class MemoryConfig(Section):
     """Compute GroupNorm with SiLU, and GEGLU, in one kernel each, which keeps fewer activations for the backward pass.
     Results differ from separate layers only by rounding. Default: on CUDA devices, if a faster strategy fits with it or
     nothing fits without it."""
+    channels_last: bool | None = None
+    """Keep the convolutions of the UNet in channels_last, together with ``fused_layers`` the layout that tensor cores
+    compute in. Results differ only by rounding. A run cannot change it later. Default: off, because its gain has not
+    been measured on a card yet."""
     tiled_samples: bool | None = None
     """Draw samples during training one at a time, and decode them in tiles in the type of the weights."""
     attention: Literal["sdpa", "xformers"] = "sdpa"

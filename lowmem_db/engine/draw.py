@@ -42,12 +42,14 @@ class Job:
         size: Height and width in pixels.
         generators: One for each image.
         at_once: Batch size. Default: all images, which is faster and needs more memory.
+        negative: The prompt that guidance leads away from. Default: the empty one.
     """
 
     prompts: Sequence[str]
     size: Size
     generators: Sequence[torch.Generator]
     at_once: int | None = None
+    negative: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +60,11 @@ class Artist:
         model: The model; only its configurations are read.
         settings: Sampler, steps and guidance.
         objective: The run's changes to the noise process and the prediction. Default: none.
-        negative_prompt: Takes the place of the empty prompt in guidance.
     """
 
     model: ModelFolder
     settings: SamplingSettings
     objective: ObjectiveConfig | None = None
-    negative_prompt: str = ""
 
     @torch.no_grad()
     def latents(self, denoiser: Denoiser, conditioning: Conditioning, job: Job) -> Float[Tensor, "b c x y"]:
@@ -72,7 +72,7 @@ class Artist:
 
         Args:
             denoiser: The denoiser; its mode is not changed.
-            conditioning: One row for each prompt of the job, and one for the empty or negative prompt at the end.
+            conditioning: One row for each prompt of the job, and one for the negative prompt at the end.
             job: The images to draw.
         """
         space, (height, width) = self.model.space, job.size
@@ -108,7 +108,7 @@ def draw(
 
     Args:
         artist: The model and its settings.
-        table: The conditioning of every prompt, including the artist's negative one.
+        table: The conditioning of every prompt, negative ones included.
         jobs: The images to draw.
         denoiser: Lends the denoiser.
         codec: Lends the decoder; if both are loaded for use, only one of them is in memory at a time.
@@ -120,7 +120,7 @@ def draw(
         together = chain([first], islice(waiting, (jobs_at_once or len(jobs)) - 1))
         with denoiser() as loaded:
             latents = [
-                _on_host(artist.latents(loaded, table.conditioning([*job.prompts, artist.negative_prompt]), job))
+                _on_host(artist.latents(loaded, table.conditioning([*job.prompts, job.negative]), job))
                 for job in together
             ]
             del loaded

@@ -48,9 +48,7 @@ def sample_artist(config: Config, model: ModelFolder) -> Artist:
         num_inference_steps=config.sampling.num_inference_steps,
         guidance_scale=config.sampling.guidance_scale,
     )
-    return Artist(
-        model=model, settings=settings, objective=config.objective, negative_prompt=config.sampling.negative_prompt
-    )
+    return Artist(model=model, settings=settings, objective=config.objective)
 
 
 def sample_job(config: Config, prompt: str) -> Job:
@@ -60,6 +58,7 @@ def sample_job(config: Config, prompt: str) -> Job:
         size=(config.data.resolution, config.data.resolution),
         generators=[generator(config.sampling.seed, "samples", index) for index in range(config.sampling.num_images)],
         at_once=1 if config.memory.tiled_samples else None,
+        negative=config.sampling.negative_prompt,
     )
 
 

@@ -13,7 +13,7 @@ from lowmem_db.config import strategy
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import StrategyField
 from lowmem_db.errors import ConfigError
-from lowmem_db.memory import attention, checkpointing, fused_layers
+from lowmem_db.memory import attention, channels_last, checkpointing, fused_layers
 from lowmem_db.models.denoiser import Denoiser
 
 Undo = Callable[[], None]
@@ -41,6 +41,11 @@ class Technique:
 
 def _attention(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
     return attention.apply(denoiser.module, config.memory.attention, device)
+
+
+def _channels_last(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
+    del device
+    return channels_last.apply(denoiser.module) if config.memory.channels_last else _leave
 
 
 def _fused_layers(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
@@ -78,6 +83,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         apply=_attention,
         check=lambda config, device: attention.check(config.memory.attention, device),
     ),
+    Technique(fields=("memory.channels_last",), apply=_channels_last),
     Technique(
         fields=("memory.fused_layers",),
         apply=_fused_layers,

@@ -1,7 +1,8 @@
 """Public figures of consumer and Colab cards, and how long a trace would take on them.
 
 Tensor TFLOPS are dense and accumulate in fp32, as in training. The times are predictions for ranking strategies, not
-measurements: they assume that the fractions of the public figures below are reached.
+measurements: they assume that the fractions of the public figures below are reached. A card computes what the host has
+told it to, so that a step takes as long as the slower of the two: on a fast card that is the host.
 """
 
 import difflib
@@ -19,7 +20,10 @@ _SHARE_OF_FLOPS = 0.5
 _SHARE_OF_BANDWIDTH = 0.75
 _SHARE_OF_PCIE = 0.8
 _SHARE_FOR_PROGRAMS = 0.97  # the card's firmware keeps the rest
-_SECONDS_PER_LAUNCH = 5e-6
+_SECONDS_OF_SMALLEST = 2.5e-6  # an operator on a card, however small
+_SECONDS_OF_SMALLEST_ON_CPU = 5e-6
+_HOST_SECONDS = 8e-6  # Python, autograd and torch's dispatcher, for each operator
+_HOST_SECONDS_OF_KERNEL = 25e-6  # the same for a kernel of ours, which Triton launches
 _PCIE_3_LANE = 0.985e9  # bytes per second in each direction; every generation doubles it
 
 
@@ -131,22 +135,37 @@ def card_of(name: str, *, total_bytes: int, capability: tuple[int, int]) -> Card
     return replace(like, name=name, memory_gib=total_bytes / GIB / _SHARE_FOR_PROGRAMS, capability=capability)
 
 
-def seconds_per_step(costs: Costs, card: Card) -> float:
-    """Predict the seconds of a traced step on a card; an operator takes its computing or memory time, the longer one.
+def seconds_per_step(costs: Costs, card: Card, *, again: np.ndarray | None = None, crossing_bytes: int = 0) -> float:
+    """Predict the seconds of a traced step on a card.
 
-    Copies over PCIe overlap with the step; the two directions do not slow each other down.
+    Args:
+        costs: The costs of its operators.
+        card: The card.
+        again: How many more times each operator runs in the backward pass. Default: 0 for all.
+        crossing_bytes: Bytes that cross PCIe in each direction beside the backward pass; the two directions do not slow
+            each other down.
     """
-    crossing = max(costs.host_to_device_bytes, costs.device_to_host_bytes)
-    return max(float(operator_seconds(costs, card).sum()), pcie_seconds(crossing, card))
+    again = np.zeros(len(costs.flops)) if again is None else again
+    on_card, is_backward = operator_seconds(costs, card), costs.in_backward == 1
+    backward = on_card[is_backward].sum() + (again * on_card).sum()
+    computing = on_card[~is_backward].sum() + max(backward, pcie_seconds(crossing_bytes, card))
+    on_host = 0.0 if card.is_cpu else ((1.0 + again) * host_seconds(costs)).sum()
+    return float(max(computing, on_host))
 
 
 def operator_seconds(costs: Costs, card: Card) -> np.ndarray:
-    """Predict the seconds of each operator."""
+    """Predict how long a card takes for each operator: its computing or memory time, whichever is longer."""
     half, full = card.tflops * 1e12 * _SHARE_OF_FLOPS, card.fp32_tflops * 1e12 * _SHARE_OF_FLOPS
     rates = np.array([full if dtype == torch.float32 else half for dtype in COMPUTE_TYPES])
     computing = costs.flops / rates[costs.compute_type]
     moving = costs.moved_bytes / (card.bandwidth * 1e9 * _SHARE_OF_BANDWIDTH)
-    return np.maximum(np.maximum(computing, moving), _SECONDS_PER_LAUNCH)
+    smallest = _SECONDS_OF_SMALLEST_ON_CPU if card.is_cpu else _SECONDS_OF_SMALLEST
+    return np.maximum(np.maximum(computing, moving), smallest)
+
+
+def host_seconds(costs: Costs) -> np.ndarray:
+    """Predict how long the host takes to launch each operator on a card."""
+    return np.where(costs.is_kernel == 1, _HOST_SECONDS_OF_KERNEL, _HOST_SECONDS)
 
 
 def pcie_seconds(num_bytes: int, card: Card) -> float:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 COMPUTE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNELS = "lowmem_db_kernels"
+"""The namespace of their operators."""
 _FREE = {
     torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.empty_strided.default,
     torch.ops.aten.new_empty.default, torch.ops.aten.new_empty_strided.default,
@@ -24,6 +26,8 @@ class Costs:
         flops: Floating-point operations of matrix products and convolutions.
         moved_bytes: Bytes that are read and written.
         compute_type: Index into ``COMPUTE_TYPES``.
+        is_kernel: 1 for an operator of ``lowmem_db_kernels``, whose launch costs the host more than torch's own.
+        in_backward: 1 for what runs in the backward pass.
         block: Index into ``block_names``, or -1 for none.
         block_names: Blocks of the model to which the rows belong.
         host_to_device_bytes: Bytes copied from the host over PCIe.
@@ -33,6 +37,8 @@ class Costs:
     flops: np.ndarray
     moved_bytes: np.ndarray
     compute_type: np.ndarray
+    is_kernel: np.ndarray
+    in_backward: np.ndarray
     block: np.ndarray
     block_names: tuple[str, ...] = ()
     host_to_device_bytes: int = 0
@@ -45,13 +51,14 @@ class Row(NamedTuple):
     flops: int
     moved_bytes: int
     compute_type: int
+    is_kernel: bool
 
 
 class CostRecorder:
     """Collects the rows of :class:`Costs`."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, int, int, int]] = []
+        self._rows: list[tuple[int, ...]] = []
         self._block_names: list[str] = []
         self._block = -1
         self._crossed = [0, 0]
@@ -74,7 +81,7 @@ class CostRecorder:
     @no_type_check
     def add(self, row: Row) -> None:
         """Add one operator."""
-        self._rows.append((row.flops, row.moved_bytes, row.compute_type, self._block))
+        self._rows.append((*row, torch._C._current_graph_task_id() != -1, self._block))
 
     @no_type_check
     def add_crossing(self, num_bytes: int, *, to_host: bool) -> None:
@@ -83,12 +90,14 @@ class CostRecorder:
 
     def costs(self) -> Costs:
         """Return all rows so far."""
-        table = np.array(self._rows, dtype=np.int64).reshape(-1, 4)
+        table = np.array(self._rows, dtype=np.int64).reshape(-1, len(Row._fields) + 2)
         return Costs(
             flops=table[:, 0],
             moved_bytes=table[:, 1],
             compute_type=table[:, 2],
-            block=table[:, 3],
+            is_kernel=table[:, 3],
+            in_backward=table[:, 4],
+            block=table[:, 5],
             block_names=tuple(self._block_names),
             host_to_device_bytes=self._crossed[0],
             device_to_host_bytes=self._crossed[1],
@@ -104,7 +113,8 @@ def row_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], made: An
     flops = 0 if count is None else int(count(*args, **kwargs, out_val=made))
     moved = sum(tensor.nbytes for tensor in tensors) + sum(tensor.nbytes for tensor in _tensors((made,)))
     dtype = tensors[0].dtype if tensors else torch.float32
-    return Row(flops, moved, COMPUTE_TYPES.index(dtype) if dtype in COMPUTE_TYPES else 0)
+    compute_type = COMPUTE_TYPES.index(dtype) if dtype in COMPUTE_TYPES else 0
+    return Row(flops, moved, compute_type, func.namespace == KERNELS)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

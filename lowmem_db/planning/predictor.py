@@ -9,10 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import Trace, changed, key_of, overhead_of
 from lowmem_db.planning.candidates import placement_of
-from lowmem_db.planning.cards import operator_seconds, pcie_seconds
+from lowmem_db.planning.cards import seconds_per_step
+from lowmem_db.planning.costs import Costs
 from lowmem_db.planning.phases import (
     Traced,
     TracedRun,
@@ -101,9 +104,10 @@ class Predictor:
 
         They do not depend on other traces, so that the order of strategies is the same for every budget.
         """
-        step = self._computing_seconds(strategy)
         crossing = self.resident(strategy).host_bytes if strategy.memory.stream_optimizer_state else 0
-        return max(step, pcie_seconds(crossing, self.run.card)) * (1.0 + overhead_of(strategy))
+        costs, again = self._costs(strategy)
+        seconds = seconds_per_step(costs, self.run.card, again=again, crossing_bytes=crossing)
+        return seconds * (1.0 + overhead_of(strategy))
 
     def _traced(self, phase: Trace, strategy: Config, trace: Callable[[TracedRun], Traced]) -> Traced:
         """Return the trace of a phase, which is shared by all strategies with the same key."""
@@ -112,18 +116,18 @@ class Predictor:
             self._traces[key] = trace(replace(self.run, config=strategy))
         return self._traces[key]
 
-    def _computing_seconds(self, strategy: Config) -> float:
+    def _costs(self, strategy: Config) -> tuple[Costs, np.ndarray]:
+        """Return the costs of the first trace, and how often more than there a strategy runs each operator."""
         first = self._first
         if not strategy.trains_weights:
             frozen = {"lora.base_weights": strategy.lora.base_weights}
             first = changed(first, frozen | {"training.mixed_precision": strategy.training.mixed_precision})
         costs = self.train(first).costs
-        seconds = operator_seconds(costs, self.run.card)
-        total = float(seconds.sum())
+        again = np.zeros(len(costs.flops))
         for index, name in enumerate(costs.block_names):
-            again = _RECOMPUTED[placement_of(strategy, name)] - _RECOMPUTED[placement_of(first, name)]
-            total += again * float(seconds[costs.block == index].sum())
-        return total
+            more = _RECOMPUTED[placement_of(strategy, name)] - _RECOMPUTED[placement_of(first, name)]
+            again[costs.block == index] = more
+        return costs, again
 
     def _figures(self, strategy: Config, block: str) -> BlockFigures:
         """Return the figures of one block, from a trace in which all blocks have its placement."""

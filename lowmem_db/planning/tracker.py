@@ -21,11 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowmem_db import host_memory
 from lowmem_db.planning import meta_results
 from lowmem_db.planning.caching_allocator import Event
-from lowmem_db.planning.costs import CostRecorder, Row
+from lowmem_db.planning.costs import KERNELS, CostRecorder, Row
 from lowmem_db.records import PARTS, MemoryParts
 
 CUDA_ROUNDING = 512
-_KERNELS = "lowmem_db_kernels"
 _COPY = torch.ops.aten.copy_.default
 _READ_SCALAR = torch.ops.aten._local_scalar_dense.default
 
@@ -152,7 +151,7 @@ class AllocationTracker(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is _READ_SCALAR and args[0].is_meta:
             return _likely_value(args[0].dtype)
-        if self._cpu_kernels and func.namespace == _KERNELS and not _is_native(func):
+        if self._cpu_kernels and func.namespace == KERNELS and not _is_native(func):
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
         if self.device_type != "meta":

@@ -4,8 +4,9 @@ The key covers the image's bytes, the autoencoder's files, the resolution, the c
 a changed photo is encoded again.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from lowmem_db.config.schema import Config, DataConfig
 from lowmem_db.console import say, track
 from lowmem_db.data.batches import EncodedImage, PromptTable
 from lowmem_db.data.crops import crop_facts, load_pixels, num_distinct_crops
+from lowmem_db.errors import StorageError
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.text_encoders import load_text_encoders, read_otherwise, tokenize_prompts
 from lowmem_db.records import ImageRecord, Size
@@ -24,6 +26,7 @@ from lowmem_db.storage.tensors import TensorStore
 
 _FORMAT_VERSION = 2
 _PROMPT_FORMAT_VERSION = 1
+_EMBEDS_IN_MEMORY = 64
 _Loaded = TypeVar("_Loaded")
 
 
@@ -75,17 +78,46 @@ def encode_prompts(config: Config, model: ModelFolder, device: torch.device, pro
     store = TensorStore(config.cache_dir / "prompts")
     encoder_key = model.content_key(*model.family.names_of("text_encoder", "tokenizer"))
     text_encoders = _lazily(lambda: load_text_encoders(model, device=device))
-    embeds: dict[str, dict[str, Tensor]] = {}
+    keys: dict[str, str] = {}
     for prompt in unique:
         key = fingerprint.of_values("prompt", _PROMPT_FORMAT_VERSION, encoder_key, prompt, *read_otherwise(model))
-        stored = store.read(key)
-        if stored is None:
+        if store.read(key) is None:
             with torch.no_grad():
                 made = model.family.encode(text_encoders(), tokens.conditioning([prompt]).tokens)
-            stored = {name: rows[0].cpu() for name, rows in made.items()}
-            store.write(key, stored)
-        embeds[prompt] = stored
-    return replace(tokens, embeds=embeds)
+            store.write(key, {name: rows[0].cpu() for name, rows in made.items()})
+        keys[prompt] = key
+    return replace(tokens, embeds=StoredEmbeds(store, keys))
+
+
+class StoredEmbeds(Mapping[str, Mapping[str, Tensor]]):
+    """Embeddings by prompt, read when they are needed: variants of captions in several chunks would fill gigabytes.
+
+    Args:
+        store: Where they are.
+        keys: The key of each prompt.
+    """
+
+    def __init__(self, store: TensorStore, keys: Mapping[str, str]) -> None:
+        self._store, self._keys = store, keys
+        self._read = lru_cache(_EMBEDS_IN_MEMORY)(self._read_now)
+
+    def __getitem__(self, prompt: str) -> Mapping[str, Tensor]:
+        return self._read(self._keys[prompt])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def _read_now(self, key: str) -> Mapping[str, Tensor]:
+        found = self._store.read(key)
+        if found is None:
+            raise StorageError(
+                f"{self._store.path(key)}: has been deleted or damaged since the run started; start it again with "
+                "--resume"
+            )
+        return found
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ FIXED_FIELDS = (
     "textual_inversion.initializer",
     "optimizer.name",
     "memory.weights",
+    "memory.channels_last",
     "ema.enabled",
     "data.resolution",
     "data.aspect_ratio_buckets",
@@ -42,6 +43,8 @@ FIXED_FIELDS = (
     "evaluation.keep_best",
 )
 """Fields that cannot change during a run."""
+_BEFORE_IT_EXISTED = {"memory.channels_last": False}
+"""What runs did that older versions started, where it is a fixed field that they do not know."""
 
 
 def with_choices_of_run(run: RunFolder, config: Config) -> Config:
@@ -76,6 +79,7 @@ def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
             "output_dir, or delete the folder"
         )
     before, now = (dict(_flat(tree)) for tree in (read_yaml(run.config_file), config.model_dump(mode="json")))
+    before = _BEFORE_IT_EXISTED | before
     changed = {  # a field that is unknown to the run's version has not changed
         field: (before[field], value) for field, value in now.items() if field in before and before[field] != value
     }

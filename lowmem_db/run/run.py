@@ -25,6 +25,7 @@ from lowmem_db.preparation.prepare import check_photos, check_prompts, prepare
 from lowmem_db.records import ImageRecord
 from lowmem_db.run.checks import check_disk, check_machine
 from lowmem_db.run.final import write_final
+from lowmem_db.run.page import ReportPage, write_page
 from lowmem_db.run.resuming import check_run_folder, with_choices_of_run
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.leftovers import sweep
@@ -124,6 +125,7 @@ def _train(
         trainer = build_trainer(config, model, device, batches, run)
         trainer.resume(best)
     write_final(trainer, model)
+    write_page(run)
     say(f"done: {run.final_dir} holds the {trainer.adaptation.noun}; draw with it: lowmem-db generate {run.root}")
 
 
@@ -149,6 +151,7 @@ def _own_observers(trainer: Trainer, model: ModelFolder, scorer: Scorer | None) 
     yield ConsoleBar()
     yield MetricsFiles()
     yield Samples(config, run, partial(draw_samples, config, model, trainer.denoiser, prompts, run))
+    yield ReportPage(run)
     if scorer is not None:
         scored = sorted(config.prompts_scored)
         yield ScoreKeeper(

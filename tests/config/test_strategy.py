@@ -96,7 +96,13 @@ def test_what_nobody_planned_is_plain():
     assert (config.memory.weights, config.training.mixed_precision, config.memory.checkpointing) == (
         "fp32", "no", "none",
     )  # fmt: skip
-    switches = ("optimizer_in_backward", "stream_optimizer_state", "offload_checkpoints", "fused_layers")
+    switches = (
+        "optimizer_in_backward",
+        "stream_optimizer_state",
+        "offload_checkpoints",
+        "fused_layers",
+        "channels_last",
+    )
     assert not any(getattr(config.memory, name) for name in switches)
     assert config.training.clipping == "global"
     assert overhead_of(config) == 0.0
@@ -160,7 +166,7 @@ def test_choices_fill_what_is_open_alone():
     resolved = resolve(config, choices)
     assert resolved.memory.weights == "bf16_extra_bits"
     assert resolved.memory.checkpointing == {"unet.mid_block": "nested"}
-    with pytest.raises(ValueError, match=r"leaves open memory\.checkpointing, .*resolve it first"):
+    with pytest.raises(ValueError, match=r"leaves open memory\.channels_last, .*resolve it first"):
         check_resolved(config)
 
 

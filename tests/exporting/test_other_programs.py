@@ -3,9 +3,12 @@
 The twins say what ComfyUI 0.3.64, Forge and AUTOMATIC1111 look at; none of their code is here.
 """
 
+import base64
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +290,12 @@ def test_programs_list_a_lora_under_its_family(width: int, family: str, architec
     assert metadata["modelspec.architecture"] == architecture
     assert metadata["modelspec.title"] == "dog"
     assert re.fullmatch("True|False", metadata["ss_v2"])
+
+
+def test_a_sample_of_the_run_is_the_thumbnail(tiny_model: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (600, 300), "red").save(tmp_path / "00-00.png")
+    metadata = kohya_metadata(replace(lora_of("attention", tiny_model), sample=tmp_path / "00-00.png"))
+    (text,) = json.loads(metadata["ssmd_cover_images"])
+    assert metadata["modelspec.thumbnail"] == f"data:image/jpeg;base64,{text}"
+    assert Image.open(BytesIO(base64.b64decode(text))).size == (256, 128)
+    assert "modelspec.thumbnail" not in kohya_metadata(lora_of("attention", tiny_model))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lowmem_db.cli.train import train
 from lowmem_db.config.loading import load_config
 from lowmem_db.engine.source import find_source
-from lowmem_db.errors import ConfigError, DataError, ModelError
+from lowmem_db.errors import ConfigError, DataError, ModelError, StorageError
 from lowmem_db.models.finding import find_model, model_of
 from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders
 from lowmem_db.planning.plan import plan
@@ -88,6 +88,20 @@ def test_tags_of_photos_vary_and_those_of_class_images_do_not(tiny_fields: dict[
     assert {prompt.split(", ")[0] for prompt in of_photos} == {"zx"}
     assert of_photos <= known
     assert of_class == {"d, e, f"}
+
+
+def test_embeddings_of_many_variants_stay_on_the_disk(
+    fields: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(encode, "_EMBEDS_IN_MEMORY", 2)
+    batches = batches_of(fields, **{"subject.instance_prompt": "zx, a, b, c", "data.shuffle_tags": True})
+    for step in range(12):
+        batches.batches_at(step)
+    assert batches.prompts.embeds is not None
+    assert batches.prompts.embeds._read.cache_info().currsize == 2  # type: ignore[attr-defined]
+    shutil.rmtree(tmp_path / "cache" / "prompts")
+    with pytest.raises(StorageError, match="has been deleted or damaged since the run started"):
+        [batches.batches_at(step) for step in range(12)]
 
 
 # How prompts are read.

@@ -1,9 +1,11 @@
+import numpy as np
 import pytest
 import torch
+from lowmem_db_kernels import geglu
 
 from lowmem_db.errors import ConfigError
 from lowmem_db.planning.cards import CARDS, CPU, card_of, find_card, pcie_seconds, seconds_per_step
-from lowmem_db.planning.costs import CostRecorder
+from lowmem_db.planning.costs import CostRecorder, Costs
 from lowmem_db.planning.tracker import AllocationTracker
 
 
@@ -66,3 +68,51 @@ def test_bytes_over_pcie_take_longer_on_fewer_lanes():
     assert slow == pytest.approx(2 * fast)
     assert fast == pytest.approx((1 << 30) / (0.985e9 * 2 * 16 * 0.8))
     assert pcie_seconds(1 << 30, CPU) > 0
+
+
+def costs_of(num_operators, *, moved_bytes=0, num_kernels=0, num_backward=0):
+    numbers = np.arange(num_operators)
+    return Costs(
+        flops=np.zeros(num_operators, dtype=np.int64),
+        moved_bytes=np.full(num_operators, moved_bytes),
+        compute_type=np.zeros(num_operators, dtype=np.int64),
+        is_kernel=(numbers < num_kernels).astype(np.int64),
+        in_backward=(numbers >= num_operators - num_backward).astype(np.int64),
+        block=np.full(num_operators, -1),
+    )
+
+
+def test_fast_card_waits_for_the_host():
+    many, h100 = costs_of(5000), find_card("H100")
+    assert seconds_per_step(many, h100) == pytest.approx(5000 * 8e-6)
+    assert seconds_per_step(costs_of(5000, num_kernels=700), h100) == pytest.approx(4300 * 8e-6 + 700 * 25e-6)
+    large = costs_of(5000, moved_bytes=100_000_000)
+    assert seconds_per_step(large, h100) == pytest.approx(5000 * 1e8 / (3350e9 * 0.75))
+    assert seconds_per_step(costs_of(5000), CPU) == pytest.approx(5000 * 5e-6)
+
+
+def test_states_cross_beside_the_backward_pass_alone():
+    card, size = find_card("rtx 3060"), 270_000_000  # a millisecond each
+    half = costs_of(100, moved_bytes=size, num_backward=50)
+    alone, copied = seconds_per_step(half, card), pcie_seconds(3 << 30, card)
+    assert alone == pytest.approx(0.1)
+    assert seconds_per_step(half, card, crossing_bytes=1 << 20) == alone
+    assert copied > 0.05
+    assert seconds_per_step(half, card, crossing_bytes=3 << 30) == pytest.approx(0.05 + copied)
+
+
+def test_what_runs_again_counts_on_the_card_and_on_the_host():
+    again, card = np.array([1.0] * 25 + [0.0] * 75), find_card("rtx 3060")
+    assert seconds_per_step(costs_of(100, moved_bytes=270_000_000), card, again=again) == pytest.approx(0.125)
+    assert seconds_per_step(costs_of(100), card, again=again) == pytest.approx(125 * 8e-6)
+
+
+def test_backward_pass_and_kernels_are_told_apart():
+    costs = CostRecorder()
+    with AllocationTracker(costs=costs).tracking():
+        weight = torch.ones(8, 8, device="meta", requires_grad=True)
+        geglu(weight).sum().backward()
+    found = costs.costs()
+    assert found.is_kernel.sum() == 2
+    assert found.is_kernel[found.in_backward == 1].sum() == 1
+    assert 0 < found.in_backward.sum() < len(found.in_backward)
