@@ -104,10 +104,11 @@ def _of_prompts(encoder: Encoder, pictures: Pictures, metrics: dict[str, Pairs])
         "diversity": [prompt for prompt, images in pictures.prompts if len(images) > 1],
     }
     for role, prompts in asked.items():
-        name = METRICS[encoder.files.kind].get(role)
-        for prompt, values in zip(prompts, metrics[name], strict=False) if name is not None else ():
+        if (name := METRICS[encoder.files.kind].get(role)) is None:
+            continue
+        for prompt, values in zip(prompts, metrics[name], strict=False):
             if prompt and len(values):
-                found[prompt][name] = float(values.double().mean())
+                found[prompt] |= {name: float(values.double().mean())}
                 if role == "fidelity" and encoder.files.kind == "en0":
                     found[prompt]["copies"] = _share_of_copies(values, len(pictures.photos))
     return found
