@@ -22,6 +22,7 @@ _TOKEN = "lowmem_db_token"
 _BASE = "lowmem_db_base"
 _OF_SDXL = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _WITHOUT_WORD = frozenset(("emb_params", "clip_l", "clip_g", "clip_h", "*"))
+_DAMAGED = (UnpicklingError, OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError)
 _ALLOWED = "a file of Textual Inversion from diffusers, AUTOMATIC1111 or ComfyUI"
 
 
@@ -74,7 +75,7 @@ def _read(file: Path) -> tuple[NewWord, Mapping[str, str]]:
 def _read_pickled(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except _DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"model.embeddings: {file} cannot be read ({reason}); allowed: {_ALLOWED}") from error
 

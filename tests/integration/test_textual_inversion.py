@@ -26,6 +26,7 @@ from lowmem_db.models.finding import model_of
 from lowmem_db.models.new_words import extended_embedding
 from lowmem_db.preparation.prepare import prepare
 from lowmem_db.run.run import check_photos
+from lowmem_db.storage.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 PROMPT = "a <z> in"
@@ -82,13 +83,13 @@ def test_only_the_new_rows_train_and_diffusers_draws_the_same(fields: dict[str, 
     )
     (rows,) = load_file(run / "final" / "learned_embeds.safetensors").items()
     assert (rows[0], tuple(rows[1].shape)) == ("<z>", (2, 16))
-    checkpoint = load_file(run / "checkpoints" / "step-3" / "text_encoder.safetensors")
+    checkpoint = load_file(RunFolder(run).checkpoint_dir(3) / "text_encoder.safetensors")
     assert sum(tensor.numel() for tensor in checkpoint.values()) == 2 * 16
     pipeline: Any = StableDiffusionPipeline.from_pretrained(tiny_model, local_files_only=True)
     untrained = pipeline.text_encoder.get_input_embeddings().weight
     initial = untrained[pipeline.tokenizer.encode("d", add_special_tokens=False)[0]]
     assert (rows[1] - initial).abs().min() > 0
-    pipeline.load_textual_inversion(run / "final" / "learned_embeds.safetensors")
+    pipeline.load_textual_inversion(str(run / "final" / "learned_embeds.safetensors"))
     ours = drawn_by_diffusers(of_run(run, StableDiffusionPipeline, tiny_model))
     assert torch.equal(drawn_by_diffusers(pipeline), ours)
     plain: Any = StableDiffusionPipeline.from_pretrained(tiny_model, local_files_only=True)

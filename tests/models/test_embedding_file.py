@@ -34,9 +34,9 @@ def test_sdxl_has_the_names_of_other_programs(tmp_path: Path) -> None:
     ("content", "token"),
     [
         ({"<hat>": ROWS}, "<hat>"),
-        ({"<hat>": ROWS[0]}, "<hat>"),
+        ({"<hat>": ROWS[0].clone()}, "<hat>"),
         ({"emb_params": ROWS}, "my-hat"),
-        ({"clip_l": ROWS, "clip_g": ROWS}, "my-hat"),
+        ({"clip_l": ROWS, "clip_g": ROWS.clone()}, "my-hat"),
     ],
 )
 def test_files_of_other_programs_are_read(tmp_path: Path, content: dict[str, torch.Tensor], token: str) -> None:

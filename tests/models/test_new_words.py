@@ -58,10 +58,10 @@ def test_text_encoder_with_words_reads_old_prompts_as_before() -> None:
 def test_words_are_read_as_their_own_tokens(tokenizer: CLIPTokenizer) -> None:
     size = len(tokenizer)
     add_to_tokenizer(tokenizer, [NewWord(token="<my-dog>"), NewWord(token="<hat>", num_vectors=3)])
-    ids = tokenizer.encode(expanded(tokenizer, "a <my-dog> in a <hat>, red"), add_special_tokens=False)
-    known = [tokenizer.encode(word, add_special_tokens=False)[0] for word in ("a", "in", ",", "red")]
-    a, inside, comma, red = known
-    assert ids == [a, size, inside, a, size + 1, size + 2, size + 3, comma, red]
+    ids = tokenizer.encode(expanded(tokenizer, "a <my-dog> in a <hat>, dog"), add_special_tokens=False)
+    known = [tokenizer.encode(word, add_special_tokens=False)[0] for word in ("a", "in", ",", "dog")]
+    a, inside, comma, dog = known
+    assert ids == [a, size, inside, a, size + 1, size + 2, size + 3, comma, dog]
 
 
 @pytest.mark.parametrize("prompt", ["a <hat> on a <hat>.", "a dog", "<hat>", "a <my-dog> <hat>"])
@@ -71,7 +71,7 @@ def test_prompts_are_expanded_as_in_diffusers(tokenizer: CLIPTokenizer, prompt: 
     assert tokenizer.encode(expanded(tokenizer, prompt)) == tokenizer.encode(theirs)
 
 
-@pytest.mark.parametrize("token", ["dog", "Dog", "<|endoftext|>", "a", "sit"])
+@pytest.mark.parametrize("token", ["dog", "Dog", "<|endoftext|>", "a", "cat"])
 def test_known_words_are_refused(tokenizer: CLIPTokenizer, token: str) -> None:
     with pytest.raises(ConfigError, match="is already a word of this model's vocabulary"):
         add_to_tokenizer(tokenizer, [NewWord(token=token)])
@@ -89,8 +89,8 @@ def test_words_that_would_be_read_inside_others_are_refused(tokenizer: CLIPToken
 
 def test_initializer_is_one_token(tokenizer: CLIPTokenizer) -> None:
     assert initial_id(tokenizer, "dog") == tokenizer.encode("dog", add_special_tokens=False)[0]
-    with pytest.raises(ConfigError, match=r"textual_inversion\.initializer: 'my white dog' is 3 tokens"):
-        initial_id(tokenizer, "my white dog")
+    with pytest.raises(ConfigError, match=r"textual_inversion\.initializer: 'my dog' is 2 tokens"):
+        initial_id(tokenizer, "my dog")
 
 
 def test_words_of_another_kind_of_model_are_refused() -> None:
