@@ -5,6 +5,7 @@ tensor, and the name of the file as the word). For SDXL it holds ``clip_l`` and 
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -74,10 +75,13 @@ def _read(file: Path) -> tuple[NewWord, Mapping[str, str]]:
 
 def _read_pickled(file: Path) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except _DAMAGED as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"model.embeddings: {file} cannot be read ({reason}); allowed: {_ALLOWED}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle, which is refused or read safely
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except _DAMAGED as error:  # whose text says how to run code that may be in the file
+        raise ModelError(
+            f"model.embeddings: {file} is damaged, or holds more than tensors, which may run code; allowed: {_ALLOWED}"
+        ) from error
 
 
 def _tensors_in(file: Path, content: Any) -> tuple[dict[str, Tensor], str | None]:
