@@ -50,9 +50,14 @@ _TEXTUAL_INVERSION = (
         "false, or leave it out",
     ),
     Rule(
-        _learns(lambda c: c.training.train_text_encoder or bool(c.training.layers)),
-        "training.train_text_encoder, training.layers: cannot be combined with textual_inversion.enabled=true, which "
-        "trains an embedding alone; leave them out",
+        _learns(lambda c: c.training.train_text_encoder),
+        "training.train_text_encoder: true trains weights, and textual_inversion.enabled=true an embedding alone; "
+        "leave it out",
+    ),
+    Rule(
+        _learns(lambda c: bool(c.training.layers)),
+        "training.layers: {config.training.layers!r} selects weights of a full fine-tuning, and "
+        "textual_inversion.enabled=true trains an embedding alone; leave it out",
     ),
     Rule(
         _learns(lambda c: c.training.learning_rate != TrainingConfig().learning_rate),

@@ -126,6 +126,8 @@ FLAGS_OF_ITS_RELATIVES = """
   --output_kohya_format --validation_epochs=5 --do_edm_style_training --image_interpolation_mode=lanczos
   --bucket_reso_steps=64 --min_bucket_reso=256 --max_bucket_reso=1024
   --learning_rate_te1=1e-6 --learning_rate_te2=1e-6 --v_parameterization
+  --train_data_dir=d --placeholder_token=t --initializer_token=d --num_vectors=1 --learnable_property=style
+  --save_steps=500 --save_as_full_pipeline
 """
 ALL_FLAGS = shlex.split(FLAGS_OF_THE_SCRIPT + FLAGS_OF_ITS_RELATIVES)
 

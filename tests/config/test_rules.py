@@ -28,6 +28,7 @@ CASES = [
         "training.train_text_encoder",
         {"training.train_text_encoder": False},
     ),
+    (_LEARNS | {"training.layers": ["unet.*"]}, "training.layers", {"training.layers": []}),
     (_LEARNS | {"training.learning_rate": 1e-3}, "training.learning_rate", {"training.learning_rate": 5e-6}),
     (
         _LEARNS | {"subject.class_prompt": None},
