@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lowmem_db.adaptation import quantized
 from lowmem_db.adaptation.base import Adaptation, Attached, Modules
@@ -112,5 +113,8 @@ def learned_rows(table: ExtendedEmbedding) -> Tensor:
 
 
 def _tables(modules: Modules) -> dict[str, ExtendedEmbedding]:
-    _, *text_encoders = modules
-    return {name: extended_embedding(modules[name]) for name in text_encoders}
+    """Return the extended tables of the text encoders; other components have none."""
+    found = {
+        name: module.get_input_embeddings() for name, module in modules.items() if isinstance(module, PreTrainedModel)
+    }
+    return {name: table for name, table in found.items() if isinstance(table, ExtendedEmbedding)}
