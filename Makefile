@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow gpu lint types format kernels-static clean
+.PHONY: demo test slow gpu lint types format kernels-static readme clean
 
 demo: $(INSTALLED)
 	$(RUN)/lowmem-db train configs/demo.yaml --resume
@@ -38,6 +38,10 @@ format: $(INSTALLED)
 # What the compiler makes of every kernel on seven architectures, held to bars; needs Triton and no GPU.
 kernels-static: $(INSTALLED)
 	$(RUN)/python -m tools.kernels_static --check --output benchmarks/static/kernels.json
+
+# Builds the wheel and follows README.md with it in a fresh environment; three to five minutes, needs a package index.
+readme: $(INSTALLED)
+	$(RUN)/python -m tools.follow_readme
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,11 +1,11 @@
 """From plain fp32 AdamW down, one technique at a time: the peak of a training step, predicted and measured.
 
-    python benchmarks/memory_ladder.py [--output FILE.jsonl] [--picture docs/images/memory_ladder.png]
+    python benchmarks/memory_ladder.py [--device cuda] [--tiny] [--output FILE.jsonl] [--picture FILE.png]
 
 Bytes of tensors while a step of UNet and text encoders runs on one photo and one class image. `sd15` and `sdxl` are
 predicted: traces of the real step on the meta device, 512 and 1024 px. `demo` is the small model of this package at
-128 px, predicted alike and measured: three real steps on the CPU, every storage followed. Prints a JSON line per rung,
-then a table.
+128 px, predicted alike and measured: three real steps, on the CPU with every storage followed, on a CUDA device by its
+allocator. Prints a JSON line per rung, then a table.
 """
 
 import argparse
@@ -56,20 +56,20 @@ def config_of(model: str, fields: dict[str, Any]) -> Config:
     return load_config(None, list((needed | fields).items()))
 
 
-def measure_rung(model: str, fields: dict[str, Any], *, measured: bool) -> dict[str, int]:
-    """Return the predicted and, where asked for, the measured bytes of a rung.
+def measure_rung(model: str, fields: dict[str, Any], *, measured: str | None) -> dict[str, int]:
+    """Return the predicted bytes of a rung, and those measured on a device if one is given.
 
     What is measured on the CPU computes without autocast, and is predicted for the CPU too.
     """
-    if measured:
+    if measured == "cpu":
         fields = {name: value for name, value in fields.items() if name != "training.mixed_precision"}
     config = resolve(config_of(model, fields))
     folder = model_of(config, weights=False)
-    card = CPU if measured else find_card("RTX 3060")
+    card = CPU if measured == "cpu" else find_card("RTX 3060")
     traced = trace_train(TracedRun(config=config, model=folder, card=card))
     found = {"predicted_bytes": traced.peak.total, "host_bytes": traced.host_bytes}
     if measured:
-        found["measured_bytes"] = measure_train(config, folder, torch.device("cpu")).tensor_bytes
+        found["measured_bytes"] = measure_train(config, folder, torch.device(measured)).tensor_bytes
     return found
 
 
@@ -98,14 +98,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--device", default="cpu", help="where the small model is measured")
+    parser.add_argument("--tiny", action="store_true", help="the small model alone, to try the script")
     options = parser.parse_args()
+    models = ["demo"] if options.tiny else list(MODELS)
     fields: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for rung, changed in RUNGS:
         fields |= changed
-        row = {"rung": rung} | {model: measure_rung(model, fields, measured=model == "demo") for model in MODELS}
+        row = {"rung": rung} | {
+            model: measure_rung(model, fields, measured=options.device if model == "demo" else None) for model in models
+        }
         print(json.dumps(row), flush=True)
         rows.append(row)
+    if not options.tiny:
+        print_table(rows)
+    if options.output:
+        options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if options.picture:
+        draw(rows, options.picture)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print the rungs of all models."""
     print("| | SD 1.5, 512 px | SDXL, 1024 px | on the host | demo: predicted | demo: measured |")
     print("|---|---|---|---|---|---|")
     for row in rows:
@@ -119,10 +134,6 @@ def main() -> None:
             f"{demo['measured_bytes'] / MIB:.1f} MiB",
         ]
         print(f"| {' | '.join(cells)} |")
-    if options.output:
-        options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if options.picture:
-        draw(rows, options.picture)
 
 
 if __name__ == "__main__":

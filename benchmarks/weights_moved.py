@@ -4,9 +4,10 @@ Four ways to keep a weight take the same 200 steps on the same batches: fp32, bf
 stochastically, and bf16 rounded to nearest, which is what a plain bf16 model does. Forward and backward run in fp32 on
 the stored values, so that only the storage differs.
 
-    python benchmarks/weights_moved.py > docs/weights_moved.md
+    python benchmarks/weights_moved.py [--device cuda] [--tiny] > docs/weights_moved.md
 """
 
+import argparse
 import copy
 
 import torch
@@ -66,15 +67,16 @@ def build_unet() -> UNet2DModel:
     )  # fmt: skip
 
 
-def train(unet: UNet2DModel, kind: str) -> list[StoredParameter]:
+def train(unet: UNet2DModel, kind: str, num_steps: int) -> list[StoredParameter]:
     """Take the steps and return the stored weights."""
+    device = unet.device
     stored = [StoredParameter(parameter, kind, index) for index, parameter in enumerate(unet.parameters())]
-    for number in range(1, STEPS + 1):
+    for number in range(1, num_steps + 1):
         generator = torch.Generator().manual_seed(number)
-        noisy, target = torch.randn(2, 2, 4, 8, 8, generator=generator)
-        step = torch.tensor(number)
+        noisy, target = torch.randn(2, 2, 4, 8, 8, generator=generator).to(device)
+        step = torch.tensor(number, device=device)
         unet.zero_grad()
-        (unet(noisy, torch.tensor([100, 700])).sample - target).square().mean().backward()
+        (unet(noisy, torch.tensor([100, 700], device=device)).sample - target).square().mean().backward()
         corrections = bias_corrections(step, (0.9, 0.999))
         for parameter in stored:
             parameter.step(step, corrections)
@@ -89,10 +91,15 @@ def flat(stored: list[StoredParameter]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def main() -> None:
     """Train in the four formats and print the table."""
-    unet = build_unet()
-    ends = {kind: flat(train(copy.deepcopy(unet), kind)) for kind in FORMATS}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tiny", action="store_true", help="two steps, to try the script")
+    options = parser.parse_args()
+    num_steps = 2 if options.tiny else STEPS
+    unet = build_unet().to(options.device)
+    ends = {kind: flat(train(copy.deepcopy(unet), kind, num_steps)) for kind in FORMATS}
     reference = ends["fp32"][0] - ends["fp32"][1]
-    print(f"Weights: {len(reference):,}; {STEPS} steps at learning rate {LEARNING_RATE:g}.\n")
+    print(f"Weights: {len(reference):,}; {num_steps} steps at learning rate {LEARNING_RATE:g}.\n")
     print("| weights | can move, predicted | moved | distance from the fp32 run / its own way | length of the way |")
     print("|---|---|---|---|---|")
     for kind, (after, before) in ends.items():

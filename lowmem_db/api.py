@@ -60,12 +60,15 @@ def plan(config: Config, *, gpu: str | None = None, budget: str | int | None = N
     return plan_run(config, find_target(config, gpu=gpu, budget_bytes=_read_budget(budget), here=here))
 
 
-def train(config: Config, *, resume: bool = False, observers: Sequence["Observer"] = ()) -> "RunFolder":
+def train(
+    config: Config, *, resume: bool = False, step: int | None = None, observers: Sequence["Observer"] = ()
+) -> "RunFolder":
     """Check, plan, prepare and train a run.
 
     Args:
         config: The configuration.
         resume: Continue from the newest complete checkpoint in ``output_dir``; start from scratch if there is none.
+        step: Continue from the checkpoint of this step instead, and drop what came after it.
         observers: Notified while the run trains; see :mod:`lowmem_db.training.observers`.
 
     Returns:
@@ -81,7 +84,7 @@ def train(config: Config, *, resume: bool = False, observers: Sequence["Observer
 
     from lowmem_db.run.run import train as train_run
 
-    return train_run(config, resume=resume, observers=observers)
+    return train_run(config, resume=resume, step=step, observers=observers)
 
 
 def generate(

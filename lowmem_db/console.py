@@ -1,13 +1,16 @@
 """Remarks and progress bars for people, on standard error; standard output holds only results."""
 
 import errno
+import io
 import re
 import sys
+import textwrap
 from collections.abc import Iterable
 from typing import IO, Any, TypeVar, cast
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 _Item = TypeVar("_Item")
 _TERMINAL_IS_GONE = {errno.EIO, errno.EPIPE, errno.EBADF, errno.ESHUTDOWN}
@@ -54,12 +57,40 @@ def printable(text: str) -> str:
 
 def say(message: str) -> None:
     """Print one remark."""
-    console.print(printable(message), markup=False)
+    _print(printable(message))
 
 
 def warn(message: str) -> None:
     """Print one warning."""
-    console.print("warning: " + printable(message), markup=False, style="yellow")
+    _print("warning: " + printable(message), "yellow")
+
+
+def _print(text: str, style: str = "") -> None:
+    """Print a text; a terminal breaks its lines between words, and never a path or a command in two."""
+    if console.is_terminal:
+        text = "\n".join(_wrapped(line) for line in text.splitlines())
+    console.print(Text(text, style), soft_wrap=True)
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
+
+
+def no_encoding_errors() -> None:
+    """Let standard output and error escape what their encoding lacks, as cp1252 lacks kanji."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def bar_of(fraction: float, width: int, encoding: str) -> str:
+    """Return a bar of characters, of plain ones if the encoding lacks blocks."""
+    filled = round(fraction * width)
+    try:
+        "\u2588".encode(encoding)
+    except UnicodeEncodeError:
+        return "#" * filled
+    return "\u2588" * filled
 
 
 def track(items: Iterable[_Item], description: str, total: int) -> Iterable[_Item]:
@@ -68,15 +99,29 @@ def track(items: Iterable[_Item], description: str, total: int) -> Iterable[_Ite
         yield from bar.track(items, total=total, description=description)
 
 
-def progress(*extra: str) -> Progress:
-    """Return a progress bar; ``extra`` are additional columns in rich's markup."""
-    columns = (
+class TwoLines(Progress):
+    """A progress bar (step, percent, time left), and under it a line that the caller sets."""
+
+    details = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the lines, each cut to the width of the terminal."""
+        yield from super().get_renderables()
+        if self.details:
+            yield Text(self.details, no_wrap=True, overflow="ellipsis")
+
+
+def progress() -> TwoLines:
+    """Return a progress bar, which is shown only on a terminal."""
+    return TwoLines(
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *(TextColumn(column) for column in extra),
-        TimeElapsedColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TaskProgressColumn(),
+        TimeRemainingColumn(compact=True),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        expand=True,
+        disable=not console.is_terminal,
     )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

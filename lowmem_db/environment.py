@@ -8,9 +8,11 @@ import gc
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 import warnings
@@ -65,9 +67,20 @@ OPTIONAL_LIBRARIES = (
     ),
     OptionalLibrary("peft", "LoRA and DoRA", "all weights train", 'pip install "lowmem-db[lora]"'),
     OptionalLibrary("tensorboard", "live curves", "only metrics.jsonl", 'pip install "lowmem-db[tensorboard]"'),
+    OptionalLibrary("wandb", "curves at Weights & Biases", "only metrics.jsonl", 'pip install "lowmem-db[wandb]"'),
 )
 _NEEDS_CUDA = {"xformers", "triton"}
 _COMPILED_ON_CPU = {"adamw8bit_step"}
+_DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
+_MADE_FOR_CUDA = "the kernels and the memory plan are made for CUDA"
+_OTHER_DEVICES = {
+    "mps": f"there is no support for Apple's GPUs: {_MADE_FOR_CUDA}; use cpu",
+    "xpu": f"there is no support for Intel's GPUs: {_MADE_FOR_CUDA}; use cpu",
+    "rocm": "a ROCm build of torch calls AMD's cards cuda; use cuda",
+    "hip": "a ROCm build of torch calls AMD's cards cuda; use cuda",
+    "gpu": "use cuda",
+}
+_LOG = logging.getLogger(__name__)
 _BY_NAME = {library.name: library for library in OPTIONAL_LIBRARIES}
 _REPORTED_PACKAGES = (
     "torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub", "pydantic", "pillow", "numpy",
@@ -93,6 +106,45 @@ def require(name: str) -> ModuleType:
         raise DependencyError(
             f"{name}, needed for {library.serves}, cannot be loaded ({reason}); {library.install}"
         ) from error
+
+
+def check_wandb() -> None:
+    """Check before a run that it can be sent to Weights & Biases.
+
+    Raises:
+        DependencyError: wandb is missing, or nobody is logged in.
+    """
+    wandb = require("wandb")
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    quietly = {"prompt": False} if "prompt" in inspect.signature(wandb.login).parameters else {}
+    try:
+        is_logged_in = wandb.login(**quietly)
+    except wandb.errors.Error as error:
+        raise _not_logged_in(error) from error
+    if not is_logged_in:
+        raise _not_logged_in()
+
+
+def start_wandb(**options: Any) -> Any:
+    """Open a run at Weights & Biases with the options of ``wandb.init``.
+
+    Raises:
+        DependencyError: It is refused.
+    """
+    wandb = require("wandb")
+    try:
+        return wandb.init(**options)
+    except wandb.errors.Error as error:
+        raise _not_logged_in(error) from error
+
+
+def _not_logged_in(error: Exception | None = None) -> DependencyError:
+    reason = "" if error is None else f" ({' '.join(str(error).split())})"
+    return DependencyError(
+        f"logging.wandb: Weights & Biases refuses the run, or nobody is logged in{reason}; run `wandb login`, set "
+        "WANDB_MODE=offline to send it later, or leave logging.wandb (--report_to=wandb) out"
+    )
 
 
 def back_ends() -> list[dict[str, Any]]:
@@ -211,6 +263,30 @@ def devices() -> list[dict[str, Any]]:
     return found
 
 
+def check_device_name(name: str) -> str:
+    """Return the name of a device if it can be used: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ValueError: It cannot; the message says what to use.
+    """
+    if _DEVICES.fullmatch(name):
+        return name
+    reason = _OTHER_DEVICES.get(name.partition(":")[0].lower())
+    raise ValueError(reason or "it must be auto, cpu, cuda, or cuda:1 and so on")
+
+
+def _warn_of_other_makers(device: "torch.device") -> None:
+    """Say in one line that a GPU is not used, or not tested."""
+    import torch
+
+    if device.type == "cuda" and torch.version.hip:
+        _LOG.warning("AMD's cards (torch for ROCm) are not tested; if a kernel fails, set LOWMEM_DB_KERNELS=eager")
+    elif device.type == "cpu" and torch.backends.mps.is_available():
+        _LOG.warning("the CPU is used; %s", _OTHER_DEVICES["mps"])
+    elif device.type == "cpu" and hasattr(torch, "xpu") and torch.xpu.is_available():
+        _LOG.warning("the CPU is used; %s", _OTHER_DEVICES["xpu"])
+
+
 def resolve_device(name: str) -> "torch.device":
     """Turn the field ``device`` into a device; ``auto`` is the first CUDA device, or the CPU if there is no card.
 
@@ -219,6 +295,10 @@ def resolve_device(name: str) -> "torch.device":
     """
     import torch
 
+    try:
+        check_device_name(name)
+    except ValueError as error:
+        raise ConfigError(f"device: {name!r} is not allowed: {error}") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a driver that is too old: the error says it
         has_cuda = torch.cuda.is_available()
@@ -233,6 +313,8 @@ def resolve_device(name: str) -> "torch.device":
             + "; allowed: auto, cpu, or a device that `lowmem-db doctor` lists"
         )
     _check_card(device)
+    if name == "auto":
+        _warn_of_other_makers(device)
     return device
 
 
@@ -244,7 +326,7 @@ def _check_card(device: "torch.device") -> None:
     """
     import torch
 
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip:
         return
     found = InstalledCard(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     if (reason := torch_build.why_not_supported(torch_build.installed(), found)) is not None:
@@ -330,7 +412,8 @@ def free_disk_bytes(path: Path) -> int:
 
 def quiet_libraries() -> None:
     """Silence progress bars and remarks of libraries that are of no use on the command line."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

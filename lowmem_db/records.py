@@ -156,6 +156,8 @@ class MemoryPlan(Generic[_Config]):
         reserved_bytes: What the caching allocator takes at the peak; None on the CPU, which has none.
         budget_bytes: Bytes that the run may use.
         seconds_per_step: Predicted seconds of a training step.
+        seconds: Predicted seconds of the phases; those that take almost none are left out.
+        disk_bytes: About how many bytes ``cache``, ``checkpoints`` and ``final`` take on the disk.
         refused: Strategies that would be faster, or that a rule refuses.
         notes: Remarks for the user.
         seconds_to_plan: Seconds that planning took.
@@ -168,6 +170,8 @@ class MemoryPlan(Generic[_Config]):
     reserved_bytes: int | None
     budget_bytes: int
     seconds_per_step: float
+    seconds: Mapping[str, float]
+    disk_bytes: Mapping[str, int]
     refused: tuple[Refusal, ...]
     notes: tuple[str, ...]
     seconds_to_plan: float

@@ -3,11 +3,15 @@
 import errno
 import io
 import os
+import signal
 import sys
+from pathlib import Path
 
 import pytest
 
-from lowmem_db.console import console, printable, progress, say, warn
+from lowmem_db.cli.main import main
+from lowmem_db.console import bar_of, console, printable, progress, say, warn
+from lowmem_db.interruption import stop_signals
 
 
 @pytest.mark.parametrize(
@@ -64,3 +68,46 @@ def test_remarks_beside_a_progress_bar_are_printed_once(monkeypatch: pytest.Monk
         sys.stderr.write("from elsewhere\n")
     assert content.getvalue().count("a remark") == 1
     assert content.getvalue().count("from elsewhere") == 1
+
+
+def test_a_terminal_breaks_lines_between_words_and_a_file_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    content, path = io.StringIO(), "/a/very/long/path/" + "x" * 30 + "/to-a-run"
+    monkeypatch.setattr(sys, "stderr", content)
+    monkeypatch.setattr(console, "_width", 40)
+    said = f"the model of the run is in {path}; draw with it, or export it for another program"
+    say(said)
+    assert content.getvalue() == f"{said}\n"
+    monkeypatch.setattr(console, "_force_terminal", True)
+    content.truncate(0)
+    say(said)
+    lines = content.getvalue().strip("\0\n").splitlines()
+    assert " ".join(lines) == said
+    assert f"{path};" in lines
+    assert max(len(line) for line in lines if path not in line) <= 40
+
+
+@pytest.mark.parametrize(("encoding", "bar"), [("utf-8", "█" * 7), ("cp932", "#" * 7), ("cp1252", "#" * 7)])
+def test_a_bar_is_plain_where_the_encoding_lacks_blocks(encoding: str, bar: str) -> None:
+    assert bar_of(0.5, 14, encoding) == bar
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp932"])
+@pytest.mark.parametrize("arguments", [["configs"], ["--help"], ["train", "--help"], ["configs", "demo", "-o", "猫é"]])
+def test_no_command_ends_with_a_traceback_in_a_narrow_console(
+    tmp_path: Path, encoding: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(sys, "argv", ["lowmem-db", *arguments])
+    handlers = {number: signal.getsignal(number) for number in stop_signals()}
+    with pytest.raises(SystemExit) as ended:
+        main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    out.flush()
+    assert not ended.value.code
+    assert out.buffer.getvalue()
+    if arguments[-1] == "猫é":
+        assert (tmp_path / "猫é" / "demo.yaml").is_file()

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from lowmem_db_kernels import OperatorStatus
 
 from lowmem_db import environment, torch_build
+from lowmem_db.config.loading import load_config
 from lowmem_db.errors import ConfigError, DependencyError
 
 NAMES = [library.name for library in environment.OPTIONAL_LIBRARIES]
@@ -46,8 +48,9 @@ def test_every_extra_that_is_named_exists() -> None:
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     for library in environment.OPTIONAL_LIBRARIES:
         extra = library.install.partition("[")[2].partition("]")[0]
-        (line,) = [line for line in project.splitlines() if line.startswith(f"{extra} = [")]
-        assert library.name.replace("_", "-") in line
+        found = re.search(rf"^{extra} = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
+        assert found is not None
+        assert library.name.replace("_", "-") in found[1]
 
 
 def test_back_ends_say_why_they_do_not_serve() -> None:
@@ -79,6 +82,42 @@ def test_description_is_json() -> None:
     assert set(described) == {"versions", "platform", "devices"}
     assert described["devices"][0]["device"] == "cpu"
     assert described["devices"][0]["total_bytes"] > 1 << 28
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mps", "no support for Apple's GPUs: .*; use cpu"),
+        ("xpu:0", "no support for Intel's GPUs: .*; use cpu"),
+        ("rocm", "calls AMD's cards cuda; use cuda"),
+        ("gpu", "use cuda"),
+        ("cuda:x", "device: 'cuda:x' is not allowed: it must be auto, cpu, cuda"),
+        ("toaster", "device: 'toaster' is not allowed: it must be auto, cpu, cuda"),
+    ],
+)
+def test_other_devices_have_a_sentence_each(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        environment.resolve_device(name)
+    with pytest.raises(ConfigError, match=said):
+        load_config(None, [("device", name)])
+
+
+@pytest.mark.parametrize(
+    ("maker", "said"),
+    [
+        ("amd", "AMD's cards .* are not tested"),
+        ("apple", "the CPU is used; there is no support for Apple's"),
+        ("none", ""),
+    ],
+)
+def test_gpus_of_other_makers_are_spoken_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, maker: str, said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: maker == "amd")
+    monkeypatch.setattr(torch.version, "hip", "6.4" if maker == "amd" else None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: maker == "apple")
+    environment.resolve_device("auto")
+    assert re.search(said, caplog.text) if said else not caplog.text
 
 
 @pytest.mark.parametrize(("available", "device"), [(True, "cuda"), (False, "cpu")])
@@ -113,9 +152,7 @@ def test_card_that_torch_has_no_code_for_is_refused(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("count", "name"), [(0, "cuda"), (0, "cuda:0"), (1, "cuda:1"), (2, "cuda:7")])
 def test_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, count: int, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    with pytest.raises(
-        ConfigError, match=rf"device: '{name}' does not exist; .* sees {count} CUDA devices; allowed: auto"
-    ):
+    with pytest.raises(ConfigError, match=rf"device: '{name}' does not exist; .* sees {count} CUDA devices"):
         environment.resolve_device(name)
 
 

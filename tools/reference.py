@@ -7,8 +7,17 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from lowmem_db.config.flags import ALWAYS_SO, CHOICE_FLAGS, REFUSED_FLAGS, SWITCH_FLAGS, VALUE_FLAGS
+from lowmem_db.config.flag_tables import (
+    ALWAYS_SO,
+    CHANGES_NOTHING,
+    CHOICE_FLAGS,
+    COUNTS,
+    REFUSED_FLAGS,
+    SWITCH_FLAGS,
+    VALUE_FLAGS,
+)
 from lowmem_db.config.schema import Config
+from lowmem_db.config.scripts import DIFFERENT_HERE, LORA, SCRIPTS, VALIDATION_STEPS, WARMUP_STEPS, Script
 
 
 def render() -> str:
@@ -59,21 +68,56 @@ def _one_line(text: str | None) -> str:
 def _flags() -> list[str]:
     mapped = {flag: f"`{field}`" for flag, field in VALUE_FLAGS.items()}
     mapped |= {flag: f"`{field}={value}`" for flag, (field, value) in SWITCH_FLAGS.items()}
-    mapped |= {flag: f"`{field}`" for flag, (field, _) in CHOICE_FLAGS.items()}
-    mapped |= {"validation_prompt": "`sampling.prompts`", "resume_from_checkpoint": "`--resume` (`latest`)"}
+    for flag, values in CHOICE_FLAGS.items():
+        mapped[flag] = ", ".join(
+            f"`{path}`" for path in dict.fromkeys(path for set_ in values.values() for path in set_)
+        )
+    mapped |= {"validation_prompt": "`sampling.prompts`"}
+    mapped |= {"resume_from_checkpoint": "`--resume`: `latest`, `checkpoint-500` or the path of a checkpoint"}
+    mapped |= COUNTS
     mapped |= {flag: f"accepted: {note}" for flag, note in ALWAYS_SO.items()}
+    for flag, harmless in CHANGES_NOTHING.items():
+        values = "".join(f" ({value})" for value in harmless.values[:1])
+        mapped[flag] = f"accepted{values}: {harmless.note}"
     mapped |= {flag: f"refused: {note}" for flag, note in REFUSED_FLAGS.items()}
     return [
-        "## Flags of diffusers' `train_dreambooth.py`",
+        "## Flags of diffusers' DreamBooth scripts",
         "",
-        "Accepted unchanged, with underscores or hyphens. Without a configuration file, prior preservation is off",
-        "unless `--with_prior_preservation` is given, as in that script.",
+        "Accepted unchanged, with underscores or hyphens. A whole command can be pasted after `lowmem-db train`, with",
+        "`accelerate launch` and the name of the script. A flag without an effect is accepted with a remark.",
         "",
         "| flag | field |",
         "|---|---|",
         *(f"| `--{flag}` | {field} |" for flag, field in sorted(mapped.items())),
         "",
+        "### Their defaults",
+        "",
+        "With flags and without a configuration file the defaults are those of the script: the one that is named, or",
+        "the one that the flags belong to (`--rank`, `--validation_epochs` and others belong to those for a LoRA). A",
+        "command that may be one for a LoRA but does not say so is refused, and asked about.",
+        "",
+        *_defaults_of_scripts(),
+        "",
+        "In all of them one epoch, if neither steps nor epochs are given. Unless the learning rate is constant, "
+        f"{WARMUP_STEPS} steps of warm-up.",
+        f"With a prompt, samples every {VALIDATION_STEPS} steps, or {LORA.validation_epochs} epochs for a LoRA.",
+        f"Different on purpose: {', '.join(DIFFERENT_HERE.values())}.",
+        "",
     ]
+
+
+def _defaults_of_scripts() -> list[str]:
+    names = [f"`{name}`" for name in SCRIPTS]
+    paths = dict.fromkeys(path for script in SCRIPTS.values() for path in script.defaults)
+    rows = [f"| `{path}` | {' | '.join(_shown(script, path) for script in SCRIPTS.values())} |" for path in paths]
+    return [f"| field | {' | '.join(names)} |", f"|---|{'---|' * len(names)}", *rows]
+
+
+def _shown(script: Script, path: str) -> str:
+    if path not in script.defaults:
+        return ""
+    value = script.defaults[path]
+    return "all" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import resvg_py
-
 from benchmarks.demo_base.nouns import CLASSIFIER_STYLE, HELD_OUT, NOUNS, STYLES, noun_of, noun_of_slug
 
 SIZE = 128
@@ -69,6 +67,8 @@ def rasterise(icons: dict, name: str) -> bytes:
     box += [icon.get(key, icons.get(key, 16)) for key in ("width", "height")]
     view = " ".join(str(value) for value in box)
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{view}">'
+    import resvg_py
+
     return bytes(resvg_py.svg_to_bytes(svg_string=svg + icon["body"] + "</svg>", width=SIZE, height=SIZE))
 
 

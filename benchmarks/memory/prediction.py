@@ -1,6 +1,6 @@
 """The planner against real steps at Stable Diffusion 1.5's size on the CPU: bytes of tensors at the peak of training.
 
-    python benchmarks/memory/prediction.py [--output benchmarks/results/prediction_sd15.jsonl]
+    python benchmarks/memory/prediction.py [--device cuda] [--tiny] [--output benchmarks/results/prediction_sd15.jsonl]
 
 UNet and text encoder in fp32 with random weights, one photo and one class image at 256 px, 8-bit AdamW in the backward
 pass. Each strategy is predicted from configuration files, then followed with real tensors, then seen by torch's
@@ -27,6 +27,7 @@ from lowmem_db.models.folder import ModelFolder  # noqa: E402
 from lowmem_db.planning.cards import CPU  # noqa: E402
 from lowmem_db.planning.measured import measure_train  # noqa: E402
 from lowmem_db.planning.phases import TracedRun, trace_train  # noqa: E402
+from lowmem_db.planning.target import target_of_device  # noqa: E402
 from tests.planning.reality import profiled_train_peak  # noqa: E402
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -36,19 +37,25 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-def compare(model: ModelFolder, fields: dict[str, Any]) -> dict[str, int]:
-    """Return the bytes that were predicted, followed and profiled; the host's are part of all three on the CPU."""
+def compare(model: ModelFolder, fields: dict[str, Any], device: torch.device, resolution: int) -> dict[str, int]:
+    """Return the bytes that were predicted, followed and profiled; the host's are part of all three on the CPU.
+
+    A CUDA device's allocator counts there, and the profiler is left out.
+    """
     needed = {
         "model.base": str(model.path), "subject.instance_dir": "photos", "subject.instance_prompt": "a sks dog",
-        "subject.class_prompt": "a dog", "output_dir": "run", "data.resolution": 256,
+        "subject.class_prompt": "a dog", "output_dir": "run", "data.resolution": resolution,
         "training.train_text_encoder": True, "optimizer.name": "adamw8bit", "memory.optimizer_in_backward": True,
     }  # fmt: skip
     config = resolve(load_config(None, list((needed | fields).items())))
+    if device.type == "cuda":
+        traced = trace_train(TracedRun(config=config, model=model, card=target_of_device(config, device).card))
+        measured = measure_train(config, model, device, num_steps=1).tensor_bytes
+        return {"predicted_bytes": traced.peak.total, "followed_bytes": measured, "profiled_bytes": measured}
     traced = trace_train(TracedRun(config=config, model=model, card=CPU))
     return {
         "predicted_bytes": traced.peak.total + traced.host_bytes,
-        "followed_bytes": measure_train(config, model, torch.device("cpu"), num_steps=1).tensor_bytes
-        + traced.host_bytes,
+        "followed_bytes": measure_train(config, model, device, num_steps=1).tensor_bytes + traced.host_bytes,
         "profiled_bytes": profiled_train_peak(config, model),
     }
 
@@ -57,13 +64,16 @@ def main() -> None:
     """Compare, print JSON lines and a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tiny", action="store_true", help="with the small model of this package, to try the script")
     options = parser.parse_args()
-    rows = []
+    rows, device = [], torch.device(options.device)
     with tempfile.TemporaryDirectory() as work:
-        write_random_model(Path(work) / "model")
-        model = find_model(str(Path(work) / "model"))
+        if not options.tiny:
+            write_random_model(Path(work) / "model")
+        model = find_model("demo" if options.tiny else str(Path(work) / "model"))
         for name, fields in STRATEGIES.items():
-            rows.append({"strategy": name, **compare(model, fields)})
+            rows.append({"strategy": name, **compare(model, fields, device, 128 if options.tiny else 256)})
             print(json.dumps(rows[-1]), flush=True)
     print("| strategy | predicted | followed | profiler | error |")
     print("|---|---|---|---|---|")

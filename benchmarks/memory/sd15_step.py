@@ -54,9 +54,12 @@ def write_random_model(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
 
 
-def measure_steps(work: Path, job: str, *overrides: str) -> dict[str, Any]:
+def measure_steps(work: Path, job: str, *overrides: str, tiny: bool = False) -> dict[str, Any]:
     """Train in a process of its own; return its peak resident memory, its times and its losses."""
-    write_random_model(work / "model")
+    if tiny:
+        overrides = ("model.base=demo", "data.resolution=128", "training.lr_warmup_steps=0", *overrides)
+    else:
+        write_random_model(work / "model")
     arguments = [
         f"model.base={work / 'model'}", f"subject.instance_dir={ROOT / 'examples' / 'dog3'}",
         "subject.instance_prompt=a photo of sks dog", "subject.class_prompt=a photo of dog",
@@ -88,9 +91,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=JOBS)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tiny", action="store_true", help="with the small model of this package, to try the script")
     options, overrides = parser.parse_known_args()
+    overrides = [f"device={options.device}", *overrides]
     with tempfile.TemporaryDirectory() as work:
-        result = measure_steps(Path(work), options.job, *overrides)
+        result = measure_steps(Path(work), options.job, *overrides, tiny=options.tiny)
     print(json.dumps(result))
     print(f"peak of the process          {result['process_peak_bytes'] / GIB:6.2f} GiB")
     print(f"peak up to the last step     {result['step_peak_bytes'] / GIB:6.2f} GiB")

@@ -28,8 +28,8 @@ from lowmem_db.engine import build
 from lowmem_db.engine.step import train_step
 from lowmem_db.models.finding import model_of
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.planning.cards import CPU
 from lowmem_db.planning.phases import TracedRun, trace_train, training_batches
+from lowmem_db.planning.target import target_of_device
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -38,6 +38,7 @@ FIELDS = (
     "subject.instance_prompt=a photo of sks dog", "subject.class_prompt=a photo of dog", "device=cpu",
     "data.resolution=256", "lora.enabled=true", "memory.checkpointing=segments",
 )  # fmt: skip
+TINY = ("model.base=demo", "data.resolution=128")
 
 
 def measure_step(*overrides: str) -> dict[str, Any]:
@@ -48,9 +49,10 @@ def measure_step(*overrides: str) -> dict[str, Any]:
 
 
 def _step_here(overrides: list[str]) -> dict[str, Any]:
-    config, device = resolve(load_config(None, parse_arguments([*FIELDS, *overrides]).overrides)), torch.device("cpu")
-    model = model_of(config, weights=False)
-    predicted = trace_train(TracedRun(config=config, model=model, card=CPU)).peak.total
+    config = resolve(load_config(None, parse_arguments([*FIELDS, *overrides]).overrides))
+    model, device = model_of(config, weights=False), torch.device(config.device)
+    card = target_of_device(config, device).card
+    predicted = trace_train(TracedRun(config=config, model=model, card=card)).peak.total
     load = ModelFolder.load
 
     def load_random(model: ModelFolder, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -100,7 +102,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--here", action="store_true", help="in this process, without the table")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tiny", action="store_true", help="with the small model of this package, to try the script")
     options, overrides = parser.parse_known_args()
+    overrides = [f"device={options.device}", *(TINY if options.tiny else ()), *overrides]
     if options.here:
         print(json.dumps(_step_here(overrides)))
         return

@@ -25,14 +25,14 @@ from lowmem_db.sampling.images import to_images
 
 SIZE = 128
 BLUR_PIXELS = 2
-CPU = torch.device("cpu")
 
 
 @torch.no_grad()
 def through_autoencoder(autoencoder: Autoencoder, images: Sequence[Image.Image]) -> list[Image.Image]:
     """Encode and decode pictures of one size."""
     pixels = torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2)
-    return to_images(autoencoder.decode(autoencoder.encode(pixels.float() / 127.5 - 1).latents).sample)
+    latents = autoencoder.encode(pixels.to(autoencoder.device).float() / 127.5 - 1).latents
+    return to_images(autoencoder.decode(latents).sample)
 
 
 def ceiling_of(subject: Subject, encoder: Encoder, autoencoder: Autoencoder) -> dict[str, float]:
@@ -56,11 +56,14 @@ def main() -> None:
     """Measure all subjects."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--tiny", action="store_true", help="one subject, to try the script")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    encoder = load_encoder(find_encoders(["en0"])[0], CPU)
-    autoencoder = find_model("demo").load("vae", device=CPU)
-    found = {subject.name: ceiling_of(subject, encoder, autoencoder) for subject in SUBJECTS}
+    encoder = load_encoder(find_encoders(["en0"])[0], arguments.device)
+    autoencoder = find_model("demo").load("vae", device=arguments.device)
+    subjects = SUBJECTS[: 1 if arguments.tiny else None]
+    found = {subject.name: ceiling_of(subject, encoder, autoencoder) for subject in subjects}
     arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 

@@ -8,6 +8,7 @@ Both runs start from the same model and draw from the same noise; the middle row
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,16 +30,18 @@ def photo_row(folder: Path, size: int) -> tuple[str, list[Image.Image]]:
     return f"the {len(photos)} photos", photos[:NUM_IMAGES]
 
 
-def drawn_rows(source: ImageSource, label: str, prompts: tuple[str, ...]) -> list[tuple[str, list[Image.Image]]]:
+def drawn_rows(
+    source: ImageSource, label: str, prompts: tuple[str, ...], options: argparse.Namespace
+) -> list[tuple[str, list[Image.Image]]]:
     """Return a row of images for each prompt."""
     rows = generate_images(
         source,
         prompts,
-        SETTINGS,
-        num_images=NUM_IMAGES,
+        replace(SETTINGS, num_inference_steps=1) if options.tiny else SETTINGS,
+        num_images=1 if options.tiny else NUM_IMAGES,
         resolution=128,
         seed=0,
-        device=torch.device("cpu"),
+        device=options.device,
         dtype=torch.float32,
     )
     return [(f"{label}: “{prompt}”", images) for prompt, images in rows]
@@ -50,14 +53,16 @@ def main() -> None:
     parser.add_argument("with_prior")
     parser.add_argument("without_prior")
     parser.add_argument("figure", type=Path)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--tiny", action="store_true", help="one image in one step, to try the script")
     options = parser.parse_args()
     run = find_source(options.with_prior)
     assert run.run_config is not None, f"{options.with_prior} is no run"
     rows = [
         photo_row(run.run_config.subject.instance_dir, 128),
-        *drawn_rows(find_source(run.run_config.model.base), "before training", PROMPTS[1:]),
-        *drawn_rows(run, "after training with prior preservation", PROMPTS),
-        *drawn_rows(find_source(options.without_prior), "after training without it", PROMPTS),
+        *drawn_rows(find_source(run.run_config.model.base), "before training", PROMPTS[1:], options),
+        *drawn_rows(run, "after training with prior preservation", PROMPTS, options),
+        *drawn_rows(find_source(options.without_prior), "after training without it", PROMPTS, options),
     ]
     labelled_grid(rows).quantize(256).save(options.figure, optimize=True)
 

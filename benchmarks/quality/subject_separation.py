@@ -44,9 +44,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
     parser.add_argument("--encoder", default="en0")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     arguments = parser.parse_args()
     files = find_encoders([arguments.encoder])[0]
-    encoder = load_encoder(files, torch.device("cpu"))
+    encoder = load_encoder(files, arguments.device)
     folders = sorted(folder for folder in arguments.photos.iterdir() if folder.is_dir())
     photos = [(folder.name, file) for folder in folders for file in scan_pictures(folder, "PHOTOS")]
     embedded = encoder.embed_images([read_photo(file) for _, file in photos])

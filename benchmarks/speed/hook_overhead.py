@@ -28,19 +28,18 @@ from lowmem_db.config.strategy import resolve  # noqa: E402
 from lowmem_db.optimizers.build import build_optimizer  # noqa: E402
 
 STEP = "lowmem_db_kernels.adamw8bit_step"
-CPU = torch.device("cpu")
 
 
-def hook_of(clipping: str) -> Callable[[], None]:
+def hook_of(clipping: str, device: torch.device) -> Callable[[], None]:
     """Return the step of one parameter as the hook takes it."""
-    module = torch.nn.Linear(64, 64, bias=False)
+    module = torch.nn.Linear(64, 64, bias=False, device=device)
     fields = {
         "model.base": "demo", "subject.instance_dir": "photos", "subject.instance_prompt": "a sks dog",
         "subject.class_prompt": "a dog", "output_dir": "run", "optimizer.name": "adamw8bit", "memory.weights": "fp32",
         "memory.optimizer_in_backward": True, "training.clipping": clipping,
     }  # fmt: skip
     config = load_config(None, list(fields.items()))
-    optimizer: Any = build_optimizer(resolve(config), {"unet": module}, CPU)
+    optimizer: Any = build_optimizer(resolve(config), {"unet": module}, device)
     optimizer.set_learning_rates({"unet": 1e-6})
     optimizer._begin_step()
     gradient = torch.full_like(module.weight, 1e-3)
@@ -61,13 +60,13 @@ def microseconds(run: Callable[[], Any], repeats: int = 20) -> float:
     return (time.process_time() - started) / repeats * 1e6
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
+def measure(rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """Time every way in turn."""
-    x, sums = torch.ones(4096), torch.ones(2)
+    x, sums = torch.ones(4096, device=device), torch.ones(2, device=device)
     rows = []
     for clipping in ("lagged", "update_rms"):
         for stubbed in (False, True):
-            hook = hook_of(clipping)
+            hook = hook_of(clipping, device)
             times: dict[str, list[float]] = {"add": [], "operator": [], "direct": []}
             for _ in range(rounds):
                 times["add"].append(microseconds(lambda: x.add_(1)))
@@ -97,8 +96,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--tiny", action="store_true", help="two rounds, to try the script")
     options = parser.parse_args()
-    rows = measure(options.rounds)
+    rows = measure(2 if options.tiny else options.rounds, options.device)
     result = {
         "benchmark": "hook_overhead",
         "rows": rows,

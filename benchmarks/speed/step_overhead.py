@@ -36,11 +36,11 @@ from lowmem_db.engine.build import build_step  # noqa: E402
 from lowmem_db.engine.step import train_step  # noqa: E402
 from lowmem_db.models.denoiser import Denoiser  # noqa: E402
 from lowmem_db.models.finding import find_model  # noqa: E402
+from lowmem_db.models.folder import ModelFolder  # noqa: E402
 from lowmem_db.optimizers.rules import StepScalars  # noqa: E402
 from lowmem_db.records import Batch, Conditioning  # noqa: E402
 
 RESOLUTION = 256
-CPU = torch.device("cpu")
 
 
 class NoRule:
@@ -57,13 +57,14 @@ class NoRule:
         return torch.zeros(())
 
 
-def make_batch() -> Batch:
+def make_batch(model: ModelFolder, resolution: int) -> Batch:
     """Return a photo and a class image as they come from the caches."""
-    latents = torch.randn(2, 4, RESOLUTION // 8, RESOLUTION // 8)
+    space = model.space
+    latents = torch.randn(2, space.channels, resolution // space.cell, resolution // space.cell)
     return Batch(
         latent_mean=latents,
         latent_std=torch.full_like(latents, 0.1),
-        conditioning=Conditioning(tokens={"input_ids": torch.randint(49408, (2, 77))}),
+        conditioning=Conditioning(tokens=model.family.blank_tokens(model, 2)),
         sample_ids=torch.arange(2),
         num_instance=1,
         sources=("photo", "class image"),
@@ -72,10 +73,12 @@ def make_batch() -> Batch:
 
 def bare_pass(denoiser: Denoiser, batch: Batch) -> Callable[[], None]:
     """Return the forward and backward pass of the modules alone."""
-    latents, timesteps = torch.randn_like(batch.latent_mean), torch.tensor([100, 700])
+    device = denoiser.device
+    latents, timesteps = torch.randn_like(batch.latent_mean, device=device), torch.tensor([100, 700], device=device)
+    tokens = batch.conditioning.tokens["input_ids"].to(device)
 
     def run() -> None:
-        embeds = denoiser.text_encoders()["text_encoder"](batch.conditioning.tokens["input_ids"])[0]
+        embeds = denoiser.text_encoders()["text_encoder"](tokens)[0]
         prediction = denoiser.module(latents, timesteps, encoder_hidden_states=embeds).sample
         prediction.square().mean().backward()
 
@@ -92,19 +95,18 @@ def free_gradients(modules: dict[str, nn.Module]) -> Callable[[], None]:
     return lambda: [hook.remove() for hook in hooks] and None
 
 
-def measure(work: Path, rounds: int) -> dict[str, Any]:
+def measure(base: str, resolution: int, device: torch.device, rounds: int) -> dict[str, Any]:
     """Time the three things in turn."""
-    write_random_model(work / "model")
     fields = {
-        "model.base": str(work / "model"), "subject.instance_dir": "photos", "subject.instance_prompt": "a sks dog",
-        "subject.class_prompt": "a dog", "output_dir": "run", "data.resolution": RESOLUTION,
+        "model.base": base, "subject.instance_dir": "photos", "subject.instance_prompt": "a sks dog",
+        "subject.class_prompt": "a dog", "output_dir": "run", "data.resolution": resolution,
         "training.train_text_encoder": True, "optimizer.name": "adamw8bit", "memory.weights": "fp32",
         "memory.optimizer_in_backward": True, "memory.checkpointing": "segments",
     }  # fmt: skip
-    config = load_config(None, list(fields.items()))
-    denoiser, objective, optimizer = build_step(resolve(config), find_model(fields["model.base"]), CPU)
+    config, model = load_config(None, list(fields.items())), find_model(base)
+    denoiser, objective, optimizer = build_step(resolve(config), model, device)
     optimizer.set_learning_rates(dict.fromkeys(optimizer.group_names(), 2e-6))
-    batch, rule = make_batch(), optimizer.rule
+    batch, rule = make_batch(model, resolution), optimizer.rule
     bare = bare_pass(denoiser, batch)
     seconds: dict[str, list[float]] = {"bare": [], "without_optimizer": [], "step": []}
     for step in range(rounds + 1):  # the first round warms up
@@ -136,9 +138,11 @@ def measure(work: Path, rounds: int) -> dict[str, Any]:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Return the seconds of a call."""
+    """Return the seconds of a call, until the device is done."""
     started = time.perf_counter()
     run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
@@ -147,9 +151,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--tiny", action="store_true", help="with the small model of this package, to try the script")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        result = measure(Path(work), options.rounds)
+        if options.tiny:
+            result = measure("demo", 128, options.device, options.rounds)
+        else:
+            write_random_model(Path(work))
+            result = measure(work, RESOLUTION, options.device, options.rounds)
     print(json.dumps(result))
     for name, seconds in result["median_seconds"].items():
         print(f"{name:18} {seconds:6.1f} s  {result['median_ratio_to_bare'][name]:5.3f} x bare")

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowmem_db import environment
 from lowmem_db.adaptation import low_rank, quantized
 from lowmem_db.adaptation.base import Adaptation, Attached, Modules
 from lowmem_db.adaptation.lora_file import LORA_FILE, lora_file, write_lora
@@ -22,8 +21,8 @@ class LowRankAdapters(Adaptation):
     noun = "LoRA"
 
     def check_machine(self, device: torch.device) -> None:
-        """Refuse a run without peft, and quantized weights if bitsandbytes cannot be used."""
-        environment.require("peft")
+        """Refuse a run without a peft that works here, and quantized weights if bitsandbytes cannot be used."""
+        low_rank.check_peft(self.config.lora)
         quantized.check_device(self.config.lora.base_weights, device)
 
     def load_dtype(self) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowmem_db import environment
 from lowmem_db.adaptation.layers import check_components, select
 from lowmem_db.config.schema import LoraConfig
+from lowmem_db.errors import DependencyError
 from lowmem_db.models.names import published_name
 from lowmem_db.randomness import generator
 
@@ -94,14 +95,32 @@ def inject(module: nn.Module, paths: Iterable[str], settings: Mapping[str, Any])
         settings: As :func:`peft_settings` returns them.
 
     Raises:
-        DependencyError: peft is missing.
+        DependencyError: peft is missing, or refuses a library that it finds.
     """
     peft = environment.require("peft")
     module.requires_grad_(False)
-    peft.inject_adapter_in_model(peft.LoraConfig(**settings, target_modules=list(paths)), module)
+    try:
+        peft.inject_adapter_in_model(peft.LoraConfig(**settings, target_modules=list(paths)), module)
+    except ImportError as error:  # peft looks at optional libraries only now, and refuses old ones
+        raise DependencyError(_refused_by_peft(error)) from error
     for _, layer in _adapted_layers(module):
         layer.cast_input_dtype_enabled = False  # autocast does it, without an fp32 copy in between
     module.train(module.training)  # peft's layers are made in training mode, in which their dropout is active
+
+
+def check_peft(config: LoraConfig) -> None:
+    """Refuse a peft that cannot add adapters on this machine, before a model is loaded.
+
+    Raises:
+        DependencyError: It is missing, or refuses a library that it finds.
+    """
+    inject(nn.ModuleDict({"layer": nn.Linear(8, 8)}), ["layer"], peft_settings(config))
+
+
+def _refused_by_peft(error: ImportError) -> str:
+    reason = " ".join(str(error).split())
+    way_out = "pip uninstall torchao, which nothing here needs" if "torchao" in reason else "pip install --upgrade peft"
+    return f"peft {environment.version_of('peft')}, needed for LoRA and DoRA, cannot be used here ({reason}); {way_out}"
 
 
 def merge(module: nn.Module) -> None:

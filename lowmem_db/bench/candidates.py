@@ -19,8 +19,9 @@ _UNMEASURED: Row = {"seconds_per_step": None, "base_seconds_per_step": None, "ra
 
 
 def _measurements(setting: Setting) -> Iterator[Measurement]:
-    yield "channels_last", partial(_in_plain_loop, setting, _to_channels_last)
-    yield "fused_layers", partial(_fused_layers, setting)
+    yield "channels_last", partial(_on_a_card, setting, partial(_fused_layers, setting, {"memory.channels_last": True}))
+    yield "channels_last, plain loop", partial(_in_plain_loop, setting, _to_channels_last)
+    yield "fused_layers", partial(_fused_layers, setting, {})
     yield "compile", partial(_on_a_card, setting, partial(_in_plain_loop, setting, _compile_blocks))
     yield "xformers", partial(_on_a_card, setting, partial(_xformers, setting))
     yield "expandable_segments", partial(_on_a_card, setting, partial(_expandable_segments, setting))
@@ -69,10 +70,10 @@ def _ours(setting: Setting, fields: Fields) -> Steps:
     return Steps(strategy(setting, "ours", TECHNIQUES["segments"] | fields), setting.device)
 
 
-def _fused_layers(setting: Setting) -> Row:
+def _fused_layers(setting: Setting, more: Fields) -> Row:
     if setting.is_cuda and (reason := fused_layers.why_not(setting.device)) is not None:
         return _skipped(reason)
-    return _in_turn(setting, _ours(setting, {"memory.fused_layers": True}), _ours(setting, {}))
+    return _in_turn(setting, _ours(setting, {"memory.fused_layers": True} | more), _ours(setting, {}))
 
 
 def _xformers(setting: Setting) -> Row:

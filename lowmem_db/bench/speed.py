@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from torch.profiler import ProfilerActivity, profile
@@ -12,7 +13,9 @@ from lowmem_db.bench.plain_loop import Optimizer, PlainLoop, adamw, bitsandbytes
 from lowmem_db.bench.setting import Setting
 from lowmem_db.bench.stage import Measurement, Row, Stage
 from lowmem_db.bench.steps import Steps, seconds_in_turn
-from lowmem_db.bench.strategies import FP32, TECHNIQUES, Fields, strategy
+from lowmem_db.bench.strategies import FP32, TECHNIQUES, Fields, Strategy, strategy
+from lowmem_db.planning.cards import seconds_per_step
+from lowmem_db.planning.phases import TracedRun, trace_train
 
 _UNMEASURED: Row = {"seconds_per_step": None, "plain_seconds_per_step": None, "ratio": None}
 
@@ -43,12 +46,19 @@ def _compared(setting: Setting, fields: Fields, find_optimizer: Callable[[], Opt
     seconds = seconds_in_turn(loops, setting)
     return {
         "checkpointing": checkpointing,
+        "predicted_seconds_per_step": _predicted_seconds(setting, ours) if setting.is_cuda else None,
         "seconds_per_step": seconds["ours"],
         "plain_seconds_per_step": seconds["plain"],
         "ratio": seconds["ours"] / seconds["plain"],
         "busy_share": busy_share(loops["ours"], setting),
         "plain_busy_share": busy_share(loops["plain"], setting),
     }
+
+
+def _predicted_seconds(setting: Setting, strategy: Strategy) -> float:
+    """Return what the public figures of the card say, without what was measured on others of its name."""
+    costs = trace_train(TracedRun(config=strategy.config, model=strategy.model, card=setting.card)).costs
+    return seconds_per_step(costs, replace(setting.card, name="one that is not calibrated"))
 
 
 def _both_fit(setting: Setting, fields: Fields) -> bool:

@@ -1,18 +1,19 @@
 """The list of commands. Nothing here imports torch."""
 
 import logging
+from typing import Annotated
 
 import typer
 
-from lowmem_db import environment, nvidia
-from lowmem_db.cli import bench, doctor, evaluate, export, generate, identifiers, plan, prepare, report, train
+from lowmem_db import __version__, environment, nvidia
+from lowmem_db.cli import bench, configs, doctor, evaluate, export, generate, identifiers, plan, prepare, report, train
 from lowmem_db.console import warn
 
 app = typer.Typer(
     name="lowmem-db",
     help="Full DreamBooth fine-tuning of diffusion models inside the memory of a gaming GPU.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -27,6 +28,23 @@ app.command("identifiers")(identifiers.identifiers)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
+app.command("configs")(configs.configs)
+
+
+def _show_version(is_asked: bool) -> bool:
+    if is_asked:
+        typer.echo(f"lowmem-db {__version__}")
+        raise typer.Exit
+    return is_asked
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Take the options that belong to no command."""
 
 
 def run_command() -> None:

@@ -26,5 +26,7 @@ def main() -> None:
 def app() -> None:
     """Run the command line."""
     from lowmem_db.cli.commands import run_command
+    from lowmem_db.console import no_encoding_errors
 
+    no_encoding_errors()
     run_command()

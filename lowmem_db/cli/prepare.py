@@ -4,12 +4,17 @@ from typing import Annotated
 
 import typer
 
+from lowmem_db.config import shipped
+
 
 def prepare(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CONFIG.yaml] [section.key=value]... [--flag value]...", help="As for train.", show_default=False
+            metavar="[CONFIG] [section.key=value]... [--flag value]...",
+            help="As for train.",
+            show_default=False,
+            autocompletion=shipped.names,
         ),
     ] = None,
 ) -> None:
@@ -17,7 +22,7 @@ def prepare(
     from lowmem_db.cli.arguments import read_arguments
     from lowmem_db.data.inputs import check_inputs
 
-    config, _ = read_arguments(arguments or [])
+    config = read_arguments(arguments or []).config
     check_inputs(config)
 
     from lowmem_db.console import say

@@ -12,8 +12,10 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from lowmem_db.config import shipped
 from lowmem_db.config.rules import refusals
 from lowmem_db.config.schema import Config
+from lowmem_db.config.spelling import nearest_name
 from lowmem_db.config.values import problems_of_values, show
 from lowmem_db.config.yaml_text import AmbiguousNumber, YamlError, parse_yaml, read_text
 from lowmem_db.errors import ConfigError
@@ -26,7 +28,7 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
     """Read, override and check a configuration.
 
     Args:
-        path: YAML file, or None if the overrides hold everything.
+        path: YAML file, the name of a configuration in this package, or None if the overrides hold everything.
         overrides: Dotted field paths and their values; later ones win.
 
     Raises:
@@ -49,6 +51,7 @@ def read_yaml(path: Path) -> Tree:
     Raises:
         ConfigError: The file is missing, is not YAML, has a key twice, or is not a mapping.
     """
+    path = shipped.find(path)
     try:
         tree = parse_yaml(read_text(path))
     except FileNotFoundError:
@@ -57,9 +60,10 @@ def read_yaml(path: Path) -> Tree:
         raise ConfigError(f"{show_path(path)}: cannot be read as YAML: {_reason(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{path}: holds {type(tree).__name__}; allowed: a mapping of sections, as in configs/demo.yaml"
+            f"{path}: holds {type(tree).__name__}; allowed: a mapping of sections; `lowmem-db configs demo` writes "
+            "an example"
         )
-    return tree
+    return shipped.with_photos(path, tree)
 
 
 def write_yaml(config: Config, path: Path) -> None:
@@ -179,9 +183,9 @@ def _unknown(field: str) -> str:
     field = field if len(field) <= _SHOWN_CHARACTERS else f"{field[:_SHOWN_CHARACTERS]}..."
     known = list(field_paths())
     name = field.rpartition(".")[2]
-    same_name = [path for path in known if path.rpartition(".")[2] == name]
-    nearest = same_name or difflib.get_close_matches(field, [*Config.model_fields, *known], n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]}?" if nearest else f"; allowed sections: {', '.join(Config.model_fields)}"
+    same_name = next((path for path in known if path.rpartition(".")[2] == name), None)
+    nearest = same_name or nearest_name(field, [*Config.model_fields, *known])
+    hint = f"; did you mean {nearest}?" if nearest else f"; allowed sections: {', '.join(Config.model_fields)}"
     return f"{field}: unknown field{hint}"
 
 
@@ -197,10 +201,14 @@ def _reason(error: OSError | ValueError | YamlError) -> str:
 
 
 def _nearby(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"; the folder {path.parent} does not exist either"
-    if not os.access(path.parent, os.R_OK | os.X_OK):
-        return f"; the folder {path.parent} is not readable"
-    names = sorted(file.name for file in path.parent.iterdir() if file.suffix in {".yaml", ".yml"})
-    nearest = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / nearest[0]}?" if nearest else f" in {path.parent.absolute()}"
+    """Say which configuration may be meant by a file that does not exist."""
+    folder, ours = path.parent, difflib.get_close_matches(path.stem, shipped.names(), n=1)
+    is_readable = folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
+    names = sorted(file.name for file in folder.iterdir() if file.suffix in {".yaml", ".yml"}) if is_readable else []
+    if nearest := difflib.get_close_matches(path.name, names, n=1):
+        return f"; did you mean {folder / nearest[0]}?"
+    if ours and str(folder) in {".", "configs"}:
+        return f"; did you mean {ours[0]}, a configuration of this package? `lowmem-db configs` lists them"
+    if not folder.is_dir():
+        return f"; the folder {folder} does not exist either"
+    return f" in {folder.absolute()}" if is_readable else f"; the folder {folder} is not readable"

@@ -129,13 +129,32 @@ RULES = (
         )
     ),
     Rule(
-        lambda c: c.training.lr_warmup_steps >= c.training.max_train_steps,
+        lambda c: c.training.lr_warmup_steps >= c.training.max_train_steps and not c.training.lr_warmup_from_zero,
         "training.lr_warmup_steps: {config.training.lr_warmup_steps} leaves no step at the full learning rate; "
         "allowed: less than training.max_train_steps, {config.training.max_train_steps}",
+    ),
+    Rule(
+        lambda c: c.training.lr_num_cycles != 1 and c.training.lr_scheduler != "cosine_with_restarts",
+        "training.lr_num_cycles: {config.training.lr_num_cycles} has no effect with training.lr_scheduler="
+        "{config.training.lr_scheduler}; set training.lr_scheduler=cosine_with_restarts, or leave it out",
+    ),
+    Rule(
+        lambda c: c.training.lr_power != 1.0 and c.training.lr_scheduler != "polynomial",
+        "training.lr_power: {config.training.lr_power} has no effect with training.lr_scheduler="
+        "{config.training.lr_scheduler}; set training.lr_scheduler=polynomial, or leave it out",
+    ),
+    Rule(
+        lambda c: c.training.lr_scheduler == "polynomial" and c.training.learning_rate <= 1e-7,
+        "training.learning_rate: {config.training.learning_rate} is not above 1e-7, at which "
+        "training.lr_scheduler=polynomial ends; raise it, or set training.lr_scheduler=linear",
     ),
     *(
         _no_effect(field, lambda c: c.evaluation.every is None, "without scores; set evaluation.every=100")
         for field in ("evaluation.prompts", "evaluation.patience")
+    ),
+    Rule(
+        lambda c: c.checkpointing.copy_to is not None and c.checkpointing.copy_to.resolve() == c.output_dir.resolve(),
+        "checkpointing.copy_to: {config.checkpointing.copy_to} is output_dir itself; choose a folder on another disk",
     ),
     Rule(
         lambda c: c.sampling.every is not None and not c.sampling.prompts,

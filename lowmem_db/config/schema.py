@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lowmem_db.config.sizes import parse_bytes
+from lowmem_db.environment import check_device_name
 
 
 def _expand_home(path: Path) -> Path:
@@ -48,6 +49,7 @@ Sampler = Literal["ddpm", "ddim", "dpm_solver"]
 Weights = Literal["fp32", "bf16_extra_bits", "bf16_stochastic"]
 Placement = Literal["none", "layers", "segments", "nested"]
 BaseWeights = Literal["fp32", "fp16", "bf16", "int8", "nf4"]
+Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Clipping = Literal["global", "update_rms", "lagged", "per_tensor", "none"]
 
 
@@ -169,10 +171,18 @@ class TrainingConfig(Section):
     """Learning rate of SDXL's second text encoder. Default: the same as the first one's."""
     scale_learning_rate: bool = False
     """Multiply the learning rates by the batch size and the number of accumulation steps."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rates after the warm-up: constant, or falling to zero."""
+    lr_scheduler: Scheduler = "constant"
+    """Learning rates after the warm-up: constant, under two names, or falling to zero; ``polynomial`` falls to
+    1e-7."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rates rise from zero."""
+    """Steps over which the learning rates rise."""
+    lr_warmup_from_zero: bool = False
+    """Start the warm-up at zero, as diffusers does: the factor is s/N in step s = 0, 1, ... of N. Default: (s+1)/(N+1),
+    so that the first step trains too."""
+    lr_num_cycles: PositiveInt = 1
+    """How often ``cosine_with_restarts`` falls to zero."""
+    lr_power: Annotated[float, Field(gt=0)] = 1.0
+    """Exponent of ``polynomial``."""
     train_text_encoder: bool = False
     """Train the text encoder too; for SDXL, both text encoders."""
     layers: tuple[str, ...] = ()
@@ -290,7 +300,7 @@ class MemoryConfig(Section):
     """How the run saves memory. The planner fills in what is left out: the fastest strategy that fits the budget."""
 
     budget: Annotated[Literal["auto"] | Annotated[int, Field(gt=0)], BeforeValidator(_read_budget)] = "auto"
-    """Device memory that the run may use: ``8GiB``, a number of bytes, or ``auto`` for all that is free."""
+    """Device memory that the run may use: ``8GiB`` (or ``8``, ``8G``, ``8GB``), or ``auto`` for all that is free."""
     weights: Annotated[Weights, BeforeValidator(_refuse_rounded_bf16)] | None = None
     """Type of the weights that train: ``fp32``; ``bf16_extra_bits``, bf16 with eight extra bits (24-bit weights);
     ``bf16_stochastic``, bf16 with stochastic rounding."""
@@ -327,7 +337,10 @@ class CheckpointingConfig(Section):
     every: PositiveInt = 500
     """Steps between checkpoints; the last step always has one."""
     keep: PositiveInt | None = 2
-    """How many complete checkpoints to keep; null keeps all."""
+    """How many complete checkpoints to keep; null keeps all, except those that were made only for samples."""
+    copy_to: LocalPath | None = None
+    """Folder on another disk, such as Google Drive, for a copy of the newest checkpoint, the samples and the log. With
+    ``--resume``, a run that is gone from ``output_dir`` goes on from there."""
 
 
 class SamplingConfig(Section):
@@ -374,6 +387,9 @@ class EvaluationConfig(Section):
 class FinalConfig(Section):
     """The final model."""
 
+    layout: Literal["folder", "flat"] = "folder"
+    """Where the final model lies: ``folder``, in ``final/``; ``flat``, also in ``output_dir`` itself, where scripts for
+    diffusers look for it. Both share their bytes on disks that support hard links."""
     precision: Precision = "fp32"
     """Type of the trained weights in ``final/``."""
     push_to_hub: bool = False
@@ -387,6 +403,10 @@ class LoggingConfig(Section):
 
     tensorboard: bool | None = None
     """Write TensorBoard event files. Default: if tensorboard is installed."""
+    wandb: bool | None = False
+    """Send curves, samples and scores to Weights & Biases; null: if wandb is installed."""
+    wandb_project: str = "lowmem-db"
+    """Project there; a run is named after ``output_dir``."""
 
 
 def default_cache_dir() -> Path:
@@ -403,7 +423,7 @@ class Config(Section):
     """Run folder: configuration, metrics, checkpoints, samples and the final model."""
     seed: int = 0
     """Seed of all random numbers of the run."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, AfterValidator(check_device_name)] = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     cache_dir: LocalPath = Field(default_factory=default_cache_dir)
     """Cache of class images, latents and text embeddings, shared by all runs. Default: the environment variable

@@ -1,6 +1,9 @@
 """Building what a training step needs from a configuration: the model, the loss and the optimizer."""
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor, nn
 
 from lowmem_db import nvidia
 from lowmem_db.adaptation.finding import find_adaptation
@@ -19,13 +22,36 @@ from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.optimizers.weights import named_parameters
 
 
-def build_step(config: Config, model: ModelFolder, device: torch.device) -> tuple[Denoiser, Objective, OptimizerHandle]:
+@dataclass(frozen=True)
+class Prepared:
+    """A loaded model with what trains put into it, before anything saves memory.
+
+    Attributes:
+        modules: Its components by name.
+        extra_bits: See :class:`lowmem_db.adaptation.base.Attached`.
+    """
+
+    modules: dict[str, nn.Module]
+    extra_bits: dict[str, Tensor]
+
+
+def prepare_modules(config: Config, model: ModelFolder, device: torch.device) -> Prepared:
+    """Load a model and put what trains into it; the arguments are those of :func:`build_step`."""
+    modules = _load_denoiser(config, model, device).modules()
+    attached = find_adaptation(config).attach(modules)
+    return Prepared(modules=dict(modules), extra_bits=attached.extra_bits)
+
+
+def build_step(
+    config: Config, model: ModelFolder, device: torch.device, prepared: Prepared | None = None
+) -> tuple[Denoiser, Objective, OptimizerHandle]:
     """Build what one training step needs.
 
     Args:
         config: The resolved configuration, see :mod:`lowmem_db.config.strategy`.
         model: The model; on the meta device its configuration files are enough.
         device: Device of the step.
+        prepared: The model if it is loaded already; it is changed. Default: it is loaded.
 
     Raises:
         ConfigError: ``memory.checkpointing`` names a block that the model does not have, or another field
@@ -34,15 +60,15 @@ def build_step(config: Config, model: ModelFolder, device: torch.device) -> tupl
     """
     check_resolved(config)
     _check_fields(config, model)
-    # Weights are converted on the host, so that the device never holds them in another type.
-    denoiser = _load_denoiser(config, model, device if device.type == "meta" else CPU)
-    attached = find_adaptation(config).attach(denoiser.modules())
+    if prepared is None:  # on the host, so that the device never holds weights in another type
+        prepared = prepare_modules(config, model, device if device.type == "meta" else CPU)
+    denoiser = Denoiser(model.family, prepared.modules, AUTOCAST_TYPES[autocast(config)])
     for module in denoiser.modules().values():
         module.to(device).train()
     techniques.apply(denoiser, config, device)
     trained = that_train(denoiser.modules())
     optimizer = build_optimizer(config, trained, device)
-    extra_bits = {name: bits for name, bits in attached.extra_bits.items() if name.partition(".")[0] in trained}
+    extra_bits = {name: bits for name, bits in prepared.extra_bits.items() if name.partition(".")[0] in trained}
     for name, bits in optimizer.extra_bits().items():
         bits.copy_(extra_bits.pop(name))
     if device.type != "meta":

@@ -1,8 +1,10 @@
 """One training step on one screen."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
+import torch
 from lowmem_db_kernels import DiffusionLoss
 
 from lowmem_db.errors import NonFiniteError
@@ -33,29 +35,46 @@ def train_step(
         noised = objective.noise(batch, step)
         prediction = denoiser.predict(noised.noisy_latents, noised.timesteps, batch.conditioning)
         loss = objective.loss(prediction, noised)
-        _refuse_non_finite_loss(loss, batch)
-        optimizer.backward(loss.total / len(batches))
+        if not optimizer.withstands_non_finite_loss:
+            _refuse_non_finite_loss(optimizer.read(loss.packed), batch)
+        optimizer.backward(loss.total / len(batches), finite=loss.finite)
         losses.append(loss)
-    gradient_norm = optimizer.step()
-    return _report(losses, has_prior=batches[0].num_instance < len(batches[0].sources), gradient_norm=gradient_norm)
+    packed = torch.cat([loss.packed for loss in losses])
+    try:
+        gradient_norm, values = optimizer.step_and_read(packed)
+    except NonFiniteError:
+        _refuse_non_finite_losses(_rows(packed.tolist(), losses), batches)
+        raise
+    rows = _rows(values, losses)
+    _refuse_non_finite_losses(rows, batches)
+    return _report(rows, has_prior=batches[0].num_instance < len(batches[0].sources), gradient_norm=gradient_norm)
 
 
-def _refuse_non_finite_loss(loss: DiffusionLoss, batch: Batch) -> None:
-    if loss.finite:
+def _rows(values: Sequence[float], losses: Sequence[DiffusionLoss]) -> list[Sequence[float]]:
+    """Return what each batch's loss packs: total, instance, prior, finite, and the loss of each sample."""
+    stops = list(itertools.accumulate(len(loss.packed) for loss in losses))
+    return [values[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def _refuse_non_finite_losses(rows: Sequence[Sequence[float]], batches: Sequence[Batch]) -> None:
+    for row, batch in zip(rows, batches, strict=True):
+        _refuse_non_finite_loss(row, batch)
+
+
+def _refuse_non_finite_loss(row: Sequence[float], batch: Batch) -> None:
+    _, _, _, finite, *per_sample = row
+    if finite:
         return
-    bad = [
-        name for name, value in zip(batch.sources, loss.per_sample.tolist(), strict=True) if not math.isfinite(value)
-    ]
+    bad = [name for name, value in zip(batch.sources, per_sample, strict=True) if not math.isfinite(value)]
     raise NonFiniteError(f"the loss of {', '.join(bad)} is not finite; the weights were not changed")
 
 
-def _report(losses: Sequence[DiffusionLoss], *, has_prior: bool, gradient_norm: float) -> StepOutput:
-    def mean(name: str) -> float:
-        return sum(getattr(loss, name).item() for loss in losses) / len(losses)
-
+def _report(rows: Sequence[Sequence[float]], *, has_prior: bool, gradient_norm: float) -> StepOutput:
+    """Return what is written about a step, from the rows of :func:`_rows`."""
+    total, instance, prior = (sum(row[part] for row in rows) / len(rows) for part in range(3))
     return StepOutput(
-        loss=mean("total"),
-        loss_instance=mean("instance"),
-        loss_prior=mean("prior") if has_prior else None,
+        loss=total,
+        loss_instance=instance,
+        loss_prior=prior if has_prior else None,
         grad_norm=gradient_norm if math.isfinite(gradient_norm) else None,
     )

@@ -34,6 +34,7 @@ from lowmem_db.evaluation.efficientnet_lite import NUM_FEATURES, EfficientNetLit
 from lowmem_db.evaluation.lpips import Lpips
 from lowmem_db.evaluation.metrics import cosine_distances
 from lowmem_db.evaluation.preprocessing import read_preprocessing
+from lowmem_db.models.loading import hide_loading_bars
 
 BATCH_SIZE = 16
 """Batch size."""
@@ -185,6 +186,7 @@ class DinoEncoder(Encoder):
     def __init__(self, files: EncoderFiles, device: torch.device) -> None:
         super().__init__(files, device)
         self.preprocess = read_preprocessing(files.path)
+        hide_loading_bars()
         network: Any = ViTModel.from_pretrained(files.path, add_pooling_layer=False, local_files_only=True)
         self.network = network.to(device).eval().requires_grad_(False)
 
@@ -204,6 +206,7 @@ class ClipEncoder(Encoder):
     def __init__(self, files: EncoderFiles, device: torch.device) -> None:
         super().__init__(files, device)
         self.preprocess = read_preprocessing(files.path)
+        hide_loading_bars()
         network: Any = CLIPModel.from_pretrained(files.path, local_files_only=True)
         self.network = network.to(device).eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(files.path, local_files_only=True)

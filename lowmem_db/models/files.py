@@ -54,6 +54,10 @@ class ModelFiles:
         """The content of ``model_index.json``."""
         return read_json(self.path / "model_index.json")
 
+    def has_weights(self, component: str) -> bool:
+        """Return whether a component's folder holds weights."""
+        return any(file.suffix in WEIGHT_SUFFIXES for file in self.folder_of(component).iterdir())
+
     def num_parameters(self, component: str) -> int:
         """Return the number of parameters in a component's weight files, read from their headers.
 

@@ -8,8 +8,12 @@ import torch
 from lowmem_db.models.families import Family
 from lowmem_db.models.families.spaces import Space
 from lowmem_db.models.files import ModelFiles
+<<<<<<< HEAD
 from lowmem_db.models.loading import CPU
 from lowmem_db.models.new_words import extend
+=======
+from lowmem_db.models.loading import CPU, META
+>>>>>>> main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,12 @@ class ModelFolder(ModelFiles):
         """Return the component name of the tokenizer of a text encoder."""
         position = self.family.text_encoders.index(text_encoder)
         return self.family.names_of("tokenizer")[position]
+
+    def num_parameters(self, component: str) -> int:
+        """Return the number of parameters of a component, whose weights need not be there."""
+        if self.has_weights(component):
+            return super().num_parameters(component)
+        return sum(parameter.numel() for parameter in self.load(component, META).parameters())
 
     @property
     def space(self) -> Space:

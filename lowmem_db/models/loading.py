@@ -1,5 +1,6 @@
 """Loading one component from its folder, or building it on the meta device from its configuration."""
 
+import warnings
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -7,9 +8,11 @@ from typing import Any, cast
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from lowmem_db.errors import ModelError
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
@@ -41,6 +44,7 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
     """
     if device.type == "meta":
         return nn.Module.to(_build_on_meta(kind, files, component), dtype).eval().requires_grad_(False)
+    hide_loading_bars()
     path = files.folder_of(component)
     options: dict[str, Any] = {"use_safetensors": not files.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
@@ -51,6 +55,16 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
     except _DAMAGED as error:
         raise _damaged(path, error) from error
     return loaded.to(device).eval().requires_grad_(False)
+
+
+def hide_loading_bars() -> None:
+    """Hide transformers' bars for weights that are on the disk; bars of downloads stay as they are."""
+    shows_downloads = not are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the hub's bars cannot be hidden if the environment wants them, which is fine
+        disable_progress_bar()
+    if shows_downloads:
+        enable_progress_bars()
 
 
 def load_autoencoder(files: ModelFiles, component: str, device: torch.device, dtype: torch.dtype) -> Autoencoder:

@@ -66,12 +66,37 @@ class OptimizerHandle:
         for parameter in self.parameters():
             parameter.grad = None
 
-    def backward(self, loss: Tensor) -> None:
-        """Run the backward pass, accumulating gradients."""
+    @property
+    def withstands_non_finite_loss(self) -> bool:
+        """Whether a loss that is not finite leaves the weights unchanged, so that nobody has to look at it before."""
+        return True
+
+    def backward(self, loss: Tensor, *, finite: Tensor | None = None) -> None:
+        """Run the backward pass, accumulating gradients.
+
+        Args:
+            loss: Scalar.
+            finite: Scalar on the device, 0 if the loss or its gradient is not finite. Default: they are.
+        """
+        del finite  # the norm of the gradients is looked at before they are used
         (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
 
     def step(self) -> float:
-        """Step after the last backward pass and free the gradients; return their joint norm before clipping.
+        """Step as :meth:`step_and_read` does; return the joint norm of the gradients before clipping.
+
+        Raises:
+            NonFiniteError: As for :meth:`step_and_read`.
+        """
+        return self.step_and_read(torch.empty(0, device=self.device))[0]
+
+    def step_and_read(self, report: Tensor) -> tuple[float, list[float]]:
+        """Step after the last backward pass and free the gradients.
+
+        Args:
+            report: fp32, one-dimensional, on the device; read together with the norm, in one synchronization.
+
+        Returns:
+            The joint norm of the gradients before clipping, and the values of the report.
 
         With loss scaling, a step with an infinite or NaN norm is skipped and the scale is halved.
 
@@ -79,7 +104,8 @@ class OptimizerHandle:
             NonFiniteError: The norm is infinite or NaN, without loss scaling; the weights were not changed.
         """
         norm = self._joint_norm()
-        finite = math.isfinite(value := norm.item())
+        value, *values = self.read(torch.cat([norm.reshape(1), report]))
+        finite = math.isfinite(value)
         if not finite and self.loss_scale is None:
             raise NonFiniteError(f"the gradient norm is {value}; the weights were not changed")
         if finite:
@@ -90,7 +116,11 @@ class OptimizerHandle:
         if self.loss_scale is not None:
             self.loss_scale.update(found_nonfinite=torch.full((), float(not finite), device=self.device))
         self.zero_grad()
-        return value
+        return value, values
+
+    def read(self, values: Tensor) -> list[float]:
+        """Read values from the device; in a trace all are 1."""
+        return [1.0] * len(values) if values.is_meta else values.tolist()
 
     def remove_group(self, name: str) -> None:
         """Remove a group and its states for good: its parameters and their extra bits no longer change."""

@@ -25,6 +25,7 @@ class InBackwardHandle(OptimizerHandle):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._squared_norms: list[Tensor] = []
+        self._usable: Tensor | None = None  # 1, or NaN if the loss is not finite
         self._hooks: dict[str, RemovableHandle] = {}
         self.apply()
 
@@ -36,14 +37,20 @@ class InBackwardHandle(OptimizerHandle):
                 hook = partial(_step, weakref.ref(self), weakref.ref(unit))
                 self._hooks[unit.name] = parameter.register_post_accumulate_grad_hook(hook)
 
-    def backward(self, loss: Tensor) -> None:
-        """Run the backward pass and step large parameters in it."""
+    @property
+    def withstands_non_finite_loss(self) -> bool:
+        """Whether the rule leaves a parameter unchanged whose gradient is scaled by NaN."""
+        return self.rule.reports_norm
+
+    def backward(self, loss: Tensor, *, finite: Tensor | None = None) -> None:
+        """Run the backward pass and step large parameters in it; see :meth:`OptimizerHandle.backward`."""
         self._begin_step()
+        self._usable = None if finite is None else torch.where(finite > 0, 1.0, torch.nan)
         self._squared_norms = []
         super().backward(loss)
 
-    def step(self) -> float:
-        """Step the small parameters; return the joint norm of all gradients before clipping.
+    def step_and_read(self, report: Tensor) -> tuple[float, list[float]]:
+        """Step the small parameters; see :meth:`OptimizerHandle.step_and_read`.
 
         With loss scaling, a parameter with an infinite or NaN gradient is left unchanged and the scale is halved.
 
@@ -58,10 +65,10 @@ class InBackwardHandle(OptimizerHandle):
         if self.loss_scale is not None:
             self.loss_scale.update(found_nonfinite=(~norm.isfinite()).float())
         self.zero_grad()
-        value = norm.item()
+        value, *values = self.read(torch.cat([norm.reshape(1), report]))
         if not math.isfinite(value) and self.loss_scale is None:
             raise NonFiniteError(f"the gradient norm is {value}; some weights have already been changed")
-        return value
+        return value, values
 
     def remove_group(self, name: str) -> None:
         """Remove a group and its states for good: its parameters no longer change."""
@@ -86,6 +93,8 @@ class InBackwardHandle(OptimizerHandle):
         scale = self._unscaled(self.clipping.scale(norm))
         if self.loss_scale is not None and norm is not None and scale is not None:
             scale = torch.where(norm.isfinite(), scale, torch.nan)  # the fused step leaves such a parameter unchanged
+        if self.withstands_non_finite_loss and self._usable is not None:
+            scale = self._usable if scale is None else scale * self._usable
         by_product = self._step_unit(unit, scale)
         squared_norm = by_product if norm is None else norm.square()
         assert squared_norm is not None, f"{type(self.rule).__name__} did not report the norm of {unit.name}"

@@ -1,16 +1,17 @@
 """Memory that a device needs in addition to the tensors of a trace.
 
 The shares for fragmentation hold what a model of the caching allocator reserves beyond the tensors of real strategies
-(:mod:`lowmem_db.planning.caching_allocator`, with a test). The other figures are defaults: nothing here was measured on
-a card yet.
+(:mod:`lowmem_db.planning.caching_allocator`, with a test). What cards measured is in
+:mod:`lowmem_db.planning.calibration`.
 """
 
 from lowmem_db import nvidia
+from lowmem_db.planning import calibration
 from lowmem_db.planning.cards import Card
 
-_CUDA_CONTEXT = 450 << 20  # the context and the kernels loaded into it
-_CUDA_WORKSPACES = 150 << 20  # of cuBLAS (32 MiB), cuDNN, and the backward pass of deterministic attention
-_FRAGMENTATION = 0.05  # of the peak: gaps in the blocks of the caching allocator
+_CUDA_CONTEXT = calibration.CUDA_CONTEXT
+_CUDA_WORKSPACES = calibration.CUDA_WORKSPACES
+_FRAGMENTATION = calibration.FRAGMENTATION
 _FRAGMENTATION_OF_FIXED_SEGMENTS = 0.10
 _PROCESS = 640 << 20  # Python, torch, diffusers and transformers on the CPU
 

@@ -14,11 +14,10 @@ import torch
 
 from lowmem_db.environment import GIB
 from lowmem_db.errors import ConfigError
+from lowmem_db.planning import calibration
 from lowmem_db.planning.costs import COMPUTE_TYPES, Costs
 
 _SHARE_OF_FLOPS = 0.5
-_SHARE_OF_BANDWIDTH = 0.75
-_SHARE_OF_PCIE = 0.8
 _SHARE_FOR_PROGRAMS = 0.97  # the card's firmware keeps the rest
 _SECONDS_OF_SMALLEST = 2.5e-6  # an operator on a card, however small
 _SECONDS_OF_SMALLEST_ON_CPU = 5e-6
@@ -129,10 +128,15 @@ def find_card(name: str) -> Card:
 
 def card_of(name: str, *, total_bytes: int, capability: tuple[int, int]) -> Card:
     """Return the card for a device in this machine, with its real memory; an unknown one is as fast as ``ASSUMED``."""
-    plain = _plain(name)
-    known = [key for key in _by_plain_name() if plain.startswith(key)]
-    like = _by_plain_name()[max(known, key=len)] if known else ASSUMED
+    like = _by_plain_name().get(_plain(known_name(name)), ASSUMED)
     return replace(like, name=name, memory_gib=total_bytes / GIB / _SHARE_FOR_PROGRAMS, capability=capability)
+
+
+def known_name(name: str) -> str:
+    """Return the name in :data:`CARDS` of a card that a driver calls ``name``, or ``name`` if it is not there."""
+    cards = _by_plain_name()
+    known = [key for key in cards if _plain(name).startswith(key)]
+    return cards[max(known, key=len)].name if known else name
 
 
 def seconds_per_step(costs: Costs, card: Card, *, again: np.ndarray | None = None, crossing_bytes: int = 0) -> float:
@@ -150,7 +154,7 @@ def seconds_per_step(costs: Costs, card: Card, *, again: np.ndarray | None = Non
     backward = on_card[is_backward].sum() + (again * on_card).sum()
     computing = on_card[~is_backward].sum() + max(backward, pcie_seconds(crossing_bytes, card))
     on_host = 0.0 if card.is_cpu else ((1.0 + again) * host_seconds(costs)).sum()
-    return float(max(computing, on_host))
+    return float(max(computing, on_host)) * calibration.SECONDS.get(known_name(card.name), 1.0)
 
 
 def operator_seconds(costs: Costs, card: Card) -> np.ndarray:
@@ -158,7 +162,7 @@ def operator_seconds(costs: Costs, card: Card) -> np.ndarray:
     half, full = card.tflops * 1e12 * _SHARE_OF_FLOPS, card.fp32_tflops * 1e12 * _SHARE_OF_FLOPS
     rates = np.array([full if dtype == torch.float32 else half for dtype in COMPUTE_TYPES])
     computing = costs.flops / rates[costs.compute_type]
-    moving = costs.moved_bytes / (card.bandwidth * 1e9 * _SHARE_OF_BANDWIDTH)
+    moving = costs.moved_bytes / (card.bandwidth * 1e9 * calibration.SHARE_OF_BANDWIDTH)
     smallest = _SECONDS_OF_SMALLEST_ON_CPU if card.is_cpu else _SECONDS_OF_SMALLEST
     return np.maximum(np.maximum(computing, moving), smallest)
 
@@ -171,9 +175,13 @@ def host_seconds(costs: Costs) -> np.ndarray:
 def pcie_seconds(num_bytes: int, card: Card) -> float:
     """Predict the seconds that a copy to or from the host takes."""
     if card.is_cpu:
-        return num_bytes / (card.bandwidth * 1e9 * _SHARE_OF_BANDWIDTH)
-    lane = _PCIE_3_LANE * 2 ** (card.pcie_generation - 3)
-    return num_bytes / (lane * card.pcie_lanes * _SHARE_OF_PCIE)
+        return num_bytes / (card.bandwidth * 1e9 * calibration.SHARE_OF_BANDWIDTH)
+    return num_bytes / (pcie_rate(card) * calibration.SHARE_OF_PCIE)
+
+
+def pcie_rate(card: Card) -> float:
+    """Return the public figure of a card's PCIe, in bytes per second and direction."""
+    return _PCIE_3_LANE * 2 ** (card.pcie_generation - 3) * card.pcie_lanes
 
 
 def _by_plain_name() -> dict[str, Card]:

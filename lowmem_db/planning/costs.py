@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+DECODER = "decoder"
+"""The block of what draws images from latents; a sampling step does not repeat it."""
 COMPUTE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNELS = "lowmem_db_kernels"
 """The namespace of their operators."""

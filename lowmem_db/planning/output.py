@@ -3,18 +3,19 @@
 from dataclasses import asdict
 from typing import Any
 
-from rich.bar import Bar
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from lowmem_db.config.strategy import describe, values_of
+from lowmem_db.console import bar_of
 from lowmem_db.environment import GIB
 from lowmem_db.planning.plan import Plan
 from lowmem_db.records import PhaseMemory, Refusal
 
 _NUM_REFUSED = 8
 _WIDTH = 14
+_WORDS = {"class_images": "class images", "encode_images": "encoding", "train": "training", "sample": "samples"}
 _HEADINGS = ("weights", "states", "grads", "act.", "other", "host")
 
 
@@ -45,6 +46,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "refused": [asdict(refusal) for refusal in plan.refused],
         "notes": list(plan.notes),
         "seconds_per_step": plan.seconds_per_step,
+        "seconds": dict(plan.seconds),
+        "disk_bytes": dict(plan.disk_bytes),
         "seconds_to_plan": plan.seconds_to_plan,
     }
 
@@ -55,10 +58,12 @@ def show(plan: Plan, out: Console) -> None:
     out.print(
         f"peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} on {plan.device}, including "
         f"{_gib(plan.allowance_bytes)} for context, workspaces and fragmentation; "
-        f"predicted {plan.seconds_per_step:.2f} s/step; planned in {plan.seconds_to_plan:.1f} s",
+        f"planned in {plan.seconds_to_plan:.1f} s",
         markup=False,
     )
-    out.print(_phases(plan))
+    out.print(_phases(plan, out.encoding))
+    out.print(time_in_words(plan), markup=False)
+    out.print(disk_in_words(plan), markup=False)
     for note in plan.notes:
         out.print(note, markup=False)
     if plan.refused:
@@ -75,13 +80,34 @@ def summary(plan: Plan) -> str:
     )
 
 
-def _phases(plan: Plan) -> Table:
+def time_in_words(plan: Plan) -> str:
+    """Return the predicted time of a run in one line."""
+    said = [f"{_WORDS[name]} {in_words(seconds)}" for name, seconds in plan.seconds.items() if seconds >= 1]
+    pace = f"{plan.config.training.max_train_steps} steps of {plan.seconds_per_step:.2f} s"
+    return f"time, predicted: {', '.join(said)} ({pace}); in all {in_words(sum(plan.seconds.values()))}, plus loading"
+
+
+def disk_in_words(plan: Plan) -> str:
+    """Return what a run takes on the disk in one line."""
+    said = [f"{name.replace('final', 'final model')} {size / GIB:.1f} GiB" for name, size in plan.disk_bytes.items()]
+    return f"disk, at most: {', '.join(said)}; in all {sum(plan.disk_bytes.values()) / GIB:.1f} GiB"
+
+
+def in_words(seconds: float) -> str:
+    """Return a time for people."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _phases(plan: Plan, encoding: str) -> Table:
     largest = max(phase.parts.total for phase in plan.phases)
     table = Table(box=None, collapse_padding=True, pad_edge=False)
     for heading in ("GiB", "peak", "", *_HEADINGS):
         table.add_column(heading, no_wrap=True)
     for phase in plan.phases:
-        bar = Bar(largest, 0, phase.parts.total, width=_WIDTH)
+        bar = bar_of(phase.parts.total / largest, _WIDTH, encoding)
         table.add_row(phase.name, _short(phase.parts.total), bar, *_sizes(phase))
     return table
 

@@ -1,15 +1,19 @@
 """The phases of a run; each is traced by running its real code on the meta device."""
 
+import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowmem_db.adaptation.layers import count_trained
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import autocast, changed
-from lowmem_db.engine.build import build_ema, build_step
+from lowmem_db.engine.build import Prepared, build_ema, build_step, prepare_modules
 from lowmem_db.engine.samples import evaluating, load_decoder, sample_artist, sample_job
 from lowmem_db.engine.step import train_step
 from lowmem_db.models.denoiser import Denoiser
@@ -20,7 +24,7 @@ from lowmem_db.models.text_encoders import load_text_encoders
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.planning.caching_allocator import Event
 from lowmem_db.planning.cards import Card
-from lowmem_db.planning.costs import CostRecorder, Costs
+from lowmem_db.planning.costs import DECODER, CostRecorder, Costs
 from lowmem_db.planning.timeline import BlockFigures, Timeline
 from lowmem_db.planning.tracing import real_paths
 from lowmem_db.planning.tracker import CUDA_ROUNDING, AllocationTracker
@@ -39,6 +43,7 @@ class Traced:
         costs: The costs of its operators.
         blocks: Figures of the blocks in a training step, in the order of the forward pass.
         trained_bytes: Bytes of the parameters that train.
+        num_trained: How many parameters of each component train.
     """
 
     peak: MemoryParts
@@ -47,15 +52,34 @@ class Traced:
     costs: Costs
     blocks: Mapping[str, BlockFigures] = field(default_factory=dict)
     trained_bytes: int = 0
+    num_trained: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TracedRun:
-    """The run to trace: a resolved configuration and its model, for a card."""
+    """The run to trace: a resolved configuration and its model, for a card.
+
+    Attributes:
+        prepared: Models that were built for earlier traces, which copy them: building takes as long as a step.
+    """
 
     config: Config
     model: ModelFolder
     card: Card
+    prepared: dict[Any, Prepared] = field(default_factory=dict, compare=False)
+
+    def prepare(self) -> Prepared | None:
+        """Return the model with what trains in it, to be copied in the trace; None if it cannot be copied."""
+        lora, training = self.config.lora, self.config.training
+        if lora.base_weights in {"int8", "nf4"}:
+            return None
+        key = (
+            lora.model_dump_json(), training.layers, training.train_text_encoder, training.mixed_precision,
+            self.config.memory.weights,
+        )  # fmt: skip
+        if key not in self.prepared:
+            self.prepared[key] = prepare_modules(self.config, self.model, META)
+        return self.prepared[key]
 
     @contextmanager
     def tracing(self, *, autocast: bool = False) -> Iterator[tuple[AllocationTracker, CostRecorder]]:
@@ -63,8 +87,12 @@ class TracedRun:
         costs = CostRecorder()
         rounding = 1 if self.card.is_cpu else CUDA_ROUNDING
         tracker = AllocationTracker(rounding=rounding, cpu_kernels=self.card.is_cpu, costs=costs)
-        with real_paths(on_cpu=self.card.is_cpu, autocast=autocast), tracker.tracking():
-            yield tracker, costs
+        gc.freeze()  # otherwise the collector walks through torch's own objects again and again
+        try:
+            with real_paths(on_cpu=self.card.is_cpu, autocast=autocast), tracker.tracking():
+                yield tracker, costs
+        finally:
+            gc.unfreeze()
 
 
 def trace_class_images(run: TracedRun) -> Traced:
@@ -79,9 +107,11 @@ def trace_class_images(run: TracedRun) -> Traced:
             denoiser = load_frozen_denoiser(config, model, META, dtype)
         job = class_job(config, range(count), size)
         tracker.reset_peak()
+        costs.clear()
         with tracker.new_tensors_are("activations"):
             latents = class_artist(config, model).latents(denoiser, conditioning, job)
         del denoiser
+        costs.start_block(DECODER)
         with tracker.new_tensors_are("weights"):
             codec = model.space.load(META, dtype)
         with tracker.new_tensors_are("activations"):
@@ -97,6 +127,7 @@ def trace_encode_images(run: TracedRun) -> Traced:
         with tracker.new_tensors_are("weights"):
             codec = run.model.space.load(META)
         tracker.reset_peak()
+        costs.clear()
         with tracker.new_tensors_are("activations"):
             moments = codec.encode(torch.zeros(1, 3, resolution, resolution))
         del moments
@@ -119,10 +150,10 @@ def trace_encode_text(run: TracedRun) -> Traced:
 
 def trace_train(run: TracedRun) -> Traced:
     """Trace one training step that is not the first, and the moving average after it."""
-    config = run.config
+    config, prepared = run.config, run.prepare()
     with run.tracing(autocast=autocast(config) != "no") as (tracker, costs):
         with tracker.new_tensors_are("optimizer_state"):
-            denoiser, objective, optimizer = build_step(config, run.model, META)
+            denoiser, objective, optimizer = build_step(config, run.model, META, deepcopy(prepared))
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         with tracker.new_tensors_are("other"):
             ema = build_ema(config, denoiser, optimizer)
@@ -162,8 +193,9 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
     """Trace what stays in memory between steps, for strategies that load their weights in the same types."""
     after_backward = [_stepping_after_backward(strategy) for strategy in strategies]
     found: list[Traced] = []
+    prepared = replace(run, config=after_backward[0]).prepare()
     with run.tracing() as (tracker, costs):
-        denoiser, _, optimizer = build_step(after_backward[0], run.model, META)
+        denoiser, _, optimizer = build_step(after_backward[0], run.model, META, deepcopy(prepared))
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         for strategy in after_backward:
             del optimizer
@@ -173,7 +205,8 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
             with tracker.new_tensors_are("other"):
                 ema = build_ema(strategy, denoiser, optimizer)
             trained_bytes = sum(parameter.nbytes for parameter in optimizer.parameters())
-            found.append(replace(_found(tracker, costs), trained_bytes=trained_bytes))
+            num_trained = count_trained(denoiser.modules())
+            found.append(replace(_found(tracker, costs), trained_bytes=trained_bytes, num_trained=num_trained))
             del ema
     return found
 
@@ -181,14 +214,17 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
 def trace_sample(run: TracedRun) -> Traced:
     """Trace the samples for one prompt with the model in memory; optimizer states and averages are not counted."""
     config, model = _short(_stepping_after_backward(run.config)), run.model
+    prepared = run.prepare()
     with run.tracing(autocast=autocast(config) != "no") as (tracker, costs):
-        denoiser = build_step(config, model, META)[0]
+        denoiser = build_step(config, model, META, deepcopy(prepared))[0]
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         conditioning = _conditioning(model, denoiser, 2)
         tracker.reset_peak()
+        costs.clear()
         with tracker.new_tensors_are("activations"):
             with evaluating(denoiser):
                 latents = sample_artist(config, model).latents(denoiser, conditioning, sample_job(config, ""))
+            costs.start_block(DECODER)
             with tracker.new_tensors_are("weights"):
                 codec = load_decoder(config, model, denoiser)
             pixels = codec.decode(latents)

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import StrategyField, changed, describe, effort_of, open_paths
@@ -13,9 +14,11 @@ from lowmem_db.models.finding import model_of
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.allowance import allowance_bytes, reserved_bytes
 from lowmem_db.planning.candidates import candidates, open_choices
+from lowmem_db.planning.disk import cache_bytes, checkpoint_bytes, final_bytes
+from lowmem_db.planning.duration import seconds_of_phases
 from lowmem_db.planning.needs import Needs
 from lowmem_db.planning.phases import TracedRun
-from lowmem_db.planning.predictor import Predictor
+from lowmem_db.planning.predictor import Predictor, Traces
 from lowmem_db.planning.smallest import Smallest, find_smallest, given_fields, in_the_way, without
 from lowmem_db.planning.target import Target
 from lowmem_db.records import MemoryPlan, PhaseMemory, Refusal
@@ -45,15 +48,16 @@ class Planner:
 
     Args:
         run: The run to plan; its configuration may leave fields open.
+        traces: Those of the same run for another card. Default: none yet.
 
     Raises:
         ConfigError: A rule refuses every strategy.
     """
 
-    def __init__(self, run: TracedRun) -> None:
+    def __init__(self, run: TracedRun, traces: Traces | None = None) -> None:
         self._started = time.perf_counter()
         self.run = run
-        self.predictor = Predictor(run, open_choices(run.config, run.card))
+        self.predictor = Predictor(run, open_choices(run.config, run.card), traces)
         self.needs = Needs(self.predictor)
 
     def candidates(self) -> tuple[list[Config], list[Refusal]]:
@@ -70,10 +74,16 @@ class Planner:
         Raises:
             BudgetError: Nothing fits.
         """
-        found = _Search(self, budget_bytes).run()
+        found = self.find(budget_bytes)
+        if found is None:
+            raise BudgetError(_too_small(self, budget_bytes))
         seconds = round(time.perf_counter() - self._started, 2)
         self._started = time.perf_counter()
         return replace(found, notes=(*notes, *found.notes), seconds_to_plan=seconds)
+
+    def find(self, budget_bytes: int) -> Plan | None:
+        """Return the plan for a budget, or None if nothing fits."""
+        return _Search(self, budget_bytes).run()
 
     def smallest(self) -> Smallest:
         """Find the strategy that needs the least memory."""
@@ -96,10 +106,12 @@ class _Search:
         self._card = planner.run.card
         self._budget_bytes = budget_bytes
 
-    def run(self) -> Plan:
+    def run(self) -> Plan | None:
         kept, refused = self._planner.candidates()
         too_large: set[str] = set()
-        for strategy in sorted(kept, key=self._preference):
+        rounded = [strategy for strategy in kept if _is_rounded(strategy)]
+        exact = [strategy for strategy in kept if not _is_rounded(strategy)]
+        for strategy in chain(self._sorted(exact), self._sorted(rounded)):
             family = _name_without_activations(strategy)
             if family in too_large:
                 continue
@@ -112,12 +124,13 @@ class _Search:
             elif refusal.strategy == family:
                 too_large.add(family)
             refused.append(refusal)
-        raise BudgetError(_too_small(self._planner, self._budget_bytes))
+        return None
 
-    def _preference(self, strategy: Config) -> tuple[object, ...]:
-        """Return the sort key of strategies: exact weights first, then speed; a tie is broken by the least effort."""
-        is_rounded = strategy.memory.weights == "bf16_stochastic" or strategy.lora.base_weights in {"int8", "nf4"}
-        return is_rounded, round(self._predictor.seconds(strategy), 4), effort_of(strategy)
+    def _sorted(self, strategies: Sequence[Config]) -> Iterator[Config]:
+        """Yield strategies by speed, then by the least effort; nothing is traced before the first is wanted."""
+        yield from sorted(
+            strategies, key=lambda strategy: (round(self._predictor.seconds(strategy), 4), effort_of(strategy))
+        )
 
     def _predict(self, strategy: Config) -> tuple[Refusal | None, Config]:
         """Return why a strategy does not fit, checking cheap reasons first, and the strategy.
@@ -131,12 +144,13 @@ class _Search:
             gradients = "" if strategy.memory.optimizer_in_backward else " and gradients"
             held = f"weights{',' if gradients else ' and'} optimizer state{gradients}"
             return self._refusal(_name_without_activations(strategy), needed, f", for {held} alone"), strategy
+        if (needed := needs.training(strategy)) > budget:
+            return self._refusal(describe(strategy), needed), strategy
         drawn = self._planner.with_tiled_samples(strategy)
         chosen = next((each for each in drawn if needs.samples(each) <= budget), None)  # tiles are traced if need be
         if chosen is None:
             return self._refusal(describe(drawn[-1]), needs.samples(drawn[-1]), ", while samples are drawn"), drawn[-1]
-        needed = needs.training(chosen)
-        return (self._refusal(describe(chosen), needed) if needed > budget else None), chosen
+        return None, chosen
 
     def _refusal(self, strategy: str, needed: int, why: str = "") -> Refusal:
         more = needed - self._budget_bytes
@@ -154,10 +168,20 @@ class _Search:
             reserved_bytes=reserved_bytes(peak.parts.total, self._card),
             budget_bytes=self._budget_bytes,
             seconds_per_step=self._predictor.seconds(strategy),
+            seconds=seconds_of_phases(self._predictor, strategy),
+            disk_bytes=self._disk_bytes(strategy),
             refused=tuple(refused),
             notes=tuple(notes),
             seconds_to_plan=0.0,
         )
+
+    def _disk_bytes(self, strategy: Config) -> dict[str, int]:
+        model, trained = self._planner.run.model, self._predictor.resident(strategy).num_trained
+        return {
+            "cache": cache_bytes(strategy, model),
+            "checkpoints": checkpoint_bytes(strategy, model, trained),
+            "final": final_bytes(strategy, model, trained),
+        }
 
 
 def _too_small(planner: Planner, budget_bytes: int) -> str:
@@ -184,6 +208,11 @@ def _too_small(planner: Planner, budget_bytes: int) -> str:
 def _listed(config: Config, fields: Iterable[StrategyField]) -> str:
     said = [f"{field.path}={str(field.of(config)).lower()}" for field in fields]
     return " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
+
+
+def _is_rounded(strategy: Config) -> bool:
+    """Return whether a strategy rounds weights; it comes after all that do not."""
+    return strategy.memory.weights == "bf16_stochastic" or strategy.lora.base_weights in {"int8", "nf4"}
 
 
 def _name_without_activations(strategy: Config) -> str:

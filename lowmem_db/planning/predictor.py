@@ -6,12 +6,13 @@ traced with one placement for all blocks; mixed placements are composed from the
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from lowmem_db.config.schema import Config
+from lowmem_db.config.schema import Config, Placement
 from lowmem_db.config.strategy import Trace, changed, key_of, overhead_of
 from lowmem_db.planning.candidates import placement_of
 from lowmem_db.planning.cards import seconds_per_step
@@ -32,6 +33,19 @@ from lowmem_db.records import MemoryParts, PhaseMemory
 _RECOMPUTED = {"none": 0.0, "layers": 1.0, "segments": 1.0, "nested": 2.0}  # forward passes of a block
 
 
+@dataclass(frozen=True)
+class Traces:
+    """What was traced so far; it holds for every card that is not the CPU.
+
+    Attributes:
+        phases: Traces of phases.
+        residents: What stays in memory between steps.
+    """
+
+    phases: dict[Any, Traced] = field(default_factory=dict)
+    residents: dict[Any, Traced] = field(default_factory=dict)
+
+
 class Predictor:
     """Predicts bytes and seconds of strategies, each given as a resolved configuration.
 
@@ -39,18 +53,19 @@ class Predictor:
         run: The run to plan.
         strategies: Candidates without mixed placements. All figures are derived from traces like that of the first
             one, but with the optimizer in the backward pass if that is a candidate too.
+        traces: Those of the same run for another card. Default: none yet.
     """
 
-    def __init__(self, run: TracedRun, strategies: Sequence[Config]) -> None:
+    def __init__(self, run: TracedRun, strategies: Sequence[Config], traces: Traces | None = None) -> None:
         self.run = run
         self._by_residents = {key_of(strategy, "resident"): strategy for strategy in reversed(strategies)}
         alike = [strategy for strategy in strategies if _differ_only_in_stepping(strategy, strategies[0])]
         self._first = max(alike, key=lambda strategy: bool(strategy.memory.optimizer_in_backward))
-        self._traces: dict[Any, Traced] = {}
-        self._residents: dict[Any, Traced] = {}
+        known = traces or Traces()
+        self._traces, self._residents = known.phases, known.residents
         self._trained: dict[Any, int] = {}
 
-    @property
+    @cached_property
     def block_names(self) -> list[str]:
         """Names of the blocks in the order of the forward pass."""
         return list(self.train(self._first).blocks)[:-1]
@@ -59,11 +74,29 @@ class Predictor:
         """Return the phases before training."""
         found = []
         if strategy.prior.enabled:
+<<<<<<< HEAD
             found.append(_phase("class_images", self._traced("class_images", strategy, trace_class_images)))
         found.append(_phase("encode_images", self._traced("encode_images", strategy, trace_encode_images)))
         if not strategy.runs_text_encoders:
+=======
+            found.append(_phase("class_images", self.class_images(strategy)))
+        found.append(_phase("encode_images", self.encode_images(strategy)))
+        if not strategy.training.train_text_encoder:
+>>>>>>> main
             found.append(_phase("encode_text", self._traced("encode_text", strategy, trace_encode_text)))
         return found
+
+    def class_images(self, strategy: Config) -> Traced:
+        """Return the trace of one batch of class images, drawn in one step."""
+        return self._traced("class_images", strategy, trace_class_images)
+
+    def encode_images(self, strategy: Config) -> Traced:
+        """Return the trace of the encoding of one image."""
+        return self._traced("encode_images", strategy, trace_encode_images)
+
+    def samples(self, strategy: Config) -> Traced:
+        """Return the trace of the samples of one prompt, drawn in one step."""
+        return self._traced("sample", strategy, trace_sample)
 
     def train(self, strategy: Config) -> Traced:
         """Return the trace of a step with exactly this strategy."""
@@ -81,17 +114,17 @@ class Predictor:
 
     def train_bytes(self, strategy: Config) -> int:
         """Predict the peak of training."""
-        if ("train", key_of(strategy, "train")) in self._traces:
-            return self.train(strategy).peak.total
-        key = key_of(strategy, "resident") + key_of(strategy, "train")
+        own = key_of(strategy, "train")
+        if ("train", own) in self._traces:
+            return self._traces["train", own].peak.total
+        key = key_of(strategy, "resident") + own
         if key not in self._trained:
-            figures = {name: self._figures(strategy, name) for name in self.train(self._first).blocks}
-            self._trained[key] = self.resident(strategy).resident.total + mixed_peak(figures)
+            self._trained[key] = self.resident(strategy).resident.total + mixed_peak(self._figures(strategy))
         return self._trained[key]
 
     def sample(self, strategy: Config) -> MemoryParts:
         """Predict the peak of samples during training, while the model and its optimizer stay in memory."""
-        drawn, resident = self._traced("sample", strategy, trace_sample), self.resident(strategy).resident
+        drawn, resident = self.samples(strategy), self.resident(strategy).resident
         return replace(
             resident,
             weights=drawn.peak.weights,
@@ -129,19 +162,22 @@ class Predictor:
             again[costs.block == index] = more
         return costs, again
 
-    def _figures(self, strategy: Config, block: str) -> BlockFigures:
-        """Return the figures of one block, from a trace in which all blocks have its placement."""
-        placement = placement_of(strategy, self.block_names[-1] if block == END else block)
+    def _figures(self, strategy: Config) -> dict[str, BlockFigures]:
+        """Return the figures of each block, from traces in which all blocks have its placement."""
+        names = self.block_names
+        placements: dict[str, Placement] = {name: placement_of(strategy, name) for name in names}
+        placements[END] = placements[names[-1]]
+        traced = {placement: self._traced_uniformly(strategy, placement) for placement in set(placements.values())}
+        return {name: traced[placement].blocks[name] for name, placement in placements.items()}
+
+    def _traced_uniformly(self, strategy: Config, placement: Placement) -> Traced:
         first = self._first.memory
-        uniform = changed(
-            strategy,
-            {
-                "memory.weights": "fp32" if strategy.memory.weights == "fp32" else first.weights,
-                "memory.stream_optimizer_state": first.stream_optimizer_state,
-                "memory.checkpointing": placement,
-            },
-        )
-        return self.train(uniform).blocks[block]
+        uniform = {
+            "memory.weights": "fp32" if strategy.memory.weights == "fp32" else first.weights,
+            "memory.stream_optimizer_state": first.stream_optimizer_state,
+            "memory.checkpointing": placement,
+        }
+        return self.train(changed(strategy, uniform))
 
 
 def _differ_only_in_stepping(strategy: Config, other: Config) -> bool:

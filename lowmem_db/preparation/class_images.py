@@ -1,8 +1,9 @@
 """Class images for prior preservation, drawn from the frozen model (arXiv:2208.12242, section 3.3).
 
 A manifest beside the images records how they were drawn. Images are reused only if it matches, and missing ones are
-added deterministically, also after a killed run. A folder of pictures without a manifest belongs to the user and is
-used as it is.
+added deterministically, also after a killed run. What makes other images of the same kind, such as the seed, may differ
+in ``prior.class_dir``, so that the class images of one run serve the next. A folder of pictures without a manifest
+belongs to the user and is used as it is.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ from lowmem_db.randomness import generator
 from lowmem_db.records import Size
 from lowmem_db.sampling.latents import SamplingSettings
 from lowmem_db.storage.atomic import write_file
+from lowmem_db.storage.run_folder import read_json
 
 _FORMAT_VERSION = 1
 _IMAGES_PER_LOAD = 32  # the most that a killed run loses
@@ -54,12 +56,13 @@ class ClassImages:
 
 @dataclass(frozen=True, kw_only=True)
 class _Set:
-    """Class images to draw: their manifest, folder, size and number."""
+    """Class images to draw: their manifest, folder, size, number and seed."""
 
     wanted: dict[str, Any]
     folder: Path
     size: Size
     count: int
+    seed: int
 
     def missing(self) -> list[int]:
         return [index for index in range(self.count) if not _image_file(self.folder, index).is_file()]
@@ -85,7 +88,7 @@ def prepare_class_images(
         return [ClassImages(folder=own, size=size, files=None) for size in counts]
     sets = [_set(config, model, device, size, count) for size, count in counts.items()]
     for group in sets:
-        _check_manifest(group.folder, group.wanted)
+        _check_manifest(group)
     to_draw = [group for group in sets if group.missing()]
     for group in sets:
         if group in to_draw:
@@ -111,7 +114,8 @@ def _set(config: Config, model: ModelFolder, device: torch.device, size: Size, c
         folder = config.cache_dir / "class_images" / fingerprint.of_values(wanted)
     else:
         folder = config.prior.class_dir if is_square else config.prior.class_dir / f"{size[1]}x{size[0]}"
-    return _Set(wanted=wanted, folder=folder, size=size, count=count)
+    seed = _manifest_of(folder).get("seed", config.seed)
+    return _Set(wanted=wanted, folder=folder, size=size, count=count, seed=seed)
 
 
 def _manifest(config: Config, model: ModelFolder, device: torch.device, resolution: int | list[int]) -> dict[str, Any]:
@@ -151,13 +155,37 @@ def _is_users_own(folder: Path) -> bool:
     return any(not (entry / MANIFEST).is_file() for entry in entries)
 
 
-def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
-    if found := differences(folder, wanted):
-        differing = "; ".join(f"{name} is {before!r} instead of {now!r}" for name, (before, now) in found.items())
+def _manifest_of(folder: Path) -> dict[str, Any]:
+    found = read_json(folder / MANIFEST)
+    return found if isinstance(found, dict) else {}
+
+
+def _check_manifest(group: _Set) -> None:
+    """Refuse images of another kind; say what else differs.
+
+    Raises:
+        DataError: The images were drawn with another model, prompt or sampler.
+    """
+    found = differences(group.folder, group.wanted)
+    alike = {name: pair for name, pair in found.items() if _is_alike(name, *pair)}
+    if other := {name: pair for name, pair in found.items() if name not in alike}:
         raise DataError(
-            f"prior.class_dir: {folder} holds class images drawn with other settings ({differing}); "
+            f"prior.class_dir: {group.folder} holds class images drawn with other settings ({_in_words(other)}); "
             "choose another folder, delete this one, or leave prior.class_dir out"
         )
+    if alike:
+        say(f"class images: those of an earlier run serve this one too ({_in_words(alike)})")
+
+
+def _is_alike(name: str, before: object, now: object) -> bool:
+    """Return whether images that differ in a setting are still of the same kind."""
+    if name == "precision":
+        return {before, now} <= DTYPES.keys()
+    return name in {"seed", "sample_batch_size"} and type(before) is int
+
+
+def _in_words(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{name} is {before!r} instead of {now!r}" for name, (before, now) in differing.items())
 
 
 def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequence[_Set]) -> None:
@@ -166,7 +194,8 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequen
     table = _embed(config, model, device, dtype)
     environment.release_memory(device)
     for group in sets:
-        write_manifest(group.folder, group.wanted)
+        if not (group.folder / MANIFEST).is_file():
+            write_manifest(group.folder, group.wanted)
     batches = [
         (group, indices)
         for group in sets
@@ -175,7 +204,7 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequen
     drawn = draw(
         class_artist(config, model),
         table,
-        [class_job(config, indices, group.size) for group, indices in batches],
+        [class_job(config, indices, group.size, seed=group.seed) for group, indices in batches],
         loaded_for_use(partial(load_frozen_denoiser, config, model, device, dtype), device),
         loaded_for_use(partial(model.space.load, device, dtype), device),
         jobs_at_once=max(1, _IMAGES_PER_LOAD // config.prior.sample_batch_size),
@@ -202,11 +231,18 @@ def class_artist(config: Config, model: ModelFolder) -> Artist:
     return Artist(model=model, settings=_settings(config))
 
 
-def class_job(config: Config, indices: Sequence[int], size: Size) -> Job:
-    """Return a job for the class images with these indices, each with its own noise; ``size`` is in pixels."""
+def class_job(config: Config, indices: Sequence[int], size: Size, *, seed: int | None = None) -> Job:
+    """Return a job for the class images with these indices, each with its own noise.
+
+    Args:
+        config: The configuration.
+        indices: Numbers of the images.
+        size: Height and width in pixels.
+        seed: Seed of the noise. Default: that of the run.
+    """
     height, width = size
     stream = "class_images" if height == width else f"class_images {width}x{height}"
-    generators = [generator(config.seed, stream, index) for index in indices]
+    generators = [generator(config.seed if seed is None else seed, stream, index) for index in indices]
     return Job(prompts=[str(config.subject.class_prompt)], size=size, generators=generators)
 
 

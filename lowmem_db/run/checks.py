@@ -6,16 +6,15 @@ import torch
 
 from lowmem_db import environment
 from lowmem_db.adaptation.finding import find_adaptation
-from lowmem_db.config.schema import Config, Weights
+from lowmem_db.config.schema import Config
 from lowmem_db.engine.build import count_on_meta
 from lowmem_db.errors import StorageError
 from lowmem_db.memory import techniques
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.planning.disk import checkpoint_bytes, final_bytes
 from lowmem_db.storage import hub
+from lowmem_db.storage.disk import check_path
 from lowmem_db.storage.run_folder import RunFolder
-
-_WEIGHT_BYTES: dict[Weights, int] = {"fp32": 4, "bf16_extra_bits": 3, "bf16_stochastic": 2}  # per parameter
-_STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1}
 
 
 def check_machine(config: Config, device: torch.device) -> None:
@@ -23,8 +22,8 @@ def check_machine(config: Config, device: torch.device) -> None:
 
     Raises:
         ConfigError: The device does not support ``training.mixed_precision``.
-        DependencyError: A library that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for kernels that cannot
-            run here.
+        DependencyError: A library or login that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for kernels
+            that cannot run here.
         StorageError: The final model is to be uploaded, but nobody is logged in.
     """
     if device.index is not None:
@@ -35,8 +34,28 @@ def check_machine(config: Config, device: torch.device) -> None:
     find_adaptation(config).check_machine(device)
     if config.logging.tensorboard:
         environment.require("tensorboard")
+    if uses_wandb(config):
+        environment.check_wandb()
     if config.final.push_to_hub:
         hub.check_login()
+
+
+def check_folders(config: Config) -> None:
+    """Refuse folders that this system cannot write, as Windows cannot write ``aux``.
+
+    Raises:
+        StorageError: The message names the field.
+    """
+    fields = {"cache_dir": config.cache_dir, "checkpointing.copy_to": config.checkpointing.copy_to}
+    for field, folder in fields.items():
+        if folder is not None:
+            check_path(folder.absolute(), field)
+
+
+def uses_wandb(config: Config) -> bool:
+    """Return whether the run is sent to Weights & Biases."""
+    wanted = config.logging.wandb
+    return environment.is_installed("wandb") if wanted is None else wanted
 
 
 def check_disk(config: Config, model: ModelFolder) -> None:
@@ -63,16 +82,5 @@ def _bytes_to_be_replaced(output_dir: Path) -> int:
 
 def disk_bytes(config: Config, model: ModelFolder) -> int:
     """Return the most bytes that the checkpoints and the final model of a run occupy on the disk at once."""
-    adaptation, trained = find_adaptation(config), count_on_meta(config, model)
-    of_checkpoint = adaptation.values_in_checkpoint(model, trained) * _WEIGHT_BYTES[config.memory.weights or "fp32"]
-    of_checkpoint += sum(trained.values()) * (_STATE_BYTES[config.optimizer.name] + 4 * config.ema.enabled)
-    at_once = min(config.checkpointing.keep or config.training.max_train_steps, _num_checkpoints(config)) + 1
-    at_once += config.evaluation.every is not None and config.evaluation.keep_best
-    return int(of_checkpoint * at_once + 4 * adaptation.values_in_final(model, trained))
-
-
-def _num_checkpoints(config: Config) -> int:
-    last = config.training.max_train_steps
-    intervals = [config.checkpointing.every, config.evaluation.every]
-    intervals += [config.sampling.every] if config.sampling.prompts else []
-    return len({last} | {step for every in intervals if every for step in range(every, last + 1, every)})
+    trained = count_on_meta(config, model)
+    return checkpoint_bytes(config, model, trained) + final_bytes(config, model, trained)

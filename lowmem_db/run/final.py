@@ -14,16 +14,21 @@ from lowmem_db.models.folder import ModelFolder
 from lowmem_db.run.model_card import CARD_FILE, model_card
 from lowmem_db.storage import hub
 from lowmem_db.storage.atomic import write_folder, write_text
+from lowmem_db.storage.mirroring import mirror
 from lowmem_db.training.trainer import Trainer
 
 
 def write_final(trainer: Trainer, model: ModelFolder) -> None:
     """Write ``final/``, for ``from_pretrained`` or, for a LoRA, ``load_lora_weights``; upload it if asked to.
 
+    With ``final.layout=flat`` its files also lie in the run folder itself.
+
     Raises:
         StorageError: The disk is full, or the upload failed.
     """
     write_folder(trainer.run.final_dir, partial(_save_final, trainer, model))
+    if trainer.config.final.layout == "flat":
+        mirror(trainer.run.final_dir, trainer.run.root)
     if trainer.config.final.push_to_hub:
         model_id = trainer.config.final.hub_model_id or trainer.config.output_dir.absolute().name
         say(f"uploaded to {hub.upload_model(trainer.run.final_dir, model_id)}")

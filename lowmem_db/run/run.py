@@ -18,37 +18,44 @@ from lowmem_db.evaluation.during_training import Scorer
 from lowmem_db.models.finding import model_of
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.measured import write_measured, write_plan, write_trained
-from lowmem_db.planning.output import summary
+from lowmem_db.planning.output import disk_in_words, summary, time_in_words
 from lowmem_db.planning.plan import plan as plan_run
 from lowmem_db.planning.target import target_of_device
 from lowmem_db.preparation.prepare import check_photos, check_prompts, prepare
 from lowmem_db.records import ImageRecord
-from lowmem_db.run.checks import check_disk, check_machine
+from lowmem_db.run.checks import check_disk, check_folders, check_machine, uses_wandb
 from lowmem_db.run.final import write_final
 from lowmem_db.run.page import ReportPage, write_page
 from lowmem_db.run.resuming import check_run_folder, with_choices_of_run
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.leftovers import sweep
+from lowmem_db.storage.run_copy import restore_run
 from lowmem_db.storage.run_folder import RunFolder, write_json
-from lowmem_db.training.observers import ConsoleBar, MetricsFiles, Observer, Samples, ScoreKeeper
+from lowmem_db.training.observers import ConsoleBar, MetricsFiles, Observer, RunCopy, Samples, ScoreKeeper
 from lowmem_db.training.trainer import Trainer
+from lowmem_db.training.weights_and_biases import WeightsAndBiases
 
 
-def train(config: Config, *, resume: bool = False, observers: Sequence[Observer] = ()) -> RunFolder:
+def train(
+    config: Config, *, resume: bool = False, step: int | None = None, observers: Sequence[Observer] = ()
+) -> RunFolder:
     """Check, plan, prepare and train a run; return its folder, with the final model in it.
 
     Args:
         config: The configuration.
         resume: Continue from the newest complete checkpoint in ``output_dir``; start from scratch if there is none.
+        step: Continue from the checkpoint of this step instead, and drop what came after it.
         observers: Notified while the run trains, after the run's own observers.
 
     Raises:
         LowmemDbError: An error that the user can fix; each subclass says which.
         RunInterrupted: The run was asked to stop; a checkpoint was saved.
     """
-    run = RunFolder(config.output_dir)
+    run, resume = RunFolder(config.output_dir), resume or step is not None
     with run.locked():
         config, model, device, photos = _check_and_plan(run, config, resume=resume)
+        if step is not None:
+            run.forget_after(step)
         _train(run, config, model, device, photos, resume=resume, observers=observers)
     return run
 
@@ -75,7 +82,10 @@ def _check_and_plan(
     run: RunFolder, config: Config, *, resume: bool
 ) -> tuple[Config, ModelFolder, torch.device, list[ImageRecord]]:
     """Check that the run is possible and choose its strategy, before anything expensive happens."""
+    check_folders(config)
     sweep(config.cache_dir)
+    if resume:
+        _restore(run, config)
     config = with_choices_of_run(run, config)
     check_run_folder(run, config, resume=resume)
     device = environment.resolve_device(config.device)
@@ -84,13 +94,21 @@ def _check_and_plan(
     model = model_of(config)
     plan = plan_run(config, target_of_device(config, device), model=model)
     config = plan.config
-    say(summary(plan))
+    for line in (summary(plan), time_in_words(plan), disk_in_words(plan)):
+        say(line)
     check_disk(config, model)
     check_prompts(config, model, photos)
     write_text(run.config_file, to_yaml(config))
     write_json(run.environment_file, environment.describe())
     write_plan(run, plan)
     return config, model, device, photos
+
+
+def _restore(run: RunFolder, config: Config) -> None:
+    """Copy a run back that is gone from ``output_dir``."""
+    copy = config.checkpointing.copy_to
+    if copy is not None and (step := restore_run(run, RunFolder(copy))) is not None:
+        say(f"{run.root}: restored step {step} from {copy}")
 
 
 def _train(
@@ -150,7 +168,11 @@ def _own_observers(trainer: Trainer, model: ModelFolder, scorer: Scorer | None) 
     config, run, prompts = trainer.config, trainer.run, trainer.batches.prompts
     yield ConsoleBar()
     yield MetricsFiles()
+    if uses_wandb(config):
+        yield WeightsAndBiases()
     yield Samples(config, run, partial(draw_samples, config, model, trainer.denoiser, prompts, run))
+    if config.checkpointing.copy_to is not None:
+        yield RunCopy(run, RunFolder(config.checkpointing.copy_to))
     yield ReportPage(run)
     if scorer is not None:
         scored = sorted(config.prompts_scored)

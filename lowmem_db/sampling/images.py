@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lowmem_db.storage.atomic import as_storage_error
+from lowmem_db.storage.disk import check_path
 
 GRID_FILE = "grid.png"
 _MARGIN = 4
@@ -27,6 +28,7 @@ def make_folder(folder: Path) -> None:
     Raises:
         StorageError: It cannot be created.
     """
+    check_path(folder.absolute(), "--output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -18,7 +18,10 @@ _FOLDERS_ARE_NOT_SYNCED_HERE = {errno.EACCES, errno.EPERM, errno.EBADF, errno.EI
 _WINDOWS_PATH = 259
 _LONGEST_BELOW = 100  # longest relative path in a run folder, including temporary names
 _FORBIDDEN_ON_WINDOWS = '<>:"|?*'
-_DEVICES = {"con", "prn", "aux", "nul", *(f"{name}{digit}" for name in ("com", "lpt") for digit in "123456789")}
+_DEVICES = {
+    "con", "prn", "aux", "nul", "conin$", "conout$",
+    *(f"{name}{digit}" for name in ("com", "lpt") for digit in "123456789¹²³"),
+}  # fmt: skip
 
 
 def flush_file(path: Path) -> None:

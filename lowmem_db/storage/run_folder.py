@@ -141,14 +141,37 @@ class RunFolder:
             self.prune_checkpoints(max(1, keep - 1), also)
         return sorted({*complete} - {*self.complete_steps()})
 
-    def prune_checkpoints(self, keep: int | None, also: int | None = None) -> None:
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints and samples after a step, because the run goes on from there.
+
+        Raises:
+            CheckpointError: The step has no complete checkpoint.
+        """
+        complete = self.complete_steps()
+        if step not in complete:
+            raise CheckpointError(f"{self.checkpoint_dir(step)}: is not a complete checkpoint; choose from {complete}")
+        later = [self.checkpoint_dir(done) for done in complete if done > step]
+        later += [folder for folder in self.root.glob("samples/step-*") if folder.name > self.samples_dir(step).name]
+        for folder in later:
+            (folder / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def prune_checkpoints(
+        self, keep: int | None, also: int | None = None, is_passing: Callable[[int], bool] = lambda step: False
+    ) -> None:
         """Delete all but the newest ``keep`` complete checkpoints, and what killed runs left behind.
 
         The checkpoint of the step ``also`` is kept too, and so is everything that this program did not write, such as
         ``.DS_Store`` or a renamed checkpoint.
+
+        Args:
+            keep: How many to keep. None for all.
+            also: A step whose checkpoint is kept in addition.
+            is_passing: Whether the checkpoint of a step is not worth keeping once there is a newer one.
         """
         complete = self.complete_steps()
-        steps = {*(complete if keep is None else complete[-keep:]), *(() if also is None else (also,))}
+        steps = {*complete[-1:], *(step for step in complete[-(keep or len(complete)) :] if not is_passing(step))}
+        steps |= set() if also is None else {also}
         kept = {self.checkpoint_dir(step) for step in steps}
         for folder in list(self.checkpoints_dir.iterdir()):
             if folder not in kept and _STEP_FOLDER.fullmatch(folder.name):

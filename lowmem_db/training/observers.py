@@ -6,16 +6,19 @@ The trainer notifies all observers of each event, in order, and asks what they w
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL.Image import Image
-from rich.progress import Progress, TaskID
+from rich.progress import TaskID
 
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
-from lowmem_db.console import progress, say
+from lowmem_db.console import progress, say, warn
+from lowmem_db.errors import StorageError
 from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.storage.run_copy import copy_run
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.metrics import MetricsWriter
 from lowmem_db.training.rescue import write_row_or_save
@@ -90,27 +93,49 @@ class Observer:
 
 
 class ConsoleBar(Observer):
-    """A progress bar; without a terminal, a line from time to time."""
+    """A progress bar, and under it loss, pace and memory; without a terminal, a line from time to time."""
 
     def start(self, trainer: Training) -> None:
         """Show the bar."""
         self._total = trainer.config.training.max_train_steps
-        self._bar: Progress = progress("{task.fields[loss]}")
+        self._bar = progress()
         self._bar.start()
-        self._task: TaskID = self._bar.add_task("training", total=self._total, completed=trainer.step, loss="")
+        self._task: TaskID = self._bar.add_task("training", total=self._total, completed=trainer.step)
+        self._pace = Pace()
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Advance the bar."""
-        prior = "" if row["loss_prior"] is None else f" prior {row['loss_prior']:.4f}"
-        text = f"loss {row['loss']:.4f} instance {row['loss_instance']:.4f}{prior} {row['seconds']:.2f} s/step"
-        self._bar.update(self._task, advance=1, loss=text)
         step, every = row["step"], max(1, self._total // _LINES_WITHOUT_TERMINAL)
+        seconds = self._pace.add(row["seconds"])
+        self._bar.details = details_of(row, seconds)
+        self._bar.update(self._task, advance=1)
         if self._bar.disable and (step == 1 or step % every == 0):
-            say(f"step {step}/{self._total} {text}")
+            left = timedelta(seconds=round((self._total - step) * seconds))
+            say(f"step {step}/{self._total} ({100 * step // self._total} %), {left} left, {self._bar.details}")
 
     def end(self) -> None:
         """Remove the bar."""
         self._bar.stop()
+
+
+class Pace:
+    """The seconds of a step, as an average in which the last steps count most."""
+
+    def __init__(self) -> None:
+        self._seconds = self._weight = 0.0
+
+    def add(self, seconds: float) -> float:
+        """Add a step; return the average."""
+        self._seconds = 0.9 * self._seconds + seconds
+        self._weight = 0.9 * self._weight + 1
+        return self._seconds / self._weight
+
+
+def details_of(row: Mapping[str, Any], seconds: float) -> str:
+    """Return loss, pace and memory of a step, in 80 columns."""
+    prior = "" if row["loss_prior"] is None else f" (photos {row['loss_instance']:.3f}, class {row['loss_prior']:.3f})"
+    memory = f", {row['peak_bytes'] / environment.GIB:.2f} GiB" if row["peak_bytes"] else ""
+    return f"loss {row['loss']:.4f}{prior}, {seconds:.2f} s/step{memory}"
 
 
 class MetricsFiles(Observer):
@@ -141,6 +166,25 @@ class MetricsFiles(Observer):
     def end(self) -> None:
         """Close the files."""
         self._writer.close()
+
+
+class RunCopy(Observer):
+    """Keeps a copy of the run on another disk; one that cannot be written is reported, and the run goes on.
+
+    Args:
+        run: The run folder.
+        copy: The folder of the copy.
+    """
+
+    def __init__(self, run: RunFolder, copy: RunFolder) -> None:
+        self._run, self._copy = run, copy
+
+    def checkpoint(self, step: int) -> None:
+        """Copy the checkpoint, and what was drawn after it."""
+        try:
+            copy_run(self._run, self._copy, step)
+        except StorageError as error:
+            warn(f"checkpointing.copy_to: {error}; the run goes on without a new copy")
 
 
 class Samples(Observer):

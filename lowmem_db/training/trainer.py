@@ -202,7 +202,15 @@ class Trainer:
         self._prune_checkpoints()
 
     def _prune_checkpoints(self) -> None:
-        self.run.prune_checkpoints(self.config.checkpointing.keep, also=self.step_to_keep())
+        keep = self.config.checkpointing.keep
+        is_passing = self._is_only_for_samples if keep is None else lambda step: False
+        self.run.prune_checkpoints(keep, also=self.step_to_keep(), is_passing=is_passing)
+
+    def _is_only_for_samples(self, step: int) -> bool:
+        config = self.config
+        due = [config.checkpointing.every, config.evaluation.every, config.training.max_train_steps]
+        of_samples = config.sampling.every
+        return of_samples is not None and step % of_samples == 0 and all(every is None or step % every for every in due)
 
     def _reason_to_stop(self) -> str | None:
         return next((reason for observer in self.observers if (reason := observer.reason_to_stop())), None)

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from lowmem_db.adaptation.layers import count_trained
 from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, lora_file, put_into, read_lora, write_lora
 from lowmem_db.adaptation.low_rank import AdapterState, adapters_of, attach, peft_settings
+from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import LoraConfig
-from lowmem_db.errors import ConfigError, ModelError, StorageError
+from lowmem_db.config.strategy import resolve
+from lowmem_db.errors import ConfigError, DependencyError, ModelError, StorageError
+from lowmem_db.run.checks import check_machine
 from tests.tiny_models import tiny_text_encoder, tiny_text_encoder_2, tiny_unet
 
 KINDS = {
@@ -189,3 +192,24 @@ def test_adapters_take_the_mode_of_their_model_so_that_dropout_is_off_where_imag
         attach({"unet": unet}, config_of(dropout=0.5), seed=0)
     assert not any(module.training for module in drawing.modules())
     assert all(module.training for module in training.modules())
+
+
+def test_library_that_peft_refuses_is_named_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Colab, where torchao 0.10 is preinstalled: peft raises only when it adds an adapter."""
+
+    def too_old() -> bool:
+        raise ImportError("Found an incompatible version of torchao. Found version 0.10.0")
+
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", too_old)
+    config = load_config(None, [*REQUIRED, ("lora.enabled", True)])
+    with pytest.raises(DependencyError, match=r"peft .* torchao\. Found version 0\.10\.0\); pip uninstall torchao"):
+        check_machine(resolve(config), torch.device("cpu"))
+
+
+REQUIRED = [
+    ("model.base", "demo"),
+    ("output_dir", "run"),
+    ("subject.instance_dir", "photos"),
+    ("subject.instance_prompt", "a sks dog"),
+    ("subject.class_prompt", "a dog"),
+]

@@ -10,8 +10,10 @@ EXPECTED = json.loads(TABLE.read_text())
 QUICK = ("demo", "sd15_lora_4gb", "sd15_full_12gb")
 
 
-def test_table_has_every_configuration() -> None:
-    assert EXPECTED.keys() == {file.stem for file in CONFIGS.glob("*.yaml")}
+def test_table_has_every_configuration_that_says_how_memory_is_saved() -> None:
+    """What the others do is up to the planner."""
+    fixed = {file.stem for file in CONFIGS.glob("*.yaml") if "\nmemory:" in file.read_text() or file.stem == "demo"}
+    assert EXPECTED.keys() == fixed
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lowmem_db
 from lowmem_db import nvidia
 from lowmem_db.cli import main as main_module
 from lowmem_db.errors import (
@@ -22,9 +23,9 @@ from lowmem_db.errors import (
     RunInterrupted,
     StorageError,
 )
-from tests.cli.conftest import Run
+from tests.cli.conftest import Outcome, Run
 
-COMMANDS = ("train", "plan", "prepare", "generate", "evaluate", "identifiers", "doctor")
+COMMANDS = ("train", "plan", "prepare", "generate", "evaluate", "export", "identifiers", "doctor", "bench", "configs")
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL")
 
 
@@ -35,6 +36,16 @@ def test_every_command_has_help_on_standard_output(run: Run, command: str | None
     assert "Usage" in outcome.out
     for name in COMMANDS if command is None else ():
         assert name in outcome.out
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_h_is_help(run: Run, command: str | None) -> None:
+    arguments = [command] if command else []
+    assert run(*arguments, "-h") == run(*arguments, "--help")
+
+
+def test_version_is_the_one_of_the_package(run: Run) -> None:
+    assert run("--version") == run("-V") == Outcome(0, f"lowmem-db {lowmem_db.__version__}\n", "")
 
 
 def test_help_imports_nothing_heavy(environment_of_commands: dict[str, str]) -> None:

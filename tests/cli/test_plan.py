@@ -64,7 +64,7 @@ def test_budget_that_is_too_small_is_exit_code_3(run: Run, config_file: Path) ->
     ("arguments", "part"),
     [
         (("--gpu", "rtx 3600"), "--gpu: 'rtx 3600' is unknown; did you mean RTX 3"),
-        (("--budget", "lots"), "--budget: 'lots' is not a size; allowed: 8GiB"),
+        (("--budget", "lots"), "--budget: 'lots' is not a size; allowed: 8, 8G, 8GiB"),
         (("--gpu", "T4", "--verify"), "--gpu: 'T4' cannot be verified here"),
         (
             ("model.base=nowhere/at-all",),

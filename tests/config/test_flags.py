@@ -1,12 +1,15 @@
-"""The flags of diffusers' ``train_dreambooth.py``, and the commands of its README for Stable Diffusion."""
+"""Commands of diffusers' README for Stable Diffusion, and the flags of its relatives.
+
+``tests/cli/test_commands_of_diffusers.py`` has every flag of its scripts.
+"""
 
 import shlex
 from pathlib import Path
 
 import pytest
 
-from lowmem_db.config import flags
-from lowmem_db.config.flags import parse_arguments
+from lowmem_db.config import flag_tables
+from lowmem_db.config.flags import KNOWN_FLAGS, parse_arguments
 from lowmem_db.config.loading import field_paths, load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.errors import ConfigError
@@ -27,21 +30,6 @@ PRIOR = """
   --class_prompt="a photo of dog"
   --num_class_images=200
   --max_train_steps=800
-"""
-TEXTUAL_INVERSION = """
-  --pretrained_model_name_or_path=CompVis/stable-diffusion-v1-4
-  --train_data_dir=cat
-  --learnable_property="object"
-  --placeholder_token="<cat-toy>" --initializer_token="toy"
-  --resolution=512
-  --train_batch_size=1
-  --gradient_accumulation_steps=4
-  --max_train_steps=3000
-  --learning_rate=5.0e-04 --scale_lr
-  --lr_scheduler="constant"
-  --lr_warmup_steps=0
-  --push_to_hub
-  --output_dir="textual_inversion_cat"
 """
 COMMANDS = {
     "basic": PLAIN + "--gradient_accumulation_steps=1 --learning_rate=5e-6 --max_train_steps=400",
@@ -101,41 +89,24 @@ IN_ALL = {
     "training.lr_scheduler": "constant",
     "training.lr_warmup_steps": 0,
 }
-# Every flag of the script, with a value where it takes one.
-FLAGS_OF_THE_SCRIPT = """
-  --pretrained_model_name_or_path=m --revision=main --variant=fp16 --tokenizer_name=t --instance_data_dir=i
-  --class_data_dir=c --instance_prompt=p --class_prompt=p --with_prior_preservation --prior_loss_weight=1.0
-  --num_class_images=100 --sample_batch_size=4 --prior_generation_precision=no --output_dir=o --seed=1 --resolution=512
-  --center_crop --train_text_encoder --train_batch_size=4 --num_train_epochs=1 --max_train_steps=5
-  --gradient_accumulation_steps=1 --gradient_checkpointing --learning_rate=5e-6 --scale_lr --lr_scheduler=constant
-  --lr_warmup_steps=500 --lr_num_cycles=1 --lr_power=1.0 --use_8bit_adam --adam_beta1=0.9 --adam_beta2=0.999
-  --adam_weight_decay=1e-2 --adam_epsilon=1e-8 --max_grad_norm=1.0 --set_grads_to_none --mixed_precision=no
-  --allow_tf32 --enable_xformers_memory_efficient_attention --offset_noise --snr_gamma=5 --pre_compute_text_embeddings
-  --tokenizer_max_length=77 --text_encoder_use_attention_mask --skip_save_text_encoder --checkpointing_steps=500
-  --checkpoints_total_limit=2 --resume_from_checkpoint=latest --validation_prompt=p --num_validation_images=4
-  --validation_steps=100 --validation_scheduler=DPMSolverMultistepScheduler --validation_images=v
-  --report_to=tensorboard --logging_dir=logs --dataloader_num_workers=0 --push_to_hub --hub_token=t --hub_model_id=h
-  --class_labels_conditioning=timesteps --local_rank=0
-"""
 FLAGS_OF_ITS_RELATIVES = """
   --cache_latents --text_encoder_lr=1e-6 --train_text_encoder_frac=0.5 --noise_offset=0.1 --caption_column=c --repeats=2
-  --use_ema --offload_ema --optimizer=prodigy --use_dora --rank=4 --min_snr_gamma=5 --fused_backward_pass
+  --use_ema --offload_ema --optimizer=AdamW --use_dora --rank=4 --min_snr_gamma=5 --fused_backward_pass
   --stop_text_encoder_training=100 --cache_latents_to_disk --enable_bucket --save_model_as=ckpt --full_bf16
   --multires_noise_iterations=6 --zero_terminal_snr --masked_loss --debiased_estimation_loss --not_cache_latents
   --concepts_list=c.json --read_prompts_from_txts --lora_alpha=8 --lora_dropout=0.1 --lora_layers=to_k
   --output_kohya_format --validation_epochs=5 --do_edm_style_training --image_interpolation_mode=lanczos
   --bucket_reso_steps=64 --min_bucket_reso=256 --max_bucket_reso=1024
-  --learning_rate_te1=1e-6 --learning_rate_te2=1e-6 --v_parameterization
-  --train_data_dir=d --placeholder_token=t --initializer_token=d --num_vectors=1 --learnable_property=style
-  --save_steps=500 --save_as_full_pipeline
+  --learning_rate_te1=1e-6 --learning_rate_te2=1e-6 --v_parameterization --prediction_type=epsilon --random_flip
+  --pretrained_vae_model_name_or_path=v
 """
-ALL_FLAGS = shlex.split(FLAGS_OF_THE_SCRIPT + FLAGS_OF_ITS_RELATIVES)
+ALL_FLAGS = shlex.split(FLAGS_OF_ITS_RELATIVES)
 
 
 def config_of(command: str) -> Config:
     parsed = parse_arguments(shlex.split(command))
     assert parsed.positional == []
-    return load_config(None, parsed.overrides)
+    return load_config(None, [*parsed.defaults.items(), *parsed.overrides])
 
 
 def value_of(config: Config, path: str) -> object:
@@ -159,11 +130,11 @@ def test_hyphens_and_separate_values_mean_the_same(name: str) -> None:
         flag, separator, value = argument.partition("=")
         arguments += [flag.replace("_", "-"), value] if separator else [flag.replace("_", "-")]
     parsed = parse_arguments(arguments)
-    assert load_config(None, parsed.overrides) == config_of(COMMANDS[name])
+    assert load_config(None, [*parsed.defaults.items(), *parsed.overrides]) == config_of(COMMANDS[name])
 
 
 def test_the_12_gb_command_says_that_gradients_are_always_freed() -> None:
-    assert parse_arguments(shlex.split(COMMANDS["12 GB"])).notes == ["--set_grads_to_none: gradients are always freed"]
+    assert "--set_grads_to_none: gradients are always freed" in parse_arguments(shlex.split(COMMANDS["12 GB"])).notes
 
 
 @pytest.mark.parametrize("argument", ALL_FLAGS)
@@ -172,28 +143,22 @@ def test_no_known_flag_falls_through(argument: str) -> None:
     try:
         parsed = parse_arguments([argument])
     except ConfigError as refused:
-        assert name in flags.REFUSED_FLAGS
+        assert name in flag_tables.REFUSED_FLAGS
         way_out = str(refused).removeprefix(f"--{name}: is not supported; ")
-        assert way_out == flags.REFUSED_FLAGS[name]
+        assert way_out == flag_tables.REFUSED_FLAGS[name]
     else:
-        if name in flags.LORA_FLAGS:
+        if name in flag_tables.LORA_FLAGS:
             assert parsed.overrides.pop(0) == ("lora.enabled", True)
-        assert bool(parsed.overrides) + bool(parsed.notes) + parsed.resume == 1
+        assert bool(parsed.overrides) + bool(parsed.notes) + bool(parsed.counts) == 1
         for path, _ in parsed.overrides:
             assert path in set(field_paths())
 
 
-def test_the_list_of_flags_is_whole() -> None:
-    named = {argument.removeprefix("--").partition("=")[0] for argument in ALL_FLAGS}
-    tables = {
-        *flags.VALUE_FLAGS, *flags.SWITCH_FLAGS, *flags.CHOICE_FLAGS, *flags.ALWAYS_SO, *flags.REFUSED_FLAGS,
-        "validation_prompt", "resume_from_checkpoint",
-    }  # fmt: skip
-    assert named == tables
-
-
 def test_flags_are_in_one_table_only() -> None:
-    tables = [flags.VALUE_FLAGS, flags.SWITCH_FLAGS, flags.CHOICE_FLAGS, flags.ALWAYS_SO, flags.REFUSED_FLAGS]
+    tables = [
+        flag_tables.VALUE_FLAGS, flag_tables.SWITCH_FLAGS, flag_tables.CHOICE_FLAGS, flag_tables.ALWAYS_SO,
+        flag_tables.CHANGES_NOTHING, flag_tables.COUNTS, flag_tables.REFUSED_FLAGS,
+    ]  # fmt: skip
     names = [name for table in tables for name in table]
     assert len(names) == len(set(names))
 
@@ -203,7 +168,7 @@ def test_flags_are_in_one_table_only() -> None:
     [
         ("prior_generation_precision", "no", "fp32"),
         ("prior_generation_precision", "fp16", "fp16"),
-        ("lr_scheduler", "constant_with_warmup", "constant"),
+        ("lr_scheduler", "constant_with_warmup", "constant_with_warmup"),
         ("validation_scheduler", "DDPMScheduler", "ddpm"),
         ("report_to", "none", False),
     ],
@@ -216,9 +181,9 @@ def test_value_that_is_called_otherwise_here(name: str, value: str, field_value:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--lr_scheduler=polynomial", "--lr_scheduler: 'polynomial' is not supported; allowed: constant, "),
-        ("--report_to=wandb", "--report_to: 'wandb' is not supported; allowed: tensorboard, none"),
-        ("--resume_from_checkpoint=checkpoint-500", "--resume_from_checkpoint: 'checkpoint-500' is not supported; "),
+        ("--report_to=comet_ml", "--report_to: 'comet_ml' is not supported; allowed: tensorboard, wandb, all, none"),
+        ("--resume_from_checkpoint=step4", "--resume_from_checkpoint: 'step4' is not a checkpoint; allowed: latest, "),
+        ("--seed=", "--seed: is empty; set a value"),
         ("--learnin_rate=1", "--learnin_rate: unknown flag; did you mean --learning_rate?"),
         ("--xyzzy", "--xyzzy: unknown flag; a field without a flag is set as section.key=value"),
         ("--learning_rate", "--learning_rate: needs a value: --learning_rate=VALUE"),
@@ -240,15 +205,18 @@ def test_flag_without_its_value_does_not_eat_the_next_flag() -> None:
 
 def test_every_argument_that_cannot_be_understood_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as refused:
-        parse_arguments(["--num_train_epochs", "3", "--nope", "5", "=1", "--report_to", "wandb", "run.yaml"])
+        parse_arguments(["--tokenizer_name", "3", "--nope", "5", "=1", "--report_to", "x", "run.yaml"])
     assert [line.partition(":")[0] for line in str(refused.value).splitlines()] == [
-        "--num_train_epochs", "--nope", "=1", "--report_to",
+        "--tokenizer_name", "--nope", "=1", "--report_to",
     ]  # fmt: skip
 
 
 def test_values_may_hold_equal_signs_quotes_and_dashes() -> None:
-    parsed = parse_arguments(["--instance_prompt=a=b", "--class_prompt", "a 'dog' - old", "--seed", "-1"])
+    parsed = parse_arguments(
+        ["--instance_prompt=a=b", "--class_prompt", "a 'dog' - old", "--seed", "-1", "--with_prior_preservation"]
+    )
     assert dict(parsed.overrides) == {
+        "prior.enabled": True,
         "subject.instance_prompt": "a=b",
         "subject.class_prompt": "a 'dog' - old",
         "seed": "-1",
@@ -267,21 +235,24 @@ def test_a_configuration_file_keeps_its_own_prior_preservation() -> None:
     assert parsed.overrides == [("model.base", "m"), ("training.learning_rate", "1e-6")]
 
 
-def test_command_of_textual_inversion() -> None:
-    """It stands in the README of diffusers' examples/textual_inversion."""
-    parsed = parse_arguments(shlex.split(TEXTUAL_INVERSION))
-    config = load_config(None, parsed.overrides)
-    expected = {
-        "textual_inversion.enabled": True,
-        "textual_inversion.token": "<cat-toy>",
-        "textual_inversion.initializer": "toy",
-        "textual_inversion.templates": "object",
-        "textual_inversion.learning_rate": 5e-4,
-        "subject.instance_prompt": "a photo of a <cat-toy>",
-        "training.scale_learning_rate": True,
-        "prior.enabled": False,
-    }
-    for path, value in expected.items():
-        assert value_of(config, path) == value, path
-    with_prompt = parse_arguments([*shlex.split(TEXTUAL_INVERSION), "--instance_prompt=the <cat-toy>"])
-    assert load_config(None, with_prompt.overrides).subject.instance_prompt == "the <cat-toy>"
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "pretrained_vae_name_or_path", "pretrained_unet_model_name_or_path", "learning_rate_unet", "adam_beta3",
+        "train_text_encoder_2", "use_4bit_adam", "text_encoder_2_lr", "instance_dir", "train_data_dir", "lora_bias",
+        "num_prior_images", "class_images", "prior_loss", "lr_end", "epochs", "max_train_samples", "hub_private_repo",
+    ],
+)  # fmt: skip
+def test_a_flag_of_another_meaning_is_never_proposed(flag: str) -> None:
+    assert flag not in KNOWN_FLAGS
+    with pytest.raises(ConfigError) as refused:
+        parse_arguments([f"--{flag}=1"])
+    assert "did you mean" not in str(refused.value)
+
+
+@pytest.mark.parametrize("flag", sorted(KNOWN_FLAGS)[::4])
+def test_a_typo_in_a_flag_is_recognised(flag: str) -> None:
+    for typo in (flag.replace("_", "", 1), f"{flag}s", flag[:4] + flag[5:]):
+        if typo not in KNOWN_FLAGS and len(min(typo.split("_"), key=len)) > 2 and not any(map(str.isdigit, flag)):
+            with pytest.raises(ConfigError, match=r"did you mean --\w+\?"):
+                parse_arguments([f"--{typo}"])

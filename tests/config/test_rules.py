@@ -1,5 +1,7 @@
 """Each refused combination, and its nearest neighbour that is accepted."""
 
+from pathlib import Path
+
 import pytest
 
 from lowmem_db.config.loading import load_config
@@ -115,10 +117,27 @@ CASES = [
         {"memory.checkpointing": {"unet.mid_block": "layers"}},
     ),
     (
+        {"training.lr_num_cycles": 2, "training.lr_scheduler": "cosine"},
+        "training.lr_num_cycles",
+        {"training.lr_scheduler": "cosine_with_restarts"},
+    ),
+    ({"training.lr_power": 2.0}, "training.lr_power", {"training.lr_scheduler": "polynomial"}),
+    (
+        {"training.learning_rate": 1e-7, "training.lr_scheduler": "polynomial"},
+        "training.learning_rate",
+        {"training.lr_scheduler": "linear"},
+    ),
+    (
+        {"training.lr_warmup_steps": 10, "training.max_train_steps": 10, "training.lr_scheduler": "cosine"},
+        "training.lr_warmup_steps",
+        {"training.lr_warmup_from_zero": True},
+    ),
+    (
         {"training.lr_warmup_steps": 10, "training.max_train_steps": 10},
         "training.lr_warmup_steps",
         {"training.max_train_steps": 11},
     ),
+    ({"checkpointing.copy_to": Path("runs/dog")}, "checkpointing.copy_to", {"checkpointing.copy_to": "drive/dog"}),
     ({"sampling.every": 5}, "sampling.every", {"sampling.prompts": ["a sks dog"]}),
     ({"lora.rank": 8}, "lora.enabled", {"lora.enabled": True}),
     ({"lora.enabled": True, "memory.weights": "bf16_extra_bits"}, "memory.weights", {"memory.weights": "fp32"}),

@@ -220,5 +220,5 @@ def test_plainly_rounded_weights_are_refused_with_the_way_out():
 def test_the_budget_is_a_size_or_auto():
     assert config_of({}).memory.budget == "auto"
     assert config_of({"memory.budget": "8GiB"}).memory.budget == 8 << 30
-    with pytest.raises(ConfigError, match=r"memory\.budget.*'8 gigs'.*allowed: 8GiB"):
+    with pytest.raises(ConfigError, match=r"memory\.budget.*'8 gigs'.*allowed: 8, 8G, 8GiB"):
         config_of({"memory.budget": "8 gigs"})

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import ObjectiveConfig
@@ -22,8 +23,13 @@ from tests.tiny_models import tiny_text_encoder, tiny_unet
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def parts() -> tuple[Denoiser, Objective, OptimizerHandle]:
+IN_BACKWARD = {"optimizer.name": "adamw8bit", "memory.optimizer_in_backward": True, "training.clipping": "update_rms"}
+WAYS = [{}, IN_BACKWARD, IN_BACKWARD | {"optimizer.name": "adamw"}]
+IDS = ["after backward", "fused in backward", "in backward"]
+
+
+@pytest.fixture(params=WAYS, ids=IDS)
+def parts(request: pytest.FixtureRequest) -> tuple[Denoiser, Objective, OptimizerHandle]:
     torch.manual_seed(0)
     denoiser = Denoiser(SD_OF_ANY_WIDTH, {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()})
     objective = Objective(
@@ -33,7 +39,7 @@ def parts() -> tuple[Denoiser, Objective, OptimizerHandle]:
         seed=0,
         device=CPU,
     )
-    config = load_config(None, list(NEEDED.items()))
+    config = load_config(None, list((NEEDED | request.param).items()))
     optimizer = build_optimizer(resolve(config), denoiser.modules(), CPU)
     optimizer.set_learning_rates({"unet": 1e-3, "text_encoder": 1e-3})
     return denoiser, objective, optimizer
@@ -56,6 +62,7 @@ def test_non_finite_loss_names_the_sample_and_leaves_the_weights(parts) -> None:
     assert all(torch.equal(one, other) for one, other in zip(before, weights(optimizer), strict=True))
 
 
+@pytest.mark.parametrize("parts", WAYS[:1], indirect=True)
 def test_non_finite_gradient_leaves_the_weights(parts, monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser, objective, optimizer = parts
     before = weights(optimizer)
@@ -78,3 +85,24 @@ def test_without_prior_samples_the_prior_loss_is_none(parts) -> None:
     output = train_step(*parts, [make_batch(num_prior=0)], 0)
     assert output.loss_prior is None
     assert output.loss == output.loss_instance
+
+
+def test_a_step_reads_from_the_device_once(parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser, objective, optimizer = parts
+    train_step(denoiser, objective, optimizer, [make_batch()], 0)
+    read, reads = optimizer.read, []
+    monkeypatch.setattr(optimizer, "read", lambda values: reads.append(len(values)) or read(values))
+    with ScalarReads() as scalars:
+        train_step(denoiser, objective, optimizer, [make_batch()], 1)
+    assert scalars.number == 0
+    assert len(reads) == (1 if optimizer.withstands_non_finite_loss else 2)
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts values that are read one by one."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))

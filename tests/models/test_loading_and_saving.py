@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -54,6 +55,19 @@ def test_saved_model_loads_as_a_pipeline_with_every_tensor_equal(
     assert_same_weights(pipeline.vae, source.load("vae", dtype=dtype))
     assert pipeline.safety_checker is None
     assert pipeline("a dog", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("wanted", [None, "0", "1"])
+def test_no_foreign_bar_stands_between_the_lines(
+    tiny_model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wanted: str | None
+) -> None:
+    """As in a terminal: the bars of downloads are shown, those of files on the disk are not."""
+    value = {None: None, "0": False, "1": True}[wanted]
+    monkeypatch.setattr("huggingface_hub.utils.tqdm.HF_HUB_DISABLE_PROGRESS_BARS", value)
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)
+    find_model(str(tiny_model)).load("text_encoder")
+    assert "Loading" not in capfd.readouterr().err
+    assert are_progress_bars_disabled() == (wanted == "1")
 
 
 def test_saved_model_holds_safetensors_in_the_asked_precision(tiny_model: Path, tmp_path: Path) -> None:

@@ -196,6 +196,43 @@ def test_class_images_drawn_otherwise_are_refused(tiny_fields: dict[str, object]
         run(with_fields(tiny_fields, prior__class_dir=folder, prior__num_inference_steps=3))
 
 
+def test_class_images_of_a_run_serve_the_next_seed(
+    tiny_fields: dict[str, object], tmp_path: Path, drawn: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "class"
+    first = with_fields(tiny_fields, prior__class_dir=str(folder))
+    run(first)
+    before, manifest = pictures(folder), (folder / "manifest.json").read_text()
+    drawn.clear()
+    next_run = {"prior__class_dir": str(folder), "seed": 7, "prior__sample_batch_size": 1, "prior__precision": "bf16"}
+    batches = run(with_fields(tiny_fields, **next_run))
+    assert (drawn, pictures(folder)) == ([], before)
+    assert len(batches.class_images) == 5
+    said = " ".join(capsys.readouterr().err.split())
+    assert "those of an earlier run serve this one too (precision is 'fp32' instead of 'bf16'; " in said
+    assert "sample_batch_size is 4 instead of 1; seed is 0 instead of 7)" in said
+    run(with_fields(tiny_fields, **next_run, prior__num_class_images=6))
+    assert drawn == [1]
+    assert (folder / "manifest.json").read_text() == manifest
+    more = pictures(folder)
+    run(with_fields(tiny_fields, prior__class_dir=str(tmp_path / "all"), prior__num_class_images=6,
+                    prior__sample_batch_size=1, prior__precision="bf16"))  # fmt: skip
+    assert more["00005.png"] == pictures(tmp_path / "all")["00005.png"], "the noise is that of the first run"
+
+
+@pytest.mark.parametrize("before", ["nf4", None])
+def test_quantized_class_images_are_of_another_kind(
+    tiny_fields: dict[str, object], tmp_path: Path, before: str | None
+) -> None:
+    folder = tmp_path / "class"
+    config = with_fields(tiny_fields, prior__class_dir=str(folder))
+    run(config)
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"precision": before}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=f"precision is {before!r} instead of 'fp32'"):
+        run(config)
+
+
 def test_manifest_tells_what_the_images_were_drawn_with(tiny_config: Config) -> None:
     run(tiny_config)
     manifest = json.loads((class_dir(tiny_config) / "manifest.json").read_text())

@@ -1,19 +1,27 @@
 """Who watches a run is told everything in order, and is heard."""
 
+import errno
 import gc
+import io
 import json
+import re
+import shutil
+import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lowmem_db.config.loading import load_config
+from lowmem_db.console import console
 from lowmem_db.run import run as run_module
 from lowmem_db.run.run import train
+from lowmem_db.storage.atomic import as_storage_error
 from lowmem_db.storage.run_folder import RunFolder
-from lowmem_db.training.observers import Observer, Training
+from lowmem_db.training.observers import ConsoleBar, Observer, Training
 from lowmem_db.training.trainer import Trainer
 
 
@@ -109,3 +117,66 @@ def test_the_last_model_is_freed_before_the_best_one_is_loaded(
     finally:
         gc.enable()
     assert alive == [0, 0]
+
+
+def test_a_run_that_is_gone_goes_on_from_its_copy(fields: dict[str, object], tmp_path: Path) -> None:
+    fields |= {"checkpointing.copy_to": tmp_path / "drive", "sampling.prompts": ["a zx dog"], "sampling.num_images": 1}
+    fields |= {"sampling.num_inference_steps": 1}
+    run = train(load_config(None, list(fields.items())))
+    copy = RunFolder(tmp_path / "drive")
+    assert copy.complete_steps() == [3]
+    assert [folder.name for folder in copy.checkpoints_dir.iterdir()] == ["step-000003"]
+    assert (copy.samples_dir(2) / "grid.png").is_file()
+    final = (run.final_dir / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    shutil.rmtree(run.root)
+    diary = Diary()
+    again = train(load_config(None, list(fields.items())), resume=True, observers=[diary])
+    assert diary.entries == [("start", 3), ("end",)]
+    assert (again.final_dir / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == final
+    assert len(again.metrics_file.read_text().splitlines()) == 3
+
+
+def test_a_full_second_disk_ends_no_run(
+    fields: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, write: object) -> None:
+        raise as_storage_error(OSError(errno.ENOSPC, "No space left"), path)
+
+    monkeypatch.setattr("lowmem_db.storage.run_copy.write_folder", full)
+    run = train(load_config(None, list((fields | {"checkpointing.copy_to": tmp_path / "drive"}).items())))
+    assert run.final_dir.is_dir()
+    warned = "warning: checkpointing.copy_to: .*: the disk is full; .*; the run goes on without a new copy"
+    assert re.search(warned, capsys.readouterr().err)
+
+
+REQUIRED = [("subject.instance_prompt", "a sks dog"), ("subject.class_prompt", "a dog"), ("model.base", "demo")]
+ROW = {"step": 120, "loss": 0.1234, "loss_instance": 0.1, "loss_prior": 0.02, "seconds": 0.5, "peak_bytes": 6 << 30}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "cp932"])
+def test_bar_shows_step_percent_and_time_left_in_80_columns(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(console, "_force_terminal", True)
+    monkeypatch.setattr(console, "_width", 80)
+    config = load_config(None, [("output_dir", "r"), ("subject.instance_dir", "p"), *REQUIRED])
+    nothing = dict.fromkeys(("run", "denoiser", "weights", "save_checkpoint", "tell"))
+    bar, training = ConsoleBar(), SimpleNamespace(config=config, step=100, **nothing)
+    bar.start(training)
+    for step in range(101, 121):
+        bar.step(ROW | {"step": step})
+    bar._bar.refresh()
+    bar.end()
+    screen.flush()
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.buffer.getvalue().decode(encoding))
+    lines = [line for line in re.split(r"[\r\n]+", shown) if line.strip()]
+    assert max(map(len, lines)) <= 80
+    assert re.search(r"training .* 120/800 +15% +[-0-9:]+ left", shown)
+    assert "loss 0.1234 (photos 0.100, class 0.020), 0.50 s/step, 6.00 GiB" in lines
+
+
+def test_without_a_terminal_a_line_says_the_same(fields: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
+    train(load_config(None, list(fields.items())))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert len(lines) == 3
+    assert re.fullmatch(r"step 3/3 \(100 %\), 0:00:00 left, loss \d\.\d{4}, \d\.\d\d s/step, \d\.\d\d GiB", lines[-1])

@@ -1,0 +1,51 @@
+"""Predicted seconds of the phases of a run, from the costs of their traces; loading and downloads are not counted."""
+
+import numpy as np
+
+from lowmem_db.config.schema import Config
+from lowmem_db.planning.cards import Card, host_seconds, operator_seconds
+from lowmem_db.planning.costs import DECODER, Costs
+from lowmem_db.planning.disk import num_class_images, num_encoded
+from lowmem_db.planning.predictor import Predictor
+
+
+def seconds_of_phases(predictor: Predictor, strategy: Config) -> dict[str, float]:
+    """Predict the seconds of each phase of a run.
+
+    Args:
+        predictor: Has traced the phases.
+        strategy: The resolved configuration.
+    """
+    card, found = predictor.run.card, {}
+    if count := num_class_images(strategy):
+        traced, prior = predictor.class_images(strategy), strategy.prior
+        at_once = min(prior.sample_batch_size, prior.num_class_images)
+        found["class_images"] = -(-count // at_once) * _drawing(traced.costs, card, prior.num_inference_steps)
+    encoding = operator_seconds(predictor.encode_images(strategy).costs, card).sum()
+    found["encode_images"] = float(encoding) * num_encoded(strategy)
+    steps, accumulated = strategy.training.max_train_steps, strategy.training.gradient_accumulation_steps
+    found["train"] = steps * predictor.seconds(strategy) * max(1.0, accumulated / 2)  # a trace has two batches at most
+    if count := _num_prompts_drawn(strategy):
+        num_images = strategy.sampling.num_images
+        traced_images = min(num_images, 2) if strategy.memory.tiled_samples else num_images
+        seconds = _drawing(predictor.samples(strategy).costs, card, strategy.sampling.num_inference_steps)
+        found["sample"] = count * seconds * num_images / traced_images
+    return found
+
+
+def _drawing(costs: Costs, card: Card, num_inference_steps: int) -> float:
+    """Return the seconds of drawing a batch, from a trace with one sampling step."""
+    decodes = costs.block == costs.block_names.index(DECODER)
+    on_card, on_host = operator_seconds(costs, card), 0.0 if card.is_cpu else host_seconds(costs)
+    seconds = np.maximum(on_card, on_host)
+    return num_inference_steps * float(seconds[~decodes].sum()) + float(seconds[decodes].sum())
+
+
+def _num_prompts_drawn(config: Config) -> int:
+    """Return how often a run draws images of a prompt."""
+    times = [
+        (config.sampling.every or config.checkpointing.every, len(config.sampling.prompts)),
+        (config.evaluation.every, len(config.prompts_scored)),
+    ]
+    last = config.training.max_train_steps
+    return sum(-(-last // every) * prompts for every, prompts in times if every and prompts)
