@@ -8,12 +8,8 @@ import torch
 from lowmem_db.models.families import Family
 from lowmem_db.models.families.spaces import Space
 from lowmem_db.models.files import ModelFiles
-<<<<<<< HEAD
-from lowmem_db.models.loading import CPU
-from lowmem_db.models.new_words import extend
-=======
 from lowmem_db.models.loading import CPU, META
->>>>>>> main
+from lowmem_db.models.new_words import extend
 
 
 @dataclass(frozen=True, kw_only=True)

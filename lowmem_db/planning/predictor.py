@@ -74,15 +74,9 @@ class Predictor:
         """Return the phases before training."""
         found = []
         if strategy.prior.enabled:
-<<<<<<< HEAD
-            found.append(_phase("class_images", self._traced("class_images", strategy, trace_class_images)))
-        found.append(_phase("encode_images", self._traced("encode_images", strategy, trace_encode_images)))
-        if not strategy.runs_text_encoders:
-=======
             found.append(_phase("class_images", self.class_images(strategy)))
         found.append(_phase("encode_images", self.encode_images(strategy)))
-        if not strategy.training.train_text_encoder:
->>>>>>> main
+        if not strategy.runs_text_encoders:
             found.append(_phase("encode_text", self._traced("encode_text", strategy, trace_encode_text)))
         return found
 
