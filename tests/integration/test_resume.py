@@ -18,6 +18,7 @@ import pytest
 from lowmem_db import randomness
 from lowmem_db.cli.train import train
 from lowmem_db.errors import CheckpointError
+from lowmem_db.run.model_card import CARD_FILE
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_tensors
 from lowmem_db.training import trainer as trainer_module
@@ -192,8 +193,10 @@ def run_in_child(fields: dict[str, object], install: Callable[[], None] = lambda
 
 
 def final_bytes(output_dir: Path) -> dict[str, bytes]:
+    """Return the files of ``final/`` but for the card, which names the run."""
     final = output_dir / "final"
-    return {str(file.relative_to(final)): file.read_bytes() for file in sorted(final.rglob("*")) if file.is_file()}
+    files = [file for file in sorted(final.rglob("*")) if file.is_file() and file.name != CARD_FILE]
+    return {str(file.relative_to(final)): file.read_bytes() for file in files}
 
 
 def metric_rows(output_dir: Path) -> list[dict[str, object]]:
