@@ -85,6 +85,10 @@ RULES = (
         )
     ),
     Rule(
+        lambda c: c.training.compile and c.lora.enabled,
+        "training.compile: true has not been tested with LoRA; set training.compile=false, or lora.enabled=false",
+    ),
+    Rule(
         lambda c: c.training.lr_warmup_steps >= c.training.max_train_steps and not c.training.lr_warmup_from_zero,
         "training.lr_warmup_steps: {config.training.lr_warmup_steps} leaves no step at the full learning rate; "
         "allowed: less than training.max_train_steps, {config.training.max_train_steps}",

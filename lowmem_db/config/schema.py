@@ -202,6 +202,9 @@ class TrainingConfig(Section):
     the CPU."""
     allow_tf32: bool = False
     """Let CUDA devices multiply fp32 matrices in TF32."""
+    compile: bool = False
+    """Compile the residual and transformer blocks with ``torch.compile``, which takes minutes before the first steps.
+    Results differ from those without it in the last bits. No gain has been measured on a card yet."""
 
 
 class ObjectiveConfig(Section):

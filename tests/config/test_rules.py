@@ -20,6 +20,7 @@ CASES = [
     ({"memory.techniques": {"toy": True}}, "memory.techniques", {"memory.techniques": {}}),
     ({"subject.class_prompt": None}, "prior.enabled", {"prior.enabled": False}),
     ({"subject.class_prompt": ""}, "prior.enabled", {"subject.class_prompt": "a dog"}),
+    ({"training.compile": True, "lora.enabled": True}, "training.compile", {"training.compile": False}),
     ({"data.resolution": 500}, "data.resolution", {"data.resolution": 504}),
     ({"evaluation.prompts": ["a sks dog"]}, "evaluation.prompts", {"evaluation.every": 100}),
     ({"evaluation.patience": 3}, "evaluation.patience", {"evaluation.every": 100}),
