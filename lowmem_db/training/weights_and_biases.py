@@ -14,6 +14,9 @@ from lowmem_db.training.observers import Metrics, Observer, Training
 class WeightsAndBiases(Observer):
     """Sends rows, samples and scores; a resumed run goes on where it was."""
 
+    def __init__(self) -> None:
+        self._run: Any = None
+
     def start(self, trainer: Training) -> None:
         """Open the run.
 
@@ -46,7 +49,8 @@ class WeightsAndBiases(Observer):
 
     def end(self) -> None:
         """Send what is left."""
-        self._run.finish()
+        if self._run is not None:
+            self._run.finish()
 
 
 def _identity(run: RunFolder, *, is_resumed: bool) -> str:

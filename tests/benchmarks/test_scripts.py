@@ -38,9 +38,8 @@ def test_help_says_what_it_does(
         assert "--device" in said
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "memory_ladder" else n for n in TRIED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRIED)
 def test_measurement_can_be_tried_on_the_cpu(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -256,3 +256,17 @@ def test_a_typo_in_a_flag_is_recognised(flag: str) -> None:
         if typo not in KNOWN_FLAGS and len(min(typo.split("_"), key=len)) > 2 and not any(map(str.isdigit, flag)):
             with pytest.raises(ConfigError, match=r"did you mean --\w+\?"):
                 parse_arguments([f"--{typo}"])
+
+
+def test_flags_of_kohya_s_scripts_for_captions_and_prompts_are_understood() -> None:
+    given = "--clip_skip 2 --max_token_length 225 --shuffle_caption --keep_tokens 1 --caption_tag_dropout_rate 0.1"
+    parsed = parse_arguments([*given.split(), "--flip_aug", "--vae", "vae.safetensors"])
+    assert dict(parsed.overrides) == {
+        "model.clip_skip": "2",
+        "model.prompt_chunks": 3,
+        "data.shuffle_tags": True,
+        "data.keep_tags": "1",
+        "data.tag_dropout": "0.1",
+        "data.random_flip": True,
+        "model.vae": "vae.safetensors",
+    }

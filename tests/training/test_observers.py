@@ -17,7 +17,7 @@ import pytest
 
 from lowmem_db.config.loading import load_config
 from lowmem_db.console import console
-from lowmem_db.run import run as run_module
+from lowmem_db.run import attempts as run_module
 from lowmem_db.run.run import train
 from lowmem_db.storage.atomic import as_storage_error
 from lowmem_db.storage.run_folder import RunFolder
@@ -159,6 +159,7 @@ def test_bar_shows_step_percent_and_time_left_in_80_columns(monkeypatch: pytest.
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(console, "_force_terminal", True)
     monkeypatch.setattr(console, "_width", 80)
+    monkeypatch.setattr(console, "is_interactive", True)
     config = load_config(None, [("output_dir", "r"), ("subject.instance_dir", "p"), *REQUIRED])
     nothing = dict.fromkeys(("run", "denoiser", "weights", "save_checkpoint", "tell"))
     bar, training = ConsoleBar(), SimpleNamespace(config=config, step=100, **nothing)
@@ -169,7 +170,7 @@ def test_bar_shows_step_percent_and_time_left_in_80_columns(monkeypatch: pytest.
     bar.end()
     screen.flush()
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.buffer.getvalue().decode(encoding))
-    lines = [line for line in re.split(r"[\r\n]+", shown) if line.strip()]
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", shown) if line.strip()]
     assert max(map(len, lines)) <= 80
     assert re.search(r"training .* 120/800 +15% +[-0-9:]+ left", shown)
     assert "loss 0.1234 (photos 0.100, class 0.020), 0.50 s/step, 6.00 GiB" in lines

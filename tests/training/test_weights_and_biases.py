@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,13 +39,15 @@ class Run:
         self.is_finished = True
 
 
-class Module(SimpleNamespace):
+class Module(ModuleType):
     """As ``wandb``."""
 
     errors = SimpleNamespace(Error=Error)
 
     def __init__(self) -> None:
-        super().__init__(runs=[], is_logged_in=True, refuses=False)
+        super().__init__("wandb")
+        self.runs: list[Run] = []
+        self.is_logged_in, self.refuses = True, False
 
     def login(self, prompt: bool = True) -> bool:
         assert prompt is False

@@ -60,11 +60,11 @@ def encode_prompt(
     return _joined(found, num_chunks)
 
 
-def _chunks(input_ids: Int[Tensor, "b tokens"], num_chunks: int) -> Int[Tensor, "chunks tokens"]:
+def _chunks(input_ids: Int[Tensor, "b tokens"], num_chunks: int) -> Int[Tensor, "chunks length"]:
     return input_ids.reshape(len(input_ids) * num_chunks, -1)
 
 
-def _joined(embeds: Float[Tensor, "chunks tokens dim"], num_chunks: int) -> Float[Tensor, "b tokens dim"]:
+def _joined(embeds: Float[Tensor, "chunks length dim"], num_chunks: int) -> Float[Tensor, "b tokens dim"]:
     return embeds.reshape(len(embeds) // num_chunks, -1, embeds.shape[-1])
 
 
