@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lowmem_db.adaptation import quantized
 from lowmem_db.adaptation.base import Adaptation, Attached, Modules
@@ -15,7 +14,7 @@ from lowmem_db.config.strategy import autocast
 from lowmem_db.models.denoiser import AUTOCAST_TYPES
 from lowmem_db.models.embedding_file import EMBEDDING_FILE, write_embedding
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.new_words import ExtendedEmbedding, NewWord, extended_embedding
+from lowmem_db.models.new_words import ExtendedEmbedding, NewWord, extended_embedding, find_extended
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.storage.tensors import read_state
 
@@ -114,7 +113,5 @@ def learned_rows(table: ExtendedEmbedding) -> Tensor:
 
 def _tables(modules: Modules) -> dict[str, ExtendedEmbedding]:
     """Return the extended tables of the text encoders; other components have none."""
-    found = {
-        name: module.get_input_embeddings() for name, module in modules.items() if isinstance(module, PreTrainedModel)
-    }
-    return {name: table for name, table in found.items() if isinstance(table, ExtendedEmbedding)}
+    found = {name: find_extended(module) for name, module in modules.items()}
+    return {name: table for name, table in found.items() if table is not None}

@@ -129,10 +129,15 @@ def extend(text_encoder: Any, component: str, tokenizer: Any, words: Sequence[Ne
     text_encoder.set_input_embeddings(ExtendedEmbedding(table, first_id, rows))
 
 
-def extended_embedding(text_encoder: Any) -> ExtendedEmbedding:
+def find_extended(module: nn.Module) -> ExtendedEmbedding | None:
+    """Return the extended table in a component, or None if it has none."""
+    return next((table for table in module.modules() if isinstance(table, ExtendedEmbedding)), None)
+
+
+def extended_embedding(text_encoder: nn.Module) -> ExtendedEmbedding:
     """Return the extended table of a text encoder that has new words."""
-    table = text_encoder.get_input_embeddings()
-    assert isinstance(table, ExtendedEmbedding), "the model was loaded without new words"
+    table = find_extended(text_encoder)
+    assert table is not None, "the model was loaded without new words"
     return table
 
 
