@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 from lowmem_db.adaptation.lora_file import LoraFile
 from lowmem_db.errors import ModelError
@@ -26,7 +27,8 @@ def find_base(lora: LoraFile, *, source: str, given: str | None) -> ModelFolder:
     Raises:
         ModelError: The model does not exist, or the user has to name it.
     """
-    reading = {name: value for name in _READING if type(value := lora.base.get(name)) is int and 1 <= value <= _MOST}
+    asked = {name: lora.base.get(name) for name in _READING}
+    reading: dict[str, Any] = {name: n for name, n in asked.items() if type(n) is int and 1 <= n <= _MOST}
     if given is not None:
         return find_model(given, **reading)
     suggested = lora.base.get("base")
