@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow gpu lint types format kernels-static readme clean
+.PHONY: demo test slow gpu lint types format kernels-static audit torture readme clean
 
 demo: $(INSTALLED)
 	$(RUN)/lowmem-db train configs/demo.yaml --resume
@@ -38,6 +38,14 @@ format: $(INSTALLED)
 # What the compiler makes of every kernel on seven architectures, held to bars; needs Triton and no GPU.
 kernels-static: $(INSTALLED)
 	$(RUN)/python -m tools.kernels_static --check --output benchmarks/static/kernels.json
+
+# Every attack on a run, part by part, for hours; what is done for this version is not repeated.
+torture: $(INSTALLED)
+	$(RUN)/python -m tools.torture
+
+# Known vulnerabilities of the installed packages, from the service of PyPI.
+audit: $(INSTALLED)
+	$(RUN)/python -m tools.audit
 
 # Builds the wheel and follows README.md with it in a fresh environment; three to five minutes, needs a package index.
 readme: $(INSTALLED)

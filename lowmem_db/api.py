@@ -97,6 +97,7 @@ def generate(
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     resolution: int | None = None,
+    base: str | None = None,
     precision: Precision | None = None,
     device: str = "auto",
 ) -> "list[tuple[str, list[Image]]]":
@@ -111,6 +112,7 @@ def generate(
         num_inference_steps: Sampling steps.
         guidance_scale: Classifier-free guidance (arXiv:2207.12598).
         resolution: Side length in pixels. Default: that of the run, or the model's native one.
+        base: Base model of a LoRA. Default: that of its run, or the local one whose content key its file holds.
         precision: Type to compute in. Default: fp16 on CUDA devices, fp32 on the CPU.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
 
@@ -127,7 +129,7 @@ def generate(
     from lowmem_db.models.saving import DTYPES
     from lowmem_db.sampling.latents import SamplingSettings
 
-    found, where = find_source(str(source)), environment.resolve_device(device)
+    found, where = find_source(str(source), base), environment.resolve_device(device)
     return generate_images(
         found,
         prompts,

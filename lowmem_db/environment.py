@@ -4,6 +4,7 @@ Importing this module loads none of them. A missing library that was asked for b
 that installs it; an automatic choice says why it was made.
 """
 
+import ctypes
 import gc
 import importlib
 import importlib.metadata
@@ -16,13 +17,14 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowmem_db import torch_build
+from lowmem_db import memory_limits, torch_build
 from lowmem_db.errors import ConfigError, DependencyError
 from lowmem_db.nvidia import InstalledCard
 
@@ -92,6 +94,22 @@ def is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """Return a context in which nothing is fetched from the hub, whichever library asks for it.
+
+    bitsandbytes, which others import, fetches native code when it is imported on some processors.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def require(name: str) -> ModuleType:
     """Import an optional library that was asked for.
 
@@ -100,7 +118,8 @@ def require(name: str) -> ModuleType:
     """
     library = _BY_NAME[name]
     try:
-        return importlib.import_module(name)
+        with without_downloads():
+            return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise DependencyError(
@@ -384,24 +403,67 @@ def release_memory(device: "torch.device") -> None:
         torch.cuda.empty_cache()
 
 
+def release_host_memory() -> None:
+    """Give unreferenced memory of the host back to the system."""
+    gc.collect()
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda size: size)(0)  # glibc keeps what was freed
+
+
+@contextmanager
+def held_to(device: "torch.device", num_bytes: int) -> Iterator[None]:
+    """Let torch take no more than so many bytes of a CUDA device inside the block.
+
+    Beyond them it raises an error, where some drivers would silently move memory to the host.
+    """
+    import torch
+
+    if device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, num_bytes / total)), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def reserved_share(device: "torch.device") -> float:
+    """Return the fraction of a CUDA device's memory that torch's allocator has taken; 0 for other devices."""
+    import torch
+
+    if device.type != "cuda":
+        return 0.0
+    return torch.cuda.memory_reserved(device) / torch.cuda.get_device_properties(device).total_memory
+
+
 def total_host_bytes() -> int | None:
-    """Return the size of the host's memory in bytes, or None if the system does not tell."""
-    if not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the memory of the host that this process may use, or None if the system does not tell.
+
+    A container may have less than the machine.
+    """
+    limits = [limit.total_bytes for limit in memory_limits.limits()]
+    if hasattr(os, "sysconf"):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits, default=None)
+
+
+def free_host_bytes() -> int | None:
+    """Return the free memory of the host that this process may use, or None if the system does not tell."""
+    free = [limit.free_bytes for limit in memory_limits.limits()]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
+        free += [int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"]
+    return min(free, default=total_host_bytes())
 
 
 def free_bytes(device: "torch.device") -> int | None:
     """Return the free bytes of a device's memory, or None if the system does not tell."""
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
-        return next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), None)
-    return total_host_bytes()
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
 
 
 def free_disk_bytes(path: Path) -> int:

@@ -40,7 +40,7 @@ class DiskFullError(StorageError):
 
 
 class NonFiniteError(LowmemDbError):
-    """The loss or the gradient is not finite."""
+    """A weight, an encoded picture or prompt, an image, a loss or a gradient is infinite or NaN."""
 
 
 class BudgetError(LowmemDbError):

@@ -161,6 +161,7 @@ class MemoryPlan(Generic[_Config]):
         refused: Strategies that would be faster, or that a rule refuses.
         notes: Remarks for the user.
         seconds_to_plan: Seconds that planning took.
+        host_peak_bytes: What a card's run needs of the host beside it; 0 on the CPU.
     """
 
     device: str
@@ -175,6 +176,7 @@ class MemoryPlan(Generic[_Config]):
     refused: tuple[Refusal, ...]
     notes: tuple[str, ...]
     seconds_to_plan: float
+    host_peak_bytes: int = 0
 
     @property
     def tensor_bytes(self) -> int:

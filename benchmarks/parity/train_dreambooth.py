@@ -44,6 +44,7 @@ from lowmem_db.config.strategy import resolve  # noqa: E402
 from lowmem_db.engine.build import build_step  # noqa: E402
 from lowmem_db.engine.step import train_step  # noqa: E402
 from lowmem_db.models.finding import model_of  # noqa: E402
+from lowmem_db.models.saving import published_state  # noqa: E402
 from lowmem_db.objective.objective import NoisedBatch, Objective  # noqa: E402
 from lowmem_db.optimizers.schedules import learning_rates  # noqa: E402
 from lowmem_db.preparation.prepare import check_photos, prepare  # noqa: E402
@@ -151,14 +152,14 @@ def compare(script: ModuleType, config: Config, recording: Recording) -> dict[st
     parameters = [(f"{name}.{key}", value) for name, module in denoiser.modules().items()
                   for key, value in module.named_parameters() if value.requires_grad]  # fmt: skip
     gradients: list[Tensor] = []
-    step_optimizer = optimizer.step
+    step_optimizer = optimizer.step_and_read
 
-    def step_kept() -> float:
+    def step_kept(report: Tensor) -> tuple[float, list[float]]:
         if not gradients:
             gradients.extend(value.grad.clone() for _, value in parameters)
-        return step_optimizer()
+        return step_optimizer(report)
 
-    optimizer.step = step_kept
+    optimizer.step_and_read = step_kept
     losses = []
     for step in range(STEPS):
         optimizer.set_learning_rates(learning_rates(config, denoiser.modules(), step))
@@ -166,11 +167,14 @@ def compare(script: ModuleType, config: Config, recording: Recording) -> dict[st
     batches = config.training.gradient_accumulation_steps
     theirs = [sum(recording.losses[first : first + batches]) / batches for first in range(0, STEPS * batches, batches)]
     ours = {key: value for name, module in denoiser.modules().items()
-            for key, value in prefixed(name, module.state_dict()).items()}  # fmt: skip
+            for key, value in prefixed(name, published_state(name, module, torch.float32)).items()}  # fmt: skip
     equal = [torch.equal(mine, other) for mine, other in zip(gradients, recording.gradients, strict=True)]
     return {
         "gradients_of_step_1": len(equal),
         "of_them_bit_equal": sum(equal),
+        "largest_difference_of_gradients": max(
+            (mine - other).abs().max().item() for mine, other in zip(gradients, recording.gradients, strict=True)
+        ),
         "largest_difference_of_losses": max(abs(a - b) for a, b in zip(losses, theirs, strict=True)),
         "largest_difference_of_weights": max(
             (ours[name] - value).abs().max().item() for name, value in recording.weights.items()

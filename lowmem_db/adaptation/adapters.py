@@ -47,6 +47,7 @@ class LowRankAdapters(Adaptation):
             low_rank.peft_settings(self.config.lora),
             dtype=DTYPES[self.config.final.precision],
             base=self.config.model.model_dump(),
+            base_key=model.whole_key,
         )
         write_lora(folder / LORA_FILE, lora)
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -67,6 +68,10 @@ class Adaptation(ABC):
     @abstractmethod
     def load_dtype(self) -> torch.dtype:
         """Return the type to load components in."""
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Return a context for loading components, in which weights may be converted as they are read."""
+        return nullcontext()
 
     @abstractmethod
     def attach(self, modules: Modules) -> Attached:

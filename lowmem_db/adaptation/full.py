@@ -1,6 +1,7 @@
 """Training all weights of a model, or those of the layers that ``training.layers`` selects."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 from lowmem_db.adaptation.base import Adaptation, Attached, Modules
 from lowmem_db.adaptation.layers import freeze, train_layers
+from lowmem_db.config.schema import Config
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.reading import converted
 from lowmem_db.models.saving import DTYPES, save_model
 from lowmem_db.optimizers import weights
 
@@ -18,6 +21,10 @@ class FullWeights(Adaptation):
 
     noun = "model"
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._extra_bits: dict[str, Tensor] = {}
+
     def check_machine(self, device: torch.device) -> None:
         """Accept every machine: full fine-tuning needs only torch."""
 
@@ -25,9 +32,16 @@ class FullWeights(Adaptation):
         """Return fp32, from which the weights are converted to their training format."""
         return torch.float32
 
+    def reading(self) -> AbstractContextManager[None]:
+        """Return a context in which weights are converted to their training format as they are read."""
+        self._extra_bits = {}
+        convert = weights.converter(self.config.memory.weights or "fp32", self._extra_bits)
+        return nullcontext() if convert is None else converted(convert)
+
     def attach(self, modules: Modules) -> Attached:
-        """Convert the weights to their training format, and make the selected layers trainable."""
-        extra_bits = weights.apply(modules, self.config.memory.weights or "fp32")
+        """Convert weights that are still in fp32 to their format, and make the selected layers trainable."""
+        extra_bits = self._extra_bits | weights.apply(modules, self.config.memory.weights or "fp32")
+        self._extra_bits = {}
         train_layers(modules, self.config.training.layers)
         kept = dict(extra_bits)
 

@@ -14,12 +14,30 @@ from torch import Tensor, nn
 
 from lowmem_db.adaptation.low_rank import adapters_of, inject, load_adapters, name_in_files, peft_settings
 from lowmem_db.config.schema import Config
-from lowmem_db.errors import ModelError
+from lowmem_db.errors import ModelError, NonFiniteError
+from lowmem_db.finite import first_not_finite
+from lowmem_db.storage.checksums import check_folder
 from lowmem_db.storage.tensors import read_state, read_tensors, write_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' key; its fields are ``component.field``
 _BASE = "lowmem_db_base"
+_BASE_KEY = "lowmem_db_base_key"
+_BASE_FIELDS = (
+    "base",
+    "revision",
+    "variant",
+    "clip_skip",
+    "prompt_chunks",
+)  # a file never sets a consent, such as allow_pickle
+_LARGEST = 1 << 16
+_SETTINGS: dict[str, tuple[tuple[type, ...], float]] = {  # types, and least value
+    "r": ((int,), 1),
+    "lora_alpha": ((int, float), 0),
+    "lora_dropout": ((int, float), 0),
+    "use_rslora": ((bool,), 0),
+    "use_dora": ((bool,), 0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +49,7 @@ class LoraFile:
             ``lora_magnitude_vector``.
         settings: peft's settings of each component's adapters.
         base: The fields of ``model`` that name the base model; empty if the file does not say.
+        base_key: Content key of the base model, or None if the file does not say.
         metadata: All metadata of the file.
     """
 
@@ -38,6 +57,7 @@ class LoraFile:
     settings: Mapping[str, Mapping[str, Any]]
     base: Mapping[str, Any]
     metadata: Mapping[str, str]
+    base_key: str | None = None
 
     def of_component(self, component: str) -> dict[str, Tensor]:
         """Return a component's tensors, without the component in their names."""
@@ -46,7 +66,12 @@ class LoraFile:
 
 
 def lora_file(
-    modules: Mapping[str, nn.Module], settings: Mapping[str, Any], *, dtype: torch.dtype, base: Mapping[str, Any]
+    modules: Mapping[str, nn.Module],
+    settings: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    base: Mapping[str, Any],
+    base_key: str | None = None,
 ) -> LoraFile:
     """Return the adapters of a model as the content of a file.
 
@@ -55,13 +80,20 @@ def lora_file(
         settings: See :func:`lowmem_db.adaptation.low_rank.peft_settings`.
         dtype: Type of the tensors.
         base: The fields of ``model`` that name the base model.
+        base_key: Its content key.
     """
     state = {
         f"{component}.{name}": tensor.to("cpu", dtype).contiguous()
         for component, module in modules.items()
         for name, tensor in adapters_of(component, module).items()
     }
-    return LoraFile(state=state, settings={name: dict(settings) for name in modules}, base=dict(base), metadata={})
+    return LoraFile(
+        state=state,
+        settings={name: dict(settings) for name in modules},
+        base=dict(base),
+        base_key=base_key,
+        metadata={},
+    )
 
 
 def write_lora(file: Path, lora: LoraFile) -> None:
@@ -73,6 +105,7 @@ def write_lora(file: Path, lora: LoraFile) -> None:
     }
     metadata = {"format": "pt", _ADAPTER_METADATA: json.dumps(fields, indent=2, sort_keys=True)}
     metadata |= {_BASE: json.dumps(lora.base)} if lora.base else {}
+    metadata |= {_BASE_KEY: lora.base_key} if lora.base_key else {}
     write_tensors(file, lora.state, {**lora.metadata, **metadata})
 
 
@@ -83,17 +116,43 @@ def read_lora(file: Path) -> LoraFile:
         ModelError: The file is not a LoRA in this layout.
         StorageError: It is missing or damaged.
     """
+    check_folder(file.parent, below=file.name)
     state, metadata = read_tensors(file)
     if _ADAPTER_METADATA not in metadata:
         raise ModelError(f"{file}: is not a LoRA in diffusers' layout with its metadata ({_ADAPTER_METADATA})")
-    fields = json.loads(metadata[_ADAPTER_METADATA])
-    base = json.loads(metadata.get(_BASE, "{}"))
-    settings: dict[str, dict[str, Any]] = {}
+    if (name := first_not_finite(state)) is not None:
+        raise NonFiniteError(f"{file}: {name} has values that are infinite or NaN; get the file again")
+    try:
+        fields = _mapping(metadata[_ADAPTER_METADATA])
+        base = {name: value for name, value in _mapping(metadata.get(_BASE, "{}")).items() if name in _BASE_FIELDS}
+        settings = _settings(fields, {name.partition(".")[0] for name in state})
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"{file}: its metadata is damaged ({' '.join(str(error).split())[:200]})") from error
+    return LoraFile(state=state, settings=settings, base=base, base_key=metadata.get(_BASE_KEY), metadata=metadata)
+
+
+def _settings(fields: Mapping[str, Any], components: set[str]) -> dict[str, dict[str, Any]]:
+    """Return peft's settings by component: those that this program writes, and no others of peft's many."""
+    settings: dict[str, dict[str, Any]] = {name: {} for name in sorted(components)}
     for name, value in fields.items():
         component, _, field = name.partition(".")
-        if field != "target_modules":
-            settings.setdefault(component, {})[field] = value
-    return LoraFile(state=state, settings=settings, base=base, metadata=metadata)
+        if field not in _SETTINGS:
+            continue
+        kinds, least = _SETTINGS[field]
+        if type(value) not in kinds or not least <= value <= _LARGEST:
+            raise ValueError(f"{name} is {value!r}")
+        settings.setdefault(component, {})[field] = value
+    for component, found in settings.items():
+        if missing := _SETTINGS.keys() - found.keys():
+            raise ValueError(f"{component}.{sorted(missing)[0]} is missing")
+    return settings
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__} instead of a mapping")
+    return found
 
 
 def lora_of_checkpoint(folder: Path, config: Config) -> LoraFile:

@@ -154,12 +154,14 @@ def load_adapters(component: str, module: nn.Module, state: Mapping[str, Tensor]
 
     Raises:
         KeyError: An adapter is missing.
-        ValueError: There are unknown ones.
+        ValueError: There are unknown ones, or one has the wrong shape.
     """
     own = {name_in_files(component, name): parameter for name, parameter in _adapters(module)}
     if unknown := state.keys() - own.keys():
         raise ValueError(f"{component} has no adapter {sorted(unknown)[0]}")
     for name, parameter in own.items():
+        if state[name].shape != parameter.shape:
+            raise ValueError(f"{component}.{name} is {list(state[name].shape)}, not {list(parameter.shape)}")
         parameter.copy_(state[name])
 
 

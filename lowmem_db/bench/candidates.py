@@ -22,7 +22,7 @@ def _measurements(setting: Setting) -> Iterator[Measurement]:
     yield "channels_last", partial(_on_a_card, setting, partial(_fused_layers, setting, {"memory.channels_last": True}))
     yield "channels_last, plain loop", partial(_in_plain_loop, setting, _to_channels_last)
     yield "fused_layers", partial(_fused_layers, setting, {})
-    yield "compile", partial(_on_a_card, setting, partial(_in_plain_loop, setting, _compile_blocks))
+    yield "compile", partial(_on_a_card, setting, partial(_compiled, setting))
     yield "xformers", partial(_on_a_card, setting, partial(_xformers, setting))
     yield "expandable_segments", partial(_on_a_card, setting, partial(_expandable_segments, setting))
 
@@ -59,13 +59,6 @@ def _to_channels_last(unet: nn.Module) -> None:
     cast("Any", unet).to(memory_format=torch.channels_last)
 
 
-def _compile_blocks(unet: nn.Module) -> None:
-    """Compile what repeats, the transformer blocks and residual blocks, each kind once."""
-    for module in unet.modules():
-        if type(module).__name__ in {"BasicTransformerBlock", "ResnetBlock2D"}:
-            module.compile()
-
-
 def _ours(setting: Setting, fields: Fields) -> Steps:
     return Steps(strategy(setting, "ours", TECHNIQUES["segments"] | fields), setting.device)
 
@@ -74,6 +67,10 @@ def _fused_layers(setting: Setting, more: Fields) -> Row:
     if setting.is_cuda and (reason := fused_layers.why_not(setting.device)) is not None:
         return _skipped(reason)
     return _in_turn(setting, _ours(setting, {"memory.fused_layers": True} | more), _ours(setting, {}))
+
+
+def _compiled(setting: Setting) -> Row:
+    return _in_turn(setting, _ours(setting, {"training.compile": True}), _ours(setting, {}))
 
 
 def _xformers(setting: Setting) -> Row:

@@ -1,11 +1,12 @@
 """The stage ``capped``: runs planned for smaller cards, with the allocator held to their memory."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 
+from lowmem_db import environment
 from lowmem_db.bench.machine import context_bytes
 from lowmem_db.bench.setting import Setting
 from lowmem_db.bench.stage import Measurement, Row, Stage
@@ -57,19 +58,10 @@ def _train(setting: Setting, config: Config, budget_bytes: int) -> MeasuredMemor
     return measure_train(config, setting.model, setting.device, num_steps=_NUM_STEPS, around_steps=cap)
 
 
-@contextmanager
-def held_to(setting: Setting, num_bytes: int) -> Iterator[None]:
+def held_to(setting: Setting, num_bytes: int) -> AbstractContextManager[None]:
     """Hold the allocator of a card to what a card of so many bytes would leave it beside the context."""
-    if not setting.is_cuda:
-        yield
-        return
-    total = torch.cuda.get_device_properties(setting.device).total_memory
-    share = (num_bytes - context_bytes(setting)) / total
-    torch.cuda.set_per_process_memory_fraction(share, setting.device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, setting.device)
+    beside_context = num_bytes - context_bytes(setting) if setting.is_cuda else num_bytes
+    return environment.held_to(setting.device, beside_context)
 
 
 STAGE = Stage(name="capped", rows="cards", limit_seconds=60.0, measurements=_measurements)

@@ -35,7 +35,9 @@ def export(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Model that the fine-tuning started from, for --extract-lora. Default: that of the run."),
+        typer.Option(
+            help="Model that the training started from, for --extract-lora and --merge. Default: that of the run."
+        ),
     ] = None,
 ) -> None:
     """Write a trained model in a layout that other programs load.

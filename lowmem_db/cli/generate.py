@@ -28,7 +28,11 @@ def generate(
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     guidance_scale: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance.")] = 7.5,
     resolution: Annotated[
-        int | None, typer.Option(min=8, help="Side length in pixels. Default: that of the run, or the model's own.")
+        int | None,
+        typer.Option(min=8, max=8192, help="Side length in pixels. Default: that of the run, or the model's own."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model of a LoRA. Default: that of its run; a file alone does not choose.")
     ] = None,
     precision: Annotated[
         Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Default: fp16 on CUDA devices, fp32 on the CPU.")
@@ -55,7 +59,7 @@ def generate(
         suite or [],
         identifier=identifier,
         class_noun=class_noun,
-        run_config=find_source(source).run_config,
+        run_config=find_source(source, base).run_config,
     )
     make_folder(output)
     rows = api.generate(
@@ -67,6 +71,7 @@ def generate(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         resolution=resolution,
+        base=base,
         precision=precision,
         device=device,
     )

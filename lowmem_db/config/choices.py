@@ -133,6 +133,22 @@ def off(config: Config, where: Situation) -> Iterator[bool]:
     yield False
 
 
+def whole_batches(config: Config, where: Situation) -> Iterator[int]:
+    """Yield only 0: batches are split where memory has run out."""
+    del config, where
+    yield 0
+
+
+def micro_batches(config: Config) -> Iterator[int]:
+    """Yield the numbers of equal parts that a batch can be computed in with the same noise for each sample.
+
+    With buckets the batches themselves depend on their size, and dropout is drawn batch by batch.
+    """
+    size = config.training.train_batch_size
+    if not (config.memory.optimizer_in_backward or config.data.aspect_ratio_buckets or config.lora.dropout):
+        yield from (parts for parts in range(2, size + 1) if size % parts == 0)
+
+
 def clipping(config: Config, where: Situation | None = None) -> Iterator[Clipping]:
     """Yield the one way of clipping, which depends on when the optimizer steps."""
     del where

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
-from lowmem_db.config import strategy
+from lowmem_db.config import choices, strategy
 from lowmem_db.config.schema import Config, LoraConfig
 
 
@@ -85,6 +85,10 @@ RULES = (
         )
     ),
     Rule(
+        lambda c: c.training.compile and c.lora.enabled,
+        "training.compile: true has not been tested with LoRA; set training.compile=false, or lora.enabled=false",
+    ),
+    Rule(
         lambda c: c.training.lr_warmup_steps >= c.training.max_train_steps and not c.training.lr_warmup_from_zero,
         "training.lr_warmup_steps: {config.training.lr_warmup_steps} leaves no step at the full learning rate; "
         "allowed: less than training.max_train_steps, {config.training.max_train_steps}",
@@ -152,6 +156,12 @@ RULES = (
         lambda c: bool(c.memory.stream_optimizer_state) and c.ema.enabled and c.memory.weights == "bf16_extra_bits",
         "ema.enabled: true averages complete weights, but memory.stream_optimizer_state keeps their extra bits on the "
         "host; set ema.enabled=false, memory.stream_optimizer_state=false, or memory.weights=fp32",
+    ),
+    Rule(
+        lambda c: (c.memory.micro_batches or 0) > 1 and c.memory.micro_batches not in [*choices.micro_batches(c)],
+        "memory.micro_batches: {config.memory.micro_batches} needs a training.train_batch_size that it divides "
+        "({config.training.train_batch_size} is set), the optimizer after the backward pass, no buckets, no dropout; "
+        "leave it out",
     ),
     Rule(
         lambda c: bool(c.memory.offload_checkpoints) and _checkpoints_nothing(c),

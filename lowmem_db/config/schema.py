@@ -44,6 +44,10 @@ def _refuse_rounded_bf16(value: object) -> object:
 
 LocalPath = Annotated[Path, AfterValidator(_expand_home)]
 PositiveInt = Annotated[int, Field(ge=1)]
+BatchSize = Annotated[int, Field(ge=1, le=1024)]
+NumImages = Annotated[int, Field(ge=1, le=100_000)]
+NumSteps = Annotated[int, Field(ge=1, le=1_000_000)]
+Pixels = Annotated[int, Field(ge=1, le=8192)]
 Precision = Literal["fp32", "fp16", "bf16"]
 Sampler = Literal["ddpm", "ddim", "dpm_solver"]
 Weights = Literal["fp32", "bf16_extra_bits", "bf16_stochastic"]
@@ -99,20 +103,20 @@ class SubjectConfig(Section):
 class DataConfig(Section):
     """How photos become training samples."""
 
-    resolution: PositiveInt = 512
+    resolution: Pixels = 512
     """Length of the shorter side in pixels; a multiple of 8."""
     crop: Literal["random", "center"] = "random"
     """Where to crop the square from an image that is not square."""
-    num_crops: PositiveInt = 4
+    num_crops: BatchSize = 4
     """Number of random crops per image that are encoded; images that need no cropping have one."""
     aspect_ratio_buckets: bool = False
     """Train each image close to its own aspect ratio, with about ``resolution`` squared pixels, not in a square.
     All images in a batch have the same size; class images are drawn at the sizes of the photos."""
-    bucket_step: PositiveInt | None = None
+    bucket_step: Pixels | None = None
     """Sides of buckets are multiples of this. Default: 64 for 512 pixels and more, else the model's smallest step."""
-    min_bucket_side: PositiveInt | None = None
+    min_bucket_side: Pixels | None = None
     """Shortest side of a bucket in pixels. Default: half of ``resolution``."""
-    max_bucket_side: PositiveInt | None = None
+    max_bucket_side: Pixels | None = None
     """Longest side of a bucket in pixels. Default: twice ``resolution``."""
     random_flip: bool = False
     """Mirror half of the samples, drawn anew each time; not for subjects with a left and a right."""
@@ -135,17 +139,17 @@ class PriorConfig(Section):
     """Train on class images together with the photos."""
     loss_weight: Annotated[float, Field(ge=0)] = 1.0
     """Lambda of Equation 2."""
-    num_class_images: PositiveInt = 200
+    num_class_images: NumImages = 200
     """Number of class images; the paper draws about 1000."""
     class_dir: LocalPath | None = None
     """Folder of class images. A folder with your own pictures is used as it is. Default: in the cache, by content."""
     sampler: Sampler = "ddpm"
     """Sampler for class images; the paper uses the ancestral one, ``ddpm``."""
-    num_inference_steps: PositiveInt = 50
+    num_inference_steps: NumSteps = 50
     """Sampling steps for class images."""
     guidance_scale: Annotated[float, Field(ge=0)] = 7.5
     """Classifier-free guidance for class images."""
-    sample_batch_size: PositiveInt = 4
+    sample_batch_size: BatchSize = 4
     """Class images drawn at once."""
     precision: Precision | None = None
     """Type in which the frozen model draws class images. Default: fp16 on CUDA devices, fp32 on the CPU."""
@@ -154,11 +158,11 @@ class PriorConfig(Section):
 class TrainingConfig(Section):
     """The training loop."""
 
-    max_train_steps: PositiveInt = 800
+    max_train_steps: NumSteps = 800
     """Optimizer steps."""
-    train_batch_size: PositiveInt = 1
+    train_batch_size: BatchSize = 1
     """Photos per batch; prior preservation adds as many class images."""
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: NumSteps = 1
     """Batches per optimizer step."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
     """Learning rate of the UNet."""
@@ -198,6 +202,9 @@ class TrainingConfig(Section):
     the CPU."""
     allow_tf32: bool = False
     """Let CUDA devices multiply fp32 matrices in TF32."""
+    compile: bool = False
+    """Compile the residual and transformer blocks with ``torch.compile``, which takes minutes before the first steps.
+    Results differ from those without it in the last bits. No gain has been measured on a card yet."""
 
 
 class ObjectiveConfig(Section):
@@ -244,7 +251,7 @@ class LoraConfig(Section):
 
     enabled: bool = False
     """Train adapters instead of the weights; with ``training.train_text_encoder``, in the text encoder too."""
-    rank: PositiveInt = 16
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
     """Rank of the adapters."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Adapters are scaled by ``alpha / rank``. Default: the rank, so that the scale is 1."""
@@ -300,6 +307,10 @@ class MemoryConfig(Section):
     been measured on a card yet."""
     tiled_samples: bool | None = None
     """Draw samples during training one at a time, and decode them in tiles in the type of the weights."""
+    micro_batches: Annotated[int, Field(ge=0)] | None = None
+    """Compute each batch in so many parts, one after the other, and step on the mean of their gradients, with the noise
+    that the whole batch would have. Results differ only by rounding. Default: 0, batches as a whole, until memory runs
+    out."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention implementation; xformers needs a CUDA device."""
     techniques: dict[str, bool | int | float | str | None] = {}
@@ -311,6 +322,8 @@ class CheckpointingConfig(Section):
 
     every: PositiveInt = 500
     """Steps between checkpoints; the last step always has one."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = 15.0
+    """Also save a checkpoint when the last one is so many minutes old; null does not."""
     keep: PositiveInt | None = 2
     """How many complete checkpoints to keep; null keeps all, except those that were made only for samples."""
     copy_to: LocalPath | None = None
@@ -329,11 +342,11 @@ class SamplingConfig(Section):
     """Also draw samples before the first step, with the model as it was."""
     every: PositiveInt | None = None
     """Steps between samples. Default: at every checkpoint."""
-    num_images: PositiveInt = 4
+    num_images: BatchSize = 4
     """Images per prompt."""
     sampler: Sampler = "ddim"
     """Sampler for the samples."""
-    num_inference_steps: PositiveInt = 25
+    num_inference_steps: NumSteps = 25
     """Sampling steps."""
     guidance_scale: Annotated[float, Field(ge=0)] = 7.5
     """Classifier-free guidance (arXiv:2207.12598)."""

@@ -36,6 +36,7 @@ class StrategyField:
         traced: The measurements that depend on the field. Each has a function that maps values to keys; values with
             the same key share one measurement.
         applies: Whether the field has an effect in a configuration; it stays None otherwise.
+        is_exact: Whether its values differ only in memory and time, so that a run that is out of memory may change it.
     """
 
     path: str
@@ -47,6 +48,7 @@ class StrategyField:
     overhead: Callable[[Any], float]
     traced: Mapping[Trace, Callable[[Any], Hashable]]
     applies: Callable[[Config], bool] = lambda config: True
+    is_exact: bool = False
 
     @property
     def name(self) -> str:
@@ -73,6 +75,7 @@ def switch(
     rank: int = 3,
     overhead: float = 0.0,
     traced: Iterable[Trace] = ("train",),
+    is_exact: bool = False,
 ) -> StrategyField:
     """Return a field that is on or off, and off in a run without a plan.
 
@@ -83,6 +86,7 @@ def switch(
         rank: As in :class:`StrategyField`.
         overhead: Fraction of a step's time that it costs.
         traced: The measurements that depend on it.
+        is_exact: As in :class:`StrategyField`.
     """
 
     def said(config: Config) -> str | None:
@@ -97,6 +101,7 @@ def switch(
         effort=int,
         overhead=lambda is_on: overhead * is_on,
         traced=dict.fromkeys(traced, bool),
+        is_exact=is_exact,
     )
     return field
 
@@ -121,6 +126,11 @@ def _placement_in_words(config: Config) -> str:
         return f"checkpointed {placement}"
     blocks = [name for name, kind in placement.items() if kind != "none"]
     return f"checkpointed {' and '.join(blocks)}" if len(blocks) <= 2 else f"checkpointed {len(blocks)} blocks"
+
+
+def _parts_in_words(config: Config) -> str | None:
+    parts = config.memory.micro_batches or 0
+    return f"batches in {parts} parts" if parts > 1 else None
 
 
 def _depth(placement: Placement | Mapping[str, Placement]) -> int:
@@ -189,6 +199,7 @@ FIELDS: tuple[StrategyField, ...] = (
         effort=_depth,
         overhead=_free,  # what is recomputed is counted block by block
         traced={"train": _itself},
+        is_exact=True,
     ),
     switch(
         "memory.fused_layers",
@@ -198,21 +209,34 @@ FIELDS: tuple[StrategyField, ...] = (
         traced=("train", "sample"),
     ),
     switch("memory.channels_last", "channels_last", rank=2, traced=("train", "sample")),
-    switch("memory.optimizer_in_backward", "optimizer in backward", choices=choices.gradients),
+    switch("memory.optimizer_in_backward", "optimizer in backward", choices=choices.gradients, is_exact=True),
     switch(
         "memory.stream_optimizer_state",
         "streamed optimizer state",
         choices=choices.optimizer_states,
         overhead=0.03,  # copies to the host and back take bandwidth and launches
         traced=("resident", "train"),
+        is_exact=True,
     ),
     switch(
         "memory.offload_checkpoints",
         "checkpoints on the host",
         choices=choices.offload_checkpoints,
         overhead=0.03,
+        is_exact=True,
     ),
-    switch("memory.tiled_samples", "tiled samples", traced=("sample",)),
+    switch("memory.tiled_samples", "tiled samples", traced=("sample",), is_exact=True),
+    StrategyField(
+        path="memory.micro_batches",
+        choices=choices.whole_batches,
+        plain=lambda config: 0,
+        words=_parts_in_words,
+        rank=3,
+        effort=int,
+        overhead=lambda parts: 0.02 * max(0, parts - 1),  # smaller batches use a card less well
+        traced={"train": lambda parts: max(1, parts)},
+        is_exact=True,
+    ),
     StrategyField(
         path="training.clipping",
         choices=choices.clipping,

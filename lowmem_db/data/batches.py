@@ -114,6 +114,18 @@ class BatchSource:
     conditioning_dropout: float = 0.0
     caption_variants: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
+    def in_parts(self, count: int) -> "BatchSource":
+        """Return a source whose batches are parts of these, with the same samples and random numbers.
+
+        Args:
+            count: Parts of each batch; it divides the batch size, and all photos have the same size.
+        """
+        return replace(
+            self,
+            train_batch_size=self.train_batch_size // count,
+            gradient_accumulation_steps=self.gradient_accumulation_steps * count,
+        )
+
     def batches_at(self, step: int) -> list[Batch]:
         """Return the batches of one optimizer step; all images in a batch have the same size.
 

@@ -256,18 +256,21 @@ def _upright(image: Image.Image, path: Path) -> Image.Image:
 def _to_srgb(image: Image.Image, path: Path) -> Image.Image:
     """Convert any Pillow mode to sRGB on white."""
     profile = image.info.get("icc_profile")
-    colour, alpha = _split_alpha(_to_8_bits(image))
+    colour, alpha = _split_alpha(_to_8_bits(image, path))
     rgb = _apply_profile(colour, profile, path) if profile else colour.convert("RGB")
     if alpha is None:
         return rgb
     return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
+def _to_8_bits(image: Image.Image, path: Path) -> Image.Image:
     """Scale greyscale with 16 bits or more to 8 bits; Pillow would clip it."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        count = int((~np.isfinite(values)).sum())
+        raise DataError(f"{path}: has {count} pixels that are infinite or NaN; save it again as 8-bit PNG or JPEG")
     grey = np.clip(values * (255 / _white(image.mode, float(values.max()))), 0, 255)
     return Image.fromarray(grey.round().astype(np.uint8))
 

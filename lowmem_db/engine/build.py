@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_db import nvidia
+from lowmem_db.adaptation.base import Adaptation
 from lowmem_db.adaptation.finding import find_adaptation
 from lowmem_db.adaptation.layers import count_trained, that_train
 from lowmem_db.config.schema import Config
@@ -37,8 +38,9 @@ class Prepared:
 
 def prepare_modules(config: Config, model: ModelFolder, device: torch.device) -> Prepared:
     """Load a model and put what trains into it; the arguments are those of :func:`build_step`."""
-    modules = _load_denoiser(config, model, device).modules()
-    attached = find_adaptation(config).attach(modules)
+    adaptation = find_adaptation(config)
+    modules = _load_denoiser(config, adaptation, model, device).modules()
+    attached = adaptation.attach(modules)
     return Prepared(modules=dict(modules), extra_bits=attached.extra_bits)
 
 
@@ -79,15 +81,17 @@ def build_step(
 def count_on_meta(config: Config, model: ModelFolder) -> dict[str, int]:
     """Return how many parameters of each component will train, without reading weights."""
     resolved = resolve(config)
-    denoiser = _load_denoiser(resolved, model, torch.device("meta"))
-    find_adaptation(resolved).attach(denoiser.modules())
+    adaptation = find_adaptation(resolved)
+    denoiser = _load_denoiser(resolved, adaptation, model, torch.device("meta"))
+    adaptation.attach(denoiser.modules())
     return count_trained(denoiser.modules())
 
 
-def _load_denoiser(config: Config, model: ModelFolder, device: torch.device) -> Denoiser:
-    family, dtype = model.family, find_adaptation(config).load_dtype()
+def _load_denoiser(config: Config, adaptation: Adaptation, model: ModelFolder, device: torch.device) -> Denoiser:
+    family, dtype = model.family, adaptation.load_dtype()
     names = [family.denoiser, *(family.text_encoders if config.training.train_text_encoder else ())]
-    modules = {name: model.load(name, device, dtype) for name in names}
+    with adaptation.reading():
+        modules = {name: model.load(name, device, dtype) for name in names}
     return Denoiser(family, modules, AUTOCAST_TYPES[autocast(config)])
 
 

@@ -7,6 +7,7 @@ needed, and either stay in memory or are loaded for use.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -20,14 +21,18 @@ from lowmem_db.config.schema import ObjectiveConfig
 from lowmem_db.console import track
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.data.crops import whole_picture_facts
+from lowmem_db.errors import NonFiniteError
+from lowmem_db.finite import is_finite
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.families.spaces import Codec
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
+from lowmem_db.out_of_memory import first_that_fits
 from lowmem_db.records import Conditioning, Size
 from lowmem_db.sampling.images import to_images
 from lowmem_db.sampling.latents import SamplingSettings, sample_latents
 
+_WAY_OUT = "close other programs, choose a smaller resolution or fp16, or draw on the CPU (device=cpu)"
 _Lent = TypeVar("_Lent")
 Lend = Callable[[], AbstractContextManager[_Lent]]
 """Returns a context with a loaded model."""
@@ -52,6 +57,33 @@ class Job:
     negative: str = ""
 
 
+@dataclass(kw_only=True)
+class Thrift:
+    """How little is drawn and decoded at once. What ran out of memory once is not tried again.
+
+    Attributes:
+        at_once: The most images in a batch; None: as many as a job asks for.
+        tiled: Whether pictures are decoded in tiles.
+    """
+
+    at_once: int | None = None
+    tiled: bool = False
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether memory ran out."""
+        return self.tiled or self.at_once is not None
+
+    def batch_sizes(self, wanted: int) -> Iterator[int]:
+        """Yield the batch size to try first, and smaller ones down to a single image."""
+        size = min(wanted, self.at_once or wanted)
+        yield size
+        while size > 1:
+            size = -(-size // 2)
+            self.at_once = size
+            yield size
+
+
 @dataclass(frozen=True, kw_only=True)
 class Artist:
     """A model and its sampling settings.
@@ -74,6 +106,9 @@ class Artist:
             denoiser: The denoiser; its mode is not changed.
             conditioning: One row for each prompt of the job, and one for the negative prompt at the end.
             job: The images to draw.
+
+        Raises:
+            NonFiniteError: They are infinite or NaN.
         """
         space, (height, width) = self.model.space, job.size
         picture = denoiser.family.describe_pictures(whole_picture_facts(job.size, len(job.prompts) + 1))
@@ -91,7 +126,14 @@ class Artist:
                 )
                 for first in range(0, len(job.generators), count)
             ]
-        return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        latents = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        if not is_finite(latents):
+            kind = str(denoiser.dtype).removeprefix("torch.")
+            raise NonFiniteError(
+                f"{self.model.name}: the images of {job.prompts[0]!r} are infinite or NaN before they are decoded "
+                f"(computed in {kind})"
+            )
+        return latents
 
 
 def draw(
@@ -103,8 +145,9 @@ def draw(
     *,
     jobs_at_once: int | None = None,
     progress: str | None = None,
+    thrift: Thrift | None = None,
 ) -> Iterator[list[Image]]:
-    """Yield the images of each job.
+    """Yield the images of each job. Out of memory, smaller batches are drawn, and pictures are decoded in tiles.
 
     Args:
         artist: The model and its settings.
@@ -114,20 +157,54 @@ def draw(
         codec: Lends the decoder; if both are loaded for use, only one of them is in memory at a time.
         jobs_at_once: Number of jobs drawn before they are decoded; an interruption loses them. Default: all.
         progress: Label of the progress bar. Default: no progress bar.
+        thrift: What ran out of memory before; changed where memory runs out. Default: nothing did.
+
+    Raises:
+        BudgetError: There is not enough memory for a single image.
     """
+    thrift = thrift or Thrift()
     waiting = iter(jobs if progress is None else track(jobs, progress, len(jobs)))
     for first in waiting:
         together = chain([first], islice(waiting, (jobs_at_once or len(jobs)) - 1))
         with denoiser() as loaded:
-            latents = [
-                _on_host(artist.latents(loaded, table.conditioning([*job.prompts, job.negative]), job))
-                for job in together
-            ]
+            latents = []
+            for job in together:
+                told = table.conditioning([*job.prompts, job.negative])
+                latents.append(_on_host(_latents(artist, loaded, told, job, thrift)))
             del loaded
         with codec() as decoder:
             for drawn in latents:
-                yield to_images(decoder.decode(drawn))
+                yield to_images(_decoded(artist, decoder, drawn, thrift))
             del decoder
+
+
+def _latents(artist: Artist, denoiser: Denoiser, conditioning: Conditioning, job: Job, thrift: Thrift) -> Tensor:
+    """Draw the latents of a job in the largest batches that fit; the noise of an image is the same in all of them."""
+    starts = [generator.get_state() for generator in job.generators]
+
+    def attempt(size: int) -> Tensor:
+        for generator, start in zip(job.generators, starts, strict=True):
+            generator.set_state(start)
+        return artist.latents(denoiser, conditioning, replace(job, at_once=size))
+
+    sizes = thrift.batch_sizes(job.at_once or len(job.generators))
+    return first_that_fits(
+        "drawing",
+        ((f"with {size} image{'s' * (size > 1)} at a time", partial(attempt, size)) for size in sizes),
+        _WAY_OUT,
+    )
+
+
+def _decoded(artist: Artist, decoder: Codec, latents: Tensor, thrift: Thrift) -> Tensor:
+    def in_tiles() -> Tensor:
+        thrift.tiled = True
+        decoder.decode_in_tiles(latents.shape[-1] * artist.model.space.cell)
+        return decoder.decode(latents)
+
+    whole = ("in one piece", partial(decoder.decode, latents))
+    return first_that_fits(
+        "decoding", [*([] if thrift.tiled else [whole]), ("in tiles, which are blended", in_tiles)], _WAY_OUT
+    )
 
 
 def kept(value: _Lent) -> Lend[_Lent]:

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from lowmem_db.engine.draw import Artist, Job, draw, loaded_for_use
+from lowmem_db.engine.fitting import too_many_steps
 from lowmem_db.engine.source import ImageSource
 from lowmem_db.errors import DataError
 from lowmem_db.randomness import generator
@@ -39,11 +40,14 @@ def generate_images(
         dtype: Type to compute in.
 
     Raises:
-        DataError: The resolution is not a multiple of the size of a latent pixel.
+        DataError: The resolution is not a multiple of the size of a latent pixel, or there are more sampling steps than
+            the model's noise schedule has.
         ConfigError: The model predicts epsilon and its last timestep is pure noise.
     """
     check_resolution(source, resolution)
-    source.model.family.sampler(source.model, settings.sampler, source.objective)  # refuses what it cannot draw
+    steps = settings.num_inference_steps
+    if problem := too_many_steps("--num-inference-steps", source.model, settings.sampler, steps, source.objective):
+        raise DataError(problem)
     table = source.embed([*prompts, ""], device, dtype)
     artist = Artist(model=source.model, settings=settings, objective=source.objective)
     jobs = [

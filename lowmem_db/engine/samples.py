@@ -10,7 +10,7 @@ from torch import nn
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
-from lowmem_db.engine.draw import Artist, Job, draw, loaded_for_use
+from lowmem_db.engine.draw import Artist, Job, Thrift, draw, loaded_for_use
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.families.spaces import Codec
 from lowmem_db.models.folder import ModelFolder
@@ -22,22 +22,33 @@ from lowmem_db.storage.run_folder import RunFolder
 
 
 def draw_samples(
-    config: Config, model: ModelFolder, denoiser: Denoiser, prompts: PromptTable, run: RunFolder, step: int
+    config: Config,
+    model: ModelFolder,
+    denoiser: Denoiser,
+    prompts: PromptTable,
+    run: RunFolder,
+    thrift: Thrift,
+    step: int,
 ) -> None:
     """Draw ``sampling.num_images`` images of each of ``sampling.prompts`` into ``samples/step-N/``, with a grid."""
-    rows = draw_images(config, model, denoiser, prompts, config.sampling.prompts)
+    rows = draw_images(config, model, denoiser, prompts, config.sampling.prompts, thrift)
     folder = run.samples_dir(step)
     write_folder(folder, lambda temporary: save_rows(temporary, rows))
     say(f"samples of step {step}: {folder / GRID_FILE}")
 
 
 def draw_images(
-    config: Config, model: ModelFolder, denoiser: Denoiser, table: PromptTable, prompts: Sequence[str]
+    config: Config,
+    model: ModelFolder,
+    denoiser: Denoiser,
+    table: PromptTable,
+    prompts: Sequence[str],
+    thrift: Thrift | None = None,
 ) -> list[tuple[str, list[Image]]]:
     """Draw ``sampling.num_images`` images of each prompt; return each prompt with its images."""
     codec = loaded_for_use(partial(load_decoder, config, model, denoiser), denoiser.device)
     jobs = [sample_job(config, prompt) for prompt in prompts]
-    images = draw(sample_artist(config, model), table, jobs, partial(evaluating, denoiser), codec)
+    images = draw(sample_artist(config, model), table, jobs, partial(evaluating, denoiser), codec, thrift=thrift)
     return list(zip(prompts, images, strict=True))
 
 

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem_db.adaptation.lora_base import find_base
 from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, lora_of_checkpoint, put_into, read_lora
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config, ObjectiveConfig
 from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
-from lowmem_db.errors import DataError
+from lowmem_db.errors import CheckpointError, DataError, ModelError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.finding import final_model_of, find_model, model_of
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.text_encoders import embed_prompts
+from lowmem_db.storage.checksums import MANIFEST
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_state
 
@@ -80,16 +82,38 @@ class ImageSource:
             put_into(component, module, self.lora)
         if self.checkpoint is None or not (self.checkpoint / f"{component}.safetensors").is_file():
             return
-        module.load_state_dict(read_state(self.checkpoint / f"{component}.safetensors"))
+        _load(module, self.checkpoint / f"{component}.safetensors")
         if self.run_config is not None and self.run_config.ema.enabled:
-            average = read_state(self.checkpoint / "ema.safetensors")
-            prefix = f"{component}."
-            own = {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
-            module.load_state_dict(own, strict=False)
+            _load(module, self.checkpoint / "ema.safetensors", prefix=f"{component}.")
 
 
-def find_source(source: str) -> ImageSource:
+def _load(module: nn.Module, file: Path, prefix: str | None = None) -> None:
+    """Load the weights of a checkpoint; with a prefix, only those whose names begin with it, which may be some of them.
+
+    Raises:
+        CheckpointError: They do not belong to this model.
+        StorageError: The file is damaged.
+    """
+    state = read_state(file)
+    if prefix is not None:
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    try:
+        found = module.load_state_dict(state, strict=prefix is None)
+        if found.unexpected_keys:
+            raise KeyError(found.unexpected_keys[0])
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{file}: does not fit the base model of its run ({reason}); delete {file.parent} to draw from an older one"
+        ) from error
+
+
+def find_source(source: str, base: str | None = None) -> ImageSource:
     """Find a model to draw from: the final model of a run, or else its newest checkpoint; or any model.
+
+    Args:
+        source: A run folder, a LoRA, or anything that ``model.base`` accepts.
+        base: The base model of a LoRA. Default: that of its run, or the local one whose content key its file holds.
 
     Raises:
         DataError: A run folder has neither.
@@ -97,17 +121,20 @@ def find_source(source: str) -> ImageSource:
     """
     run = RunFolder(Path(source))
     if not run.config_file.is_file():
-        return _lora_source(Path(source)) or ImageSource(model=find_model(source))
+        found = _lora_source(Path(source), None, base)
+        return found or _without_base(ImageSource(model=find_model(source)), base)
     config = load_config(run.config_file)
-    if (of_lora := _lora_source(run.final_dir, config)) is not None:
+    if (of_lora := _lora_source(run.final_dir, config, base)) is not None:
         return of_lora
     if run.final_dir.is_dir():
-        return ImageSource(model=final_model_of(config, run.final_dir), run_config=config)
+        _remark_on_age(run.final_dir)
+        return _without_base(ImageSource(model=final_model_of(config, run.final_dir), run_config=config), base)
     steps = run.complete_steps()
     if not steps:
         raise DataError(f"{run.root}: the run has no final model and no complete checkpoint yet; train it first")
     say(f"the run is not finished: drawing from its checkpoint of step {steps[-1]}")
-    model, checkpoint = model_of(config), run.checkpoint_dir(steps[-1])
+    model = find_model(base) if base is not None else model_of(config, fetch=False)
+    checkpoint = run.checkpoint_dir(steps[-1])
     if config.lora.enabled:
         files = tuple(sorted(checkpoint.glob("*.safetensors")))
         return ImageSource(
@@ -116,12 +143,32 @@ def find_source(source: str) -> ImageSource:
     return ImageSource(model=model, checkpoint=checkpoint, run_config=config)
 
 
-def _lora_source(folder: Path, run_config: Config | None = None) -> ImageSource | None:
+def _lora_source(folder: Path, run_config: Config | None, base: str | None) -> ImageSource | None:
     """Return the base model and the adapters if a folder holds a LoRA, as ``final/`` of a LoRA run does."""
     if not (folder / LORA_FILE).is_file():
         return None
     lora = read_lora(folder / LORA_FILE)
-    if run_config is None and not lora.base:
-        raise DataError(f"{folder / LORA_FILE}: does not name its base model; draw from the run folder instead")
-    model = find_model(**lora.base) if run_config is None else model_of(run_config)
+    owner = run_config or _config_of_owner(folder)
+    if owner is None or base is not None:
+        model = find_base(lora, source=str(folder), given=base)
+    else:
+        model = model_of(owner, fetch=False)
     return ImageSource(model=model, lora=lora, lora_files=(folder / LORA_FILE,), run_config=run_config)
+
+
+def _config_of_owner(folder: Path) -> Config | None:
+    """Return the configuration of the run if this is its ``final/``."""
+    run = RunFolder(folder.absolute().parent)
+    is_final = folder.absolute() == run.final_dir and run.config_file.is_file()
+    return load_config(run.config_file) if is_final else None
+
+
+def _without_base(found: ImageSource, base: str | None) -> ImageSource:
+    if base is not None:
+        raise ModelError(f"--base: {base} has no effect, because {found.model.name} is a whole model; leave it out")
+    return found
+
+
+def _remark_on_age(final: Path) -> None:
+    if not (final / MANIFEST).is_file():
+        say(f"{final}: was written by an older version without checksums, so its files are not verified")

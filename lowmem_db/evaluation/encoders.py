@@ -34,7 +34,7 @@ from lowmem_db.evaluation.efficientnet_lite import NUM_FEATURES, EfficientNetLit
 from lowmem_db.evaluation.lpips import Lpips
 from lowmem_db.evaluation.metrics import cosine_distances
 from lowmem_db.evaluation.preprocessing import read_preprocessing
-from lowmem_db.models.loading import hide_loading_bars
+from lowmem_db.models.loading import check_finite, check_names, hide_loading_bars
 
 BATCH_SIZE = 16
 """Batch size."""
@@ -143,6 +143,7 @@ class EfficientNetEncoder(Encoder):
         weights = torch.load(files.path, map_location="cpu", weights_only=True)
         self.network = EfficientNetLite0()
         self.network.load_state_dict({name: value for name, value in weights.items() if not name.startswith("_fc.")})
+        check_finite(files.path, self.network)
         self.network.to(device).eval().requires_grad_(False)
 
     def embed_images(self, images: Images) -> Float[Tensor, "n d"]:
@@ -187,7 +188,7 @@ class DinoEncoder(Encoder):
         super().__init__(files, device)
         self.preprocess = read_preprocessing(files.path)
         hide_loading_bars()
-        network: Any = ViTModel.from_pretrained(files.path, add_pooling_layer=False, local_files_only=True)
+        network = _load_whole(ViTModel, files.path, add_pooling_layer=False)
         self.network = network.to(device).eval().requires_grad_(False)
 
     def embed_images(self, images: Images) -> Float[Tensor, "n d"]:
@@ -207,7 +208,7 @@ class ClipEncoder(Encoder):
         super().__init__(files, device)
         self.preprocess = read_preprocessing(files.path)
         hide_loading_bars()
-        network: Any = CLIPModel.from_pretrained(files.path, local_files_only=True)
+        network = _load_whole(CLIPModel, files.path)
         self.network = network.to(device).eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(files.path, local_files_only=True)
 
@@ -233,6 +234,7 @@ class LpipsEncoder(Encoder):
     def __init__(self, files: EncoderFiles, device: torch.device) -> None:
         super().__init__(files, device)
         self.network = Lpips(_read_weights(files.path)).to(device)
+        check_finite(files.path, self.network)
 
     @torch.no_grad()
     def distances(self, images: Images) -> Float[Tensor, " pairs"]:
@@ -244,6 +246,19 @@ class LpipsEncoder(Encoder):
             for one, other in combinations(pixels, 2)
         ]
         return torch.cat(found) if found else torch.zeros(0)
+
+
+def _load_whole(kind: Any, path: Path, **options: Any) -> Any:
+    """Load a network of transformers; parts of the files that it does not use, such as a pooling layer, are allowed.
+
+    Raises:
+        ModelError: A tensor is missing, which transformers would draw at random.
+        NonFiniteError: A weight is infinite or NaN.
+    """
+    network, found = kind.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
+    check_names(path, missing=found["missing_keys"], unexpected=())
+    check_finite(path, network)
+    return network
 
 
 @torch.no_grad()

@@ -40,7 +40,9 @@ class Lpips(nn.Module):
         self.net = build()
         try:
             self.net.load_state_dict(_part(weights, "net."))
-            heads = [weights[f"lin{index}.model.1.weight"].flatten() for index in range(len(self.net))]
+            heads = [
+                weights[f"lin{index}.model.1.weight"].reshape(width) for index, width in enumerate(_widths(self.net))
+            ]
         except (RuntimeError, KeyError) as error:
             raise ModelError(
                 f"these LPIPS weights are incomplete ({' '.join(str(error).split())[:200]}); {_ALLOWED}"
@@ -104,6 +106,12 @@ def _slices(layers: list[nn.Module], ends: "tuple[int, ...] | list[int]") -> nn.
             part.add_module(str(number), layers[number])
         backbone.add_module(f"slice{index + 1}", part)
     return backbone
+
+
+def _widths(backbone: nn.Sequential) -> list[int]:
+    """Return the number of channels of each slice."""
+    convolutions = [[layer for layer in part.modules() if isinstance(layer, nn.Conv2d)] for part in backbone]
+    return [found[-1].out_channels for found in convolutions]
 
 
 def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ visible; the page saves the answers as a file.
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from lowmem_db.evaluation.folders import Limits, SubjectFiles, find_subjects
 from lowmem_db.randomness import derive_seed, permutation
 from lowmem_db.sampling.images import make_folder
 from lowmem_db.storage.atomic import write_text
+from lowmem_db.storage.pages import embedded, with_policy
 
 Kind = Literal["subject", "prompt"]
 NUM_PAIRS = 25
@@ -107,7 +107,7 @@ def write_questionnaires(
         seed: Decides which method is image A.
     """
     study = fingerprint.of_values(kind, str(seed), list(names), [_identity(pair) for pair in pairs])
-    template = _TEMPLATE.read_text(encoding="utf-8")
+    template = with_policy(_TEMPLATE.read_text(encoding="utf-8"))
     pages = []
     for number, start in enumerate(range(0, len(pairs), num_pairs), start=1):
         pictures: dict[str, str] = {}
@@ -119,7 +119,7 @@ def write_questionnaires(
         content["pictures"] = pictures
         content["questionnaire"] = fingerprint.of_values(content)
         page = folder / f"questionnaire-{kind}-{number:02d}.html"
-        write_text(page, template.replace(_PLACEHOLDER, json.dumps(content).replace("<", "\\u003c")))
+        write_text(page, template.replace(_PLACEHOLDER, embedded(content)))
         pages.append((page, len(questions)))
     return pages
 

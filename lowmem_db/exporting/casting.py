@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lowmem_db.errors import ModelError
+from lowmem_db.errors import ModelError, NonFiniteError
+from lowmem_db.finite import is_finite
 
 
 def stored_dtype(dtype: torch.dtype, precision: torch.dtype | None) -> torch.dtype:
@@ -16,8 +17,14 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
     Raises:
         ModelError: A finite weight would become infinite.
+        NonFiniteError: It is infinite or NaN already.
     """
+    if not is_finite(tensor):
+        raise NonFiniteError(
+            f"{name}: has values that are infinite or NaN, so nothing is written; export an earlier checkpoint, or "
+            "train again with a lower learning rate"
+        )
     converted = tensor.to(dtype)
-    if dtype == torch.float16 != tensor.dtype and bool((converted.isinf() & tensor.isfinite()).any()):
+    if not is_finite(converted):
         raise ModelError(f"--precision: {name} has values that are too large for fp16; allowed: bf16, fp32")
     return converted

@@ -1,17 +1,17 @@
 """Exporting a folder in diffusers' layout, in any precision."""
 
-import shutil
 from pathlib import Path
 
 import torch
 
 from lowmem_db.exporting.casting import cast, stored_dtype
 from lowmem_db.exporting.source import ExportSource, refuse_existing
+from lowmem_db.models.copying import copy_known_files
+from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.stored_weights import read_header
 from lowmem_db.storage.atomic import write_folder
+from lowmem_db.storage.checksums import MANIFEST, check_folder
 from lowmem_db.storage.tensor_stream import StreamedTensor, write_streamed
-
-_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
 
 
 def export_diffusers(source: ExportSource, out: Path, precision: torch.dtype | None = None) -> None:
@@ -27,17 +27,18 @@ def export_diffusers(source: ExportSource, out: Path, precision: torch.dtype | N
         StorageError: The disk is full.
     """
     refuse_existing(out)
-    write_folder(out, lambda temporary: _fill(source.model.path, temporary, precision))
+    write_folder(out, lambda temporary: _fill(source.model, temporary, precision))
 
 
-def _fill(source: Path, folder: Path, precision: torch.dtype | None) -> None:
-    for file in sorted(source.rglob("*")):
-        target = folder / file.relative_to(source)
-        if file.suffix == ".safetensors":
-            _convert(file, target, precision)
-        elif file.is_file() and file.suffix not in _WEIGHTS:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+def _fill(source: ModelFolder, folder: Path, precision: torch.dtype | None) -> None:
+    check_folder(source.path)
+    parts = [part for part in sorted(source.path.iterdir()) if part.is_dir() and not part.name.startswith(".")]
+    for part in (source.path, *parts):
+        target = folder / part.relative_to(source.path)
+        copy_known_files(part, target, root=source.path, weights=False)
+        for file in sorted(part.glob("*.safetensors")):
+            _convert(file, target / file.name, precision)
+    (folder / MANIFEST).unlink(missing_ok=True)  # of other weights
 
 
 def _convert(file: Path, target: Path, precision: torch.dtype | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_db.adaptation.lora_base import find_base
 from lowmem_db.adaptation.lora_file import LoraFile, put_into
 from lowmem_db.adaptation.low_rank import merge
 from lowmem_db.console import track
@@ -58,6 +59,7 @@ def extract_lora(source: ExportSource, base: ModelFolder, rank: int) -> tuple[Lo
     state: dict[str, Tensor] = {}
     all_norms: dict[str, ChangeNorms] = {}
     for component in (base.family.denoiser, *base.family.text_encoders):
+        source.model.verify(component)
         after = {name: stored.read for name, stored in stored_weights(source.model, component).items()}
         found, norms = _of_component(component, after, base, rank)
         if norms.total > 0.0:
@@ -113,20 +115,22 @@ def base_of(source: ExportSource, given: str | None) -> ModelFolder:
         return find_model(given)
     if source.config is None:
         raise ModelError(f"--base: {source.name} is not a run and does not name its base model; set --base MODEL")
-    return model_of(source.config)
+    return model_of(source.config, fetch=False)
 
 
-def base_of_lora(source: LoraSource) -> ModelFolder:
+def base_of_lora(source: LoraSource, given: str | None = None) -> ModelFolder:
     """Return the model that a LoRA was trained on.
+
+    Args:
+        source: The LoRA.
+        given: The base model that the user named. Default: that of the run, see also :func:`find_base`.
 
     Raises:
         ModelError: It is not known, or does not exist.
     """
-    if source.config is not None:
-        return model_of(source.config)
-    if not source.lora.base:
-        raise ModelError(f"{source.name}: the LoRA does not name its base model; export it from its run folder")
-    return find_model(**source.lora.base)
+    if source.config is None or given is not None:
+        return find_base(source.lora, source=source.name, given=given)
+    return model_of(source.config, fetch=False)
 
 
 def total_of(norms: Mapping[str, ChangeNorms]) -> ChangeNorms:

@@ -32,7 +32,7 @@ class Request:
         out: Path of the output. Default: named after the source, in the working folder.
         merge: Merge a LoRA into its base model first.
         extract_rank: Rank of a LoRA to extract from a full fine-tuning. Default: do not extract one.
-        base: The model that a fine-tuning started from. Default: that of its run.
+        base: The model that a fine-tuning or a LoRA started from. Default: that of its run.
     """
 
     source: str
@@ -63,10 +63,10 @@ def export_model(request: Request) -> Path:
                 "lora-kohya, lora-diffusers"
             )
         if lora is not None:
-            return _export_lora(request, _baked(lora, request.extract_rank))
+            return _export_lora(request, _baked(lora, request.extract_rank, request.base))
         return _export_extracted(request, find_export_source(request.source), request.extract_rank)
-    if request.base is not None:
-        raise ModelError(f"--base: {request.base} has no effect without --extract-lora RANK; leave it out")
+    if request.base is not None and not request.merge and (lora is None or not is_dora(lora.lora)):
+        raise ModelError(f"--base: {request.base} has no effect without --extract-lora RANK or --merge; leave it out")
     if lora is None:
         if request.merge or _is_of_lora(request):
             asked = "--merge" if request.merge else f"--format {request.layout}"
@@ -83,7 +83,7 @@ def export_model(request: Request) -> Path:
             "it into its base model, or use --format lora-kohya or lora-diffusers"
         )
     if is_dora(lora.lora) and request.layout != "lora-diffusers":
-        lora = _baked(lora, _rank_of_baked(lora))
+        lora = _baked(lora, _rank_of_baked(lora), request.base)
     return _export_lora(request, lora)
 
 
@@ -113,13 +113,13 @@ def _export_merged(request: Request, lora: LoraSource) -> Path:
         raise ModelError(f"--merge: makes a complete model, --format {request.layout} a LoRA; leave one of them out")
     if request.layout == "diffusers":
         out = request.out or Path(f"{lora.name}-diffusers")
-        merge_into_folder(lora, out, request.precision or torch.float32)
+        merge_into_folder(lora, out, request.precision or torch.float32, request.base)
         return out
     out = request.out or Path(f"{lora.name}.safetensors")
     refuse_existing(out)
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".merging-") as temporary:
         folder = Path(temporary) / lora.name
-        merge_into_folder(lora, folder, request.precision or torch.float32)
+        merge_into_folder(lora, folder, request.precision or torch.float32, request.base)
         merged = ExportSource(name=lora.name, model=find_model(str(folder)), config=lora.config)
         return _export_whole(replace(request, out=out), merged)
 
@@ -130,9 +130,9 @@ def _export_extracted(request: Request, source: ExportSource, rank: int) -> Path
     return _export_lora(request, made)
 
 
-def _baked(source: LoraSource, rank: int) -> LoraSource:
+def _baked(source: LoraSource, rank: int, base: str | None) -> LoraSource:
     """Return a DoRA as a plain LoRA, and say how much of it is kept."""
-    made, kept = bake_dora(source, base_of_lora(source), rank)
+    made, kept = bake_dora(source, base_of_lora(source, base), rank)
     say(
         f"{source.name} is a DoRA, which other programs read in different ways, none of them as it was trained; it is "
         f"baked into a plain LoRA of rank {rank} (--extract-lora RANK chooses another, --merge keeps all of it)"

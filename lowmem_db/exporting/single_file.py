@@ -42,6 +42,7 @@ def export_single_file(source: ExportSource, out: Path, precision: torch.dtype |
     beside = configuration_beside(source.model, out)
     tensors: dict[str, StreamedTensor] = {}
     for component in layout.prefixes:
+        source.model.verify(component)
         weights = stored_weights(source.model, component)
         config = source.model.config_of(component)
         for entry in entries_of(layout, component, source.model, weights):

@@ -13,7 +13,7 @@ from lowmem_db.config import strategy
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import StrategyField
 from lowmem_db.errors import ConfigError
-from lowmem_db.memory import attention, channels_last, checkpointing, fused_layers
+from lowmem_db.memory import attention, channels_last, checkpointing, compiling, fused_layers
 from lowmem_db.models.denoiser import Denoiser
 
 Undo = Callable[[], None]
@@ -58,6 +58,15 @@ def _fused_layers(denoiser: Denoiser, config: Config, device: torch.device) -> U
         raise ConfigError(f"memory.fused_layers: {error}; set memory.fused_layers=false") from error
 
 
+def _compiling(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
+    if not config.training.compile or device.type == "meta":
+        return _leave
+    try:
+        return compiling.apply(*denoiser.modules().values())
+    except ValueError as error:
+        raise ConfigError(f"training.compile: {error}; set training.compile=false") from error
+
+
 def _checkpointing(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
     del device
     placement, offload = config.memory.checkpointing, bool(config.memory.offload_checkpoints)
@@ -88,6 +97,11 @@ TECHNIQUES: tuple[Technique, ...] = (
         fields=("memory.fused_layers",),
         apply=_fused_layers,
         check=lambda config, device: fused_layers.check(device) if config.memory.fused_layers else None,
+    ),
+    Technique(
+        fields=("training.compile",),
+        apply=_compiling,
+        check=lambda config, device: compiling.check(device) if config.training.compile else None,
     ),
     Technique(fields=("memory.checkpointing", "memory.offload_checkpoints"), apply=_checkpointing),
     Technique(fields=("memory.tiled_samples",), apply=_in_sampling),

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from lowmem_db import fingerprint
 from lowmem_db.config.schema import default_cache_dir
@@ -15,7 +14,9 @@ from lowmem_db.errors import ModelError
 from lowmem_db.models.families.original_layout import SD1, VAE_PREFIX
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, read_header
-from lowmem_db.storage.atomic import write_folder, write_text
+from lowmem_db.storage.atomic import write_text
+from lowmem_db.storage.checksums import write_checked_folder
+from lowmem_db.storage.locks import locked
 from lowmem_db.storage.tensor_stream import FLOAT8, StreamedTensor, write_streamed
 
 AUTOENCODER_FILE = "diffusion_pytorch_model.safetensors"
@@ -138,10 +139,9 @@ def _folder_of_file(
         tensors = {name: _streamed(stored, shapes[name]) for name, stored in own.items()}
         write_streamed(temporary / AUTOENCODER_FILE, tensors, {"format": "pt"})
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with locked(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():
-            write_folder(folder, fill)
+            write_checked_folder(folder, fill)
     return folder
 
 

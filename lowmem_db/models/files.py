@@ -12,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from lowmem_db import fingerprint
 from lowmem_db.errors import ModelError
+from lowmem_db.models.configurations import check_values
 
+_MAX_BYTES = 1 << 24
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
 
@@ -44,7 +46,11 @@ class ModelFiles:
     def config_of(self, component: str) -> dict[str, Any]:
         """Return the JSON configuration of a component."""
         kind = component.partition("_")[0]
-        return read_json(self.folder_of(component) / _CONFIG_FILES.get(kind, "config.json"))
+        file = self.folder_of(component) / _CONFIG_FILES.get(kind, "config.json")
+        config = read_json(file)
+        if kind != "tokenizer":
+            check_values(config, file)
+        return config
 
     @property
     def index(self) -> dict[str, Any]:
@@ -86,14 +92,16 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: It is missing, damaged, or not a JSON object.
     """
     try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"has {path.stat().st_size:,} bytes; allowed: {_MAX_BYTES:,}")
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"holds a {type(found).__name__}, not a JSON object")
         return found
     except FileNotFoundError:
         raise ModelError(f"{path}: is missing; a complete folder in diffusers' layout is needed") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: is damaged ({error}); download the model again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: is damaged ({' '.join(str(error).split())}); download the model again") from error
 
 
 def _num_values(file: Path) -> int:

@@ -5,6 +5,7 @@ Everything is checked before a weight is read: layout, family, and that the weig
 
 import difflib
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
+from lowmem_db.environment import without_downloads
 from lowmem_db.errors import ModelError
 from lowmem_db.models.autoencoder_override import AUTOENCODER_FILE, with_autoencoder
+from lowmem_db.models.checking import check_model
 from lowmem_db.models.families import FAMILIES, families_of, find_family
 from lowmem_db.models.families.base import Reading
 from lowmem_db.models.files import WEIGHT_SUFFIXES, ModelFiles
@@ -39,6 +42,7 @@ def find_model(
     prompt_chunks: int = 1,
     cache_dir: Path | None = None,
     weights: bool = True,
+    fetch: bool = True,
 ) -> ModelFolder:
     """Find a model and check its layout; a hub id is downloaded first, a single file becomes a folder in the cache.
 
@@ -54,6 +58,7 @@ def find_model(
         cache_dir: Where the folders of single files are kept. Default: the usual cache.
         weights: Whether weights are needed. If not, nothing is downloaded or written: the configuration files are
             enough, and those of well-known models are in this package.
+        fetch: Whether a hub id may be downloaded: if the user, and not a file, has named it.
 
     Raises:
         ModelError: It does not exist, its family is not supported, it has only pickled weights, or the autoencoder is
@@ -61,22 +66,25 @@ def find_model(
         ConfigError: Its text encoders cannot be read so.
     """
     if weights:
-        path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
+        with nullcontext() if fetch else without_downloads():
+            path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
         files = ModelFiles(path=path, variant=variant, allow_pickle=allow_pickle)
         _check_layout(base, files)
         model = _folder_of(base, files)
     else:
         model = _find_configuration(base, revision, variant)
-    if vae is not None and (found := _find_autoencoder(vae, weights=weights)) is not None:
-        model = with_autoencoder(model, vae, found, cache_dir=cache_dir, weights=weights)
+    with nullcontext() if fetch else without_downloads():
+        if vae is not None and (found := _find_autoencoder(vae, weights=weights)) is not None:
+            model = with_autoencoder(model, vae, found, cache_dir=cache_dir, weights=weights)
     if weights:
         _check_weights(model)
+    check_model(model, weights=weights)
     return replace(model, family=model.family.with_reading(model, Reading(clip_skip, prompt_chunks)))
 
 
-def model_of(config: Config, *, weights: bool = True) -> ModelFolder:
+def model_of(config: Config, *, weights: bool = True, fetch: bool = True) -> ModelFolder:
     """Find the base model of a run, see :func:`find_model`."""
-    return find_model(**config.model.model_dump(), cache_dir=config.cache_dir, weights=weights)
+    return find_model(**config.model.model_dump(), cache_dir=config.cache_dir, weights=weights, fetch=fetch)
 
 
 def final_model_of(config: Config, folder: Path) -> ModelFolder:

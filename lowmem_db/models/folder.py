@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 
+from lowmem_db.environment import without_downloads
 from lowmem_db.models.families import Family
 from lowmem_db.models.families.spaces import Space
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.loading import CPU, META
+from lowmem_db.storage.checksums import check_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +35,25 @@ class ModelFolder(ModelFiles):
 
         Raises:
             ModelError: It is damaged.
+            StorageError: A file has changed since this program wrote it.
         """
+        if device.type != "meta":
+            self.verify(component)
         load = self.family.component(component).load
         assert load is not None, f"{component} of {self.family.name} has only a configuration"
-        return load(self, component, device, dtype)
+        with without_downloads():
+            return load(self, component, device, dtype)
+
+    def verify(self, component: str) -> None:
+        """Compare the files of a component with their checksums, if this program wrote the folder.
+
+        Raises:
+            StorageError: One has changed.
+        """
+        if component in self.replaced:
+            check_folder(self.replaced[component])
+        else:
+            check_folder(self.path, below=f"{component}/")
 
     def num_parameters(self, component: str) -> int:
         """Return the number of parameters of a component, whose weights need not be there."""

@@ -1,9 +1,12 @@
 """Loading one component from its folder, or building it on the meta device from its configuration."""
 
+import re
 import warnings
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler
@@ -14,9 +17,13 @@ from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from lowmem_db.errors import ModelError
+from lowmem_db.errors import ModelError, NonFiniteError
+from lowmem_db.finite import first_not_finite, is_finite
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
+from lowmem_db.models.configurations import NONSENSE, own_fields
 from lowmem_db.models.files import ModelFiles
+from lowmem_db.models.reading import read_module, weight_files
+from lowmem_db.out_of_memory import place_of
 
 Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderTAEF2
 _AUTOENCODERS: dict[str, type[ModelMixin]] = {
@@ -25,6 +32,8 @@ _AUTOENCODERS: dict[str, type[ModelMixin]] = {
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 CPU = torch.device("cpu")
 META = torch.device("meta")
+# Tensors that published files have although no component uses them: CLIP's positions and its unused head.
+_UNUSED = re.compile(r"(^|\.)position_ids$|^text_projection\.|^logit_scale$")
 _DAMAGED = (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError, KeyError)
 
 
@@ -39,21 +48,85 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
         dtype: Type of its weights.
 
     Raises:
-        ModelError: It is damaged.
+        ModelError: It is damaged, or lacks tensors.
+        NonFiniteError: A weight is infinite or NaN in ``dtype``.
     """
     if device.type == "meta":
         return nn.Module.to(_build_on_meta(kind, files, component), dtype).eval().requires_grad_(False)
-    hide_loading_bars()
     path = files.folder_of(component)
+    weights = weight_files(path, files.variant_of(component))
+    read = _from_pretrained if not weights or getattr(kind, "_keep_in_fp32_modules", None) else _read
+    try:
+        loaded, found = read(kind, files, component, device, dtype)
+    except _DAMAGED as error:
+        _refuse_damaged(path, error)
+    check_names(path, missing=found["missing_keys"], unexpected=found["unexpected_keys"])
+    if found["mismatched_keys"]:
+        raise ModelError(f"{path}: {found['mismatched_keys'][0]}; download the model again")
+    check_finite(path, loaded)
+    return loaded.to(device).eval().requires_grad_(False)
+
+
+def _read(
+    kind: Any, files: ModelFiles, component: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """Return a module with the tensors of safetensors, read one by one, and the names that do not match."""
+    path = files.folder_of(component)
+    weights = weight_files(path, files.variant_of(component))
+    module, found = read_module(partial(_build, kind, files, component), weights, component, device, dtype)
+    if isinstance(module, PreTrainedModel):
+        module.config.dtype = dtype  # saved configurations name the type, or the folder, as from_pretrained lets them
+    else:
+        module.register_to_config(_name_or_path=str(path))
+    return module, found
+
+
+def _from_pretrained(
+    kind: Any, files: ModelFiles, component: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """Return a module that its library loads onto the host, and the names that do not match."""
+    del device
+    hide_loading_bars()
+    path, config = files.folder_of(component), files.config_of(component)
     options: dict[str, Any] = {"use_safetensors": not files.allow_pickle or _has_safetensors(path)}
     options["torch_dtype" if issubclass(kind, ModelMixin) else "dtype"] = dtype
-    try:
-        loaded: Any = cast("Any", kind).from_pretrained(
-            path, local_files_only=True, variant=files.variant_of(component), **options
+    if issubclass(kind, PreTrainedModel):
+        options["config"] = cast("Any", kind.config_class)(**own_fields(kind.config_class, config))
+    variant = files.variant_of(component)
+    loaded, found = kind.from_pretrained(
+        path, local_files_only=True, variant=variant, output_loading_info=True, **options
+    )
+    return loaded, {**found, "mismatched_keys": []}  # the library has refused those
+
+
+def check_names(path: Path, *, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuse a component whose weight files do not hold the tensors that its configuration needs, and only those.
+
+    Raises:
+        ModelError: A tensor is missing, or there is one that the configuration has no place for.
+    """
+    strangers = (name for name in unexpected if not _UNUSED.search(name))
+    for what, names in (("lack", sorted(missing)), ("have, without a place for them in config.json,", list(strangers))):
+        if names:
+            raise ModelError(
+                f"{path}: its weight files {what} {len(names)} tensor{'s' * (len(names) != 1)}, such as {names[0]}; "
+                "check that config.json belongs to them, or download the model again"
+            )
+
+
+def check_finite(path: Path, module: nn.Module) -> None:
+    """Refuse weights that are infinite or NaN.
+
+    Raises:
+        NonFiniteError: One is; the message names it.
+    """
+    state = module.state_dict()
+    if (name := first_not_finite(state)) is not None:
+        kind = str(state[name].dtype).removeprefix("torch.")
+        raise NonFiniteError(
+            f"{path}: {name} has values that are infinite or NaN in {kind}; download the model again, or, if it is "
+            "whole, choose a wider type"
         )
-    except _DAMAGED as error:
-        raise _damaged(path, error) from error
-    return loaded.to(device).eval().requires_grad_(False)
 
 
 def hide_loading_bars() -> None:
@@ -94,7 +167,7 @@ def load_tokenizer(files: ModelFiles, component: str) -> CLIPTokenizer:
     try:
         return CLIPTokenizer.from_pretrained(path, local_files_only=True)
     except _DAMAGED as error:
-        raise _damaged(path, error) from error
+        _refuse_damaged(path, error)
 
 
 def load_noise_schedule(
@@ -110,8 +183,20 @@ def load_noise_schedule(
         zero_terminal_snr: Whether the last timestep is pure noise. Default: the value in the model's folder.
     """
     changed = schedule_changes(prediction_type, zero_terminal_snr)
-    schedule = DDPMScheduler.from_config(files.config_of("scheduler"), clip_sample=False, **changed)
-    return cast("DDPMScheduler", schedule)
+    try:
+        schedule = DDPMScheduler.from_config(files.config_of("scheduler"), clip_sample=False, **changed)
+    except NONSENSE as error:
+        raise ModelError(
+            f"{files.path / 'scheduler'}: scheduler_config.json does not describe a noise schedule "
+            f"({_in_a_line(error)}); download the model again"
+        ) from error
+    schedule = cast("DDPMScheduler", schedule)
+    if not is_finite(schedule.alphas_cumprod) or not bool((schedule.alphas_cumprod >= 0).all()):
+        raise ModelError(
+            f"{files.path / 'scheduler'}: the noise schedule of scheduler_config.json has values that are no "
+            "probabilities; download the model again"
+        )
+    return schedule
 
 
 def schedule_changes(prediction_type: str | None, zero_terminal_snr: bool | None) -> dict[str, Any]:
@@ -128,17 +213,35 @@ def schedule_changes(prediction_type: str | None, zero_terminal_snr: bool | None
 
 def _build_on_meta(kind: Any, files: ModelFiles, component: str) -> Any:
     """Build a component from its configuration, without weights."""
-    config = files.config_of(component)
     with torch.device("meta"):
+        return _build(kind, files, component)
+
+
+def _build(kind: Any, files: ModelFiles, component: str) -> Any:
+    config = files.config_of(component)
+    try:
         if issubclass(kind, PreTrainedModel):
-            return kind(cast("Any", kind.config_class)(**config))
+            return kind(cast("Any", kind.config_class)(**own_fields(kind.config_class, config)))
         return kind.from_config(config)
+    except NONSENSE as error:
+        raise ModelError(
+            f"{files.folder_of(component)}: config.json does not describe a {kind.__name__} ({_in_a_line(error)}); "
+            "download the model again"
+        ) from error
 
 
 def _has_safetensors(path: Path) -> bool:
     return any(file.suffix == ".safetensors" for file in path.iterdir())
 
 
-def _damaged(path: Path, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())[:200]
-    return ModelError(f"{path}: cannot be loaded ({reason}); check model.base and model.variant, or download it again")
+def _refuse_damaged(path: Path, error: Exception) -> NoReturn:
+    """Raise the error of a damaged component; out of memory is no damage."""
+    if place_of(error) is not None:
+        raise error
+    raise ModelError(
+        f"{path}: cannot be loaded ({_in_a_line(error)}); check model.base and model.variant, or download it again"
+    ) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

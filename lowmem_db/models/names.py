@@ -4,6 +4,8 @@ import re
 
 _OF_CLIP = re.compile(r"(embeddings|encoder\.layers|final_layer_norm)\b")
 _PREFIX = "text_model."
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_NAME = re.compile(r"(mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
 
 
 def published_name(component: str, path: str) -> str:
@@ -14,3 +16,8 @@ def published_name(component: str, path: str) -> str:
     """
     is_of_clip = component.startswith("text_encoder") and _OF_CLIP.match(path) is not None
     return _PREFIX + path if is_of_clip else path
+
+
+def current_name(path: str) -> str:
+    """Return the name that diffusers now has for a tensor of an autoencoder's attention; others keep theirs."""
+    return _OLD_NAME.sub(lambda match: f"{match[1]}.{_OLD_ATTENTION[match[2]]}.", path)

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from lowmem_db_kernels import unpack_extra_bits_eager
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lowmem_db.errors import NonFiniteError
+from lowmem_db.finite import is_finite
+from lowmem_db.models.copying import copy_known_files
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import schedule_changes
 from lowmem_db.models.names import published_name
 
-_OTHER_WEIGHTS = shutil.ignore_patterns("*.bin*", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx")
 _DDIM = "DDIMScheduler"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -53,9 +54,7 @@ def save_model(
         elif has_weights and not _has_usual_weights(source, component):
             save_component(folder / component, source.load(component), dtype=torch.float32)
         else:
-            shutil.copytree(
-                source.folder_of(component), folder / component, copy_function=shutil.copyfile, ignore=_OTHER_WEIGHTS
-            )
+            copy_known_files(source.folder_of(component), folder / component, root=source.folder_of(component).parent)
     index = {"_diffusers_version": diffusers.__version__} | source.family.finished_index(source.index)
     if changed := schedule_changes(prediction_type, zero_terminal_snr):
         index["scheduler"] = ["diffusers", _change_scheduler(folder / "scheduler" / "scheduler_config.json", changed)]
@@ -104,10 +103,16 @@ def save_component(
 def published_state(
     component: str, module: nn.Module, dtype: torch.dtype, extra_bits: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return a module's weights under the names of the published files, joined with their extra bits."""
+    """Return a module's weights under the names of the published files, joined with their extra bits.
+
+    Raises:
+        NonFiniteError: One is infinite or NaN.
+    """
     state = {}
     for name, tensor in module.state_dict().items():
         published = published_name(component, name)
+        if not is_finite(tensor):
+            raise NonFiniteError(f"{component}: {published} has values that are infinite or NaN, so nothing is written")
         bits = None if dtype == torch.bfloat16 else (extra_bits or {}).get(name)
         if bits is not None:
             tensor = unpack_extra_bits_eager(tensor.detach(), bits.to(tensor.device))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from lowmem_db import fingerprint
 from lowmem_db.config.schema import default_cache_dir
@@ -17,7 +16,8 @@ from lowmem_db.console import say
 from lowmem_db.models.families.original_layout import Entry
 from lowmem_db.models.single_file import CONFIGS_DIR, SingleFile, recognise
 from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, weights_name
-from lowmem_db.storage.atomic import write_folder
+from lowmem_db.storage.checksums import write_checked_folder
+from lowmem_db.storage.locks import locked
 from lowmem_db.storage.tensor_stream import FLOAT8, StreamedTensor, write_streamed
 
 _FORMAT_VERSION = 1
@@ -40,11 +40,10 @@ def folder_of_file(file: Path, cache_dir: Path | None = None) -> Path:
     key = fingerprint.of_values(_FORMAT_VERSION, fingerprint.of_file(file), model.configs, model.path.name)
     folder = (cache_dir or default_cache_dir()) / "models" / f"{file.stem}-{key[:16]}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        with locked(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():
                 say(f"writing it once as a folder in diffusers' layout: {folder}")
-                write_folder(folder, lambda temporary: write_model(model, temporary))
+                write_checked_folder(folder, lambda temporary: write_model(model, temporary))
     return folder
 
 

@@ -1,6 +1,5 @@
 """The weights of a component on disk in diffusers' layout: all names and shapes at once, tensors one by one."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +9,9 @@ from torch import Tensor
 
 from lowmem_db.errors import ModelError
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.loading import META
-from lowmem_db.models.names import published_name
+from lowmem_db.models.loading import META, check_names
+from lowmem_db.models.names import current_name, published_name
 from lowmem_db.storage.tensor_stream import dtype_of_name
-
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_OLD_NAME = re.compile(r"(mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
 
 
 @dataclass(frozen=True)
@@ -70,11 +66,13 @@ def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor
     for file in _files(model, component, weights_name(model, component).removesuffix(".safetensors")):
         found |= {_published(model, component, name): tensor for name, tensor in read_header(file)[0].items()}
     expected = expected_shapes(model, component)
+    check_names(folder, missing=expected.keys() - found.keys(), unexpected=sorted(found.keys() - expected.keys()))
     for name, shape in expected.items():
-        if name not in found or _matrix(found[name].shape) != _matrix(shape):
-            there = list(found[name].shape) if name in found else "missing"
-            wanted = f"but config.json needs {list(shape)}"
-            raise ModelError(f"{folder}: {name} is {there}, {wanted}; download the model again")
+        if _matrix(found[name].shape) != _matrix(shape):
+            raise ModelError(
+                f"{folder}: {name} is {list(found[name].shape)}, but config.json needs {list(shape)}; download the "
+                "model again"
+            )
     return {name: found[name] for name in expected}
 
 
@@ -97,7 +95,7 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _published(model: ModelFolder, component: str, name: str) -> str:
     if model.family.component(component).role == "autoencoder":
-        return _OLD_NAME.sub(lambda match: f"{match[1]}.{_OLD_ATTENTION[match[2]]}.", name)
+        return current_name(name)
     return published_name(component, name)
 
 
@@ -107,5 +105,7 @@ def _files(model: ModelFolder, component: str, stem: str) -> list[Path]:
     whole = folder / f"{stem}{variant}.safetensors"
     files = [whole] if whole.is_file() else sorted(folder.glob(f"{stem}{variant}-*-of-*.safetensors"))
     if not files:
-        raise ModelError(f"{whole}: is missing; allowed: safetensors weights in one file or in shards")
+        raise ModelError(
+            f"{whole}: is missing; allowed: safetensors weights in one file or in shards; check model.variant"
+        )
     return files

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowmem_db.data.batches import PromptTable
+from lowmem_db.errors import NonFiniteError
+from lowmem_db.finite import first_not_finite, is_finite
 from lowmem_db.models.families.base import Reading
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
@@ -48,4 +50,28 @@ def embed_prompts(model: ModelFolder, text_encoders: Mapping[str, nn.Module], pr
     """
     table = tokenize_prompts(model, prompts)
     embeds = model.family.encode(text_encoders, table.conditioning(prompts).tokens)
+    check_embeds(model, embeds, prompts)
     return table.with_embeds(prompts, {name: rows.cpu() for name, rows in embeds.items()})
+
+
+def check_embeds(model: ModelFolder, embeds: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+    """Refuse embeddings that are infinite or NaN.
+
+    Args:
+        model: The model that made them.
+        embeds: One row for each prompt.
+        prompts: The prompts, for messages.
+
+    Raises:
+        NonFiniteError: One is; the message names its prompt.
+    """
+    if (name := first_not_finite(embeds)) is None:
+        return
+    rows = embeds[name]
+    prompt = next(prompt for prompt, row in zip(prompts, rows, strict=True) if not is_finite(row))
+    kind = str(rows.dtype).removeprefix("torch.")
+    folder = model.folder_of(model.family.text_encoders[0])
+    raise NonFiniteError(
+        f"{folder}: the text encoder's embedding of {prompt!r} is infinite or NaN "
+        f"({name}, computed in {kind}); download the model again, or, if it is whole, compute in fp32"
+    )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_db.optimizers.states import load_into
 from lowmem_db.optimizers.weights import in_fp32
 
 
@@ -61,9 +62,14 @@ class ExponentialMovingAverage:
         return self.average
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the average of :meth:`state_dict`."""
+        """Load the average of :meth:`state_dict`.
+
+        Raises:
+            KeyError: A tensor is missing.
+            ValueError: One has another shape or type.
+        """
         for name, average in self.average.items():
-            average.copy_(state[name])
+            load_into(average, state, name, of="the moving average")
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each weight in fp32: the parameter itself, or a new tensor."""

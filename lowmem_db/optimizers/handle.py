@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_db.errors import NonFiniteError
+from lowmem_db.finite import first_not_finite
 from lowmem_db.optimizers.clipping import GradientClipping, LossScale
 from lowmem_db.optimizers.rules import StepScalars, UpdateRule
+from lowmem_db.optimizers.states import load_into
 from lowmem_db.optimizers.units import StepUnit
 from lowmem_db.optimizers.weights import EXTRA_BITS
 
@@ -107,7 +109,7 @@ class OptimizerHandle:
         value, *values = self.read(torch.cat([norm.reshape(1), report]))
         finite = math.isfinite(value)
         if not finite and self.loss_scale is None:
-            raise NonFiniteError(f"the gradient norm is {value}; the weights were not changed")
+            raise NonFiniteError(f"the gradient {self._where_not_finite()} is {value}; the weights were not changed")
         if finite:
             self._begin_step()
             for unit in self.units:
@@ -149,11 +151,15 @@ class OptimizerHandle:
         """Load the state of :meth:`state_dict`, with the loss scale if both have one.
 
         Settings such as the weight decay are not part of it: a resumed run may have changed them.
+
+        Raises:
+            KeyError: A tensor is missing.
+            ValueError: One has another shape or type.
         """
         self.num_steps = int(state["num_steps"])
         for name, tensors in self._states_by_parameter().items():
             for key, tensor in tensors.items():
-                tensor.copy_(state["parameters"][name][key])
+                load_into(tensor, state["parameters"][name], key, of=name)
         self.clipping.load_state_dict(state["clipping"])
         if self.loss_scale is not None and state["loss_scale"]:
             self.loss_scale.load_state_dict(state["loss_scale"])
@@ -212,6 +218,17 @@ class OptimizerHandle:
         """Return the joint norm of all gradients, without the loss scale."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         return self._norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)))
+
+    def _where_not_finite(self) -> str:
+        """Return the parameter whose gradient is infinite or NaN, in words; or that their norm is."""
+        gradients = {
+            name: parameter.grad
+            for unit in self.units
+            for name, parameter in unit.parameters.items()
+            if parameter.grad is not None
+        }
+        name = first_not_finite(gradients)
+        return "norm" if name is None else f"of {name}"
 
     def _norm(self, gradient: Tensor) -> Tensor:
         """Return the norm of a gradient, without the loss scale."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lowmem_db.errors import NonFiniteError
+from lowmem_db.finite import first_not_finite
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.optimizers.units import LargeParameter, StepUnit
 
@@ -24,7 +25,7 @@ class InBackwardHandle(OptimizerHandle):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._squared_norms: list[Tensor] = []
+        self._squared_norms: dict[str, Tensor] = {}
         self._usable: Tensor | None = None  # 1, or NaN if the loss is not finite
         self._hooks: dict[str, RemovableHandle] = {}
         self.apply()
@@ -46,7 +47,7 @@ class InBackwardHandle(OptimizerHandle):
         """Run the backward pass and step large parameters in it; see :meth:`OptimizerHandle.backward`."""
         self._begin_step()
         self._usable = None if finite is None else torch.where(finite > 0, 1.0, torch.nan)
-        self._squared_norms = []
+        self._squared_norms = {}
         super().backward(loss)
 
     def step_and_read(self, report: Tensor) -> tuple[float, list[float]]:
@@ -60,14 +61,16 @@ class InBackwardHandle(OptimizerHandle):
         for unit in self.units:
             if not isinstance(unit, LargeParameter):
                 self._on_gradient(unit)
-        norm = torch.stack(self._squared_norms).sum().sqrt()
+        norm = torch.stack(list(self._squared_norms.values())).sum().sqrt()
         self.clipping.update(norm)
         if self.loss_scale is not None:
             self.loss_scale.update(found_nonfinite=(~norm.isfinite()).float())
         self.zero_grad()
         value, *values = self.read(torch.cat([norm.reshape(1), report]))
         if not math.isfinite(value) and self.loss_scale is None:
-            raise NonFiniteError(f"the gradient norm is {value}; some weights have already been changed")
+            name = first_not_finite(self._squared_norms)
+            what = "norm" if name is None else f"of {name}"
+            raise NonFiniteError(f"the gradient {what} is {value}; some weights have already been changed")
         return value, values
 
     def remove_group(self, name: str) -> None:
@@ -98,7 +101,7 @@ class InBackwardHandle(OptimizerHandle):
         by_product = self._step_unit(unit, scale)
         squared_norm = by_product if norm is None else norm.square()
         assert squared_norm is not None, f"{type(self.rule).__name__} did not report the norm of {unit.name}"
-        self._squared_norms.append(squared_norm)
+        self._squared_norms[unit.name] = squared_norm
         for parameter in unit.parameters.values():
             parameter.grad = None
 

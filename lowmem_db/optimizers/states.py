@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -122,3 +122,23 @@ class ResidentStates:
         """Free the states of some parameters."""
         for name in names:
             del self._views[name]
+
+
+def load_into(tensor: Tensor, state: Mapping[str, Any], key: str, *, of: str) -> None:
+    """Copy a tensor of a saved state into its place; nothing is broadcast or converted.
+
+    Args:
+        tensor: The place.
+        state: The saved tensors.
+        key: Name of the tensor.
+        of: What it belongs to, for messages.
+
+    Raises:
+        KeyError: It is missing.
+        ValueError: It has another shape or type.
+    """
+    found = state[key]
+    if not isinstance(found, Tensor) or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+        there = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"{key} of {of} is {there}, not {tensor.dtype} {list(tensor.shape)}")
+    tensor.copy_(found)

@@ -5,7 +5,7 @@ nearest bf16: the model computes with it, and a checkpoint of the model needs no
 those of ``lowmem_db_kernels``.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -24,18 +24,34 @@ _CHUNK = 1 << 22  # elements rounded at once, because rounding needs tens of byt
 
 
 def apply(modules: Mapping[str, nn.Module], kind: Weights) -> dict[str, Tensor]:
-    """Convert fp32 weights to a format, in place.
+    """Convert fp32 weights to a format, in place; weights in bf16 are in it already.
 
     Returns:
-        The extra bits of each parameter by ``component.name``; empty for other formats.
+        The extra bits of each converted parameter by ``component.name``; empty for other formats.
     """
-    extra_bits = {}
+    extra_bits: dict[str, Tensor] = {}
+    convert = converter(kind, extra_bits)
     for name, parameter in named_parameters(modules).items():
-        if kind == "bf16_stochastic":
-            parameter.data = parameter.data.to(torch.bfloat16)
-        elif kind == "bf16_extra_bits":
-            parameter.data, extra_bits[name] = _split(parameter.data)
+        if convert is not None and parameter.dtype == torch.float32:
+            parameter.data = convert(name, parameter.data)
     return extra_bits
+
+
+def converter(kind: Weights, extra_bits: dict[str, Tensor]) -> Callable[[str, Tensor], Tensor] | None:
+    """Return what converts one fp32 weight to a format; None for fp32.
+
+    Args:
+        kind: The format.
+        extra_bits: Takes the extra bits of each converted weight, by the name that the function is called with.
+    """
+
+    def split(name: str, weight: Tensor) -> Tensor:
+        high, extra_bits[name] = _split(weight)
+        return high
+
+    return {"fp32": None, "bf16_stochastic": lambda _, weight: weight.to(torch.bfloat16), "bf16_extra_bits": split}[
+        kind
+    ]
 
 
 def undo(modules: Mapping[str, nn.Module], extra_bits: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from lowmem_db.planning import calibration
 from lowmem_db.planning.cards import Card
 
 _CUDA_CONTEXT = calibration.CUDA_CONTEXT
+_KERNELS_LOADED_LATER = _CUDA_CONTEXT // 3  # of the context: what the driver takes when a kernel first runs
 _CUDA_WORKSPACES = calibration.CUDA_WORKSPACES
 _FRAGMENTATION = calibration.FRAGMENTATION
 _FRAGMENTATION_OF_FIXED_SEGMENTS = 0.10
@@ -26,6 +27,20 @@ def allowance_bytes(peak_bytes: int, card: Card) -> int:
     if card.is_cpu:
         return _PROCESS + int(peak_bytes * _FRAGMENTATION)
     return _CUDA_CONTEXT + _CUDA_WORKSPACES + fragmentation_bytes(peak_bytes)
+
+
+def context_in_use() -> int:
+    """Return what the context of this process already takes of a card, so that it is missing from what is free."""
+    return _CUDA_CONTEXT - _KERNELS_LOADED_LATER
+
+
+def allocator_bytes(budget_bytes: int) -> int:
+    """Return what the caching allocator of a card may take of a budget.
+
+    Args:
+        budget_bytes: Bytes of the card that the process may use.
+    """
+    return budget_bytes - _CUDA_CONTEXT
 
 
 def reserved_bytes(peak_bytes: int, card: Card) -> int | None:

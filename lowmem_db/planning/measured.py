@@ -1,6 +1,6 @@
 """A plan compared with reality: the memory of three real steps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
+from lowmem_db.config.strategy import values_of
 from lowmem_db.engine.build import build_ema, build_step, set_arithmetic
 from lowmem_db.engine.step import train_step
 from lowmem_db.environment import GIB
@@ -123,13 +124,43 @@ def _follow(config: Config, model: ModelFolder, device: torch.device, num_steps:
     return tracker.peak.total
 
 
-def write_plan(run: RunFolder, plan: Plan) -> None:
+def write_plan(run: RunFolder, plan: Plan, chosen: Collection[str] = ()) -> None:
     """Write ``plan.json`` of a run folder.
+
+    Args:
+        run: The run folder.
+        plan: The plan.
+        chosen: Paths of the fields that the configuration left open, so that the planner chose them.
 
     Raises:
         StorageError: The disk is full.
     """
-    write_json(run.root / PLAN_FILE, as_json(plan))
+    write_json(run.root / PLAN_FILE, as_json(plan) | {"chosen": sorted(chosen)})
+
+
+def read_chosen(run: RunFolder) -> frozenset[str]:
+    """Return the paths of the fields that the planner chose for a run; none if it does not say."""
+    found: Any = read_json(run.root / PLAN_FILE)
+    chosen = found.get("chosen") if isinstance(found, Mapping) else None
+    return frozenset(filter(lambda path: isinstance(path, str), chosen if isinstance(chosen, list) else []))
+
+
+def write_stepped_down(run: RunFolder, *, step: int, reason: str, strategy: Config) -> None:
+    """Add a strategy to ``plan.json`` that a run continues with because it was out of memory.
+
+    Args:
+        run: The run folder.
+        step: Optimizer steps done.
+        reason: What ran out of memory.
+        strategy: The strategy, as a resolved configuration.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    found: Any = read_json(run.root / PLAN_FILE)
+    before = found.get("stepped_down", []) if isinstance(found, Mapping) else []
+    added = {"step": step, "reason": reason, "strategy": values_of(strategy)}
+    _add_to_plan(run, {"stepped_down": [*before, added]})
 
 
 def write_measured(run: RunFolder, measured_bytes: int) -> None:

@@ -7,6 +7,9 @@ from lowmem_db.planning.allowance import allowance_bytes
 from lowmem_db.planning.predictor import Predictor
 from lowmem_db.records import PhaseMemory
 
+_HOST_REST = 256 << 20  # pictures, batches, what is copied at a time
+_QUANTIZED = {"int8": 2, "nf4": 4}  # bytes of the type that they are loaded in, for each byte on the card
+
 
 class Needs:
     """Bytes that strategies need, each given as a resolved configuration.
@@ -32,6 +35,12 @@ class Needs:
     def of_phases(self, phases: Sequence[PhaseMemory]) -> int:
         """Return what phases need if they run one after the other."""
         return self._with_allowance(max(phase.parts.total for phase in phases))
+
+    def host_peak(self, strategy: Config, phases: Sequence[PhaseMemory]) -> int:
+        """Return what phases on a card need of the host beside it: models while they load, and what stays there."""
+        if self._card.is_cpu:
+            return 0
+        return max(max(phase.host_bytes, _loaded(strategy, phase)) + _HOST_REST for phase in phases)
 
     def before_training(self, strategy: Config) -> int:
         """Return what preparation needs."""
@@ -61,3 +70,11 @@ class Needs:
 
     def _with_allowance(self, num_bytes: int) -> int:
         return num_bytes + allowance_bytes(num_bytes, self._card)
+
+
+def _loaded(strategy: Config, phase: PhaseMemory) -> int:
+    """Return the bytes of a phase's models on the host, where they are converted before they go to the card."""
+    if phase.name == "train" and strategy.memory.weights == "bf16_extra_bits":
+        return phase.parts.weights * 3 // 2
+    is_quantized = phase.name in {"train", "class_images"}
+    return phase.parts.weights * (_QUANTIZED.get(str(strategy.lora.base_weights), 1) if is_quantized else 1)

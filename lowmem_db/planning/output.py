@@ -32,6 +32,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "process_bytes": plan.peak_bytes,
         "budget_bytes": plan.budget_bytes,
         "allowance_bytes": plan.allowance_bytes,
+        "host_peak_bytes": plan.host_peak_bytes,
         "device": plan.device,
         "phases": [
             {

@@ -264,7 +264,9 @@ def weights_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
 
 def training_batches(config: Config, model: ModelFolder, denoiser: Denoiser) -> list[Batch]:
     """Return batches with the shapes of a step, on the host; more than two need no more memory than two."""
-    count = config.training.train_batch_size * (2 if config.prior.enabled else 1)
+    parts = max(1, config.memory.micro_batches or 0)
+    num_instance = config.training.train_batch_size // parts
+    count = num_instance * (2 if config.prior.enabled else 1)
     size = config.data.resolution // model.space.cell
     moments = torch.zeros(count, model.space.channels, size, size)
     batch = Batch(
@@ -272,10 +274,10 @@ def training_batches(config: Config, model: ModelFolder, denoiser: Denoiser) -> 
         latent_std=moments,
         conditioning=_conditioning(model, denoiser, count),
         sample_ids=torch.arange(count),
-        num_instance=config.training.train_batch_size,
+        num_instance=num_instance,
         sources=("",) * count,
     )
-    return [batch] * min(2, config.training.gradient_accumulation_steps)
+    return [batch] * min(2, config.training.gradient_accumulation_steps * parts)
 
 
 def _conditioning(model: ModelFolder, denoiser: Denoiser, count: int) -> Conditioning:

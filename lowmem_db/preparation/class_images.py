@@ -12,31 +12,39 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 from PIL.Image import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from lowmem_db import environment, fingerprint
 from lowmem_db.adaptation.quantized import quantize
 from lowmem_db.config.schema import Config
-from lowmem_db.console import say
+from lowmem_db.console import say, warn
 from lowmem_db.data.batches import PromptTable
-from lowmem_db.engine.draw import Artist, Job, draw, loaded_for_use
+from lowmem_db.engine.draw import Artist, Job, Thrift, draw, loaded_for_use
 from lowmem_db.engine.manifest import MANIFEST, differences, write_manifest
-from lowmem_db.errors import DataError
+from lowmem_db.errors import DataError, NonFiniteError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders, read_otherwise
+from lowmem_db.out_of_memory import first_that_fits
 from lowmem_db.randomness import generator
 from lowmem_db.records import Size
+from lowmem_db.sampling.images import is_black
 from lowmem_db.sampling.latents import SamplingSettings
 from lowmem_db.storage.atomic import write_file
+from lowmem_db.storage.locks import share_out_work
 from lowmem_db.storage.run_folder import read_json
 
 _FORMAT_VERSION = 1
-_IMAGES_PER_LOAD = 32  # the most that a killed run loses
+_BLACK = "black"
+_MOST_BYTES_OF_BLACK = 0.01  # per pixel; a picture takes 100 times as many
+_BYTES_OF_EMPTY_PNG = 1000
+_IMAGES_PER_LOAD = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +73,7 @@ class _Set:
     seed: int
 
     def missing(self) -> list[int]:
-        return [index for index in range(self.count) if not _image_file(self.folder, index).is_file()]
+        return [index for index in range(self.count) if not _is_drawn(_image_file(self.folder, index), self.size)]
 
 
 def prepare_class_images(
@@ -81,6 +89,7 @@ def prepare_class_images(
 
     Raises:
         DataError: The folder holds class images drawn with another model, prompt or sampler.
+        NonFiniteError: An image is infinite or NaN; those drawn before it are kept.
     """
     own = config.prior.class_dir
     if own is not None and _is_users_own(own):
@@ -196,22 +205,30 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequen
     for group in sets:
         if not (group.folder / MANIFEST).is_file():
             write_manifest(group.folder, group.wanted)
-    batches = [
-        (group, indices)
-        for group in sets
-        for indices in _whole_batches(group.missing(), config.prior.sample_batch_size)
-    ]
-    drawn = draw(
-        class_artist(config, model),
-        table,
-        [class_job(config, indices, group.size, seed=group.seed) for group, indices in batches],
-        loaded_for_use(partial(load_frozen_denoiser, config, model, device, dtype), device),
-        loaded_for_use(partial(model.space.load, device, dtype), device),
-        jobs_at_once=max(1, _IMAGES_PER_LOAD // config.prior.sample_batch_size),
-        progress="class images",
-    )
-    for (group, indices), images in zip(batches, drawn, strict=True):
-        _save_missing(group, indices, images)
+    per_part, thrift = _images_per_part(config.prior.sample_batch_size), Thrift()
+    parts = [(group, first) for group in sets for first in range(0, group.count, per_part)]
+
+    def draw_part(group: _Set, first: int) -> None:
+        missing = [index for index in group.missing() if first <= index < first + per_part]
+        batches = _whole_batches(missing, config.prior.sample_batch_size)
+        drawn = draw(
+            class_artist(config, model),
+            table,
+            [class_job(config, indices, group.size, seed=group.seed) for indices in batches],
+            loaded_for_use(partial(load_frozen_denoiser, config, model, device, dtype), device),
+            loaded_for_use(partial(model.space.load, device, dtype), device),
+            progress=f"class images {first} to {min(first + per_part, group.count) - 1}",
+            thrift=thrift,
+        )
+        for indices, images in zip(batches, drawn, strict=True):
+            _save_missing(group, indices, images)
+
+    try:
+        share_out_work((_lock_file(config, group, first), partial(draw_part, group, first)) for group, first in parts)
+    except NonFiniteError as error:
+        narrow = "set prior.precision=fp32, or name an autoencoder that computes in fp16 in model.vae"
+        whole = "download the model again, or use another"
+        raise NonFiniteError(f"class images: {error}; {whole if dtype == torch.float32 else narrow}") from error
 
 
 def load_frozen_denoiser(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> Denoiser:
@@ -250,14 +267,51 @@ def _save_missing(group: _Set, indices: Sequence[int], images: Sequence[Image]) 
     missing = group.missing()
     for index, image in zip(indices, images, strict=True):
         if index in missing:
-            write_file(_image_file(group.folder, index), lambda path, image=image: image.save(path, format="PNG"))
+            _save(_image_file(group.folder, index), image)
+
+
+def _save(file: Path, image: Image) -> None:
+    """Save an image; a black one is marked, so that it is not taken for one of an older version, made of NaN."""
+    mark = PngInfo()
+    if is_black(image):
+        warn(f"{file}: is completely black, although all values are finite; look at the class images")
+        mark.add_text(_BLACK, "drawn from finite values")
+    write_file(file, lambda path: image.save(path, format="PNG", pnginfo=mark))
+
+
+def _is_drawn(file: Path, size: Size) -> bool:
+    """Return whether an image exists, and is not black because its values were NaN."""
+    try:
+        if file.stat().st_size > size[0] * size[1] * _MOST_BYTES_OF_BLACK + _BYTES_OF_EMPTY_PNG:
+            return True
+        with PIL.Image.open(file) as image:
+            return _BLACK in image.info or not is_black(image)
+    except FileNotFoundError:
+        return False
+    except (OSError, SyntaxError):
+        return file.is_file()  # damaged: reading the folder names it
 
 
 def _embed(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> PromptTable:
-    """Return the embeddings of the class prompt and of the empty prompt."""
-    return embed_prompts(
-        model, load_text_encoders(model, device=device, dtype=dtype), [str(config.subject.class_prompt), ""]
-    )
+    """Return the embeddings of the class prompt and of the empty prompt; the CPU computes them in fp32."""
+
+    def on(where: torch.device, in_dtype: torch.dtype) -> PromptTable:
+        text_encoders = load_text_encoders(model, device=where, dtype=in_dtype)
+        return embed_prompts(model, text_encoders, [str(config.subject.class_prompt), ""])
+
+    places = [(device, dtype)] if device.type == "cpu" else [(device, dtype), (CPU, torch.float32)]
+    attempts = [(f"on {where}", partial(on, where, in_dtype)) for where, in_dtype in places]
+    return first_that_fits("encoding the class prompt", attempts, "close other programs")
+
+
+def _images_per_part(batch_size: int) -> int:
+    """Return how many images are drawn before they are decoded and saved; a killed run loses so many at most."""
+    return max(1, _IMAGES_PER_LOAD // batch_size) * batch_size
+
+
+def _lock_file(config: Config, group: _Set, first: int) -> Path:
+    key = fingerprint.of_values(str(group.folder.absolute()))
+    return config.cache_dir / ".locks" / f"class-images-{key[:16]}-{first:05d}.lock"
 
 
 def _whole_batches(missing: Iterable[int], size: int) -> list[list[int]]:

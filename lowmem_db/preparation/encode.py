@@ -6,7 +6,8 @@ a changed photo is encoded again.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,9 +18,10 @@ from lowmem_db.config.schema import Config, DataConfig
 from lowmem_db.console import say, track
 from lowmem_db.data.batches import EncodedImage, PromptTable
 from lowmem_db.data.crops import crop_facts, load_pixels, num_distinct_crops
-from lowmem_db.errors import StorageError
+from lowmem_db.errors import NonFiniteError, StorageError
+from lowmem_db.models.families.spaces import Codec
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.text_encoders import load_text_encoders, read_otherwise, tokenize_prompts
+from lowmem_db.models.text_encoders import check_embeds, load_text_encoders, read_otherwise, tokenize_prompts
 from lowmem_db.records import ImageRecord, Size
 from lowmem_db.storage.run_folder import read_json, write_json
 from lowmem_db.storage.tensors import TensorStore
@@ -44,7 +46,7 @@ def encode_images(
         records: The images.
         sizes: Height and width in pixels to which each image is cropped.
     """
-    store = TensorStore(config.cache_dir / "latents")
+    store = TensorStore(config.cache_dir / "latents", needed={"mean", "std", "time_ids"})
     space_key = model.space.content_key()
     sides = (False, True) if config.data.random_flip else (False,)
     crops = [
@@ -53,16 +55,13 @@ def encode_images(
         for mirrored in sides
     ]
     keys = [picture.key(space_key) for picture in crops]
-    missing = [picture for picture, key in zip(crops, keys, strict=True) if _read_moments(store, key) is None]
-    _say_reused(config, crops, keys, missing)
-    if missing:
-        codec = model.space.load(device)
-        for picture in track(missing, "encoding pictures", len(missing)):
-            moments = [codec.encode(picture.pixels(index)[None]) for index in range(picture.count)]
-            mean, std = (torch.cat(parts).cpu() for parts in zip(*moments, strict=True))
-            tensors = {"mean": mean, "std": std, "time_ids": picture.facts()}
-            store.write(picture.key(space_key), tensors)
-    found = [keys[index : index + len(sides)] for index in range(0, len(keys), len(sides))]
+    missing = [picture for picture, key in zip(crops, keys, strict=True) if store.read(key) is None]
+    index = _say_reused(config, crops, keys, missing)
+    codec = _lazily(lambda: model.space.load(device))
+    for picture in track(missing, "encoding pictures", len(missing)):
+        store.read_or_make(picture.key(space_key), partial(_encode, codec, picture))
+    write_json(_index_file(config, crops), index)
+    found = [keys[first : first + len(sides)] for first in range(0, len(keys), len(sides))]
     return [_encoded(model, store, record, own) for record, own in zip(records, found, strict=True)]
 
 
@@ -81,10 +80,14 @@ def encode_prompts(config: Config, model: ModelFolder, device: torch.device, pro
     keys: dict[str, str] = {}
     for prompt in unique:
         key = fingerprint.of_values("prompt", _PROMPT_FORMAT_VERSION, encoder_key, prompt, *read_otherwise(model))
-        if store.read(key) is None:
+
+        def make(prompt: str = prompt) -> dict[str, Tensor]:
             with torch.no_grad():
                 made = model.family.encode(text_encoders(), tokens.conditioning([prompt]).tokens)
-            store.write(key, {name: rows[0].cpu() for name, rows in made.items()})
+            check_embeds(model, made, [prompt])
+            return {name: rows[0].cpu() for name, rows in made.items()}
+
+        store.read_or_make(key, make)
         keys[prompt] = key
     return replace(tokens, embeds=StoredEmbeds(store, keys))
 
@@ -118,6 +121,17 @@ class StoredEmbeds(Mapping[str, Mapping[str, Tensor]]):
                 "--resume"
             )
         return found
+
+
+def _encode(codec: Callable[[], Codec], picture: "_Crops") -> dict[str, Tensor]:
+    try:
+        moments = [codec().encode(picture.pixels(index)[None]) for index in range(picture.count)]
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"{picture.record.path}: {error}; its moments are not kept. Download the model again, or use another"
+        ) from error
+    mean, std = (torch.cat(parts).cpu() for parts in zip(*moments, strict=True))
+    return {"mean": mean, "std": std, "time_ids": picture.facts()}
 
 
 @dataclass(frozen=True)
@@ -157,16 +171,11 @@ class _Crops:
         )  # fmt: skip
 
 
-def _read_moments(store: TensorStore, key: str) -> dict[str, Tensor] | None:
-    moments = store.read(key)
-    return moments if moments is not None and {"mean", "std", "time_ids"} <= moments.keys() else None
-
-
 def _encoded(model: ModelFolder, store: TensorStore, record: ImageRecord, keys: Sequence[str]) -> EncodedImage:
     """Return the moments of an image, those of its mirrored crops after the others."""
     found: list[dict[str, Tensor]] = []
     for key in keys:
-        moments = _read_moments(store, key)
+        moments = store.read(key)
         assert moments is not None, f"{store.path(key)} was written but does not exist"
         found.append(moments)
     mean, std, time_ids = (torch.cat([moments[name] for moments in found]) for name in ("mean", "std", "time_ids"))
@@ -174,24 +183,31 @@ def _encoded(model: ModelFolder, store: TensorStore, record: ImageRecord, keys: 
     return EncodedImage(record=record, mean=mean, std=std, picture=picture, has_mirrored=len(keys) > 1)
 
 
-def _say_reused(config: Config, crops: Sequence[_Crops], keys: Sequence[str], missing: Sequence[_Crops]) -> None:
-    """Say how many images are reused and why others are not; remember the keys for the next run."""
+def _index_file(config: Config, crops: Sequence[_Crops]) -> Path:
     folder = crops[0].record.path.parent.absolute()
-    index_file = config.cache_dir / "latents" / f"index-{fingerprint.of_values(str(folder))}.json"
-    index = read_json(index_file) or {}
+    return config.cache_dir / "latents" / f"index-{fingerprint.of_values(str(folder))}.json"
+
+
+def _say_reused(
+    config: Config, crops: Sequence[_Crops], keys: Sequence[str], missing: Sequence[_Crops]
+) -> dict[str, dict[str, str]]:
+    """Say how many images are reused and why others are not; return the keys, for the next run."""
+    folder = crops[0].record.path.parent.absolute()
+    index = read_json(_index_file(config, crops))
+    index = index if isinstance(index, dict) else {}
     say(f"latents: {len(crops) - len(missing)} of {len(crops)} pictures of {folder} are in the cache")
     for picture, key in zip(crops, keys, strict=True):
         known = index.get(picture.index_name)
-        if picture in missing and known is not None:
+        if picture in missing and isinstance(known, dict):
             say(f"latents: encoding {picture.record.path.name} again: {_reason(known, picture.record, key)}")
         index[picture.index_name] = {"content_key": picture.record.content_key, "moments_key": key}
-    write_json(index_file, index)
+    return index
 
 
 def _reason(known: dict[str, str], record: ImageRecord, key: str) -> str:
-    if known["content_key"] != record.content_key:
+    if known.get("content_key") != record.content_key:
         return "the file has changed"
-    if known["moments_key"] != key:
+    if known.get("moments_key") != key:
         return "the autoencoder, the resolution or the crop has changed"
     return "its cache file is missing or damaged"
 

@@ -1,7 +1,9 @@
 """The phases before training, one after the other, and their results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -15,10 +17,14 @@ from lowmem_db.data.photos import photo_warnings, scan_photos
 from lowmem_db.data.tags import caption_variants, varies
 from lowmem_db.errors import DataError
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import CPU
 from lowmem_db.models.text_encoders import num_cut_tokens
+from lowmem_db.out_of_memory import first_that_fits
 from lowmem_db.preparation.class_images import ClassImages, prepare_class_images
 from lowmem_db.preparation.encode import encode_images, encode_prompts
 from lowmem_db.records import ImageRecord, Size
+
+_Made = TypeVar("_Made")
 
 
 def check_photos(config: Config) -> list[ImageRecord]:
@@ -69,18 +75,19 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
     sizes = sizes_of(config.data, photos, least_step=model.family.size_step(model))
     _say_sizes(config, sizes)
     class_pictures = _class_images(config, model, device, sizes) if config.prior.enabled else []
-    instance_images = encode_images(config, model, device, photos, sizes)
-    class_images = [
-        image
-        for records, size in class_pictures
-        for image in encode_images(config, model, device, records, [size] * len(records))
-    ]
+    everything = [(photos, sizes), *((records, [size] * len(records)) for records, size in class_pictures)]
+
+    def encode(where: torch.device) -> list[list[EncodedImage]]:
+        return [encode_images(config, model, where, records, each) for records, each in everything]
+
+    instance_images, *of_classes = _there_or_on_cpu("encoding pictures", encode, device)
+    class_images = [image for images in of_classes for image in images]
     environment.release_memory(device)
     class_records = [image.record for image in class_images]
     variants = {photo.prompt: caption_variants(photo.prompt, config.data, config.seed) for photo in photos}
     prompts = {record.prompt for record in [*photos, *class_records]} | config.prompts_drawn
     prompts |= {variant for found in variants.values() for variant in found}
-    table = encode_prompts(config, model, device, prompts)
+    table = _there_or_on_cpu("encoding prompts", lambda where: encode_prompts(config, model, where, prompts), device)
     environment.release_memory(device)
     return BatchSource(
         instance_images=repeated(instance_images, config.data.repeats),
@@ -92,6 +99,13 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
         conditioning_dropout=config.objective.conditioning_dropout,
         caption_variants=variants if varies(config.data) else {},
     )
+
+
+def _there_or_on_cpu(what: str, make: Callable[[torch.device], _Made], device: torch.device) -> _Made:
+    """Compute on a device, and what does not fit there on the CPU; what was cached before is not made again."""
+    places = [device] if device.type == "cpu" else [device, CPU]
+    attempts = [(f"on {where}", partial(make, where)) for where in places]
+    return first_that_fits(what, attempts, "free memory, or lower data.resolution")
 
 
 def repeated(images: Sequence[EncodedImage], repeats: Mapping[str, int]) -> list[EncodedImage]:

@@ -13,7 +13,8 @@ from lowmem_db.exporting.lora import LoraSource, export_lora, is_dora
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.run.model_card import CARD_FILE, model_card
 from lowmem_db.storage import hub
-from lowmem_db.storage.atomic import write_folder, write_text
+from lowmem_db.storage.atomic import write_text
+from lowmem_db.storage.checksums import write_checked_folder
 from lowmem_db.storage.mirroring import mirror
 from lowmem_db.training.trainer import Trainer
 
@@ -26,7 +27,7 @@ def write_final(trainer: Trainer, model: ModelFolder) -> None:
     Raises:
         StorageError: The disk is full, or the upload failed.
     """
-    write_folder(trainer.run.final_dir, partial(_save_final, trainer, model))
+    write_checked_folder(trainer.run.final_dir, partial(_save_final, trainer, model))
     if trainer.config.final.layout == "flat":
         mirror(trainer.run.final_dir, trainer.run.root)
     if trainer.config.final.push_to_hub:

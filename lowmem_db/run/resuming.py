@@ -6,9 +6,10 @@ from typing import Any
 from lowmem_db.config.loading import read_yaml
 from lowmem_db.config.rules import refusals
 from lowmem_db.config.schema import Config
-from lowmem_db.config.strategy import fields, resolve
+from lowmem_db.config.strategy import fields, open_paths, resolve
 from lowmem_db.console import say
 from lowmem_db.errors import CheckpointError, ConfigError
+from lowmem_db.planning.measured import read_chosen
 from lowmem_db.storage.run_folder import RunFolder
 
 FIXED_FIELDS = (
@@ -40,6 +41,17 @@ FIXED_FIELDS = (
 """Fields that cannot change during a run."""
 _BEFORE_IT_EXISTED = {"memory.channels_last": False}
 """What runs did that older versions started, where it is a fixed field that they do not know."""
+
+
+def chosen_paths(run: RunFolder, config: Config) -> frozenset[str]:
+    """Return the paths of the fields that are the planner's choice: those left open, and those it chose for the run.
+
+    The configuration in a run folder holds both what the user gave and what the planner chose.
+    """
+    before = read_yaml(run.config_file) if run.complete_steps() else {}
+    by_path = {field.path: field for field in fields()}
+    of_run = {path for path in read_chosen(run) & by_path.keys() if before}
+    return open_paths(config) | {path for path in of_run if by_path[path].of(config) == by_path[path].of(before)}
 
 
 def with_choices_of_run(run: RunFolder, config: Config) -> Config:

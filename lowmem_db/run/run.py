@@ -1,39 +1,41 @@
 """A run as a function, from the first check to ``final/``: what ``lowmem_db.train`` and ``lowmem-db train`` call."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from lowmem_db import environment
-from lowmem_db.adaptation.finding import find_adaptation
-from lowmem_db.adaptation.layers import count_trained
 from lowmem_db.config.loading import to_yaml
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import BatchSource
-from lowmem_db.engine.build import build_ema, build_step, set_arithmetic
-from lowmem_db.engine.samples import draw_images, draw_samples
+from lowmem_db.engine.build import set_arithmetic
+from lowmem_db.engine.fitting import check_fits
 from lowmem_db.evaluation.during_training import Scorer
 from lowmem_db.models.finding import model_of
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.planning.measured import write_measured, write_plan, write_trained
+from lowmem_db.out_of_memory import first_that_fits
+from lowmem_db.planning.allowance import allocator_bytes
+from lowmem_db.planning.measured import write_plan
 from lowmem_db.planning.output import disk_in_words, summary, time_in_words
 from lowmem_db.planning.plan import plan as plan_run
-from lowmem_db.planning.target import target_of_device
+from lowmem_db.planning.target import Target, target_of_device
 from lowmem_db.preparation.prepare import check_photos, check_prompts, prepare
 from lowmem_db.records import ImageRecord
-from lowmem_db.run.checks import check_disk, check_folders, check_machine, uses_wandb
-from lowmem_db.run.final import write_final
-from lowmem_db.run.page import ReportPage, write_page
-from lowmem_db.run.resuming import check_run_folder, with_choices_of_run
+from lowmem_db.run.attempts import Attempts, PreparedRun
+from lowmem_db.run.checks import check_disk, check_folders, check_machine
+from lowmem_db.run.resuming import check_run_folder, chosen_paths, with_choices_of_run
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.leftovers import sweep
 from lowmem_db.storage.run_copy import restore_run
 from lowmem_db.storage.run_folder import RunFolder, write_json
-from lowmem_db.training.observers import ConsoleBar, MetricsFiles, Observer, RunCopy, Samples, ScoreKeeper
-from lowmem_db.training.trainer import Trainer
-from lowmem_db.training.weights_and_biases import WeightsAndBiases
+from lowmem_db.training.observers import Observer
+
+_PREPARING_NEEDS_LESS = (
+    "free memory, or lower data.resolution, and run the same command again: what is prepared so far is kept"
+)
 
 
 def train(
@@ -53,10 +55,11 @@ def train(
     """
     run, resume = RunFolder(config.output_dir), resume or step is not None
     with run.locked():
-        config, model, device, photos = _check_and_plan(run, config, resume=resume)
+        planned = _check_and_plan(run, config, resume=resume)
         if step is not None:
             run.forget_after(step)
-        _train(run, config, model, device, photos, resume=resume, observers=observers)
+        with environment.held_to(planned.device, allocator_bytes(planned.target.budget_bytes)):
+            Attempts(_prepare(run, planned, observers)).train(resume=resume)
     return run
 
 
@@ -73,26 +76,39 @@ def prepare_data(config: Config) -> BatchSource:
     device = environment.resolve_device(config.device)
     photos = check_photos(config)
     model = model_of(config)
+    check_fits(config, model)
     check_prompts(config, model, photos)
     set_arithmetic(config, device)
     return prepare(config, model, device, photos)
 
 
-def _check_and_plan(
-    run: RunFolder, config: Config, *, resume: bool
-) -> tuple[Config, ModelFolder, torch.device, list[ImageRecord]]:
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """A run that was checked and planned: attributes as in :class:`PreparedRun`, and its photos."""
+
+    config: Config
+    chosen: frozenset[str]
+    model: ModelFolder
+    device: torch.device
+    target: Target
+    photos: list[ImageRecord]
+
+
+def _check_and_plan(run: RunFolder, config: Config, *, resume: bool) -> _Planned:
     """Check that the run is possible and choose its strategy, before anything expensive happens."""
     check_folders(config)
     sweep(config.cache_dir)
     if resume:
         _restore(run, config)
+    chosen = chosen_paths(run, config)
     config = with_choices_of_run(run, config)
     check_run_folder(run, config, resume=resume)
     device = environment.resolve_device(config.device)
     check_machine(config, device)
     photos = check_photos(config)
     model = model_of(config)
-    plan = plan_run(config, target_of_device(config, device), model=model)
+    target = target_of_device(config, device)
+    plan = plan_run(config, target, model=model)
     config = plan.config
     for line in (summary(plan), time_in_words(plan), disk_in_words(plan)):
         say(line)
@@ -100,8 +116,31 @@ def _check_and_plan(
     check_prompts(config, model, photos)
     write_text(run.config_file, to_yaml(config))
     write_json(run.environment_file, environment.describe())
-    write_plan(run, plan)
-    return config, model, device, photos
+    write_plan(run, plan, chosen)
+    return _Planned(config=config, chosen=chosen, model=model, device=device, target=target, photos=photos)
+
+
+def _prepare(run: RunFolder, planned: _Planned, observers: Sequence[Observer]) -> PreparedRun:
+    """Make what is missing of the data.
+
+    Raises:
+        BudgetError: Memory ran out, and nothing needs less.
+    """
+    config, model, device, photos = planned.config, planned.model, planned.device, planned.photos
+    set_arithmetic(config, device)
+    scorer = Scorer(config, [photo.path for photo in photos]) if config.evaluation.every else None
+    as_planned = ("as planned", partial(prepare, config, model, device, photos))
+    return PreparedRun(
+        run=run,
+        config=config,
+        chosen=planned.chosen,
+        model=model,
+        device=device,
+        target=planned.target,
+        batches=first_that_fits("preparation", [as_planned], _PREPARING_NEEDS_LESS),
+        scorer=scorer,
+        observers=observers,
+    )
 
 
 def _restore(run: RunFolder, config: Config) -> None:
@@ -109,80 +148,3 @@ def _restore(run: RunFolder, config: Config) -> None:
     copy = config.checkpointing.copy_to
     if copy is not None and (step := restore_run(run, RunFolder(copy))) is not None:
         say(f"{run.root}: restored step {step} from {copy}")
-
-
-def _train(
-    run: RunFolder,
-    config: Config,
-    model: ModelFolder,
-    device: torch.device,
-    photos: list[ImageRecord],
-    *,
-    resume: bool,
-    observers: Sequence[Observer],
-) -> None:
-    """Prepare the data, train, and write the final model."""
-    set_arithmetic(config, device)
-    scorer = Scorer(config, [photo.path for photo in photos]) if config.evaluation.every else None
-    batches = prepare(config, model, device, photos)
-    trainer = build_trainer(config, model, device, batches, run)
-    trainer.observers = [*_own_observers(trainer, model, scorer), *observers]
-    write_trained(run, count_trained(trainer.denoiser.modules()))
-    _say_what_trains(model, trainer, device)
-    if resume:
-        trainer.resume()
-    trainer.train()
-    if device.type == "cuda":
-        write_measured(run, trainer.peak_step_bytes)
-    best = trainer.step_to_keep()
-    if best is not None and best != trainer.step:
-        say(f"the final model is taken from step {best}, which scored best")
-        trainer.observers = ()  # which refer to it, so that the model would stay in memory
-        del trainer
-        environment.release_memory(device)
-        trainer = build_trainer(config, model, device, batches, run)
-        trainer.resume(best)
-    write_final(trainer, model)
-    write_page(run)
-    say(f"done: {run.final_dir} holds the {trainer.adaptation.noun}; draw with it: lowmem-db generate {run.root}")
-
-
-def build_trainer(
-    config: Config, model: ModelFolder, device: torch.device, batches: BatchSource, run: RunFolder
-) -> Trainer:
-    """Load the model onto the device and build the trainer, without observers.
-
-    Args:
-        config: The resolved configuration.
-        model: The model.
-        device: The device to train on.
-        batches: All batches of the run.
-        run: The run folder.
-    """
-    denoiser, objective, optimizer = build_step(config, model, device)
-    ema = build_ema(config, denoiser, optimizer)
-    return Trainer(config, run, denoiser, find_adaptation(config), objective, optimizer, batches, ema)
-
-
-def _own_observers(trainer: Trainer, model: ModelFolder, scorer: Scorer | None) -> Iterator[Observer]:
-    config, run, prompts = trainer.config, trainer.run, trainer.batches.prompts
-    yield ConsoleBar()
-    yield MetricsFiles()
-    if uses_wandb(config):
-        yield WeightsAndBiases()
-    yield Samples(config, run, partial(draw_samples, config, model, trainer.denoiser, prompts, run))
-    if config.checkpointing.copy_to is not None:
-        yield RunCopy(run, RunFolder(config.checkpointing.copy_to))
-    yield ReportPage(run)
-    if scorer is not None:
-        scored = sorted(config.prompts_scored)
-        yield ScoreKeeper(
-            config, run, lambda: dict(draw_images(config, model, trainer.denoiser, prompts, scored)), scorer
-        )
-
-
-def _say_what_trains(model: ModelFolder, trainer: Trainer, device: torch.device) -> None:
-    trained = ", ".join(f"{name} {count:,}" for name, count in count_trained(trainer.denoiser.modules()).items())
-    if (note := environment.slow_kernels(device)) is not None:
-        say(note)
-    say(f"training {model.name} ({model.family.name}) on {device}: {trained} parameters train")

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lowmem_db.console import warn
 from lowmem_db.storage.atomic import as_storage_error
 from lowmem_db.storage.disk import check_path
 
@@ -20,6 +21,11 @@ def to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     """Return 8-bit pictures from values in [-1, 1]."""
     scaled = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in scaled]
+
+
+def is_black(image: Image.Image) -> bool:
+    """Return whether every pixel is black."""
+    return image.convert("RGB").getbbox() is None
 
 
 def make_folder(folder: Path) -> None:
@@ -42,8 +48,10 @@ def save_rows(folder: Path, rows: Sequence[tuple[str, Sequence[Image.Image]]]) -
         StorageError: The disk is full.
     """
     try:
-        for number, (_, pictures) in enumerate(rows):
+        for number, (label, pictures) in enumerate(rows):
             for index, picture in enumerate(pictures):
+                if is_black(picture):
+                    warn(f"image {index} of {label!r} is completely black, although all values are finite")
                 picture.save(folder / f"{number:02d}-{index:02d}.png")
         labelled_grid(rows).save(folder / GRID_FILE)
     except OSError as error:

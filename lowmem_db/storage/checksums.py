@@ -80,8 +80,13 @@ def check_file(path: Path, manifest: Path) -> bool:
     return True
 
 
-def check_folder(folder: Path, manifest_name: str = MANIFEST) -> bool:
+def check_folder(folder: Path, manifest_name: str = MANIFEST, *, below: str = "") -> bool:
     """Compare all files with their manifest; return False if that is missing or has no checksums because of its age.
+
+    Args:
+        folder: The folder.
+        manifest_name: Name of its manifest.
+        below: Only check the files whose relative path begins with this.
 
     Raises:
         StorageError: A file is missing or has changed; or the manifest is damaged.
@@ -91,7 +96,8 @@ def check_folder(folder: Path, manifest_name: str = MANIFEST) -> bool:
     if checksums is None:
         return False
     for name, checksum in checksums.items():
-        _check(folder / name, checksum, manifest)
+        if name.startswith(below):
+            _check(folder / name, checksum, manifest)
     return True
 
 
@@ -105,7 +111,11 @@ def _check(path: Path, checksum: str | None, manifest: Path) -> None:
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
     if found != checksum:
-        raise StorageError(f"{path}: is damaged: its checksum is {found}, but {manifest.name} has {checksum}")
+        way_out = f"; make it again or, if you changed it yourself, delete {MANIFEST}"
+        own_change = way_out if manifest.name == MANIFEST else ""
+        raise StorageError(
+            f"{path}: is damaged: its checksum is {found}, but {manifest.name} has {checksum}{own_change}"
+        )
 
 
 def _read_manifest(path: Path) -> dict[str, str] | None:

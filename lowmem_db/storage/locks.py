@@ -1,6 +1,6 @@
 """Locks between processes that share a cache."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,6 +37,43 @@ def locked(path: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             lock.release()
+
+
+def share_out_work(pieces: Iterable[tuple[Path, Callable[[], object]]]) -> None:
+    """Do pieces of work that other processes may do too: first those that are free, then those that were taken.
+
+    Args:
+        pieces: The lock file of each piece, and a function that does what is missing of it by then.
+
+    Raises:
+        StorageError: A lock file cannot be created.
+    """
+    taken = []
+    for path, do in pieces:
+        if not _do_if_free(path, do):
+            taken.append((path, do))
+    for path, do in taken:
+        with locked(path):
+            do()
+
+
+def _do_if_free(path: Path, do: Callable[[], object]) -> bool:
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise as_storage_error(error, path) from error
+    except NotImplementedError:  # told by `locked`
+        return False
+    try:
+        do()
+    finally:
+        with suppress(OSError):
+            lock.release()
+    return True
 
 
 def _acquire(lock: FileLock, path: Path) -> None:

@@ -162,7 +162,7 @@ class RunFolder:
         """Delete all but the newest ``keep`` complete checkpoints, and what killed runs left behind.
 
         The checkpoint of the step ``also`` is kept too, and so is everything that this program did not write, such as
-        ``.DS_Store`` or a renamed checkpoint.
+        ``.DS_Store``, a renamed checkpoint, or a link.
 
         Args:
             keep: How many to keep. None for all.
@@ -174,7 +174,7 @@ class RunFolder:
         steps |= set() if also is None else {also}
         kept = {self.checkpoint_dir(step) for step in steps}
         for folder in list(self.checkpoints_dir.iterdir()):
-            if folder not in kept and _STEP_FOLDER.fullmatch(folder.name):
+            if folder not in kept and _STEP_FOLDER.fullmatch(folder.name) and not folder.is_symlink():
                 (folder / MARKER).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
         sweep(self.checkpoints_dir, idle_seconds=0.0)

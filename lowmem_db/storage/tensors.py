@@ -4,7 +4,7 @@ A file that cannot be read completely counts as missing, and the caller makes it
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowmem_db.console import say
-from lowmem_db.errors import StorageError
+from lowmem_db.errors import NonFiniteError, StorageError
+from lowmem_db.finite import first_not_finite
 from lowmem_db.storage.atomic import write_file
 from lowmem_db.storage.checksums import check_file, of_bytes
 from lowmem_db.storage.locks import locked
@@ -31,17 +32,19 @@ class TensorStore:
 
     Args:
         root: Folder of the store; created when the first group is written.
+        needed: Names that a group must have; those of older versions may lack some, and count as missing.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, needed: Collection[str] = ()) -> None:
         self.root = root
+        self.needed = frozenset(needed)
 
     def path(self, key: str) -> Path:
         """Return the file of a key."""
         return self.root / key[:2] / f"{key}.safetensors"
 
     def read(self, key: str) -> dict[str, Tensor] | None:
-        """Return the tensors of a key, or None if the file is missing or damaged."""
+        """Return the tensors of a key, or None if the file is missing, damaged, or holds infinite values or NaN."""
         try:
             mapped, metadata = read_tensors(self.path(key))
         except StorageError:
@@ -53,10 +56,18 @@ class TensorStore:
             _say_once(f"{self.root}: holds files of an older version without checksums, which are not verified")
         elif metadata[_CHECKSUM] != _checksum(found):
             return None
-        return found
+        is_usable = found.keys() >= self.needed and first_not_finite(found) is None
+        return found if is_usable else None
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write the tensors of a key atomically, with their checksum."""
+        """Write the tensors of a key atomically, with their checksum.
+
+        Raises:
+            NonFiniteError: One holds infinite values or NaN.
+            StorageError: The disk is full.
+        """
+        if (name := first_not_finite(tensors)) is not None:
+            raise NonFiniteError(f"{self.path(key)}: is not written, because {name} is infinite or NaN")
         write_tensors(self.path(key), tensors, {_CHECKSUM: _checksum(tensors)})
 
     def read_or_make(self, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -6,10 +6,14 @@ Random numbers, the order of the data and the learning rates need no state; they
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from lowmem_db.adaptation.base import Stateful
 from lowmem_db.console import say
-from lowmem_db.errors import CheckpointError, StorageError
+from lowmem_db.errors import CheckpointError, NonFiniteError, StorageError
+from lowmem_db.finite import first_not_finite
 from lowmem_db.storage.checksums import check_file, check_folder
 from lowmem_db.storage.run_folder import MARKER, RunFolder, read_json, write_json
 from lowmem_db.storage.tensors import read_state, write_state
@@ -21,12 +25,15 @@ def save_checkpoint(run: RunFolder, step: int, objects: Mapping[str, Stateful], 
     """Write the state of every object after ``step`` optimizer steps.
 
     Raises:
+        NonFiniteError: A weight is infinite or NaN; nothing is kept.
         StorageError: The disk is full; older checkpoints are untouched.
     """
 
     def write(folder: Path) -> None:
         for name, stateful in objects.items():
-            write_state(folder / f"{name}.safetensors", stateful.state_dict())
+            state = stateful.state_dict()
+            _refuse_not_finite(name, state)
+            write_state(folder / f"{name}.safetensors", state)
         write_json(folder / _STATE_FILE, {"step": step, "objects": sorted(objects), "data_key": data_key})
 
     return run.write_checkpoint(step, write)
@@ -54,6 +61,12 @@ def restore_checkpoint(run: RunFolder, step: int, objects: Mapping[str, Stateful
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{folder}: cannot be restored ({reason}); {_way_out(run, step)}") from error
     return data_key
+
+
+def _refuse_not_finite(name: str, state: Mapping[str, Any]) -> None:
+    weights = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if (found := first_not_finite(weights)) is not None:
+        raise NonFiniteError(f"{name}: {found} is infinite or NaN, so no checkpoint is written")
 
 
 def _read_list(run: RunFolder, step: int) -> tuple[list[str], str]:

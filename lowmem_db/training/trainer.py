@@ -4,12 +4,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lowmem_db import environment, fingerprint
+from lowmem_db import environment, fingerprint, out_of_memory
 from lowmem_db.adaptation.base import Adaptation, Stateful
 from lowmem_db.adaptation.layers import that_train
 from lowmem_db.config.schema import Config
@@ -47,6 +47,7 @@ class Trainer:
 
     Attributes:
         step: Optimizer steps done.
+        phase: What it does now, as the planner calls it; scores count as samples.
         peak_step_bytes: Peak memory of a step so far, as counted by :func:`environment.peak_bytes`.
         trained_modules: Components that train, or trained until they were stopped.
     """
@@ -72,9 +73,12 @@ class Trainer:
         self.batches = batches
         self.ema = ema
         self.observers = observers
+        self._saved = time.monotonic()
         self.trained_modules: dict[str, nn.Module] = that_train(denoiser.modules())
         self.step = 0
         self.peak_step_bytes = 0
+        self.phase: Literal["train", "sample"] = "train"
+        self._whole_at: tuple[int, int] | None = None
 
     def stateful_objects(self) -> dict[str, Stateful]:
         """Return the objects that a checkpoint holds, by name."""
@@ -108,17 +112,54 @@ class Trainer:
             RunInterrupted: The run was asked to stop; a checkpoint was saved.
             NonFiniteError: The loss or the gradient is not finite.
             StorageError: The disk is full.
+            Exception: Memory ran out (:func:`out_of_memory.place_of`); a checkpoint was saved if the weights are whole.
         """
         self.run.truncate_rows(self.step)
+        self._saved = time.monotonic()
         environment.reset_peak_bytes(self.denoiser.device)
-        with stop_on_signals(self.run, lambda: self.step) as stop, self._observed(stop):
-            reason = self._reason_to_stop()
-            while not self.is_done and reason is None:
-                self.tell("step", self._step())
-                self._after_step(stop)
-                reason = self._reason_to_stop()
+        with stop_on_signals(self.run, lambda: self.step) as stop:
+            try:
+                with self._observed(stop):
+                    reason = self._steps(stop)
+                self.phase = "train"
+            except Exception as error:
+                if out_of_memory.place_of(error) is not None:
+                    self._save_if_whole(error)
+                    if stop:
+                        stop.stop()
+                raise
         if not self.is_done:
             say(f"{reason}: stopped after step {self.step}")
+
+    def _steps(self, stop: StopRequest) -> str | None:
+        """Step until the run is done or there is a reason to stop; return the reason."""
+        self._whole_at = self._counts()
+        reason = self._reason_to_stop()
+        while not self.is_done and reason is None:
+            self.phase = "train"
+            self.tell("step", self._step())
+            self._whole_at = self._counts()
+            self._after_step(stop)
+            reason = self._reason_to_stop()
+        return reason
+
+    def _save_if_whole(self, error: Exception) -> None:
+        """Free what the failed step holds, and save a checkpoint unless memory ran out while weights changed."""
+        out_of_memory.forget(error)
+        self.optimizer.zero_grad()
+        out_of_memory.release()
+        if self._counts() != self._whole_at or self.step in {0, *self.run.complete_steps()}:
+            return
+        try:
+            self.save_checkpoint()
+        except Exception as second:
+            if out_of_memory.place_of(second) is None:
+                raise
+            out_of_memory.forget(second)
+
+    def _counts(self) -> tuple[int, int]:
+        """Return the steps done and those the optimizer has begun; in between, weights are neither old nor new."""
+        return self.step, self.optimizer.num_steps
 
     @property
     def is_done(self) -> bool:
@@ -143,6 +184,7 @@ class Trainer:
         """Start the observers; afterwards end those that were started, in reverse order."""
         started: list[Observer] = []
         try:
+            self.phase = "sample"
             with stop.after_checkpoint("samples and scores") if self.step else nullcontext():
                 for observer in self.observers:
                     started.append(observer)
@@ -163,10 +205,7 @@ class Trainer:
                 self.denoiser, self.objective, self.optimizer, self.batches.batches_at(self.step), self.step
             )
         except NonFiniteError as error:
-            raise NonFiniteError(
-                f"step {self.step + 1}: {error}; {self._last_good_checkpoint()}, lower training.learning_rate and "
-                "continue with --resume"
-            ) from error
+            raise NonFiniteError(f"step {self.step + 1}: {error}; {self._way_out()}") from error
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.step)
@@ -174,20 +213,28 @@ class Trainer:
 
     def _after_step(self, stop: StopRequest) -> None:
         wanted = [observer.wants_checkpoint(self.step) for observer in self.observers]
-        is_saved = any(wanted) or self.step % self.config.checkpointing.every == 0 or self.is_done or bool(stop)
+        is_due = self.step % self.config.checkpointing.every == 0 or self._is_old()
+        is_saved = any(wanted) or is_due or self.is_done or bool(stop)
         if is_saved:
             self.save_checkpoint()
         if stop and not self.is_done:
             stop.stop()
         if is_saved:
+            self.phase = "sample"
             with stop.after_checkpoint("samples and scores"):
                 self.tell("checkpoint", self.step)
                 self._prune_checkpoints()  # again: a score may have changed which one is best
+
+    def _is_old(self) -> bool:
+        """Return whether the last checkpoint is older than ``checkpointing.every_minutes``."""
+        minutes = self.config.checkpointing.every_minutes
+        return minutes is not None and time.monotonic() - self._saved > 60 * minutes
 
     def save_checkpoint(self) -> None:
         """Save a checkpoint now.
 
         Raises:
+            NonFiniteError: A weight is infinite or NaN; the newest checkpoint is untouched.
             StorageError: The disk is full; the newest checkpoint is untouched.
         """
         try:
@@ -199,6 +246,9 @@ class Trainer:
             )
         except StorageError as error:
             raise StorageError(f"{error}, with --resume; {self._last_good_checkpoint()}") from error
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {self.step}: {error}; {self._way_out()}") from error
+        self._saved = time.monotonic()
         self._prune_checkpoints()
 
     def _prune_checkpoints(self) -> None:
@@ -249,6 +299,9 @@ class Trainer:
     def _data_key(self) -> str:
         images = [*self.batches.instance_images, *self.batches.class_images]
         return fingerprint.of_values([[image.record.content_key, image.record.prompt] for image in images])
+
+    def _way_out(self) -> str:
+        return f"{self._last_good_checkpoint()}, lower training.learning_rate and continue with --resume"
 
     def _last_good_checkpoint(self) -> str:
         complete = self.run.complete_steps()

@@ -15,6 +15,10 @@ HERE = Path(__file__).parent
 ARCHIVE = HERE / "before.tar.xz"
 RECORD = HERE / "record.json"
 VERSIONS = {"_diffusers_version", "transformers_version"}  # of the libraries that write a configuration
+NEW_FILES = {"checksums.json"}
+NEW_METADATA = {
+    "lowmem_db.config", "lowmem_db_base_key", "modelspec.predict_key", "ss_v2", "ss_clip_skip", "ssmd_cover_images",
+}  # fmt: skip
 OF_THE_MACHINE = {"seconds", "peak_bytes"}
 
 GENERATED = ("-p", "a zx dog", "-p", "a dog on a beach", "--num-images", "2", "--num-inference-steps", "3")
@@ -35,6 +39,10 @@ DRAWN = ("finished/full", "finished/lora", "finished/lora/final", "finished/lora
 """What ``generate`` draws from: final models of runs, a LoRA by itself, a checkpoint."""
 
 
+FIELDS_OF_BASE = {"base", "revision", "variant", "allow_pickle"}
+LATER_IN_FINAL = ("README.md", "-lora-kohya.safetensors")
+
+
 def machine() -> dict[str, str]:
     """Return what the last bits of a result depend on."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -46,6 +54,7 @@ def machine() -> dict[str, str]:
 def files_of(path: Path) -> dict[str, dict[str, str]]:
     """Return layout and bits of a file, or of all files below a folder."""
     files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+    files = [file for file in files if file.name not in NEW_FILES]
     return {str(file.relative_to(path.parent)): _described(file) for file in files}
 
 
@@ -89,10 +98,14 @@ def _weights(file: Path) -> dict[str, str]:
 
 
 def _read_metadata(metadata: dict[str, str]) -> dict[str, Any]:
-    """Return metadata with its JSON read; the configuration of the run may get fields that it did not have."""
+    """Return metadata with its JSON read; later versions may say more, and name more fields of the model."""
     read: dict[str, Any] = {}
+    is_of_kohya = "ss_network_module" in metadata
     for name, value in metadata.items():
-        if name == "lowmem_db.config":
+        if name in NEW_METADATA or (is_of_kohya and name.startswith("modelspec.")):
+            continue
+        if name == "lowmem_db_base":
+            read[name] = {field: said for field, said in json.loads(value).items() if field in FIELDS_OF_BASE}
             continue
         try:
             read[name] = json.loads(value)

@@ -24,6 +24,7 @@ from lowmem_db.errors import (
     StorageError,
 )
 from tests.cli.conftest import Outcome, Run
+from tests.faults import ERRORS
 
 COMMANDS = ("train", "plan", "prepare", "generate", "evaluate", "export", "identifiers", "doctor", "bench", "configs")
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL")
@@ -184,3 +185,21 @@ def test_module_and_program_are_the_same(start: Callable[..., subprocess.Popen])
     out, err = start("--help").communicate(timeout=60)
     assert "Usage: python -m lowmem_db" in out
     assert err == ""
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_out_of_memory_is_one_line_whatever_was_being_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, is_wrapped: bool
+) -> None:
+    def fail() -> None:
+        if is_wrapped:
+            raise ModelError("unet: cannot be loaded; download it again") from error
+        raise error
+
+    monkeypatch.setattr(main_module, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        main_module.main()
+    assert ended.value.code == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("out of memory on the ")

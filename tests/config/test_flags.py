@@ -262,11 +262,11 @@ def test_flags_of_kohya_s_scripts_for_captions_and_prompts_are_understood() -> N
     given = "--clip_skip 2 --max_token_length 225 --shuffle_caption --keep_tokens 1 --caption_tag_dropout_rate 0.1"
     parsed = parse_arguments([*given.split(), "--flip_aug", "--vae", "vae.safetensors"])
     assert dict(parsed.overrides) == {
-        "model.clip_skip": 2,
+        "model.clip_skip": "2",
         "model.prompt_chunks": 3,
         "data.shuffle_tags": True,
-        "data.keep_tags": 1,
-        "data.tag_dropout": 0.1,
+        "data.keep_tags": "1",
+        "data.tag_dropout": "0.1",
         "data.random_flip": True,
         "model.vae": "vae.safetensors",
     }

@@ -34,6 +34,7 @@ CHOICES = {
     "lora.base_weights": ("fp32", "fp16", "bf16", "int8", "nf4"),
     "training.mixed_precision": ("no", "fp16", "bf16"),
     "memory.checkpointing": ("none", "layers", "segments", "nested", {"unet.mid_block": "segments"}),
+    "memory.micro_batches": (0, 2, 4),
     "training.clipping": ("global", "update_rms", "lagged", "per_tensor", "none"),
 }
 DECIDED_BY_THE_USER = {"memory.budget", "memory.attention", "memory.techniques"}

@@ -12,6 +12,8 @@ from lowmem_db.engine.build import set_arithmetic
 from lowmem_db.errors import ConfigError
 from lowmem_db.models.finding import model_of
 from lowmem_db.planning import measured
+from lowmem_db.planning.cards import ASSUMED
+from lowmem_db.planning.target import Target
 from lowmem_db.run import run
 from lowmem_db.storage.run_folder import RunFolder
 
@@ -66,10 +68,11 @@ def test_each_phase_computes_so_before_it_begins(
     monkeypatch.setattr(run, "prepare", begin)
     monkeypatch.setattr(measured, "build_step", begin)
     monkeypatch.setattr(run.environment, "resolve_device", lambda name: CUDA)
-    folder = RunFolder(tmp_path / "run")
+    folder, target = RunFolder(tmp_path / "run"), Target(card=ASSUMED, budget_bytes=1 << 30)
+    planned = run._Planned(config=config, chosen=frozenset(), model=model, device=CUDA, target=target, photos=[])
     phases = {
         "prepare": lambda: run.prepare_data(config),
-        "train": lambda: run._train(folder, config, model, CUDA, [], resume=False, observers=()),
+        "train": lambda: run._prepare(folder, planned, ()),
         "verify": lambda: measured.measure_train(config, model, CUDA),
     }
     with pytest.raises(Reached):

@@ -2,19 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lowmem_db.data.batches import PromptTable
-from lowmem_db.engine.draw import Artist, Job, draw, kept, loaded_for_use
+from lowmem_db.engine.draw import Artist, Job, Thrift, draw, kept, loaded_for_use
+from lowmem_db.errors import BudgetError
 from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.models.families.spaces import LatentCodec
 from lowmem_db.models.finding import find_model
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders
 from lowmem_db.randomness import generator
 from lowmem_db.sampling.latents import SamplingSettings
+from tests.faults import ERRORS, Fault
 
 CPU = torch.device("cpu")
 PROMPTS = ["a dog", "a cat", "a zx dog"]
@@ -86,3 +91,57 @@ def test_what_is_loaded_for_use_is_loaded_each_time() -> None:
     for expected in range(2):
         with lend() as loaded:
             assert loaded == expected
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "with 1 image at a time"), (1, "with 2 images at a time")])
+def test_out_of_memory_smaller_batches_are_drawn_with_the_same_noise(
+    model: ModelFolder, table: PromptTable, capsys: pytest.CaptureFixture[str], number: int, said: str
+) -> None:
+    count = 2 + number
+    job = Job(prompts=["a dog"], size=(32, 48), generators=[])
+    denoiser, codec = load(model), model.space.load()
+
+    def pictures(thrift: Thrift) -> list[torch.Tensor]:
+        two = [replace(job, generators=[generator(0, "x", i) for i in range(count)]) for _ in range(2)]
+        drawn = draw(artist(model), table, two, kept(denoiser), kept(codec), thrift=thrift)
+        return [torch.from_numpy(np.asarray(image).astype(int)) for images in drawn for image in images]
+
+    expected, thrift = pictures(Thrift()), Thrift()
+    with Fault(300, ERRORS[number]):  # in the second evaluation of the denoiser
+        found = pictures(thrift)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(said)
+    assert thrift == Thrift(at_once=-(-count // 2))
+    assert thrift.is_reduced
+    assert all((each - other).abs().max() <= 1 for each, other in zip(found, expected, strict=True))
+
+
+def test_out_of_memory_pictures_are_decoded_in_tiles(
+    model: ModelFolder, table: PromptTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, tiles, thrift = model.space.load(), [], Thrift()
+    decode, calls = type(codec).decode, iter(range(9))
+
+    def failing(self: LatentCodec, latents: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 1:
+            raise ERRORS[0]
+        return decode(self, latents)
+
+    monkeypatch.setattr(LatentCodec, "decode", failing)
+    monkeypatch.setattr(LatentCodec, "decode_in_tiles", lambda self, size: tiles.append(size))
+    images = list(draw(artist(model), table, jobs(), kept(load(model)), kept(codec), thrift=thrift))
+    assert [len(each) for each in images] == [2, 2, 2]
+    assert thrift.tiled
+    assert tiles == [48, 48]  # and the third picture is not tried in one piece again
+
+
+def test_where_a_single_image_does_not_fit_the_way_out_is_named(
+    model: ModelFolder, table: PromptTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: object) -> None:
+        raise ERRORS[0]
+
+    monkeypatch.setattr(Artist, "latents", failing)
+    drawn = draw(artist(model), table, jobs(), kept(load(model)), kept(model.space.load()))
+    with pytest.raises(BudgetError, match=r"drawing: out of memory .* draw on the CPU"):
+        next(drawn)

@@ -31,7 +31,13 @@ def lora_of(kind: str, tiny_model: Path) -> tuple[LoraSource, StableDiffusionPip
     config, pipeline = config_of(**KINDS[kind]), fresh_pipeline(tiny_model)
     modules: dict[str, Any] = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
     trained(modules, config)
-    lora = lora_file(modules, peft_settings(config), dtype=torch.float32, base={"base": str(tiny_model)})
+    lora = lora_file(
+        modules,
+        peft_settings(config),
+        dtype=torch.float32,
+        base={"base": str(tiny_model)},
+        base_key=find_model(str(tiny_model)).whole_key,
+    )
     return LoraSource(name="dog", lora=lora), pipeline
 
 

@@ -112,7 +112,7 @@ VARIANTS |= {
     | _LORA
     | {"lora.dora": True, "lora.targets": ["attention"], "training.stop_text_encoder_training": 4},
 }
-KILLS_PER_VARIANT = 2
+KILLS_PER_VARIANT = int(os.environ.get("LOWMEM_DB_KILLS", "2"))
 # Most of these is in another variant too; `make slow` runs them.
 SLOW = {
     "adamw",

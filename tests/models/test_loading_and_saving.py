@@ -3,24 +3,36 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lowmem_db import models
+from lowmem_db.config.schema import Weights
 from lowmem_db.errors import ModelError
 from lowmem_db.models.families import find_family
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.finding import find_model
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import load_noise_schedule
+from lowmem_db.models.reading import converted
 from lowmem_db.models.saving import DTYPES, published_state, save_model
+from lowmem_db.optimizers import weights
+from tests.faults import ERRORS, Fault
 from tests.tiny_models import write_tiny_model
 
 CONFIGS = Path(__file__).parents[1] / "assets" / "model_configs"
@@ -161,14 +173,17 @@ def test_damaged_weights_are_refused_by_the_name_of_their_component(
 ) -> None:
     (file,) = (model_copy / component).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ModelError, match=rf"{component}/{file.name}: is truncated .*; download it again") as refused:
+        find_model(str(model_copy))
+    assert "\n" not in str(refused.value)
     with pytest.raises(ModelError, match=rf"{component}: cannot be loaded \(.*\); check model.base") as refused:
-        find_model(str(model_copy)).load(component)
+        find_model(str(model_copy), weights=False).load(component)
     assert "\n" not in str(refused.value)
 
 
 def test_missing_variant_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(ModelError, match=r"unet: cannot be loaded \(.*fp16.*check model\.base and model\.variant"):
-        find_model(str(tiny_model), variant="fp16").load("unet")
+    with pytest.raises(ModelError, match=r"fp16\.safetensors: is missing; .* check model\.variant"):
+        find_model(str(tiny_model), variant="fp16")
 
 
 @pytest.mark.parametrize("missing", [("*",), ("tokenizer.json", "merges.txt"), ("tokenizer.json", "vocab.json")])
@@ -275,3 +290,55 @@ def test_sdxl_has_its_published_sizes_and_names() -> None:
     assert names["text_encoder_2"] - {"text_projection.weight"} == {
         name for name in names["text_encoder_2"] if name.startswith("text_model.")
     }
+
+
+def test_out_of_memory_is_not_a_damaged_model(tiny_model: Path) -> None:
+    with Fault(20, ERRORS[1]), pytest.raises(RuntimeError, match="can't allocate memory"):
+        find_model(str(tiny_model)).load("unet")
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder", "vae"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tensors_read_one_by_one_are_those_of_from_pretrained(
+    tiny_model: Path, component: str, dtype: torch.dtype
+) -> None:
+    kind = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}[component]
+    option = "dtype" if component == "text_encoder" else "torch_dtype"
+    expected = cast("Any", kind).from_pretrained(tiny_model / component, **{option: dtype})
+    found = find_model(str(tiny_model)).load(component, dtype=dtype)
+    for tensors, wanted in ((found.state_dict(), expected.state_dict()), (buffers(found), buffers(expected))):
+        assert tensors.keys() == wanted.keys()
+        assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+        assert all(tensors[name].dtype == wanted[name].dtype for name in wanted)
+    assert type(found) is type(expected)
+    own, theirs = (
+        module.config.to_dict() if component == "text_encoder" else dict(module.config) for module in (found, expected)
+    )
+    assert own.keys() | {"_name_or_path"} == theirs.keys() | {"_name_or_path"}
+    assert all(own[name] == theirs[name] for name in own.keys() - {"_name_or_path"})
+
+
+def buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_buffers())
+
+
+@pytest.mark.parametrize("kind", ["bf16_extra_bits", "bf16_stochastic", "fp32"])
+def test_weights_converted_as_they_are_read_are_those_converted_afterwards(tiny_model: Path, kind: Weights) -> None:
+    model, bits = find_model(str(tiny_model)), dict[str, torch.Tensor]()
+    expected = {"unet": model.load("unet")}
+    expected_bits = weights.apply(expected, kind)
+    with nullcontext() if (convert := weights.converter(kind, bits)) is None else converted(convert):
+        found = {"unet": model.load("unet")}
+    bits |= weights.apply(found, kind)
+    assert bits.keys() == expected_bits.keys()
+    assert all(torch.equal(bits[name], expected_bits[name]) for name in bits)
+    state, wanted = found["unet"].state_dict(), expected["unet"].state_dict()
+    assert all(torch.equal(state[name], wanted[name]) and state[name].dtype == wanted[name].dtype for name in wanted)
+
+
+def test_parameters_own_their_memory(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny")
+    unet = find_model(str(model)).load("unet")
+    before = unet.conv_in.weight.clone()
+    (model / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    assert torch.equal(unet.conv_in.weight, before)

@@ -60,7 +60,7 @@ def test_second_time_nothing_is_written(
     file = export(write_original_model(tmp_path / "source", "sd1"), tmp_path / "one.safetensors")
     first = folder_of_file(file)
     assert "writing it once as a folder in diffusers' layout" in capsys.readouterr().err
-    monkeypatch.setattr(single_file_folder, "write_folder", None)
+    monkeypatch.setattr(single_file_folder, "write_checked_folder", None)
     assert folder_of_file(file) == first
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from lowmem_db.config.loading import load_config
 from lowmem_db.console import console
-from lowmem_db.run import run as run_module
+from lowmem_db.run import attempts as run_module
 from lowmem_db.run.run import train
 from lowmem_db.storage.atomic import as_storage_error
 from lowmem_db.storage.run_folder import RunFolder

@@ -18,7 +18,7 @@ from lowmem_db.engine import draw
 from lowmem_db.engine.step import train_step
 from lowmem_db.errors import ConfigError, NonFiniteError, StorageError
 from lowmem_db.models.finding import find_model
-from lowmem_db.run import checks, run
+from lowmem_db.run import attempts, checks
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_state, read_tensors
 from lowmem_db.training import trainer
@@ -99,6 +99,32 @@ def test_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(
         train(arguments(tiny_fields | {"checkpointing.every": 2}))
 
 
+def test_checkpoint_is_saved_after_some_minutes(tiny_fields: dict[str, object], tmp_path: Path) -> None:
+    fields = tiny_fields | {"prior.enabled": False, "checkpointing.keep": None, "training.max_train_steps": 3}
+    for minutes, steps in ((1e-9, [1, 2, 3]), (1e9, [3]), (None, [3])):
+        folder = tmp_path / str(minutes)
+        train(arguments(fields | {"checkpointing.every_minutes": minutes, "output_dir": str(folder)}))
+        assert RunFolder(folder).complete_steps() == steps
+
+
+def test_weight_that_is_not_finite_is_not_kept(
+    tiny_fields: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiling(denoiser, objective, optimizer, batches, step):
+        output = train_step(denoiser, objective, optimizer, batches, step)
+        if step == 3:
+            denoiser.module.conv_out.bias.data[0] = float("nan")
+        return output
+
+    monkeypatch.setattr(trainer, "train_step", spoiling)
+    with pytest.raises(
+        NonFiniteError, match=r"step 4: unet: conv_out\.bias is infinite or NaN, so no checkpoint .*step-000002"
+    ):
+        train(arguments(tiny_fields | {"prior.enabled": False, "checkpointing.every": 2}))
+    assert RunFolder(tmp_path / "run").complete_steps() == [2]
+    assert not (tmp_path / "run" / "final").exists()
+
+
 def test_full_disk_is_reported_before_the_run(tiny_fields: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks.environment, "free_disk_bytes", lambda path: 1000)
     with pytest.raises(StorageError, match=r"output_dir: .* GiB are free; lower checkpointing\.keep"):
@@ -110,10 +136,10 @@ def test_samples_come_from_the_moving_average(
 ) -> None:
     seen: list[torch.Tensor] = []
 
-    def recording(config, model, denoiser, prompts, run, step):
+    def recording(config, model, denoiser, prompts, run, thrift, step):
         seen.append(denoiser.module.conv_in.weight.detach().clone())
 
-    monkeypatch.setattr(run, "draw_samples", recording)
+    monkeypatch.setattr(attempts, "draw_samples", recording)
     fields = tiny_fields | {"sampling.prompts": ["a dog"], "training.max_train_steps": 1}
     train(arguments(fields))
     train(arguments(fields | {"ema.enabled": True, "output_dir": str(tmp_path / "ema")}))
@@ -213,7 +239,7 @@ def test_block_that_the_model_has_not_is_refused(tiny_fields: dict[str, object])
         train(arguments(tiny_fields | changed))
 
 
-LORA_FILES = {"pytorch_lora_weights.safetensors", "README.md"}
+LORA_FILES = {"pytorch_lora_weights.safetensors", "README.md", "checksums.json"}
 LORA = {
     "lora.enabled": True,
     "lora.rank": 4,

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from lowmem_db.errors import ModelError
+from lowmem_db.models.configurations import NONSENSE
 from lowmem_db.models.families.base import Component, Family
 from lowmem_db.models.families.stable_diffusion import SD_1, SD_2, SD_OF_ANY_WIDTH
 from lowmem_db.models.families.stable_diffusion_xl import SD_XL, SD_XL_OF_ANY_WIDTH
@@ -47,7 +48,11 @@ def find_family(files: ModelFiles) -> Family:
     Raises:
         ModelError: There is no such family.
     """
-    found = next((family for family in families_of(files) if family.recognises(files)), None)
+    try:
+        found = next((family for family in families_of(files) if family.recognises(files)), None)
+    except NONSENSE as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ModelError(f"{files.path}: its configurations make no sense ({reason}); download it again") from error
     if found is None:
         allowed = ", ".join(family.name for family in FAMILIES)
         raise ModelError(f"{files.path}: its family is not supported; allowed: {allowed}")

@@ -1,6 +1,7 @@
 """The space that a denoiser works in: an autoencoder's latents, or pixels."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -8,6 +9,8 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor
 
+from lowmem_db.errors import NonFiniteError
+from lowmem_db.finite import first_not_finite
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.loading import CPU, Autoencoder, load_autoencoder
 
@@ -82,7 +85,8 @@ class LatentSpace:
 
     def load(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> "LatentCodec":
         """Load the autoencoder, in ``dtype`` unless it must compute in fp32."""
-        return LatentCodec(load_autoencoder(self.files, self.component, device, dtype), self.cell)
+        folder = self.files.folder_of(self.component)
+        return LatentCodec(load_autoencoder(self.files, self.component, device, dtype), self.cell, folder)
 
 
 @dataclass(frozen=True)
@@ -92,30 +96,44 @@ class LatentCodec:
     Attributes:
         autoencoder: One of diffusers' autoencoders, or the demo's.
         cell: Pixels per latent pixel, along one side.
+        folder: Where it was loaded from, for messages.
     """
 
     autoencoder: Autoencoder
     cell: int
+    folder: Path = Path("vae")
 
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Moments:
         """Return the mean and standard deviation of the latents' posterior, times the autoencoder's scaling factor.
 
         For a deterministic autoencoder the standard deviation is zero.
+
+        Raises:
+            NonFiniteError: One of them is infinite or NaN.
         """
         autoencoder, scale = self.autoencoder, self.scaling_factor
         encoded: Any = autoencoder.encode(pixels.to(autoencoder.device, autoencoder.dtype))
         if hasattr(encoded, "latent_dist"):
-            return (encoded.latent_dist.mean * scale).float(), (encoded.latent_dist.std * scale).float()
-        mean = (encoded.latents * scale).float()
-        return mean, torch.zeros_like(mean)
+            mean, std = (encoded.latent_dist.mean * scale).float(), (encoded.latent_dist.std * scale).float()
+        else:
+            mean = (encoded.latents * scale).float()
+            std = torch.zeros_like(mean)
+        self._check({"the mean": mean, "the standard deviation": std}, "latents")
+        return mean, std
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c x y"]) -> Float[Tensor, "b 3 h w"]:
-        """Return pictures in [-1, 1], decoded one at a time to save memory."""
+        """Return pictures in [-1, 1], decoded one at a time to save memory.
+
+        Raises:
+            NonFiniteError: One has values that are infinite or NaN.
+        """
         decode: Any = self.autoencoder.decode
         scaled = latents.to(self.autoencoder.device, self.autoencoder.dtype) / self.scaling_factor
-        return torch.cat([decode(latent[None]).sample for latent in scaled]).float().clamp(-1, 1)
+        pictures = torch.cat([decode(latent[None]).sample for latent in scaled]).float()
+        self._check({"the picture": pictures}, "pictures")
+        return pictures.clamp(-1, 1)
 
     def decode_in_tiles(self, num_pixels: int) -> None:
         """Decode tiles of half a picture's side, which overlap by a quarter and are blended.
@@ -126,6 +144,18 @@ class LatentCodec:
             self.autoencoder.enable_tiling()
             self.autoencoder.tile_sample_min_size = num_pixels // 2
             self.autoencoder.tile_latent_min_size = num_pixels // 2 // self.cell
+
+    def _check(self, made: dict[str, Tensor], what: str) -> None:
+        """Refuse infinite values and NaN, which would become black pictures, or spoil the training.
+
+        Raises:
+            NonFiniteError: There are some.
+        """
+        if (name := first_not_finite(made)) is not None:
+            kind = str(self.autoencoder.dtype).removeprefix("torch.")
+            raise NonFiniteError(
+                f"{self.folder}: the autoencoder gives {what} that are infinite or NaN ({name}, computed in {kind})"
+            )
 
     @property
     def scaling_factor(self) -> float:

@@ -82,7 +82,7 @@ class StableDiffusion(Family):
         )
 
     def _has_width(self, width: Any) -> bool:
-        return self.cross_attention_dim in {width, None}
+        return self.cross_attention_dim is None or self.cross_attention_dim == width
 
     def recognises_file(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Return whether there is a UNet for text embeddings of this width, and a layout for it."""

@@ -1,0 +1,91 @@
+"""``make torture``: every attack on a run, part by part; parts that are done for this version are not repeated.
+
+    python -m tools.torture [PART ...]
+
+The results go to ``benchmarks/results/torture/``, a file for each part, as soon as it is done.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path("benchmarks/results/torture")
+ALL = ["-m", "slow or not slow"]
+PARTS: dict[str, list[str]] = {
+    "bad_input": ["tests/config/test_bad_input.py", "tests/cli/test_inputs.py", "tests/models/test_configurations.py",
+                  "tests/models/test_whole_weights.py", "tests/adaptation/test_lora_base.py"],
+    "numbers": ["tests/test_finite.py", "tests/preparation/test_not_finite.py"],
+    "bit_rot": ["tests/storage/test_checksums.py", "tests/run/test_final.py", "tests/training/test_checkpoint.py"],
+    "disk": ["tests/storage/test_atomic.py", "tests/storage/test_leftovers.py", "tests/training/test_rescue.py"],
+    "signals": ["tests/test_interruption.py", "tests/training/test_signals.py", "tests/cli/test_train.py"],
+    "concurrent": ["tests/storage/test_locks.py", "tests/preparation/test_shared_cache.py"],
+    "sockets": ["tests/cli/test_sockets.py"],
+    "kills": ["tests/integration/test_resume.py"],
+}  # fmt: skip
+KILLS_PER_VARIANT = 16
+LONG_RUN_STEPS = 20_000
+
+
+def torture(part: str) -> dict[str, Any]:
+    """Run the tests of a part; return what came of them."""
+    kills = os.environ.get("LOWMEM_DB_KILLS", str(KILLS_PER_VARIANT))
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", f"--junitxml={report}", *ALL, *PARTS[part]]
+        started = time.monotonic()
+        subprocess.run(command, check=False, env=os.environ | {"LOWMEM_DB_KILLS": kills})
+        counts = counts_of(report)
+    found = {"part": part, "version": version(), **counts, "seconds": round(time.monotonic() - started)}
+    return found | ({"kills": int(kills) * counts["variants"]} if part == "kills" else {})
+
+
+def counts_of(report: Path) -> dict[str, Any]:
+    """Return how many tests passed, failed and were skipped according to a report of pytest, and which failed."""
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    variants = sum(str(case.get("name")).startswith("test_killed_runs_end") for case in cases)
+    passed = len(cases) - len(failed) - skipped
+    return {"passed": passed, "skipped": skipped, "failed": failed, "variants": variants}
+
+
+def version() -> str:
+    """Return the commit."""
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def is_done(file: Path) -> bool:
+    """Return whether a part has run for this version."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("version") == version()
+    except (OSError, ValueError):
+        return False
+
+
+def main(parts: list[str]) -> int:
+    """Run the parts that are left; return 1 if something failed."""
+    failed = 0
+    for part in parts or [*PARTS, "long_run"]:
+        file = RESULTS / f"{part}.json"
+        if is_done(file):
+            continue
+        if part == "long_run":
+            steps = os.environ.get("LOWMEM_DB_STEPS", str(LONG_RUN_STEPS))
+            command = [sys.executable, "-m", "tools.torture.long_run", "--steps", steps, "--output", str(file)]
+            failed += subprocess.run(command, check=False).returncode != 0
+            continue
+        found = torture(part)
+        failed += bool(found["failed"])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
