@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lowmem_db.adaptation import lora_base
+from lowmem_db.adaptation.embeddings import word_of_checkpoint
 from lowmem_db.adaptation.lora_file import LoraFile, lora_of_checkpoint, put_into, read_lora
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config, ModelConfig, ObjectiveConfig
@@ -17,8 +18,10 @@ from lowmem_db.data.batches import PromptTable
 from lowmem_db.engine.checkpoint_weights import checkpoint_weights, trained_components
 from lowmem_db.errors import CheckpointError, DataError
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.finding import final_model_of, find_base, find_model
+from lowmem_db.models.embedding_file import EMBEDDING_FILE, read_base, read_embedding
+from lowmem_db.models.finding import final_model_of, find_base, find_model, with_words
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.new_words import NewWord
 from lowmem_db.models.places import INDEX, LORA_FILE
 from lowmem_db.models.text_encoders import embed_prompts
 from lowmem_db.storage.checksums import MANIFEST
@@ -134,6 +137,8 @@ def find_source(source: str, *, step: Step | None = None, base: str | None = Non
     if step in (None, "final"):
         if (run.final_dir / LORA_FILE).is_file():
             return _lora_source(run.final_dir / LORA_FILE, config, run, base)
+        if (run.final_dir / EMBEDDING_FILE).is_file():
+            return _embedding_source(run.final_dir / EMBEDDING_FILE, config, base, run)
         if run.final_dir.is_dir():
             _refuse_base(base, run.final_dir)
             _remark_on_age(run.final_dir)
@@ -142,6 +147,9 @@ def find_source(source: str, *, step: Step | None = None, base: str | None = Non
     if step is None:
         say(f"the run is not finished: drawing from its checkpoint of step {chosen}")
     checkpoint = run.checkpoint_dir(chosen)
+    if config.textual_inversion.enabled:
+        word = word_of_checkpoint(checkpoint, config)
+        return ImageSource(model=_with_word(config, word, base, str(run.root)), run_config=config)
     if config.lora.enabled:
         files = tuple(sorted(checkpoint.glob("*.safetensors")))
         model = _base(config.model, base, str(run.root), config)
@@ -157,6 +165,8 @@ def _source_outside_runs(source: str, base: str | None) -> ImageSource:
     file = path if path.name == LORA_FILE else path / LORA_FILE
     if file.is_file() and not (path / INDEX).is_file():
         return _lora_source(file, None, None, base)
+    if (path / EMBEDDING_FILE).is_file() and not (path / INDEX).is_file():
+        return _embedding_source(path / EMBEDDING_FILE, None, base)
     model = find_model(source)
     _refuse_base(base, model.path)
     return ImageSource(model=model)
@@ -190,6 +200,24 @@ def _base(
 ) -> ModelFolder:
     cache_dir = None if config is None else config.cache_dir
     return find_base(trained_on, given, of=of, cache_dir=cache_dir, exact=exact)
+
+
+def _embedding_source(file: Path, config: Config | None, base: str | None, run: RunFolder | None = None) -> ImageSource:
+    """Return the base model with the word of an embedding, as ``final/`` of Textual Inversion has it."""
+    word = read_embedding(file)
+    if config is not None:
+        return ImageSource(
+            model=_with_word(config, word, base, str(file if run is None else run.root)), run_config=config
+        )
+    named = {"base": base} if base is not None else read_base(file)
+    if not named:
+        raise DataError(f"{file}: does not name its base model; add --base")
+    return ImageSource(model=with_words(find_model(**named), [word]))
+
+
+def _with_word(config: Config, word: NewWord, base: str | None, of: str) -> ModelFolder:
+    """Return the base model of a run of Textual Inversion with the word as it was learned."""
+    return with_words(_base(config.model, base, of, config), [word])
 
 
 def _lora_source(file: Path, config: Config | None, run: RunFolder | None, base: str | None) -> ImageSource:

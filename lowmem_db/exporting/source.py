@@ -14,6 +14,7 @@ from lowmem_db.console import quoted
 from lowmem_db.engine.checkpoint_weights import trained_components
 from lowmem_db.engine.source import ImageSource
 from lowmem_db.errors import ModelError
+from lowmem_db.models.embedding_file import EMBEDDING_FILE
 from lowmem_db.models.finding import find_model
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
@@ -54,7 +55,13 @@ def find_export_source(source: str) -> ExportSource:
             f"{run.root}: the run has no final model yet; finish it with: lowmem-db train {quoted(run.config_file)} "
             f"--resume, or export a checkpoint: --step {_steps(run)}"
         )
-    return ExportSource(name=name, model=find_model(str(run.final_dir)), config=load_config(run.config_file))
+    config = load_config(run.config_file)
+    if config.textual_inversion.enabled:
+        raise ModelError(
+            f"{run.root}: holds a learned embedding, which other programs load as it is: copy "
+            f"{run.final_dir / EMBEDDING_FILE}; AUTOMATIC1111 and ComfyUI take the name of the file as the word"
+        )
+    return ExportSource(name=name, model=find_model(str(run.final_dir)), config=config)
 
 
 @contextmanager

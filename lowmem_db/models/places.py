@@ -12,6 +12,7 @@ from lowmem_db.errors import ModelError
 DEMO_DIR = Path(__file__).parent / "demo" / "base"
 INDEX = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
+EMBEDDING_FILE = "learned_embeds.safetensors"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w.-]+)/(.+\.safetensors)")
 _RUN_CONFIG = "config.yaml"

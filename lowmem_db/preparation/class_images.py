@@ -24,7 +24,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.console import say, warn
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.data.folder import is_negligible
-from lowmem_db.engine.draw import Artist, Job, draw, loaded_for_use
+from lowmem_db.engine.draw import Artist, Job, Thrift, draw, loaded_for_use
 from lowmem_db.engine.manifest import MANIFEST, differences, write_manifest
 from lowmem_db.errors import DataError, NonFiniteError
 from lowmem_db.models.denoiser import Denoiser
@@ -206,7 +206,7 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequen
     for group in sets:
         if not (group.folder / MANIFEST).is_file():
             write_manifest(group.folder, group.wanted)
-    per_part = _images_per_part(config.prior.sample_batch_size)
+    per_part, thrift = _images_per_part(config.prior.sample_batch_size), Thrift()
     parts = [(group, first) for group in sets for first in range(0, group.count, per_part)]
 
     def draw_part(group: _Set, first: int) -> None:
@@ -219,6 +219,7 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequen
             loaded_for_use(partial(load_frozen_denoiser, config, model, device, dtype), device),
             loaded_for_use(partial(model.space.load, device, dtype), device),
             progress=f"class images {first} to {min(first + per_part, group.count) - 1}",
+            thrift=thrift,
         )
         for indices, images in zip(batches, drawn, strict=True):
             _save_missing(group, indices, images)

@@ -9,7 +9,7 @@ from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.data.folder import holds_nothing, look_into
 from lowmem_db.errors import ConfigError, DataError
-from lowmem_db.models.places import LORA_FILE, is_run, place_of
+from lowmem_db.models.places import EMBEDDING_FILE, LORA_FILE, is_run, place_of
 
 
 def check_inputs(config: Config) -> None:
@@ -63,7 +63,8 @@ def check_source(source: str, base: str | None = None) -> None:
         ModelError: There is nothing by that name, or it is neither.
     """
     path = Path(source)
-    if not (is_run(path) or (path / LORA_FILE).is_file() or path.name == LORA_FILE):
+    holds_trained = any((path / name).is_file() for name in (LORA_FILE, EMBEDDING_FILE))
+    if not (is_run(path) or holds_trained or path.name == LORA_FILE):
         place_of(source)
     if base is not None:
         place_of(base)

@@ -161,7 +161,7 @@ def test_bar_shows_step_percent_and_time_left_in_80_columns(monkeypatch: pytest.
     monkeypatch.setattr(console, "_width", 80)
     monkeypatch.setattr(console, "is_interactive", True)
     config = load_config(None, [("output_dir", "r"), ("subject.instance_dir", "p"), *REQUIRED])
-    nothing = dict.fromkeys(("run", "denoiser", "weights", "save_checkpoint", "tell"))
+    nothing = {"run": None, "denoiser": None} | dict.fromkeys(("weights", "save_checkpoint", "tell"), lambda *_: None)
     bar, training = ConsoleBar(), SimpleNamespace(config=config, step=100, **nothing)
     bar.start(training)
     for step in range(101, 121):
