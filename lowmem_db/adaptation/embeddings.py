@@ -12,9 +12,10 @@ from lowmem_db.adaptation.layers import freeze
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import autocast
 from lowmem_db.models.denoiser import AUTOCAST_TYPES
-from lowmem_db.models.embedding_file import EMBEDDING_FILE, write_embedding
+from lowmem_db.models.embedding_file import write_embedding
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.new_words import ExtendedEmbedding, NewWord, extended_embedding, find_extended
+from lowmem_db.models.places import EMBEDDING_FILE
 from lowmem_db.models.saving import DTYPES
 from lowmem_db.storage.tensors import read_state
 
