@@ -158,7 +158,7 @@ def _embedding_source(folder: Path, run_config: Config | None, base: str | None)
     word = read_embedding(file)
     if run_config is not None:
         return ImageSource(model=_with_word(run_config, word, base), run_config=run_config)
-    named = {"base": base} if base is not None else read_base(file)
+    named: dict[str, Any] = {"base": base} if base is not None else read_base(file)
     if not named:
         raise DataError(f"{file}: does not name its base model; add --base")
     return ImageSource(model=with_words(find_model(**named), [word]))
