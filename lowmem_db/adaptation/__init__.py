@@ -1,1 +1,1 @@
-"""What trains: all weights, or low-rank adapters on frozen ones."""
+"""What trains: all weights, low-rank adapters on frozen ones, or the embedding of a new word."""

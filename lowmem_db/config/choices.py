@@ -45,7 +45,7 @@ class Situation:
 
 def weights(config: Config, where: Situation) -> Iterator[Weights]:
     """Yield types of the trained weights: 24 bits before stochastic rounding, fp32 if bf16 cannot be used."""
-    if config.lora.enabled or config.training.mixed_precision in {"no", "fp16"} or not where.card.has_bf16:
+    if not config.trains_weights or config.training.mixed_precision in {"no", "fp16"} or not where.card.has_bf16:
         yield "fp32"
     else:
         yield "bf16_extra_bits"
@@ -53,7 +53,7 @@ def weights(config: Config, where: Situation) -> Iterator[Weights]:
 
 
 def base_weights(config: Config, where: Situation) -> Iterator[BaseWeights]:
-    """Yield types of the frozen weights in a LoRA run, the exact one first."""
+    """Yield types of the frozen weights, the exact one first."""
     precision = config.training.mixed_precision
     if where.card.is_cpu or precision == "no":
         yield "fp32"
@@ -90,14 +90,14 @@ def gradients(config: Config, where: Situation) -> Iterator[bool]:
     """Yield whether gradients are freed as soon as they are used; not for adapters, whose gradients are small."""
     del where
     yield False
-    if not config.lora.enabled:
+    if config.trains_weights:
         yield True
 
 
 def optimizer_states(config: Config, where: Situation) -> Iterator[bool]:
     """Yield whether optimizer states go to the host; not for adapters, whose states are small, nor on the CPU."""
     yield False
-    if not config.lora.enabled and not where.card.is_cpu:
+    if config.trains_weights and not where.card.is_cpu:
         yield True
 
 

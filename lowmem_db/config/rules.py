@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from lowmem_db.config import choices, strategy
-from lowmem_db.config.schema import Config, LoraConfig
+from lowmem_db.config.schema import Config, LoraConfig, TextualInversionConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,50 @@ def _no_effect(field: str, when: Callable[[Config], bool], why: str) -> Rule:
     )
 
 
+def _learns(rule: Callable[[Config], bool]) -> Callable[[Config], bool]:
+    return lambda c: c.textual_inversion.enabled and rule(c)
+
+
+_TEXTUAL_INVERSION = (
+    Rule(
+        lambda c: not c.textual_inversion.enabled and c.textual_inversion != TextualInversionConfig(),
+        "textual_inversion.enabled: false gives the other fields of textual_inversion no effect; set "
+        "textual_inversion.enabled=true, or leave them out",
+    ),
+    Rule(
+        _learns(lambda c: c.lora.enabled),
+        "lora.enabled: true trains adapters, and textual_inversion.enabled=true an embedding; set one of them to false",
+    ),
+    Rule(
+        _learns(lambda c: c.prior.enabled),
+        "prior.enabled: true has nothing to preserve, because Textual Inversion changes no weights; set it to "
+        "false, or leave it out",
+    ),
+    Rule(
+        _learns(lambda c: c.training.train_text_encoder),
+        "training.train_text_encoder: true trains weights, and textual_inversion.enabled=true an embedding alone; "
+        "leave it out",
+    ),
+    Rule(
+        _learns(lambda c: bool(c.training.layers)),
+        "training.layers: {config.training.layers!r} selects weights of a full fine-tuning, and "
+        "textual_inversion.enabled=true trains an embedding alone; leave it out",
+    ),
+    Rule(
+        _learns(lambda c: c.training.learning_rate != TrainingConfig().learning_rate),
+        "training.learning_rate: {config.training.learning_rate} is for weights; set textual_inversion.learning_rate",
+    ),
+    Rule(
+        _learns(lambda c: c.initializer is None),
+        "textual_inversion.initializer: is missing, and there is no subject.class_prompt to take it from; set "
+        "textual_inversion.initializer=dog (your class noun)",
+    ),
+    Rule(
+        _learns(lambda c: c.textual_inversion.token not in c.subject.instance_prompt),
+        "subject.instance_prompt: {config.subject.instance_prompt!r} does not have the new word; set "
+        "subject.instance_prompt='a {config.textual_inversion.token}'",
+    ),
+)
 RULES = (
     Rule(
         lambda c: c.prior.enabled and not c.subject.class_prompt,
@@ -174,13 +218,14 @@ RULES = (
         "that registers it first, or leave it out",
     ),
     Rule(
-        lambda c: not c.lora.enabled and c.lora != LoraConfig(),
+        lambda c: not c.lora.enabled and _adapter_fields(c) != LoraConfig(),
         "lora.enabled: false gives the other fields of lora no effect; set lora.enabled=true, or leave them out",
     ),
+    *_TEXTUAL_INVERSION,
     Rule(
-        lambda c: c.lora.enabled and _has_bf16_weights(c),
-        "memory.weights: {config.memory.weights!r} is for weights that train, but adapters train in fp32; leave it out "
-        "or set it to fp32; for the type of the frozen weights use lora.base_weights",
+        lambda c: not c.trains_weights and _has_bf16_weights(c),
+        "memory.weights: {config.memory.weights!r} is for weights that train, but adapters and embeddings train in "
+        "fp32; leave it out or set it to fp32; for the type of the frozen weights use lora.base_weights",
     ),
     Rule(
         lambda c: c.lora.enabled and bool(c.training.layers),
@@ -214,6 +259,12 @@ def _compute_types(config: Config) -> set[str | None]:
     """Return the compute types that can be combined with the frozen weights of a LoRA run."""
     is_quantized = config.lora.base_weights in {"int8", "nf4"}
     return {None, "fp16", "bf16"} if is_quantized else {None, config.lora.base_weights}
+
+
+def _adapter_fields(config: Config) -> LoraConfig:
+    """Return the section ``lora`` without the type of the frozen weights, which Textual Inversion has too."""
+    is_used = config.textual_inversion.enabled
+    return config.lora.model_copy(update={"base_weights": None}) if is_used else config.lora
 
 
 def _unregistered(config: Config) -> set[str]:

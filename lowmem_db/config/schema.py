@@ -6,9 +6,9 @@ combinations of fields that are refused.
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lowmem_db.config.sizes import parse_bytes
 from lowmem_db.environment import check_device_name
@@ -78,6 +78,9 @@ class ModelConfig(Section):
     """Variant of the weight files, such as ``fp16``."""
     allow_pickle: bool = False
     """Also load pickled weights (``.bin``), with ``weights_only=True``. Default: only safetensors."""
+    embeddings: tuple[Annotated[str, AfterValidator(lambda path: str(_expand_home(Path(path))))], ...] = ()
+    """Files of learned embeddings (Textual Inversion) whose words prompts may use, in the formats of diffusers,
+    AUTOMATIC1111 and ComfyUI; pickled ones (``.pt``, ``.bin``) are read with ``weights_only=True``."""
     vae: str | None = None
     """Another autoencoder, for training and in the final model: a folder in diffusers' layout, a ``.safetensors`` file,
     or a hub id such as ``madebyollin/sdxl-vae-fp16-fix``. Default: the model's own."""
@@ -269,6 +272,28 @@ class LoraConfig(Section):
     fp32 on the CPU; on a card bf16, or fp16 if it does not support that; ``nf4`` if neither fits."""
 
 
+class TextualInversionConfig(Section):
+    """Textual Inversion (arXiv:2208.01618): the embedding of a new word trains, and nothing else.
+
+    ``lora.base_weights`` is the type of the frozen weights. Prior preservation is off, because no weight changes.
+    """
+
+    enabled: bool = False
+    """Learn an embedding instead of changing the weights."""
+    token: Annotated[str, Field(pattern=r"^\S+$")] = "<subject>"
+    """Spelling of the new word, without spaces; prompts use it: ``a <subject>``."""
+    initializer: str | None = None
+    """Word that the embedding starts as, one token such as ``dog``. Default: the last word of
+    ``subject.class_prompt``."""
+    num_vectors: Annotated[int, Field(ge=1, le=75)] = 1
+    """Number of tokens that the word stands for, each with an embedding of its own."""
+    templates: Literal["object", "style", "prompt"] = "object"
+    """Prompts of the photos: one of the templates of the paper for objects or for styles, drawn for each sample;
+    or ``prompt``, always ``subject.instance_prompt``. A photo with its own caption keeps that."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-3
+    """Learning rate of the embedding."""
+
+
 class EmaConfig(Section):
     """Exponential moving average of the weights, in fp32; samples and the final model use it."""
 
@@ -422,6 +447,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
+    textual_inversion: TextualInversionConfig = TextualInversionConfig()
     ema: EmaConfig = EmaConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpointing: CheckpointingConfig = CheckpointingConfig()
@@ -429,6 +455,33 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     final: FinalConfig = FinalConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_prior(cls, tree: Any) -> Any:
+        """Leave prior preservation off for Textual Inversion, unless it is asked for."""
+        if not isinstance(tree, dict) or not isinstance(own := tree.get("textual_inversion"), dict):
+            return tree
+        prior = tree.get("prior", {})
+        if own.get("enabled") in (True, "true") and isinstance(prior, dict) and "enabled" not in prior:
+            return tree | {"prior": {**prior, "enabled": False}}
+        return tree
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the model's own weights train, rather than adapters or an embedding."""
+        return not (self.lora.enabled or self.textual_inversion.enabled)
+
+    @property
+    def runs_text_encoders(self) -> bool:
+        """Whether training steps run the text encoders, because something in them trains."""
+        return self.training.train_text_encoder or self.textual_inversion.enabled
+
+    @property
+    def initializer(self) -> str | None:
+        """Word that the embedding of Textual Inversion starts as, or None if it is not known."""
+        words = (self.subject.class_prompt or "").split()
+        return self.textual_inversion.initializer or (words[-1] if words else None)
 
     @property
     def evaluation_prompts(self) -> tuple[str, ...]:

@@ -114,7 +114,8 @@ def autocast(config: Config) -> Literal["no", "fp16", "bf16"]:
 
 def _weights_in_words(config: Config) -> str:
     base, compute_type = config.lora.base_weights, autocast(config)
-    weights = f"{config.memory.weights}" if base is None else f"LoRA on {base} weights"
+    trained = "embedding" if config.textual_inversion.enabled else "LoRA"
+    weights = f"{config.memory.weights}" if base is None else f"{trained} on {base} weights"
     return weights + (f" with {compute_type} autocast" if compute_type != "no" else "")
 
 
@@ -178,7 +179,7 @@ FIELDS: tuple[StrategyField, ...] = (
             "sample": _itself,
             "class_images": lambda kind: kind if kind in {"int8", "nf4"} else None,
         },
-        applies=lambda config: config.lora.enabled,
+        applies=lambda config: not config.trains_weights,
     ),
     StrategyField(
         path="training.mixed_precision",

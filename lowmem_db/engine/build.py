@@ -89,7 +89,7 @@ def count_on_meta(config: Config, model: ModelFolder) -> dict[str, int]:
 
 def _load_denoiser(config: Config, adaptation: Adaptation, model: ModelFolder, device: torch.device) -> Denoiser:
     family, dtype = model.family, adaptation.load_dtype()
-    names = [family.denoiser, *(family.text_encoders if config.training.train_text_encoder else ())]
+    names = [family.denoiser, *(family.text_encoders if config.runs_text_encoders else ())]
     with adaptation.reading():
         modules = {name: model.load(name, device, dtype) for name in names}
     return Denoiser(family, modules, AUTOCAST_TYPES[autocast(config)])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem_db.adaptation.embeddings import word_of_checkpoint
 from lowmem_db.adaptation.lora_base import find_base
 from lowmem_db.adaptation.lora_file import LORA_FILE, LoraFile, lora_of_checkpoint, put_into, read_lora
 from lowmem_db.config.loading import load_config
@@ -16,8 +17,10 @@ from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.errors import CheckpointError, DataError, ModelError
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.finding import final_model_of, find_model, model_of
+from lowmem_db.models.embedding_file import EMBEDDING_FILE, read_base, read_embedding
+from lowmem_db.models.finding import final_model_of, find_model, model_of, with_words
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.new_words import NewWord
 from lowmem_db.models.text_encoders import embed_prompts
 from lowmem_db.storage.checksums import MANIFEST
 from lowmem_db.storage.run_folder import RunFolder
@@ -122,9 +125,11 @@ def find_source(source: str, base: str | None = None) -> ImageSource:
     run = RunFolder(Path(source))
     if not run.config_file.is_file():
         found = _lora_source(Path(source), None, base)
+        found = found or _embedding_source(Path(source), None, base)
         return found or _without_base(ImageSource(model=find_model(source)), base)
     config = load_config(run.config_file)
-    if (of_lora := _lora_source(run.final_dir, config, base)) is not None:
+    of_lora = _lora_source(run.final_dir, config, base) or _embedding_source(run.final_dir, config, base)
+    if of_lora is not None:
         return of_lora
     if run.final_dir.is_dir():
         _remark_on_age(run.final_dir)
@@ -133,14 +138,37 @@ def find_source(source: str, base: str | None = None) -> ImageSource:
     if not steps:
         raise DataError(f"{run.root}: the run has no final model and no complete checkpoint yet; train it first")
     say(f"the run is not finished: drawing from its checkpoint of step {steps[-1]}")
-    model = find_model(base) if base is not None else model_of(config, fetch=False)
     checkpoint = run.checkpoint_dir(steps[-1])
+    if config.textual_inversion.enabled:
+        return ImageSource(model=_with_word(config, word_of_checkpoint(checkpoint, config), base), run_config=config)
+    model = find_model(base) if base is not None else model_of(config, fetch=False)
     if config.lora.enabled:
         files = tuple(sorted(checkpoint.glob("*.safetensors")))
         return ImageSource(
             model=model, lora=lora_of_checkpoint(checkpoint, config), lora_files=files, run_config=config
         )
     return ImageSource(model=model, checkpoint=checkpoint, run_config=config)
+
+
+def _embedding_source(folder: Path, run_config: Config | None, base: str | None) -> ImageSource | None:
+    """Return the base model with the word if a folder holds an embedding, as ``final/`` of Textual Inversion does."""
+    file = folder / EMBEDDING_FILE
+    if not file.is_file():
+        return None
+    word = read_embedding(file)
+    if run_config is not None:
+        return ImageSource(model=_with_word(run_config, word, base), run_config=run_config)
+    named = {"base": base} if base is not None else read_base(file)
+    if not named:
+        raise DataError(f"{file}: does not name its base model; add --base")
+    return ImageSource(model=with_words(find_model(**named), [word]))
+
+
+def _with_word(config: Config, word: NewWord, base: str | None) -> ModelFolder:
+    """Return the base model of a run of Textual Inversion with the word as it was learned."""
+    if base is not None:
+        return with_words(find_model(base), [word])
+    return with_words(find_model(**config.model.model_dump(), cache_dir=config.cache_dir, fetch=False), [word])
 
 
 def _lora_source(folder: Path, run_config: Config | None, base: str | None) -> ImageSource | None:

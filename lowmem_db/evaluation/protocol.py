@@ -353,13 +353,14 @@ def _read_run(name: str, folder: Path, choice: PromptChoice, photos: Path | None
     else:
         suite = choice.suite or suite_for(class_noun)
         say(f"{name}: prompts of the suite {suite} with {identifier!r} and {class_noun!r}")
-        prompts = read_suite(suite, identifier=identifier, class_noun=class_noun)
+        word_alone = config.textual_inversion.enabled
+        prompts = read_suite(suite, identifier=identifier, class_noun="" if word_alone else class_noun)
     return Run(
         name=name,
         source=source,
         config=config,
         prompts=tuple(prompts),
-        captions=tuple(without_identifier(prompt, identifier) for prompt in prompts),
+        captions=tuple(_caption(prompt, identifier, class_noun, config) for prompt in prompts),
         class_prompt=config.subject.class_prompt or f"a {class_noun}",
         photos=scan_pictures(photos or config.subject.instance_dir, "subject.instance_dir"),
     )
@@ -368,6 +369,8 @@ def _read_run(name: str, folder: Path, choice: PromptChoice, photos: Path | None
 def _names(folder: Path, config: Config, choice: PromptChoice) -> tuple[str, str]:
     if choice.identifier and choice.class_noun:
         return choice.identifier, choice.class_noun
+    if config.textual_inversion.enabled:
+        return choice.identifier or config.textual_inversion.token, choice.class_noun or str(config.initializer)
     if config.subject.class_prompt is None:
         raise DataError(
             f"{folder}: its config.yaml has no subject.class_prompt, so the class is not known; add --identifier sks "
@@ -375,6 +378,13 @@ def _names(folder: Path, config: Config, choice: PromptChoice) -> tuple[str, str
         )
     identifier, class_noun = subject_names(config.subject.instance_prompt, config.subject.class_prompt)
     return choice.identifier or identifier, choice.class_noun or class_noun
+
+
+def _caption(prompt: str, identifier: str, class_noun: str, config: Config) -> str:
+    """Return a prompt as an encoder understands it: a learned word stands for the class, an identifier for nothing."""
+    if config.textual_inversion.enabled:
+        return prompt.replace(identifier, class_noun)
+    return without_identifier(prompt, identifier)
 
 
 def without_identifier(prompt: str, identifier: str) -> str:

@@ -83,6 +83,7 @@ def evaluate(
                 "num_class_images": len(subject.class_images),
                 "near_duplicates": duplicates.get(subject.name),
                 "metrics": _summaries(encoders, _only(scored, subject.name), [subject], seed),
+                "prompts": _of_prompts([found[subject.name] for found in scored.values()]),
                 "real_images": _real(encoders, _only(scored, subject.name), seed),
             }
             for subject in subjects
@@ -198,6 +199,15 @@ def _real(
         for kind, name in names.items()
         if name is not None
     }
+
+
+def _of_prompts(scored: Sequence[SubjectPairs]) -> dict[str, dict[str, float]]:
+    """Return the means of each prompt, of all encoders together."""
+    found: dict[str, dict[str, float]] = {}
+    for pairs in scored:
+        for prompt, values in pairs.of_prompts.items():
+            found.setdefault(prompt, {}).update(values)
+    return found
 
 
 def _only(scored: Mapping[str, Mapping[str, SubjectPairs]], subject: str) -> dict[str, dict[str, SubjectPairs]]:

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from lowmem_db.evaluation.captions import caption_pairs, read_caption
+from lowmem_db.evaluation.duplicates import THRESHOLD
 from lowmem_db.evaluation.encoders import Encoder, Images
 from lowmem_db.evaluation.metrics import (
     Pairs,
@@ -51,10 +54,13 @@ class SubjectPairs:
     Attributes:
         metrics: Pairs with drawn images.
         real: Pairs of photos, for fidelity metrics: what a perfect model would reach.
+        of_prompts: Means over the images of each known prompt, by prompt and metric; with EfficientNet-Lite0 also
+            ``copies``, the share of images that are as near to a photo as near-duplicates are.
     """
 
     metrics: dict[str, Pairs]
     real: dict[str, Pairs]
+    of_prompts: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def score_pictures(encoder: Encoder, pictures: Pictures) -> SubjectPairs:
@@ -86,7 +92,30 @@ def score_pictures(encoder: Encoder, pictures: Pictures) -> SubjectPairs:
         metrics[names["diversity"]] = [encoder.distances(images) for _, images in pictures.prompts if len(images) > 1]
     if "noun" in names:
         metrics |= _caption_metrics(encoder, pictures)
-    return SubjectPairs(metrics=metrics, real=real)
+    return SubjectPairs(metrics=metrics, real=real, of_prompts=_of_prompts(encoder, pictures, metrics))
+
+
+def _of_prompts(encoder: Encoder, pictures: Pictures, metrics: dict[str, Pairs]) -> dict[str, dict[str, float]]:
+    """Return what each known prompt reaches, to find the failures of figure 9: a lost context, copies of photos."""
+    found: dict[str, dict[str, float]] = {prompt: {} for prompt, images in pictures.prompts if prompt and images}
+    asked: dict[Role, list[str | None]] = {
+        "fidelity": [prompt for prompt, _ in pictures.prompts],
+        "prompt": [prompt for prompt, _ in pictures.prompts if prompt],
+        "diversity": [prompt for prompt, images in pictures.prompts if len(images) > 1],
+    }
+    for role, prompts in asked.items():
+        if (name := METRICS[encoder.files.kind].get(role)) is None:
+            continue
+        for prompt, values in zip(prompts, metrics[name], strict=False):
+            if prompt and len(values):
+                found[prompt] |= {name: float(values.double().mean())}
+                if role == "fidelity" and encoder.files.kind == "en0":
+                    found[prompt]["copies"] = _share_of_copies(values, len(pictures.photos))
+    return found
+
+
+def _share_of_copies(cosines: Tensor, num_photos: int) -> float:
+    return float((cosines.view(-1, num_photos).amax(dim=1) >= THRESHOLD).double().mean())
 
 
 def _caption_metrics(encoder: Encoder, pictures: Pictures) -> dict[str, Pairs]:

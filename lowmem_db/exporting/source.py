@@ -6,6 +6,7 @@ from pathlib import Path
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.errors import ModelError
+from lowmem_db.models.embedding_file import EMBEDDING_FILE
 from lowmem_db.models.finding import find_model
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.storage.run_folder import RunFolder
@@ -43,7 +44,13 @@ def find_export_source(source: str) -> ExportSource:
         raise ModelError(
             f"{run.root}: the run has no final model yet; finish it with: lowmem-db train {run.config_file} --resume"
         )
-    return ExportSource(name=name, model=find_model(str(run.final_dir)), config=load_config(run.config_file))
+    config = load_config(run.config_file)
+    if config.textual_inversion.enabled:
+        raise ModelError(
+            f"{run.root}: holds a learned embedding, which other programs load as it is: copy "
+            f"{run.final_dir / EMBEDDING_FILE}; AUTOMATIC1111 and ComfyUI take the name of the file as the word"
+        )
+    return ExportSource(name=name, model=find_model(str(run.final_dir)), config=config)
 
 
 def refuse_existing(out: Path) -> None:

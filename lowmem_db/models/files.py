@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from lowmem_db import fingerprint
 from lowmem_db.errors import ModelError
 from lowmem_db.models.configurations import check_values
+from lowmem_db.models.new_words import NewWord
 
 _MAX_BYTES = 1 << 24
 WEIGHT_SUFFIXES = {".safetensors", ".bin"}
@@ -27,12 +28,14 @@ class ModelFiles:
         path: The folder.
         variant: Variant of the weight files.
         allow_pickle: Whether pickled weights may be read.
+        words: New words of its vocabulary.
         replaced: Folders of components that come from elsewhere, always without a variant.
     """
 
     path: Path
     variant: str | None = None
     allow_pickle: bool = False
+    words: tuple[NewWord, ...] = field(default=(), compare=False)
     replaced: Mapping[str, Path] = field(default_factory=dict)
 
     def folder_of(self, component: str) -> Path:
@@ -79,7 +82,9 @@ class ModelFiles:
         for component in components:
             files = [file for file in sorted(self.folder_of(component).iterdir()) if file.is_file()]
             keys.append((component, fingerprint.of_files(files)))
-        return fingerprint.of_values(keys, self.variant)
+        key = fingerprint.of_values(keys, self.variant)
+        reads_words = any(component.startswith(("tokenizer", "text_encoder")) for component in components)
+        return fingerprint.of_values(key, [word.key() for word in self.words]) if self.words and reads_words else key
 
 
 _CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}

@@ -5,6 +5,7 @@ Everything is checked before a weight is read: layout, family, and that the weig
 
 import difflib
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,12 @@ from lowmem_db.environment import without_downloads
 from lowmem_db.errors import ModelError
 from lowmem_db.models.autoencoder_override import AUTOENCODER_FILE, with_autoencoder
 from lowmem_db.models.checking import check_model
+from lowmem_db.models.embedding_file import read_embedding
 from lowmem_db.models.families import FAMILIES, families_of, find_family
 from lowmem_db.models.families.base import Reading
 from lowmem_db.models.files import WEIGHT_SUFFIXES, ModelFiles
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.new_words import NewWord, check_widths
 from lowmem_db.models.single_file import CONFIGS_DIR, recognise
 from lowmem_db.models.single_file_folder import folder_of_file
 
@@ -37,6 +40,7 @@ def find_model(
     revision: str | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
+    embeddings: Sequence[str] = (),
     vae: str | None = None,
     clip_skip: int | None = None,
     prompt_chunks: int = 1,
@@ -52,6 +56,7 @@ def find_model(
         revision: Branch, tag or commit on the hub.
         variant: Variant of the weight files, such as ``fp16``.
         allow_pickle: Accept ``.bin`` weights if there are no safetensors.
+        embeddings: Files of learned embeddings, whose words prompts may use.
         vae: Another autoencoder: a folder, a single file or a hub id.
         clip_skip: Layer of the text encoders that is read, counted from the end. Default: the family's.
         prompt_chunks: Chunks in which prompts are read.
@@ -62,9 +67,10 @@ def find_model(
 
     Raises:
         ModelError: It does not exist, its family is not supported, it has only pickled weights, or the autoencoder is
-            for other models.
-        ConfigError: Its text encoders cannot be read so.
+             for other models.
+        ConfigError: Its text encoders cannot be read so, or an embedding was learned on another kind of model.
     """
+    words = [read_embedding(Path(file)) for file in embeddings]
     if weights:
         with nullcontext() if fetch else without_downloads():
             path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
@@ -79,18 +85,36 @@ def find_model(
     if weights:
         _check_weights(model)
     check_model(model, weights=weights)
-    return replace(model, family=model.family.with_reading(model, Reading(clip_skip, prompt_chunks)))
+    model = replace(model, family=model.family.with_reading(model, Reading(clip_skip, prompt_chunks)))
+    return with_words(model, words)
+
+
+def with_words(model: ModelFolder, words: Sequence[NewWord]) -> ModelFolder:
+    """Return a model with more words.
+
+    Raises:
+        ConfigError: A word was learned on another kind of model.
+    """
+    widths = {name: model.config_of(name)["hidden_size"] for name in model.family.text_encoders} if words else {}
+    for word in words:
+        check_widths(word, widths)
+    return replace(model, words=(*model.words, *words)) if words else model
 
 
 def model_of(config: Config, *, weights: bool = True, fetch: bool = True) -> ModelFolder:
-    """Find the base model of a run, see :func:`find_model`."""
-    return find_model(**config.model.model_dump(), cache_dir=config.cache_dir, weights=weights, fetch=fetch)
+    """Find the base model of a run, with the word that it learns, see :func:`find_model`."""
+    model = find_model(**config.model.model_dump(), cache_dir=config.cache_dir, weights=weights, fetch=fetch)
+    own = config.textual_inversion
+    if not own.enabled:
+        return model
+    return with_words(model, [NewWord(token=own.token, num_vectors=own.num_vectors, initializer=config.initializer)])
 
 
 def final_model_of(config: Config, folder: Path) -> ModelFolder:
-    """Find the model that a run has written; its prompts are read as in the run."""
+    """Find the model that a run has written; its prompts are read as in the run, learned words included."""
     chosen = config.model
-    return find_model(str(folder), clip_skip=chosen.clip_skip, prompt_chunks=chosen.prompt_chunks)
+    reading = {"clip_skip": chosen.clip_skip, "prompt_chunks": chosen.prompt_chunks}
+    return find_model(str(folder), **reading, embeddings=chosen.embeddings)
 
 
 def find_file(base: str, revision: str | None = None) -> Path | None:

@@ -10,6 +10,7 @@ from lowmem_db.models.families import Family
 from lowmem_db.models.families.spaces import Space
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.loading import CPU, META
+from lowmem_db.models.new_words import extend
 from lowmem_db.storage.checksums import check_folder
 
 
@@ -26,7 +27,7 @@ class ModelFolder(ModelFiles):
     family: Family
 
     def load(self, component: str, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Any:
-        """Load a component: a frozen module in evaluation mode, or a tokenizer.
+        """Load a component: a frozen module in evaluation mode, or a tokenizer; both with the new words.
 
         Args:
             component: Its name.
@@ -42,7 +43,16 @@ class ModelFolder(ModelFiles):
         load = self.family.component(component).load
         assert load is not None, f"{component} of {self.family.name} has only a configuration"
         with without_downloads():
-            return load(self, component, device, dtype)
+            loaded = load(self, component, device, dtype)
+        if self.words and component in self.family.text_encoders:
+            tokenizer = None if device.type == "meta" else self.load(self.tokenizer_of(component))
+            extend(loaded, component, tokenizer, self.words)
+        return loaded
+
+    def tokenizer_of(self, text_encoder: str) -> str:
+        """Return the component name of the tokenizer of a text encoder."""
+        position = self.family.text_encoders.index(text_encoder)
+        return self.family.names_of("tokenizer")[position]
 
     def verify(self, component: str) -> None:
         """Compare the files of a component with their checksums, if this program wrote the folder.

@@ -22,6 +22,7 @@ from lowmem_db.finite import first_not_finite, is_finite
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
 from lowmem_db.models.configurations import NONSENSE, own_fields
 from lowmem_db.models.files import ModelFiles
+from lowmem_db.models.new_words import add_to_tokenizer
 from lowmem_db.models.reading import read_module, weight_files
 from lowmem_db.out_of_memory import place_of
 
@@ -156,18 +157,21 @@ def load_autoencoder(files: ModelFiles, component: str, device: torch.device, dt
 
 
 def load_tokenizer(files: ModelFiles, component: str) -> CLIPTokenizer:
-    """Load a CLIP tokenizer.
+    """Load a CLIP tokenizer, with the model's new words.
 
     Raises:
+        ConfigError: A new word cannot be added.
         ModelError: Its files are missing; transformers would silently make an empty one.
     """
     path = files.folder_of(component)
     if not any(all((path / name).is_file() for name in names) for names in _TOKENIZER_FILES):
         raise ModelError(f"{path}: has neither tokenizer.json nor vocab.json and merges.txt; download the model again")
     try:
-        return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
     except _DAMAGED as error:
         _refuse_damaged(path, error)
+    add_to_tokenizer(tokenizer, files.words)
+    return tokenizer
 
 
 def load_noise_schedule(

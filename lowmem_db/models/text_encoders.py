@@ -12,6 +12,7 @@ from lowmem_db.finite import first_not_finite, is_finite
 from lowmem_db.models.families.base import Reading
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
+from lowmem_db.models.new_words import expanded
 
 
 def load_text_encoders(
@@ -35,7 +36,7 @@ def read_otherwise(model: ModelFolder) -> list[list[int | None]]:
 
 def num_cut_tokens(tokenizer: Any, prompt: str, num_chunks: int = 1) -> int:
     """Return how many tokens of a prompt are cut off if it is read in some number of chunks."""
-    words = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    words = tokenizer(expanded(tokenizer, prompt), add_special_tokens=False, verbose=False).input_ids
     return max(0, len(words) - num_chunks * (tokenizer.model_max_length - 2))
 
 

@@ -32,7 +32,7 @@ def learning_rates(config: Config, components: Iterable[str], step: int) -> dict
     """Return the learning rate of each component in one step.
 
     The first component uses ``training.learning_rate``; each other one ``training.learning_rate_COMPONENT`` or, if that
-    is not set, the rate of the component before it.
+    is not set, the rate of the component before it. For Textual Inversion it is ``textual_inversion.learning_rate``.
 
     Args:
         config: The configuration.
@@ -43,6 +43,8 @@ def learning_rates(config: Config, components: Iterable[str], step: int) -> dict
     scale = config.samples_per_step if training.scale_learning_rate else 1
     factor = scale * learning_rate_factor(training, step, scale * training.learning_rate)
     rates, rate = {}, training.learning_rate
+    if config.textual_inversion.enabled:
+        rate = config.textual_inversion.learning_rate
     for component in components:
         rate = getattr(training, f"learning_rate_{component}", None) or rate
         rates[component] = rate * factor

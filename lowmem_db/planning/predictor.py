@@ -76,7 +76,7 @@ class Predictor:
         if strategy.prior.enabled:
             found.append(_phase("class_images", self.class_images(strategy)))
         found.append(_phase("encode_images", self.encode_images(strategy)))
-        if not strategy.training.train_text_encoder:
+        if not strategy.runs_text_encoders:
             found.append(_phase("encode_text", self._traced("encode_text", strategy, trace_encode_text)))
         return found
 
@@ -146,7 +146,7 @@ class Predictor:
     def _costs(self, strategy: Config) -> tuple[Costs, np.ndarray]:
         """Return the costs of the first trace, and how often more than there a strategy runs each operator."""
         first = self._first
-        if strategy.lora.enabled:
+        if not strategy.trains_weights:
             frozen = {"lora.base_weights": strategy.lora.base_weights}
             first = changed(first, frozen | {"training.mixed_precision": strategy.training.mixed_precision})
         costs = self.train(first).costs

@@ -72,7 +72,7 @@ def encode_prompts(config: Config, model: ModelFolder, device: torch.device, pro
     """
     unique = sorted({"", *prompts})
     tokens = tokenize_prompts(model, unique)
-    if config.training.train_text_encoder:
+    if config.runs_text_encoders:
         return tokens
     store = TensorStore(config.cache_dir / "prompts")
     encoder_key = model.content_key(*model.family.names_of("text_encoder", "tokenizer"))

@@ -15,9 +15,11 @@ from lowmem_db.data.buckets import share_out, sizes_of
 from lowmem_db.data.identifiers import identifier_warnings
 from lowmem_db.data.photos import photo_warnings, scan_photos
 from lowmem_db.data.tags import caption_variants, varies
+from lowmem_db.data.templates import templates_of
 from lowmem_db.errors import DataError
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
+from lowmem_db.models.new_words import initial_id
 from lowmem_db.models.text_encoders import num_cut_tokens
 from lowmem_db.out_of_memory import first_that_fits
 from lowmem_db.preparation.class_images import ClassImages, prepare_class_images
@@ -50,7 +52,15 @@ def check_photos(config: Config) -> list[ImageRecord]:
 
 
 def check_prompts(config: Config, model: ModelFolder, photos: list[ImageRecord]) -> None:
-    """Warn if a prompt does not tell the model what its author expects."""
+    """Warn if a prompt does not tell the model what its author expects.
+
+    Raises:
+        ConfigError: A new word, or the word that it starts as, does not fit the model's vocabulary.
+    """
+    for name in model.family.names_of("tokenizer") if model.words else ():
+        for word in model.words:
+            if word.initializer is not None:
+                initial_id(model.load(name), word.initializer)
     prompts = sorted({photo.prompt for photo in photos} | {config.subject.class_prompt or ""} | config.prompts_drawn)
     for name in model.family.names_of("tokenizer")[:1]:  # all of them read the same words
         tokenizer = model.load(name)
@@ -62,6 +72,8 @@ def check_prompts(config: Config, model: ModelFolder, photos: list[ImageRecord])
                     f"the model reads {read} tokens and ignores the last {cut} of {prompt!r}; to read all of it, set "
                     f"model.prompt_chunks={needed}"
                 )
+        if config.textual_inversion.enabled:
+            continue  # the new word is the identifier
         for message in identifier_warnings(config.subject.instance_prompt, config.subject.class_prompt, tokenizer):
             warn(message)
 
@@ -85,6 +97,8 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
     environment.release_memory(device)
     class_records = [image.record for image in class_images]
     variants = {photo.prompt: caption_variants(photo.prompt, config.data, config.seed) for photo in photos}
+    if templates := templates_of(config):
+        variants[config.subject.instance_prompt] = templates
     prompts = {record.prompt for record in [*photos, *class_records]} | config.prompts_drawn
     prompts |= {variant for found in variants.values() for variant in found}
     table = _there_or_on_cpu("encoding prompts", lambda where: encode_prompts(config, model, where, prompts), device)
@@ -97,7 +111,7 @@ def prepare(config: Config, model: ModelFolder, device: torch.device, photos: li
         train_batch_size=config.training.train_batch_size,
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         conditioning_dropout=config.objective.conditioning_dropout,
-        caption_variants=variants if varies(config.data) else {},
+        caption_variants=variants if templates or varies(config.data) else {},
     )
 
 

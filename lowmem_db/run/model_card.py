@@ -11,6 +11,7 @@ import yaml
 
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
+from lowmem_db.models.embedding_file import EMBEDDING_FILE
 from lowmem_db.models.folder import ModelFolder
 
 CARD_FILE = "README.md"
@@ -105,8 +106,14 @@ def _front_matter(config: Config, base: str, license_name: str | None) -> str:
     if _is_hub_id(config):
         found["base_model"] = base
     found["instance_prompt"] = config.subject.instance_prompt
-    found["tags"] = ["text-to-image", "diffusers", "lora" if config.lora.enabled else "dreambooth", "lowmem-db"]
+    found["tags"] = ["text-to-image", "diffusers", _method(config), "lowmem-db"]
     return f"---\n{yaml.safe_dump(found, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _method(config: Config) -> str:
+    if config.textual_inversion.enabled:
+        return "textual_inversion"
+    return "lora" if config.lora.enabled else "dreambooth"
 
 
 def _prediction(config: Config, model: ModelFolder) -> str:
@@ -131,6 +138,8 @@ def _remarks(config: Config) -> list[str]:
 
 def _usage(config: Config, base: str) -> list[str]:
     prompt = json.dumps(config.subject.instance_prompt, ensure_ascii=False)
+    if config.textual_inversion.enabled:
+        return _usage_of_embedding(config, base, prompt)
     if not config.lora.enabled:
         return [
             "from diffusers import DiffusionPipeline",
@@ -147,7 +156,29 @@ def _usage(config: Config, base: str) -> list[str]:
     ]
 
 
+def _usage_of_embedding(config: Config, base: str, prompt: str) -> list[str]:
+    token = json.dumps(config.textual_inversion.token, ensure_ascii=False)
+    return [
+        "from diffusers import DiffusionPipeline",
+        "from safetensors.torch import load_file",
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)})",
+        f'rows = load_file("FOLDER/{EMBEDDING_FILE}")',
+        f'pipeline.load_textual_inversion(rows.get("clip_l", rows.get({token})), token={token})',
+        'if "clip_g" in rows:  # SDXL',
+        "    second = {'text_encoder': pipeline.text_encoder_2, 'tokenizer': pipeline.tokenizer_2}",
+        f'    pipeline.load_textual_inversion(rows["clip_g"], token={token}, **second)',
+        f"image = pipeline({prompt}).images[0]",
+    ]
+
+
 def _for_other_programs(config: Config, name: str) -> list[str]:
+    if config.textual_inversion.enabled:
+        return [
+            "",
+            f"ComfyUI and AUTOMATIC1111: copy `{EMBEDDING_FILE}` to their folder of embeddings; there the name of the "
+            "file is the word.",
+        ]
     if not config.lora.enabled:
         return ["", f"For ComfyUI and other programs: `lowmem-db export {name}` makes a single file."]
     if config.lora.dora:
@@ -166,7 +197,7 @@ def _settings(config: Config, step: int) -> list[str]:
     rows: dict[str, Any] = {
         "steps": step,
         "photos per step": config.samples_per_step,
-        "learning rate": training.learning_rate,
+        "learning rate": _rate(config),
         "text encoder trained": training.train_text_encoder,
         "optimizer": config.optimizer.name,
         "prior preservation": f"{prior.num_class_images} class images, weight {prior.loss_weight}"
@@ -176,7 +207,14 @@ def _settings(config: Config, step: int) -> list[str]:
     }
     if config.lora.enabled:
         rows["rank"] = config.lora.rank
+    if config.textual_inversion.enabled:
+        rows["vectors"] = config.textual_inversion.num_vectors
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def _rate(config: Config) -> float:
+    own = config.textual_inversion
+    return own.learning_rate if own.enabled else config.training.learning_rate
 
 
 def _versions() -> dict[str, str]:

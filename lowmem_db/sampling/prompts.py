@@ -33,7 +33,9 @@ def collect_prompts(
     """
     collected = list(prompts) + (read_prompt_file(prompt_file) if prompt_file is not None else [])
     if suites:
-        if (identifier is None or class_noun is None) and run_config is not None and run_config.subject.class_prompt:
+        if run_config is not None and run_config.textual_inversion.enabled:
+            identifier, class_noun = identifier or run_config.textual_inversion.token, class_noun or ""
+        elif (identifier is None or class_noun is None) and run_config is not None and run_config.subject.class_prompt:
             names = subject_names(run_config.subject.instance_prompt, run_config.subject.class_prompt)
             identifier, class_noun = identifier or names[0], class_noun or names[1]
         if identifier is None or class_noun is None:
@@ -56,7 +58,7 @@ def read_suite(name: str, *, identifier: str, class_noun: str) -> list[str]:
     Args:
         name: One of :func:`suite_names`.
         identifier: The rare token, such as ``sks``.
-        class_noun: The class, such as ``dog``.
+        class_noun: The class, such as ``dog``; empty for a learned embedding, which says it all.
 
     Raises:
         DataError: There is no such suite.
@@ -64,7 +66,8 @@ def read_suite(name: str, *, identifier: str, class_noun: str) -> list[str]:
     if name not in suite_names():
         raise DataError(f"--suite: {name!r} does not exist; allowed: {', '.join(suite_names())}")
     templates = read_prompt_file(SUITES_DIR / f"{name}.txt")
-    return [template.format(identifier=identifier, class_noun=class_noun) for template in templates]
+    subject = f"{identifier} {class_noun}".strip()
+    return [template.replace("{identifier} {class_noun}", subject) for template in templates]
 
 
 def read_prompt_file(path: Path) -> list[str]:

@@ -16,7 +16,33 @@ NEEDED = {
     "output_dir": "runs/dog",
 }
 # What is refused, the field that the message begins with, and a change that makes it acceptable.
+_LEARNS = {
+    "textual_inversion.enabled": True,
+    "textual_inversion.token": "<my-dog>",
+    "subject.instance_prompt": "a <my-dog>",
+}
 CASES = [
+    ({"textual_inversion.num_vectors": 2}, "textual_inversion.enabled", {"textual_inversion.num_vectors": 1}),
+    (_LEARNS | {"lora.enabled": True}, "lora.enabled", {"lora.enabled": False}),
+    (_LEARNS | {"prior.enabled": True}, "prior.enabled", {"prior.enabled": False}),
+    (
+        _LEARNS | {"training.train_text_encoder": True},
+        "training.train_text_encoder",
+        {"training.train_text_encoder": False},
+    ),
+    (_LEARNS | {"training.layers": ["unet.*"]}, "training.layers", {"training.layers": []}),
+    (_LEARNS | {"training.learning_rate": 1e-3}, "training.learning_rate", {"training.learning_rate": 5e-6}),
+    (
+        _LEARNS | {"subject.class_prompt": None},
+        "textual_inversion.initializer",
+        {"textual_inversion.initializer": "dog"},
+    ),
+    (
+        _LEARNS | {"subject.instance_prompt": "a sks dog"},
+        "subject.instance_prompt",
+        {"subject.instance_prompt": "a <my-dog>"},
+    ),
+    (_LEARNS | {"lora.rank": 4}, "lora.enabled", {"lora.rank": 16, "lora.base_weights": "bf16"}),
     ({"memory.techniques": {"toy": True}}, "memory.techniques", {"memory.techniques": {}}),
     ({"subject.class_prompt": None}, "prior.enabled", {"prior.enabled": False}),
     ({"subject.class_prompt": ""}, "prior.enabled", {"subject.class_prompt": "a dog"}),

@@ -64,6 +64,20 @@ def test_whole_is_the_mean_of_its_subjects(subjects: list[SubjectFiles]) -> None
     }  # fmt: skip
 
 
+def test_every_prompt_has_its_figures_and_copies_of_photos_are_found(tmp_path: Path, clip_folder: Path) -> None:
+    images = write_images(tmp_path / "images", ["a thing", "a copy"], 2)
+    with Image.open(PHOTOGRAPHS / "dog3" / "01.jpg") as photo:
+        photo.save(images / "01-01.png")
+    subjects = find_subjects(images, PHOTOGRAPHS / "dog3", None, Limits())
+    report = evaluate(subjects, find_encoders(["en0", f"clip={clip_folder}"]), CPU)["subjects"]["dog3"]
+    found = report["prompts"]
+    assert {prompt: values["copies"] for prompt, values in found.items()} == {"a thing": 0, "a copy": 0.5}
+    assert all(values.keys() == {"EN0-I", "EN0-DIV", "copies", "CLIP-I", "CLIP-T"} for values in found.values())
+    for metric in ("EN0-I", "CLIP-T"):
+        mean = sum(values[metric] for values in found.values()) / 2
+        assert report["metrics"][metric]["value"] == pytest.approx(mean)
+
+
 def test_near_duplicates_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -18,6 +18,7 @@ import pytest
 from lowmem_db import randomness
 from lowmem_db.cli.train import train
 from lowmem_db.errors import CheckpointError
+from lowmem_db.run.model_card import CARD_FILE
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_tensors
 from lowmem_db.training import trainer as trainer_module
@@ -98,6 +99,23 @@ VARIANTS |= {
     "chosen layers, 24-bit weights": _IN_BACKWARD
     | {"memory.weights": "bf16_extra_bits", "training.layers": ["unet.*.attn*", "text_encoder.*.mlp.*"]},
 }
+VARIANTS |= {
+    "textual inversion, average, samples": {
+        "subject.instance_prompt": "a <z>",
+        "subject.class_prompt": "a d",
+        "textual_inversion.enabled": True,
+        "textual_inversion.token": "<z>",
+        "prior.enabled": False,
+        "training.learning_rate": 5e-6,
+        "training.train_text_encoder": False,
+        "training.learning_rate_text_encoder": None,
+        "ema.enabled": True,
+        "memory.checkpointing": "layers",
+        "sampling.prompts": ["a <z>"],
+        "sampling.num_images": 1,
+        "sampling.num_inference_steps": 2,
+    },
+}
 _SCORED = {
     "evaluation.every": 2,
     "evaluation.keep_best": True,
@@ -175,8 +193,10 @@ def run_in_child(fields: dict[str, object], install: Callable[[], None] = lambda
 
 
 def final_bytes(output_dir: Path) -> dict[str, bytes]:
+    """Return the files of ``final/`` but for the card, which names the run."""
     final = output_dir / "final"
-    return {str(file.relative_to(final)): file.read_bytes() for file in sorted(final.rglob("*")) if file.is_file()}
+    files = [file for file in sorted(final.rglob("*")) if file.is_file() and file.name != CARD_FILE]
+    return {str(file.relative_to(final)): file.read_bytes() for file in files}
 
 
 def metric_rows(output_dir: Path) -> list[dict[str, object]]:

@@ -8,16 +8,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lowmem_db.models.new_words import expanded
+
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], num_chunks: int = 1) -> Int[Tensor, "b tokens"]:
     """Return token ids, padded or truncated to the length the model was trained with, or to several such chunks.
 
     Each chunk has a start and an end token of its own, as other programs do it; one without words is the empty prompt.
     """
+    prompts = [expanded(tokenizer, prompt) for prompt in prompts]
     if num_chunks > 1:
         return torch.tensor([_in_chunks(tokenizer, prompt, num_chunks) for prompt in prompts])
     encoded = tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        prompts,
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
     )
     return encoded.input_ids
 

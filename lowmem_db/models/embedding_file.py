@@ -1,0 +1,109 @@
+"""Files of learned embeddings (Textual Inversion): written for and read from diffusers, AUTOMATIC1111 and ComfyUI.
+
+For one text encoder a file holds one tensor, named after the word (diffusers; AUTOMATIC1111 and ComfyUI take any single
+tensor, and the name of the file as the word). For SDXL it holds ``clip_l`` and ``clip_g``, the names of all three.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_db.errors import ModelError
+from lowmem_db.models.new_words import NewWord
+from lowmem_db.storage.tensors import read_tensors, write_tensors
+
+EMBEDDING_FILE = "learned_embeds.safetensors"
+_TOKEN = "lowmem_db_token"
+_BASE = "lowmem_db_base"
+_OF_SDXL = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+_WITHOUT_WORD = frozenset(("emb_params", "clip_l", "clip_g", "clip_h", "*"))
+_DAMAGED = (UnpicklingError, OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError)
+_ALLOWED = "a file of Textual Inversion from diffusers, AUTOMATIC1111 or ComfyUI"
+
+
+def write_embedding(file: Path, word: NewWord, base: Mapping[str, Any]) -> None:
+    """Write a word.
+
+    Args:
+        file: The file.
+        word: The word, with its rows for each text encoder.
+        base: The fields of ``model`` that name the base model.
+    """
+    if len(word.vectors) == 1:
+        tensors = {word.token: next(iter(word.vectors.values()))}
+    else:
+        tensors = {_OF_SDXL[component]: rows for component, rows in word.vectors.items()}
+    metadata = {"format": "pt", _TOKEN: word.token, _BASE: json.dumps(base)}
+    write_tensors(file, {name: rows.cpu().contiguous() for name, rows in tensors.items()}, metadata)
+
+
+def read_embedding(file: Path) -> NewWord:
+    """Read a word from a safetensors file, or from a pickled one with ``weights_only=True``.
+
+    Raises:
+        ModelError: It is missing or damaged, or holds no embedding.
+    """
+    return _read(file)[0]
+
+
+def read_base(file: Path) -> dict[str, Any]:
+    """Return the fields of ``model`` that name the base model of a file from :func:`write_embedding`; else nothing."""
+    return json.loads(_read(file)[1].get(_BASE, "{}"))
+
+
+def _read(file: Path) -> tuple[NewWord, Mapping[str, str]]:
+    if not file.is_file():
+        raise ModelError(f"model.embeddings: {file} does not exist; allowed: {_ALLOWED}")
+    content, metadata = read_tensors(file) if file.suffix == ".safetensors" else (_read_pickled(file), {})
+    tensors, name = _tensors_in(file, content)
+    token = metadata.get(_TOKEN) or name or file.stem
+    if set(_OF_SDXL.values()) <= tensors.keys():
+        vectors = {component: _as_rows(file, tensors[key]) for component, key in _OF_SDXL.items()}
+    else:
+        vectors = {"text_encoder": _as_rows(file, next(iter(tensors.values())))}
+    counts = {len(rows) for rows in vectors.values()}
+    if len(counts) != 1:
+        raise ModelError(f"model.embeddings: {file} has unlike numbers of vectors for the two text encoders")
+    return NewWord(token=token, num_vectors=counts.pop(), vectors=vectors), metadata
+
+
+def _read_pickled(file: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle, which is refused or read safely
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except _DAMAGED as error:  # whose text says how to run code that may be in the file
+        raise ModelError(
+            f"model.embeddings: {file} is damaged, or holds more than tensors, which may run code; allowed: {_ALLOWED}"
+        ) from error
+
+
+def _tensors_in(file: Path, content: Any) -> tuple[dict[str, Tensor], str | None]:
+    """Return the tensors of a file, and the word that it names."""
+    name = None
+    if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):
+        name = content.get("name") if isinstance(content.get("name"), str) else None
+        content = content["string_to_param"]
+    tensors = {}
+    if isinstance(content, dict):
+        tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors or (len(tensors) > 1 and not set(_OF_SDXL.values()) <= tensors.keys()):
+        raise ModelError(
+            f"model.embeddings: {file} holds {len(tensors)} tensors that are no embedding; allowed: {_ALLOWED}"
+        )
+    only = next(iter(tensors))
+    return tensors, name or (None if only in _WITHOUT_WORD else only)
+
+
+def _as_rows(file: Path, tensor: Tensor) -> Tensor:
+    rows = tensor.detach().float()
+    rows = rows[None] if rows.dim() == 1 else rows
+    if rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
+        raise ModelError(f"model.embeddings: {file} holds a tensor of shape {tuple(tensor.shape)} that is no embedding")
+    return rows
