@@ -103,7 +103,7 @@ def write_lora(file: Path, lora: LoraFile) -> None:
         for name, value in {**settings, "target_modules": _targets(lora.of_component(component))}.items()
     }
     metadata = {"format": "pt", _ADAPTER_METADATA: json.dumps(fields, indent=2, sort_keys=True)}
-    metadata |= {_BASE: json.dumps(lora.base)} if lora.base else {}
+    metadata |= {_BASE: lora.metadata.get(_BASE, json.dumps(lora.base))} if lora.base else {}
     metadata |= {_BASE_KEY: lora.base_key} if lora.base_key else {}
     write_tensors(file, lora.state, {**lora.metadata, **metadata})
 

@@ -118,11 +118,8 @@ def find_source(source: str, *, step: Step | None = None, base: str | None = Non
     Args:
         source: A run folder, a folder with a LoRA, or anything that ``model.base`` accepts.
         step: A checkpoint of the run, or ``final``. Default: the final model, or else the newest checkpoint.
-        base: Where the model is that it was trained on. Default: where its run or its LoRA says.
-
-    Args:
-        source: A run folder, a LoRA, or anything that ``model.base`` accepts.
-        base: The base model of a LoRA. Default: that of its run, or the local one whose content key its file holds.
+        base: Where the model is that it was trained on. Default: where its run says or, for a LoRA without a run, the
+            local model whose content key its file holds.
 
     Raises:
         DataError: A run folder has no model, or not of this step; an argument has no effect.
@@ -209,7 +206,7 @@ def _embedding_source(file: Path, config: Config | None, base: str | None, run: 
         return ImageSource(
             model=_with_word(config, word, base, str(file if run is None else run.root)), run_config=config
         )
-    named = {"base": base} if base is not None else read_base(file)
+    named: dict[str, Any] = {"base": base} if base is not None else read_base(file)
     if not named:
         raise DataError(f"{file}: does not name its base model; add --base")
     return ImageSource(model=with_words(find_model(**named), [word]))

@@ -13,6 +13,7 @@ def test_reference_is_up_to_date() -> None:
 
 
 def test_reference_explains_every_field() -> None:
-    rows = [line.split(" | ") for line in render().splitlines() if line.startswith("| `") and "--" not in line]
+    rows = [line.split(" | ") for line in render().splitlines() if line.startswith("| `")]
+    rows = [row for row in rows if not row[0].startswith("| `--")]
     explained = {row[0].strip("| `") for row in rows if len(row) == 3 and len(row[2]) > 10}
     assert explained == set(field_paths())
