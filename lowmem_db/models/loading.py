@@ -94,7 +94,7 @@ def _from_pretrained(
     if issubclass(kind, PreTrainedModel):
         options["config"] = cast("Any", kind.config_class)(**own_fields(kind.config_class, config))
     variant = files.variant_of(component)
-    loaded, found = kind.from_pretrained(
+    loaded, found = cast("Any", kind).from_pretrained(
         path, local_files_only=True, variant=variant, output_loading_info=True, **options
     )
     return loaded, {**found, "mismatched_keys": []}  # the library has refused those
