@@ -76,9 +76,7 @@ def _read(
     weights = weight_files(path, files.variant_of(component))
     module, found = read_module(partial(_build, kind, files, component), weights, component, device, dtype)
     if isinstance(module, PreTrainedModel):
-        module.config.dtype = dtype  # saved configurations name the type, or the folder, as from_pretrained lets them
-    else:
-        module.register_to_config(_name_or_path=str(path))
+        module.config.dtype = dtype  # named in saved configurations, as by from_pretrained
     return module, found
 
 

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 ARCHIVE = HERE / "before.tar.xz"
 RECORD = HERE / "record.json"
 VERSIONS = {"_diffusers_version", "transformers_version"}  # of the libraries that write a configuration
+PATHS = {"_name_or_path"}  # of the machine
 NEW_FILES = {"checksums.json"}
 NEW_METADATA = {
     "lowmem_db.config", "lowmem_db_base_key", "modelspec.predict_key", "ss_v2", "ss_clip_skip", "ssmd_cover_images",
@@ -81,7 +82,7 @@ def _described(file: Path) -> dict[str, str]:
         return _weights(file)
     if file.suffix == ".json":
         content = json.loads(file.read_text())
-        return {"layout": _digest({name: value for name, value in content.items() if name not in VERSIONS})}
+        return {"layout": _digest({name: value for name, value in content.items() if name not in VERSIONS | PATHS})}
     return {"layout": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
@@ -106,6 +107,7 @@ def _read_metadata(metadata: dict[str, str]) -> dict[str, Any]:
             continue
         if name == "lowmem_db_base":
             read[name] = {field: said for field, said in json.loads(value).items() if field in FIELDS_OF_BASE}
+            read[name]["base"] = "models" + read[name]["base"].partition("models")[2]  # absolute in later versions
             continue
         try:
             read[name] = json.loads(value)

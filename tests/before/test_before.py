@@ -41,7 +41,7 @@ def assert_drawn_as_before(found: Path, expected: Path, record: dict[str, Any]) 
     allowed = 0 if machine() == record["machine"] else LEVELS
     names = sorted(file.name for file in expected.glob("*.png"))
     assert names
-    assert sorted(file.name for file in found.iterdir() if file.name != "grid.png") == names
+    assert sorted(file.name for file in found.glob("*.png") if file.name != "grid.png") == names
     for name in names:
         assert np.abs(pixels(found / name) - pixels(expected / name)).max() <= allowed, name
 
