@@ -16,13 +16,13 @@ from lowmem_db_kernels import (
     adamw8bit_step,
     bias_corrections,
     init_state,
-    movable_fraction,
     pack_extra_bits_eager,
     unpack_extra_bits_eager,
 )
 
 STEPS, LEARNING_RATE = 200, 2e-6
 FORMATS = {"fp32": "fp32", "24 bits": "bf16_extra_bits", "stochastic": "bf16_stochastic", "rounded": "bf16"}
+FRACTION_BITS = {"fp32": 23, "bf16_extra_bits": 15, "bf16_stochastic": 7 + 16, "bf16": 7}
 
 
 class StoredParameter:
@@ -55,6 +55,16 @@ class StoredParameter:
     def _show(self) -> None:
         value = self.weight if self.extra_bits is None else unpack_extra_bits_eager(self.weight, self.extra_bits)
         self.parameter.data.copy_(value)
+
+
+def movable_fraction(weights: torch.Tensor, lr: float, weight_format: str) -> float:
+    """Return the share of weights that a step of size ``lr`` changes: at least half the distance to the next number.
+
+    Adam's normalized update is of size one, so a step is about the learning rate.
+    """
+    exponent = torch.frexp(weights.detach().float()).exponent
+    half_spacing = torch.ldexp(torch.ones_like(weights.detach().float()), exponent - 2 - FRACTION_BITS[weight_format])
+    return (half_spacing <= lr).float().mean().item()
 
 
 def build_unet() -> UNet2DModel:
