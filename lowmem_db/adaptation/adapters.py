@@ -12,8 +12,8 @@ from lowmem_db.adaptation.lora_file import lora_file, write_lora
 from lowmem_db.config.strategy import autocast
 from lowmem_db.models.denoiser import AUTOCAST_TYPES
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.places import LORA_FILE
 from lowmem_db.models.saving import DTYPES
+from lowmem_db.storage.places import LORA_FILE
 
 
 class LowRankAdapters(Adaptation):

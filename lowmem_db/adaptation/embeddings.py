@@ -15,8 +15,8 @@ from lowmem_db.models.denoiser import AUTOCAST_TYPES
 from lowmem_db.models.embedding_file import write_embedding
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.new_words import ExtendedEmbedding, NewWord, extended_embedding, find_extended
-from lowmem_db.models.places import EMBEDDING_FILE
 from lowmem_db.models.saving import DTYPES
+from lowmem_db.storage.places import EMBEDDING_FILE
 from lowmem_db.storage.tensors import read_state
 
 

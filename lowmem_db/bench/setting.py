@@ -6,10 +6,10 @@ from functools import cached_property
 import torch
 
 from lowmem_db.models.files import ModelFiles
-from lowmem_db.models.places import DEMO_DIR
 from lowmem_db.models.random_weights import RandomModel, random_model
 from lowmem_db.models.single_file import CONFIGS_DIR
 from lowmem_db.planning.cards import CPU, Card, card_of
+from lowmem_db.storage.places import DEMO_DIR
 
 
 @dataclass(frozen=True)

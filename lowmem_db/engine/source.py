@@ -22,9 +22,9 @@ from lowmem_db.models.embedding_file import read_base, read_embedding
 from lowmem_db.models.finding import final_model_of, find_base, find_model, with_words
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.new_words import NewWord
-from lowmem_db.models.places import EMBEDDING_FILE, INDEX, LORA_FILE
 from lowmem_db.models.text_encoders import embed_prompts
 from lowmem_db.storage.checksums import MANIFEST
+from lowmem_db.storage.places import EMBEDDING_FILE, INDEX, LORA_FILE
 from lowmem_db.storage.run_folder import RunFolder
 
 

@@ -20,7 +20,7 @@ from lowmem_db.errors import ModelError
 from lowmem_db.exporting.casting import cast
 from lowmem_db.exporting.source import refuse_existing
 from lowmem_db.models.families import FAMILIES, Family, find_lora_prefixes
-from lowmem_db.models.places import LORA_FILE
+from lowmem_db.storage.places import LORA_FILE
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import write_tensors
 

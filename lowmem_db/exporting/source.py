@@ -17,8 +17,8 @@ from lowmem_db.errors import ModelError
 from lowmem_db.models.finding import find_model
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
-from lowmem_db.models.places import EMBEDDING_FILE
 from lowmem_db.models.saving import DTYPES, save_model
+from lowmem_db.storage.places import EMBEDDING_FILE
 from lowmem_db.storage.run_folder import RunFolder
 
 

@@ -23,10 +23,10 @@ from lowmem_db.models.families.base import Reading
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.new_words import NewWord, check_widths
-from lowmem_db.models.places import HUB_FILE, HUB_ID, INDEX, near, place_of
 from lowmem_db.models.single_file import CONFIGS_DIR, recognise
 from lowmem_db.models.single_file_folder import folder_of_file
 from lowmem_db.models.soundness import check_files
+from lowmem_db.storage.places import HUB_FILE, HUB_ID, INDEX, near, place_of
 
 _SUCCESSORS = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -5,7 +5,7 @@ from typing import Any
 
 from lowmem_db.config.loading import Tree
 from lowmem_db.config.schema import Config
-from lowmem_db.models.places import absolute_base, absolute_path
+from lowmem_db.storage.places import absolute_base, absolute_path
 
 PATHS = ("output_dir", "cache_dir", "subject.instance_dir", "prior.class_dir")
 """Fields that hold paths."""

@@ -11,12 +11,12 @@ from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.exporting.lora import LoraSource, export_lora, is_dora
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.places import LORA_FILE
 from lowmem_db.run.model_card import CARD_FILE, model_card
 from lowmem_db.storage import hub
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.checksums import write_checked_folder
 from lowmem_db.storage.mirroring import mirror
+from lowmem_db.storage.places import LORA_FILE
 from lowmem_db.training.trainer import Trainer
 
 

@@ -9,7 +9,7 @@ from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.data.folder import holds_nothing, look_into
 from lowmem_db.errors import ConfigError, DataError
-from lowmem_db.models.places import EMBEDDING_FILE, LORA_FILE, is_run, place_of
+from lowmem_db.storage.places import EMBEDDING_FILE, LORA_FILE, is_run, place_of
 
 
 def check_inputs(config: Config) -> None:

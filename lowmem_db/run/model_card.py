@@ -12,7 +12,7 @@ import yaml
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.places import EMBEDDING_FILE
+from lowmem_db.storage.places import EMBEDDING_FILE
 
 CARD_FILE = "README.md"
 LICENSES = {

@@ -15,8 +15,8 @@ from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import LoraConfig
 from lowmem_db.config.strategy import resolve
 from lowmem_db.errors import ConfigError, DependencyError, ModelError, StorageError
-from lowmem_db.models.places import LORA_FILE
 from lowmem_db.run.checks import check_machine
+from lowmem_db.storage.places import LORA_FILE
 from tests.tiny_models import tiny_text_encoder, tiny_text_encoder_2, tiny_unet
 
 KINDS = {

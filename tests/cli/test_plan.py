@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_db.models.places import DEMO_DIR
+from lowmem_db.storage.places import DEMO_DIR
 from tests.cli.conftest import REPOSITORY, Run
 
 PARTS = {"weights", "optimizer_state", "gradients", "activations", "other"}

@@ -29,7 +29,7 @@ from lowmem_db.evaluation.protocol import (
 )
 from lowmem_db.evaluation.report import evaluate
 from lowmem_db.models.finding import find_model
-from lowmem_db.models.places import LORA_FILE
+from lowmem_db.storage.places import LORA_FILE
 from tests.evaluation.conftest import CPU
 
 ALL = Shard()

@@ -19,8 +19,8 @@ from lowmem_db.exporting.merging import merge_into_folder
 from lowmem_db.exporting.request import Request, export_model
 from lowmem_db.exporting.source import find_export_source
 from lowmem_db.models.finding import find_model
-from lowmem_db.models.places import LORA_FILE
 from lowmem_db.models.saving import save_model
+from lowmem_db.storage.places import LORA_FILE
 from lowmem_db.storage.tensors import read_tensors
 from tests.adaptation.test_low_rank import KINDS, config_of, draw, fresh_pipeline, trained
 

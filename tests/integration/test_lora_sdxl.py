@@ -12,7 +12,7 @@ from lowmem_db.adaptation.lora_file import put_into, read_lora
 from lowmem_db.cli.train import train
 from lowmem_db.engine.source import find_source
 from lowmem_db.exporting.request import Request, export_model
-from lowmem_db.models.places import LORA_FILE
+from lowmem_db.storage.places import LORA_FILE
 
 
 def load(folder: Path) -> StableDiffusionXLPipeline:

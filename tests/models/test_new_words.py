@@ -8,7 +8,7 @@ from transformers import CLIPTokenizer
 
 from lowmem_db.errors import ConfigError
 from lowmem_db.models.new_words import ExtendedEmbedding, NewWord, add_to_tokenizer, check_widths, expanded, initial_id
-from lowmem_db.models.places import DEMO_DIR
+from lowmem_db.storage.places import DEMO_DIR
 from tests.tiny_models import tiny_text_encoder
 
 

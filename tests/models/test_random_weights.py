@@ -5,8 +5,8 @@ import torch
 
 from lowmem_db.models import random_weights
 from lowmem_db.models.files import ModelFiles
-from lowmem_db.models.places import DEMO_DIR
 from lowmem_db.models.random_weights import random_model
+from lowmem_db.storage.places import DEMO_DIR
 
 CPU = torch.device("cpu")
 MODEL = random_model("demo", ModelFiles(path=DEMO_DIR), CPU)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowmem_db.errors import ModelError
-from lowmem_db.models.places import DEMO_DIR, LORA_FILE, absolute_base, place_of
+from lowmem_db.storage.places import DEMO_DIR, LORA_FILE, absolute_base, place_of
 
 
 def make(root: Path, *files: str) -> Path:
