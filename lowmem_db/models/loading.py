@@ -38,6 +38,10 @@ _UNUSED = re.compile(r"(^|\.)position_ids$|^text_projection\.|^logit_scale$")
 _DAMAGED = (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError, KeyError)
 
 
+class ConfigurationError(ModelError):
+    """The configuration of a component describes none."""
+
+
 def load_module(kind: type, files: ModelFiles, component: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Load a module of diffusers or transformers, frozen and in evaluation mode, whatever the type in the file.
 
@@ -148,7 +152,7 @@ def load_autoencoder(files: ModelFiles, component: str, device: torch.device, dt
     """
     config = files.config_of(component)
     dtype = torch.float32 if config.get("force_upcast") else dtype
-    name = config.get("_class_name", "AutoencoderKL")
+    name = str(config.get("_class_name", "AutoencoderKL"))
     if name not in _AUTOENCODERS:
         raise ModelError(f"{files.folder_of(component)}: is a {name}; allowed: {', '.join(_AUTOENCODERS)}")
     return cast("Autoencoder", load_module(_AUTOENCODERS[name], files, component, device, dtype))
@@ -188,7 +192,7 @@ def load_noise_schedule(
     try:
         schedule = DDPMScheduler.from_config(files.config_of("scheduler"), clip_sample=False, **changed)
     except NONSENSE as error:
-        raise ModelError(
+        raise ConfigurationError(
             f"{files.path / 'scheduler'}: scheduler_config.json does not describe a noise schedule "
             f"({_in_a_line(error)}); download the model again"
         ) from error
@@ -226,7 +230,7 @@ def _build(kind: Any, files: ModelFiles, component: str) -> Any:
             return kind(cast("Any", kind.config_class)(**own_fields(kind.config_class, config)))
         return kind.from_config(config)
     except NONSENSE as error:
-        raise ModelError(
+        raise ConfigurationError(
             f"{files.folder_of(component)}: config.json does not describe a {kind.__name__} ({_in_a_line(error)}); "
             "download the model again"
         ) from error

@@ -17,7 +17,7 @@ from lowmem_db.models.families.original_layout import UNET_PREFIX, Entry, Layout
 from lowmem_db.models.families.stable_diffusion import text_width
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.loading import load_noise_schedule
+from lowmem_db.models.loading import ConfigurationError, load_noise_schedule
 from lowmem_db.models.prediction import CONFIGS_KEY, ZERO_TERMINAL_SNR, Prediction, find_prediction
 from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, read_header
 from lowmem_db.storage.tensor_stream import FLOAT8
@@ -32,7 +32,7 @@ _ZERO_TERMINAL_SNR = {
 }
 _NONSENSE = (
     ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
-    StrictDataclassError,
+    ConfigurationError, StrictDataclassError,
 )  # fmt: skip
 _OTHER_NOISE = {
     "edm_mean": "an EDM model with latents of its own, such as Playground v2.5",

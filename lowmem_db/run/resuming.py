@@ -94,7 +94,9 @@ def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
         )
     trees = read_yaml(run.config_file), config.model_dump(mode="json")
     before, now = (dict(_flat(absolute_tree(tree))) for tree in trees)
-    before = _BEFORE_IT_EXISTED | before
+    for field, value in _BEFORE_IT_EXISTED.items():
+        if before.get(field) is None:
+            before[field] = value
     if recorded_model(run):  # bytes are compared, not names
         before = {field: value for field, value in before.items() if field not in FIELDS}
     changed = {  # a field that is unknown to the run's version has not changed

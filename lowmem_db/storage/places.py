@@ -9,7 +9,7 @@ from pathlib import Path
 from lowmem_db.console import quoted
 from lowmem_db.errors import ModelError
 
-DEMO_DIR = Path(__file__).parent / "demo" / "base"
+DEMO_DIR = Path(__file__).parents[1] / "models" / "demo" / "base"
 INDEX = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDING_FILE = "learned_embeds.safetensors"

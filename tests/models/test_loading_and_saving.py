@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_no_foreign_bar_stands_between_the_lines(
 ) -> None:
     """As in a terminal: the bars of downloads are shown, those of files on the disk are not."""
     value = {None: None, "0": False, "1": True}[wanted]
-    monkeypatch.setattr("huggingface_hub.utils.tqdm.HF_HUB_DISABLE_PROGRESS_BARS", value)
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", value)
     monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)
     find_model(str(tiny_model)).load("text_encoder")
     assert "Loading" not in capfd.readouterr().err

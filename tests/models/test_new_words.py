@@ -44,7 +44,7 @@ def test_only_the_last_rows_learn() -> None:
 
 def test_rows_take_the_table_s_type() -> None:
     extended = ExtendedEmbedding(nn.Embedding(5, 3).bfloat16(), 5, torch.ones(1, 3))
-    assert extended(torch.tensor([5, 0])).dtype == torch.bfloat16
+    assert extended(torch.tensor([[5, 0]])).dtype == torch.bfloat16
     assert extended.rows.dtype == torch.float32
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowmem_db.config.loading import load_config
+from lowmem_db.errors import NonFiniteError
 from lowmem_db.models.families.spaces import LatentSpace
 from lowmem_db.models.finding import find_model
 from lowmem_db.models.folder import ModelFolder
@@ -54,7 +55,8 @@ def test_it_would_overflow_otherwise(overflowing: ModelFolder) -> None:
     set_upcast(overflowing, False)
     codec = LatentSpace(overflowing).load(dtype=torch.float16)
     assert codec.autoencoder.dtype == torch.float16
-    assert not torch.isfinite(codec.decode(torch.randn(1, 4, 16, 16))).all()
+    with pytest.raises(NonFiniteError, match="pictures that are infinite or NaN"):
+        codec.decode(torch.randn(1, 4, 16, 16))
 
 
 def test_class_images_drawn_in_fp16_are_pictures(overflowing: ModelFolder, tiny_fields: dict[str, object]) -> None:

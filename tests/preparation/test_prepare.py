@@ -177,14 +177,18 @@ def test_fewer_class_images_use_the_first_ones(tiny_fields: dict[str, object]) -
 
 
 def test_folder_of_ones_own_pictures_is_used_as_it_is(
-    tiny_fields: dict[str, object], photos_dir: Path, drawn: list[int]
+    tiny_fields: dict[str, object], tmp_path: Path, drawn: list[int]
 ) -> None:
-    before = sorted(photos_dir.iterdir())
-    batches = run(with_fields(tiny_fields, prior__class_dir=str(photos_dir)))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (96, 96), (number * 40, 90, 0)).save(folder / f"photo{number}.png")
+    before = sorted(folder.iterdir())
+    batches = run(with_fields(tiny_fields, prior__class_dir=str(folder)))
     assert drawn == []
     assert [image.record.path.name for image in batches.class_images] == ["photo0.png", "photo1.png", "photo2.png"]
     assert all(image.record.prompt == "a dog" for image in batches.class_images)
-    assert sorted(photos_dir.iterdir()) == before
+    assert sorted(folder.iterdir()) == before
 
 
 def test_class_images_drawn_otherwise_are_refused(tiny_fields: dict[str, object], tmp_path: Path) -> None:
