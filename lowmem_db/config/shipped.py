@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lowmem_db.config.yaml_text import parse_yaml, read_text
 from lowmem_db.errors import ConfigError
 
 _PACKAGE = Path(__file__).parents[1]
@@ -60,8 +61,6 @@ def copy(name: str, folder: Path) -> list[Path]:
     Raises:
         ConfigError: There is no such configuration, or a file is in the way.
     """
-    from lowmem_db.config.yaml_text import parse_yaml, read_text
-
     if name not in names():
         raise ConfigError(f"{name}: is not a configuration of this package; allowed: {', '.join(names())}")
     source = CONFIGS / f"{name}.yaml"

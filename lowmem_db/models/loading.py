@@ -152,7 +152,7 @@ def load_autoencoder(files: ModelFiles, component: str, device: torch.device, dt
     """
     config = files.config_of(component)
     dtype = torch.float32 if config.get("force_upcast") else dtype
-    name = str(config.get("_class_name", "AutoencoderKL"))
+    name = str(config.get("_class_name", "AutoencoderKL"))[:100]
     if name not in _AUTOENCODERS:
         raise ModelError(f"{files.folder_of(component)}: is a {name}; allowed: {', '.join(_AUTOENCODERS)}")
     return cast("Autoencoder", load_module(_AUTOENCODERS[name], files, component, device, dtype))

@@ -1,4 +1,5 @@
 import io
+import pathlib
 import struct
 import zlib
 
@@ -270,7 +271,7 @@ class TestModes:
 
     @given(array=st.integers(0, 65535).map(lambda value: np.full((1, 1), value, np.uint16)))
     def test_16_bits_lose_at_most_half_a_step(self, array):
-        (grey,) = _pixels(photos._to_8_bits(Image.fromarray(array), Path("photo.png")))
+        (grey,) = _pixels(photos._to_8_bits(Image.fromarray(array), pathlib.Path("photo.png")))
         assert abs(grey * 257 - int(array[0, 0])) <= 128
 
 

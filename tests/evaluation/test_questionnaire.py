@@ -124,7 +124,8 @@ def test_page_is_whole_and_hides_the_files(
     text = write_page(methods, tmp_path, kind).read_text()
     assert "QUESTIONNAIRE_JSON" not in text
     assert not re.search(r'(src|href)="', text)
-    assert "http" not in text
+    assert "http:" not in text
+    assert "https:" not in text
     assert ".png" not in text
     assert "dog3" not in text
     found = content(tmp_path / f"questionnaire-{kind}-01.html")
