@@ -246,7 +246,9 @@ def test_dora_is_baked_into_a_lora_that_every_program_reads_alike(
     folder = tmp_path / "dog"
     folder.mkdir()
     export_lora(source, folder / "pytorch_lora_weights.safetensors", "lora-diffusers")
-    out = export_model(Request(source=str(folder), extract_rank=64, out=tmp_path / "whole.safetensors"))
+    out = export_model(
+        Request(source=str(folder), base=str(tiny_model), extract_rank=64, out=tmp_path / "whole.safetensors")
+    )
     state = load_file(out)
     assert not [name for name in state if "dora_scale" in name]
     said = capsys.readouterr().err

@@ -168,7 +168,10 @@ def test_folder_whose_weights_are_not_those_of_its_configuration_is_refused(dama
     tensors = load_file(file)
     bias = tensors.pop("conv_in.bias")
     save_file(tensors if damage == "missing" else tensors | {"conv_in.bias": bias[:-1]}, file)
-    with pytest.raises(ModelError, match=r"unet: conv_in\.bias is (missing|\[7\]), but config\.json needs \[8\]"):
+    with pytest.raises(
+        ModelError,
+        match=r"unet: (its weight files lack 1 tensor, such as conv_in\.bias|conv_in\.bias is \[7\], but config\.json)",
+    ):
         export(model, tmp_path / "one.safetensors")
 
 
