@@ -78,9 +78,13 @@ def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor
 
 
 def weights_name(model: ModelFolder, component: str) -> str:
-    """Return the name of a component's weight file, which differs between transformers and diffusers."""
+    """Return the name of a component's weight file, which differs between transformers and diffusers.
+
+    Text encoders are transformers' as a rule; one whose folder holds a file of diffusers' name is diffusers'.
+    """
     is_of_text = model.family.component(component).role == "text_encoder"
-    return "model.safetensors" if is_of_text else "diffusion_pytorch_model.safetensors"
+    of_diffusers = any(model.folder_of(component).glob("diffusion_pytorch_model[.-]*"))
+    return "model.safetensors" if is_of_text and not of_diffusers else "diffusion_pytorch_model.safetensors"
 
 
 def expected_shapes(model: ModelFolder, component: str) -> dict[str, tuple[int, ...]]:

@@ -153,7 +153,7 @@ def kill_in_step(step: int) -> Callable[[], None]:
 
         def killing(*arguments):
             if arguments[-1] == step:
-                arguments[2].step = lambda: os.kill(os.getpid(), signal.SIGKILL)
+                arguments[2].step_and_read = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
             return original(*arguments)
 
         trainer_module.train_step = killing
@@ -193,10 +193,11 @@ def run_in_child(fields: dict[str, object], install: Callable[[], None] = lambda
 
 
 def final_bytes(output_dir: Path) -> dict[str, bytes]:
-    """Return the files of ``final/`` but for the card, which names the run."""
+    """Return the files of ``final/`` but for the card, which names the run, and the list of checksums."""
     final = output_dir / "final"
-    files = [file for file in sorted(final.rglob("*")) if file.is_file() and file.name != CARD_FILE]
-    return {str(file.relative_to(final)): file.read_bytes() for file in files}
+    files = [file for file in sorted(final.rglob("*")) if file.is_file()]
+    kept = [file for file in files if file.name not in (CARD_FILE, "checksums.json")]
+    return {str(file.relative_to(final)): file.read_bytes() for file in kept}
 
 
 def metric_rows(output_dir: Path) -> list[dict[str, object]]:
