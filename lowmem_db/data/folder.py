@@ -30,6 +30,9 @@ _REASONS = {
     ".toml": "not a picture", ".md": "not a picture", ".ini": "not a picture", ".db": "not a picture",
 }  # fmt: skip
 
+MANIFEST = "manifest.json"
+"""How the pictures of a folder were drawn, written beside them."""
+
 
 @dataclass(frozen=True)
 class LeftOver:
@@ -70,7 +73,8 @@ class PhotoFolder:
 
     def remarks(self) -> list[str]:
         """Return a line about files that nobody would expect to be read."""
-        expected = [f"{entry.name} ({entry.reason})" for entry in self.left_over if entry.is_expected]
+        left = [entry for entry in self.left_over if entry.is_expected and entry.name != MANIFEST]
+        expected = [f"{entry.name} ({entry.reason})" for entry in left]
         return [f"not read: {', '.join(expected)}"] * bool(expected)
 
     def orphans(self) -> list[str]:

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lowmem_db.data.folder import MANIFEST
 from lowmem_db.storage.run_folder import read_json, write_json
-
-MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path, wanted: Mapping[str, Any]) -> None:

@@ -15,9 +15,10 @@ import torch
 from lowmem_db import fingerprint
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
+from lowmem_db.data.folder import MANIFEST
 from lowmem_db.engine.draw import Artist, Job, draw, kept
 from lowmem_db.engine.generate import check_size
-from lowmem_db.engine.manifest import MANIFEST, differences, write_manifest
+from lowmem_db.engine.manifest import differences, write_manifest
 from lowmem_db.engine.source import ImageSource, Step, find_source
 from lowmem_db.errors import DataError
 from lowmem_db.evaluation.folders import PROMPTS_FILE, Limits, SubjectFiles, choose, scan_pictures

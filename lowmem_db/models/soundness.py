@@ -15,7 +15,6 @@ from lowmem_db.models.files import (
     weight_files,
 )
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.stored_weights import stored_weights
 
 _INDEX = ".index.json"
 
@@ -31,22 +30,6 @@ def check_files(model: ModelFolder) -> None:
         _check_weights(model, component)
     if problems := model.family.problems(model):
         raise ModelError("\n".join(f"model.base: {model.path / problem}" for problem in problems))
-
-
-def check_shapes(model: ModelFolder) -> None:
-    """Refuse weights that do not fill their components; the libraries would fill the gaps with random values.
-
-    Pickled weights, and those of families that are not this package's, are only checked when they are loaded.
-
-    Raises:
-        ModelError: A tensor is missing or has another shape than its configuration says.
-    """
-    for component in model.family.with_weights if model.family.lora_prefixes else ():
-        if all(
-            file.suffix == ".safetensors"
-            for file in weight_files(model.folder_of(component), model.variant_of(component))
-        ):
-            stored_weights(model, component)
 
 
 def _check_weights(model: ModelFolder, component: str) -> None:

@@ -23,9 +23,9 @@ from lowmem_db.adaptation.quantized import quantize
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say, warn
 from lowmem_db.data.batches import PromptTable
-from lowmem_db.data.folder import is_negligible
+from lowmem_db.data.folder import MANIFEST, is_negligible
 from lowmem_db.engine.draw import Artist, Job, Thrift, draw, loaded_for_use
-from lowmem_db.engine.manifest import MANIFEST, differences, write_manifest
+from lowmem_db.engine.manifest import differences, write_manifest
 from lowmem_db.errors import DataError, NonFiniteError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.folder import ModelFolder

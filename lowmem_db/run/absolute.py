@@ -7,7 +7,7 @@ from lowmem_db.config.loading import Tree
 from lowmem_db.config.schema import Config
 from lowmem_db.storage.places import absolute_base, absolute_path
 
-PATHS = ("output_dir", "cache_dir", "subject.instance_dir", "prior.class_dir")
+PATHS = ("output_dir", "cache_dir", "subject.instance_dir", "prior.class_dir", "checkpointing.copy_to")
 """Fields that hold paths."""
 _NAMES = ("model.base", "model.vae")
 """Fields that name models, which may be paths."""
@@ -27,6 +27,9 @@ def absolute_tree(tree: Tree) -> Tree:
         if holder.get(name) is not None:
             absolute = absolute_base(str(holder[name])) if path in _NAMES else str(absolute_path(Path(holder[name])))
             holder[name] = absolute
+    model = changed.get("model")
+    if isinstance(model, dict) and model.get("embeddings"):
+        model["embeddings"] = [str(absolute_path(Path(file))) for file in model["embeddings"]]
     subject = changed.get("subject")
     if isinstance(subject, dict) and subject.get("concepts"):
         subject["concepts"] = [_absolute_concept(concept) for concept in subject["concepts"]]

@@ -8,7 +8,6 @@ from lowmem_db.console import say
 from lowmem_db.errors import CheckpointError, ModelError
 from lowmem_db.models.finding import model_of
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.soundness import check_shapes
 from lowmem_db.storage.run_folder import RunFolder
 
 FIELDS = ("model.base", "model.vae", "model.revision", "model.variant", "model.content_key")
@@ -37,7 +36,6 @@ def find_base_of(run: RunFolder, config: Config) -> tuple[ModelFolder, Config]:
         if not before:
             raise
         raise ModelError(f"{error}. If the base of {run.root} has moved, say where it is with --base") from error
-    check_shapes(model)
     if before and before["content_key"] != model.bytes_key:
         raise CheckpointError(
             f"--resume: model.base: {config.model.base} has other bytes than the model that {run.root} started from "
