@@ -1,7 +1,7 @@
 """Drawing prompts with a model on disk: a run, a folder, or a hub id. One component is in memory at a time."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,24 @@ class Wishes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is drawn, and how, with nothing left out; attributes as in :class:`Wishes`."""
+
+    prompts: Sequence[str]
+    negative_prompt: str = ""
+    num_images: int
+    seed: int
+    settings: SamplingSettings
+    size: Size
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything under its name in ``images.json``."""
+        own = {"prompts": self.prompts, "negative_prompt": self.negative_prompt}
+        own |= {"num_images": self.num_images, "seed": self.seed}
+        return own | asdict(self.settings) | {"width": self.size[1], "height": self.size[0]}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """The images of one prompt, from one model.
 
@@ -102,24 +120,24 @@ def generate_at(
         ModelError: The model does not exist.
     """
     sources = [find_source(source, step=step, base=base) for step in steps]
-    wishes = _with_defaults(sources[0], wishes)
+    work = _with_defaults(sources[0], wishes)
     for found in sources:
-        _check(found, wishes)
-    for message in cut_prompt_warnings(sources[0].model, [*wishes.prompts, wishes.negative_prompt or ""]):
+        _check(found, work)
+    for message in cut_prompt_warnings(sources[0].model, [*work.prompts, work.negative_prompt]):
         warn(message)
     by_step = []
     for step, found in zip(steps, sources, strict=True):
         if len(steps) > 1:
             say(f"drawing with {_in_words(step)}")
-        drawn = _draw(found, wishes, device, dtype)
+        drawn = _draw(found, work, device, dtype)
         by_step.append(
             [
                 Row(number=number, prompt=prompt, step=step, images=images)
-                for number, (prompt, images) in enumerate(zip(wishes.prompts, drawn, strict=True))
+                for number, (prompt, images) in enumerate(zip(work.prompts, drawn, strict=True))
             ]
         )
     rows = [row for of_prompt in zip(*by_step, strict=True) for row in of_prompt]
-    return rows, asdict(wishes) | {"precision": str(dtype).removeprefix("torch.")}
+    return rows, work.as_json() | {"precision": str(dtype).removeprefix("torch.")}
 
 
 def generate_images(
@@ -149,20 +167,11 @@ def generate_images(
         DataError: The resolution is not a multiple of the size of a latent pixel, or there are more sampling steps than
             the model's noise schedule has.
         ConfigError: The model predicts epsilon and its last timestep is pure noise.
-        DataError: The resolution is not a multiple of the size of a latent pixel.
     """
-    wishes = Wishes(
-        prompts=prompts,
-        num_images=num_images,
-        seed=seed,
-        sampler=settings.sampler,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        width=resolution,
-        height=resolution,
-    )
-    _check(source, wishes)
-    return list(zip(prompts, _draw(source, wishes, device, dtype), strict=True))
+    size = (resolution, resolution)
+    work = Work(prompts=prompts, num_images=num_images, seed=seed, settings=settings, size=size)
+    _check(source, work)
+    return list(zip(prompts, _draw(source, work, device, dtype), strict=True))
 
 
 def save(folder: Path, rows: Sequence[Row], settings: dict[str, Any]) -> None:
@@ -206,7 +215,7 @@ def check_size(source: ImageSource, size: Size, fields: Sequence[str]) -> None:
             raise DataError(f"{field}: {side} is not a multiple of {cell}, the size of a latent pixel")
 
 
-def _with_defaults(source: ImageSource, wishes: Wishes) -> Wishes:
+def _with_defaults(source: ImageSource, wishes: Wishes) -> Work:
     """Fill in what is left out."""
     config = source.run_config
     own = None if config is None else config.sampling
@@ -215,60 +224,46 @@ def _with_defaults(source: ImageSource, wishes: Wishes) -> Wishes:
     if not wishes.prompts and config is not None:
         say(f"drawing {config.subject.instance_prompt!r}, the prompt of the run")
     guidance = wishes.guidance_scale
-    return replace(
-        wishes,
-        negative_prompt=wishes.negative_prompt or ("" if own is None else own.negative_prompt),
+    return Work(
         prompts=tuple(wishes.prompts) or ((config.subject.instance_prompt,) if config is not None else ()),
-        sampler=wishes.sampler or ("ddim" if own is None else own.sampler),
-        num_inference_steps=wishes.num_inference_steps or (50 if own is None else own.num_inference_steps),
-        guidance_scale=guidance if guidance is not None else 7.5 if own is None else own.guidance_scale,
-        width=wishes.width or source.resolution,
-        height=wishes.height or source.resolution,
+        negative_prompt=wishes.negative_prompt or ("" if own is None else own.negative_prompt),
+        num_images=wishes.num_images,
+        seed=wishes.seed,
+        settings=SamplingSettings(
+            sampler=wishes.sampler or ("ddim" if own is None else own.sampler),
+            num_inference_steps=wishes.num_inference_steps or (50 if own is None else own.num_inference_steps),
+            guidance_scale=guidance if guidance is not None else 7.5 if own is None else own.guidance_scale,
+        ),
+        size=(wishes.height or source.resolution, wishes.width or source.resolution),
     )
 
 
-def _check(source: ImageSource, wishes: Wishes) -> None:
+def _check(source: ImageSource, work: Work) -> None:
     """Refuse what the model cannot draw."""
-    assert wishes.sampler, "defaults are filled in"
-    fields = ("--resolution", "--resolution") if wishes.width == wishes.height else ("--height", "--width")
-    check_size(source, _size(wishes), fields)
-    assert wishes.num_inference_steps, "defaults are filled in"
-    steps, sampler = wishes.num_inference_steps, wishes.sampler
+    height, width = work.size
+    fields = ("--resolution", "--resolution") if width == height else ("--height", "--width")
+    check_size(source, work.size, fields)
+    steps, sampler = work.settings.num_inference_steps, work.settings.sampler
     if problem := too_many_steps("--num-inference-steps", source.model, sampler, steps, source.objective):
         raise DataError(problem)
 
 
-def _draw(source: ImageSource, wishes: Wishes, device: torch.device, dtype: torch.dtype) -> list[list[Image.Image]]:
+def _draw(source: ImageSource, work: Work, device: torch.device, dtype: torch.dtype) -> list[list[Image.Image]]:
     """Draw the images of each prompt; image ``i`` of every prompt starts from the same noise, for comparison."""
-    assert wishes.sampler, "defaults are filled in"
-    assert wishes.num_inference_steps, "defaults are filled in"
-    assert wishes.guidance_scale is not None, "defaults are filled in"
-    negative = wishes.negative_prompt or ""
-    table = source.embed([*wishes.prompts, negative], device, dtype)
-    settings = SamplingSettings(
-        sampler=wishes.sampler,
-        num_inference_steps=wishes.num_inference_steps,
-        guidance_scale=wishes.guidance_scale,
-    )
-    artist = Artist(model=source.model, settings=settings, objective=source.objective)
+    table = source.embed([*work.prompts, work.negative_prompt], device, dtype)
+    artist = Artist(model=source.model, settings=work.settings, objective=source.objective)
     jobs = [
         Job(
             prompts=[prompt],
-            size=_size(wishes),
-            generators=[generator(wishes.seed, STREAM, index) for index in range(wishes.num_images)],
-            negative=negative,
+            size=work.size,
+            generators=[generator(work.seed, STREAM, index) for index in range(work.num_images)],
+            negative=work.negative_prompt,
         )
-        for prompt in wishes.prompts
+        for prompt in work.prompts
     ]
     denoiser = loaded_for_use(partial(source.load_denoiser, device, dtype), device)
     codec = loaded_for_use(partial(source.model.space.load, device), device)
     return list(draw(artist, table, jobs, denoiser, codec, progress="drawing prompts"))
-
-
-def _size(wishes: Wishes) -> Size:
-    assert wishes.width, "defaults are filled in"
-    assert wishes.height, "defaults are filled in"
-    return wishes.height, wishes.width
 
 
 def _in_words(step: Step | None) -> str:
