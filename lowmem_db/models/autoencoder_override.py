@@ -13,6 +13,7 @@ from lowmem_db.console import say
 from lowmem_db.errors import ModelError
 from lowmem_db.models.families.original_layout import SD1, VAE_PREFIX
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.reading import same_shape
 from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, read_header
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.checksums import write_checked_folder
@@ -99,7 +100,7 @@ def _read_file(model: ModelFolder, component: str, name: str, file: Path) -> dic
     for entry in layout.entries(component, model.config_of(component), shapes):
         (source,) = entry.sources
         stored = _stored(tensors, entry.name, source)
-        if stored is None or _matrix(stored.shape) != _matrix(shapes[source]):
+        if stored is None or not same_shape(stored.shape, shapes[source]):
             what = "missing" if stored is None else list(stored.shape)
             raise ModelError(
                 f"model.vae: {name} is not an autoencoder for {model.family.name} ({source} is {what}); allowed: one "
@@ -113,10 +114,6 @@ def _stored(tensors: Mapping[str, StoredTensor], published: str, ours: str) -> S
     bare = published.removeprefix(VAE_PREFIX)
     names = (published, bare, f"vae.{bare}", ours, f"vae.{ours}")
     return next((tensors[name] for name in names if name in tensors), None)
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(n for n in shape if n != 1)
 
 
 def _folder_of_file(

@@ -118,10 +118,19 @@ _CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_c
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """Return the weight files of a component that are loaded: those of a variant, safetensors rather than pickles."""
-    found = [file for file in sorted(folder.iterdir()) if _WEIGHTS.fullmatch(file.name)]
+    """Return the weight files of a component that are loaded: one file, or its shards; none if there are none.
+
+    They are those of a variant, safetensors rather than pickles, and a whole file rather than shards.
+    """
+    found = [file for file in sorted(folder.glob("*")) if _WEIGHTS.fullmatch(file.name)]
     own = [file for file in found if variant_of(file.name) == variant]
-    return [file for file in own if file.suffix == ".safetensors"] or own
+    own = [file for file in own if file.suffix == ".safetensors"] or own
+    return [file for file in own if not _SHARD.search(file.name)][:1] or own
+
+
+def safetensors_of(folder: Path, variant: str | None) -> list[Path]:
+    """Return the weight files of a component as :func:`weight_files` does; none if they are pickled."""
+    return [file for file in weight_files(folder, variant) if file.suffix == ".safetensors"]
 
 
 def variant_of(name: str) -> str | None:

@@ -21,9 +21,9 @@ from lowmem_db.errors import ModelError, NonFiniteError
 from lowmem_db.finite import first_not_finite, is_finite
 from lowmem_db.models.autoencoder_taef2 import AutoencoderTAEF2
 from lowmem_db.models.configurations import NONSENSE, own_fields
-from lowmem_db.models.files import ModelFiles
+from lowmem_db.models.files import ModelFiles, safetensors_of
 from lowmem_db.models.new_words import add_to_tokenizer
-from lowmem_db.models.reading import read_module, weight_files
+from lowmem_db.models.reading import read_module
 from lowmem_db.out_of_memory import place_of
 
 Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderTAEF2
@@ -59,7 +59,7 @@ def load_module(kind: type, files: ModelFiles, component: str, device: torch.dev
     if device.type == "meta":
         return nn.Module.to(_build_on_meta(kind, files, component), dtype).eval().requires_grad_(False)
     path = files.folder_of(component)
-    weights = weight_files(path, files.variant_of(component))
+    weights = safetensors_of(path, files.variant_of(component))
     read = _from_pretrained if not weights or getattr(kind, "_keep_in_fp32_modules", None) else _read
     try:
         loaded, found = read(kind, files, component, device, dtype)
@@ -77,7 +77,7 @@ def _read(
 ) -> tuple[Any, dict[str, Any]]:
     """Return a module with the tensors of safetensors, read one by one, and the names that do not match."""
     path = files.folder_of(component)
-    weights = weight_files(path, files.variant_of(component))
+    weights = safetensors_of(path, files.variant_of(component))
     module, found = read_module(partial(_build, kind, files, component), weights, component, device, dtype)
     if isinstance(module, PreTrainedModel):
         module.config.dtype = dtype  # named in saved configurations, as by from_pretrained

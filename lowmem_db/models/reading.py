@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,6 @@ def converted(convert: Convert) -> Iterator[None]:
         yield
     finally:
         _converting.pop()
-
-
-def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """Return the safetensors of a component: one file, or its shards; none if there are none."""
-    suffix = "" if variant is None else f".{variant}"
-    for stem in ("model", "diffusion_pytorch_model"):
-        whole = folder / f"{stem}{suffix}.safetensors"
-        shards = sorted(folder.glob(f"{stem}{suffix}-*-of-*.safetensors"))
-        if whole.is_file() or shards:
-            return [whole] if whole.is_file() else shards
-    return []
 
 
 def read_module(
@@ -76,7 +65,7 @@ def read_module(
             parent, key = places[name]
             missing.discard(name)
             expected = getattr(parent, key).shape
-            if math.prod(expected) != value.numel() or _matrix(value.shape) != _matrix(expected):
+            if math.prod(expected) != value.numel() or not same_shape(value.shape, expected):
                 shapes = f"{list(value.shape)}, but config.json needs {list(expected)}"
                 mismatched.append(f"{stored} is {shapes}")
                 continue
@@ -131,8 +120,12 @@ def _possible_names(stored: str) -> Iterator[str]:
         yield _TEXT_MODEL + name
 
 
-def _matrix(shape: torch.Size) -> tuple[int, ...]:
-    """Return the shape of a 1x1 convolution as that of a matrix: old autoencoders have one, new ones the other."""
+def same_shape(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Return whether shapes are the same; 1x1 convolutions count as matrices, which they are in old autoencoders."""
+    return _matrix(one) == _matrix(other)
+
+
+def _matrix(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
 
 

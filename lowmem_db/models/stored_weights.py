@@ -8,10 +8,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowmem_db.errors import ModelError
-from lowmem_db.models.files import damaged
+from lowmem_db.models.files import damaged, safetensors_of
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import META, check_names
 from lowmem_db.models.names import current_name, published_name
+from lowmem_db.models.reading import same_shape
 from lowmem_db.storage.tensor_stream import dtype_of_name
 
 
@@ -64,12 +65,12 @@ def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor
     """
     folder = model.folder_of(component)
     found: dict[str, StoredTensor] = {}
-    for file in _files(model, component, weights_name(model, component).removesuffix(".safetensors")):
+    for file in _files(model, component):
         found |= {_published(model, component, name): tensor for name, tensor in read_header(file)[0].items()}
     expected = expected_shapes(model, component)
     check_names(folder, missing=expected.keys() - found.keys(), unexpected=sorted(found.keys() - expected.keys()))
     for name, shape in expected.items():
-        if _matrix(found[name].shape) != _matrix(shape):
+        if not same_shape(found[name].shape, shape):
             raise ModelError(
                 f"{folder}: {name} is {list(found[name].shape)}, but config.json needs {list(shape)}; download the "
                 "model again"
@@ -78,13 +79,9 @@ def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor
 
 
 def weights_name(model: ModelFolder, component: str) -> str:
-    """Return the name of a component's weight file, which differs between transformers and diffusers.
-
-    Text encoders are transformers' as a rule; one whose folder holds a file of diffusers' name is diffusers'.
-    """
+    """Return the name under which a component's weights are written; transformers and diffusers have their own."""
     is_of_text = model.family.component(component).role == "text_encoder"
-    of_diffusers = any(model.folder_of(component).glob("diffusion_pytorch_model[.-]*"))
-    return "model.safetensors" if is_of_text and not of_diffusers else "diffusion_pytorch_model.safetensors"
+    return "model.safetensors" if is_of_text else "diffusion_pytorch_model.safetensors"
 
 
 def expected_shapes(model: ModelFolder, component: str) -> dict[str, tuple[int, ...]]:
@@ -93,24 +90,19 @@ def expected_shapes(model: ModelFolder, component: str) -> dict[str, tuple[int, 
     return {_published(model, component, name): tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a 1x1 convolution as that of a matrix: old autoencoders have one, new ones the other."""
-    return shape[:2] if shape[2:] == (1, 1) else shape
-
-
 def _published(model: ModelFolder, component: str, name: str) -> str:
     if model.family.component(component).role == "autoencoder":
         return current_name(name)
     return published_name(component, name)
 
 
-def _files(model: ModelFolder, component: str, stem: str) -> list[Path]:
-    folder, name = model.folder_of(component), model.variant_of(component)
-    variant = "" if name is None else f".{name}"
-    whole = folder / f"{stem}{variant}.safetensors"
-    files = [whole] if whole.is_file() else sorted(folder.glob(f"{stem}{variant}-*-of-*.safetensors"))
+def _files(model: ModelFolder, component: str) -> list[Path]:
+    folder, variant = model.folder_of(component), model.variant_of(component)
+    files = safetensors_of(folder, variant)
     if not files:
+        name = "" if variant is None else f" of the variant {variant}"
         raise ModelError(
-            f"{whole}: is missing; allowed: safetensors weights in one file or in shards; check model.variant"
+            f"{folder}: has no safetensors{name}; allowed: safetensors weights in one file or in shards; check "
+            "model.variant"
         )
     return files
