@@ -13,6 +13,7 @@ from lowmem_db.config.strategy import autocast
 from lowmem_db.models.denoiser import AUTOCAST_TYPES
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.saving import DTYPES
+from lowmem_db.models.suggested_base import SuggestedBase
 from lowmem_db.storage.places import LORA_FILE
 
 
@@ -47,8 +48,7 @@ class LowRankAdapters(Adaptation):
             modules,
             low_rank.peft_settings(self.config.lora),
             dtype=DTYPES[self.config.final.precision],
-            base=self.config.model.model_dump(),
-            base_key=model.whole_key,
+            base=SuggestedBase(fields=self.config.model.model_dump(), key=model.base_key),
         )
         write_lora(folder / LORA_FILE, lora)
 

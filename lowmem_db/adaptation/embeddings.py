@@ -16,6 +16,7 @@ from lowmem_db.models.embedding_file import write_embedding
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.new_words import ExtendedEmbedding, NewWord, extended_embedding, find_extended
 from lowmem_db.models.saving import DTYPES
+from lowmem_db.models.suggested_base import SuggestedBase
 from lowmem_db.storage.places import EMBEDDING_FILE
 from lowmem_db.storage.tensors import read_state
 
@@ -59,7 +60,8 @@ class LearnedEmbedding(Adaptation):
         own = self.config.textual_inversion
         vectors = {name: learned_rows(table).to(dtype) for name, table in _tables(modules).items()}
         word = NewWord(token=own.token, num_vectors=own.num_vectors, vectors=vectors)
-        write_embedding(folder / EMBEDDING_FILE, word, self.config.model.model_dump(mode="json"))
+        base = SuggestedBase(fields=self.config.model.model_dump(), key=model.base_key)
+        write_embedding(folder / EMBEDDING_FILE, word, base)
 
     def values_in_checkpoint(self, model: ModelFolder, trained: Mapping[str, int]) -> int:
         """Count the learned rows only."""

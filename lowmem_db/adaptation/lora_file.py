@@ -16,19 +16,11 @@ from lowmem_db.adaptation.low_rank import adapters_of, inject, load_adapters, na
 from lowmem_db.config.schema import Config
 from lowmem_db.errors import ModelError, NonFiniteError
 from lowmem_db.finite import first_not_finite
+from lowmem_db.models.suggested_base import SuggestedBase
 from lowmem_db.storage.checksums import check_folder
 from lowmem_db.storage.tensors import read_state, read_tensors, write_tensors
 
 _ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' key; its fields are ``component.field``
-_BASE = "lowmem_db_base"
-_BASE_KEY = "lowmem_db_base_key"
-_BASE_FIELDS = (
-    "base",
-    "revision",
-    "variant",
-    "clip_skip",
-    "prompt_chunks",
-)  # a file never sets a consent, such as allow_pickle
 _LARGEST = 1 << 16
 _SETTINGS: dict[str, tuple[tuple[type, ...], float]] = {  # types, and least value
     "r": ((int,), 1),
@@ -47,16 +39,14 @@ class LoraFile:
         state: Tensors by ``component.path.lora_A.weight``, ``lora_B.weight`` and, for DoRA,
             ``lora_magnitude_vector``.
         settings: peft's settings of each component's adapters.
-        base: The fields of ``model`` that name the base model; empty if the file does not say.
-        base_key: Content key of the base model, or None if the file does not say.
+        base: What it says of its base model.
         metadata: All metadata of the file.
     """
 
     state: Mapping[str, Tensor]
     settings: Mapping[str, Mapping[str, Any]]
-    base: Mapping[str, Any]
+    base: SuggestedBase
     metadata: Mapping[str, str]
-    base_key: str | None = None
 
     def of_component(self, component: str) -> dict[str, Tensor]:
         """Return a component's tensors, without the component in their names."""
@@ -69,8 +59,7 @@ def lora_file(
     settings: Mapping[str, Any],
     *,
     dtype: torch.dtype,
-    base: Mapping[str, Any],
-    base_key: str | None = None,
+    base: SuggestedBase,
 ) -> LoraFile:
     """Return the adapters of a model as the content of a file.
 
@@ -78,8 +67,7 @@ def lora_file(
         modules: Components with adapters, by name.
         settings: See :func:`lowmem_db.adaptation.low_rank.peft_settings`.
         dtype: Type of the tensors.
-        base: The fields of ``model`` that name the base model.
-        base_key: Its content key.
+        base: Its base model.
     """
     state = {
         f"{component}.{name}": tensor.to("cpu", dtype).contiguous()
@@ -89,8 +77,7 @@ def lora_file(
     return LoraFile(
         state=state,
         settings={name: dict(settings) for name in modules},
-        base=dict(base),
-        base_key=base_key,
+        base=base,
         metadata={},
     )
 
@@ -103,9 +90,7 @@ def write_lora(file: Path, lora: LoraFile) -> None:
         for name, value in {**settings, "target_modules": _targets(lora.of_component(component))}.items()
     }
     metadata = {"format": "pt", _ADAPTER_METADATA: json.dumps(fields, indent=2, sort_keys=True)}
-    metadata |= {_BASE: lora.metadata.get(_BASE, json.dumps(lora.base))} if lora.base else {}
-    metadata |= {_BASE_KEY: lora.base_key} if lora.base_key else {}
-    write_tensors(file, lora.state, {**lora.metadata, **metadata})
+    write_tensors(file, lora.state, {**lora.metadata, **metadata, **lora.base.metadata()})
 
 
 def read_lora(file: Path) -> LoraFile:
@@ -123,11 +108,11 @@ def read_lora(file: Path) -> LoraFile:
         raise NonFiniteError(f"{file}: {name} has values that are infinite or NaN; get the file again")
     try:
         fields = _mapping(metadata[_ADAPTER_METADATA])
-        base = {name: value for name, value in _mapping(metadata.get(_BASE, "{}")).items() if name in _BASE_FIELDS}
+        base = SuggestedBase.of(metadata)
         settings = _settings(fields, {name.partition(".")[0] for name in state})
     except (ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{file}: its metadata is damaged ({' '.join(str(error).split())[:200]})") from error
-    return LoraFile(state=state, settings=settings, base=base, base_key=metadata.get(_BASE_KEY), metadata=metadata)
+    return LoraFile(state=state, settings=settings, base=base, metadata=metadata)
 
 
 def _settings(fields: Mapping[str, Any], components: set[str]) -> dict[str, dict[str, Any]]:
@@ -170,7 +155,8 @@ def lora_of_checkpoint(folder: Path, config: Config) -> LoraFile:
             component, _, path = name.partition(".")
             state[f"{component}.{name_in_files(component, path)}"] = value
     settings = peft_settings(config.lora)
-    return LoraFile(state=state, settings=dict.fromkeys(files, settings), base=config.model.model_dump(), metadata={})
+    base = SuggestedBase(fields=config.model.model_dump())
+    return LoraFile(state=state, settings=dict.fromkeys(files, settings), base=base, metadata={})
 
 
 def put_into(component: str, module: nn.Module, lora: LoraFile) -> None:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lowmem_db.adaptation import lora_base
 from lowmem_db.adaptation.embeddings import word_of_checkpoint
 from lowmem_db.adaptation.lora_file import LoraFile, lora_of_checkpoint, put_into, read_lora
 from lowmem_db.config.loading import load_config
@@ -19,7 +18,7 @@ from lowmem_db.engine.checkpoint_weights import checkpoint_weights, trained_comp
 from lowmem_db.errors import CheckpointError, DataError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.embedding_file import read_base, read_embedding
-from lowmem_db.models.finding import final_model_of, find_base, find_model, with_words
+from lowmem_db.models.finding import final_model_of, find_base, find_model, find_suggested, with_words
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.new_words import NewWord
 from lowmem_db.models.text_encoders import embed_prompts
@@ -206,10 +205,8 @@ def _embedding_source(file: Path, config: Config | None, base: str | None, run: 
         return ImageSource(
             model=_with_word(config, word, base, str(file if run is None else run.root)), run_config=config
         )
-    named: dict[str, Any] = {"base": base} if base is not None else read_base(file)
-    if not named:
-        raise DataError(f"{file}: does not name its base model; add --base")
-    return ImageSource(model=with_words(find_model(**named), [word]))
+    model = find_suggested(read_base(file), of=f"{file.parent} is an embedding", given=base)
+    return ImageSource(model=with_words(model, [word]))
 
 
 def _with_word(config: Config, word: NewWord, base: str | None, of: str) -> ModelFolder:
@@ -222,7 +219,7 @@ def _lora_source(file: Path, config: Config | None, run: RunFolder | None, base:
     lora = read_lora(file)
     owner = config or _config_of_owner(file.parent)
     if owner is None:
-        model = lora_base.find_base(lora, source=str(file.parent), given=base)
+        model = find_suggested(lora.base, of=f"{file.parent} is a LoRA", given=base)
     else:
         model = _base(owner.model, base, str(file if run is None else run.root), owner)
     return ImageSource(model=model, lora=lora, lora_files=(file,), run_config=config)

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem_db.adaptation import lora_base
 from lowmem_db.adaptation.lora_file import LoraFile, put_into
 from lowmem_db.adaptation.low_rank import merge
 from lowmem_db.console import track
 from lowmem_db.errors import ModelError
 from lowmem_db.exporting.lora import LoraSource
 from lowmem_db.exporting.source import ExportSource
-from lowmem_db.models.finding import find_base
+from lowmem_db.models.finding import find_base, find_suggested
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import META
 from lowmem_db.models.names import published_name
 from lowmem_db.models.stored_weights import stored_weights
+from lowmem_db.models.suggested_base import SuggestedBase
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def extract_lora(source: ExportSource, base: ModelFolder, rank: int) -> tuple[Lo
     if not state:
         raise ModelError(f"{source.name}: no linear or convolutional layer differs from those of {base.name}")
     fields = {} if source.config is None else source.config.model.model_dump()
-    lora = LoraFile(state=state, settings=_plain_settings(state, rank), base=fields, metadata={})
+    suggested = SuggestedBase(fields=fields)
+    lora = LoraFile(state=state, settings=_plain_settings(state, rank), base=suggested, metadata={})
     return LoraSource(name=source.name, lora=lora, config=source.config), all_norms
 
 
@@ -128,7 +129,7 @@ def base_of_lora(source: LoraSource, given: str | None = None) -> ModelFolder:
     """
     config = source.config
     if config is None:
-        return lora_base.find_base(source.lora, source=source.name, given=given)
+        return find_suggested(source.lora.base, of=f"{source.name} is a LoRA", given=given)
     return find_base(config.model, given, of=source.name, cache_dir=config.cache_dir, exact=False)
 
 

@@ -84,7 +84,7 @@ def export_lora(source: LoraSource, out: Path, layout: LoraLayout, precision: to
     state = {
         name: cast(name, tensor, precision or tensor.dtype).contiguous() for name, tensor in source.lora.state.items()
     }
-    lora = replace(source.lora, state=state)
+    lora = replace(source.lora, state=state, base=source.lora.base.without_folders())
     if layout == "lora-diffusers":
         write_lora(out, lora)
     else:
@@ -137,7 +137,7 @@ def kohya_metadata(source: LoraSource) -> dict[str, str]:
         "ss_output_name": source.name,
         "ss_base_model_version": _base_version(source.lora),
         "ss_v2": is_2x,
-        "ss_sd_model_name": Path(str(source.lora.base.get("base", ""))).name or None,
+        "ss_sd_model_name": Path(source.lora.base.name).name or None,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.architecture": architecture,

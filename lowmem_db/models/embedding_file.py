@@ -4,7 +4,6 @@ For one text encoder a file holds one tensor, named after the word (diffusers; A
 tensor, and the name of the file as the word). For SDXL it holds ``clip_l`` and ``clip_g``, the names of all three.
 """
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,29 +15,29 @@ from torch import Tensor
 
 from lowmem_db.errors import ModelError
 from lowmem_db.models.new_words import NewWord
+from lowmem_db.models.suggested_base import SuggestedBase
 from lowmem_db.storage.tensors import read_tensors, write_tensors
 
 _TOKEN = "lowmem_db_token"
-_BASE = "lowmem_db_base"
 _OF_SDXL = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _WITHOUT_WORD = frozenset(("emb_params", "clip_l", "clip_g", "clip_h", "*"))
 _DAMAGED = (UnpicklingError, OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError)
 _ALLOWED = "a file of Textual Inversion from diffusers, AUTOMATIC1111 or ComfyUI"
 
 
-def write_embedding(file: Path, word: NewWord, base: Mapping[str, Any]) -> None:
+def write_embedding(file: Path, word: NewWord, base: SuggestedBase) -> None:
     """Write a word.
 
     Args:
         file: The file.
         word: The word, with its rows for each text encoder.
-        base: The fields of ``model`` that name the base model.
+        base: Its base model.
     """
     if len(word.vectors) == 1:
         tensors = {word.token: next(iter(word.vectors.values()))}
     else:
         tensors = {_OF_SDXL[component]: rows for component, rows in word.vectors.items()}
-    metadata = {"format": "pt", _TOKEN: word.token, _BASE: json.dumps(base)}
+    metadata = {"format": "pt", _TOKEN: word.token} | base.metadata()
     write_tensors(file, {name: rows.cpu().contiguous() for name, rows in tensors.items()}, metadata)
 
 
@@ -51,9 +50,17 @@ def read_embedding(file: Path) -> NewWord:
     return _read(file)[0]
 
 
-def read_base(file: Path) -> dict[str, Any]:
-    """Return the fields of ``model`` that name the base model of a file from :func:`write_embedding`; else nothing."""
-    return json.loads(_read(file)[1].get(_BASE, "{}"))
+def read_base(file: Path) -> SuggestedBase:
+    """Return what a file from :func:`write_embedding` says of its base model; other files say nothing.
+
+    Raises:
+        ModelError: It is missing or damaged, or holds no embedding.
+    """
+    metadata = _read(file)[1]
+    try:
+        return SuggestedBase.of(metadata)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: its metadata is damaged ({' '.join(str(error).split())[:200]})") from error
 
 
 def _read(file: Path) -> tuple[NewWord, Mapping[str, str]]:

@@ -3,6 +3,7 @@
 Everything is checked before a weight is read: layout, family, and that the weights are safetensors.
 """
 
+import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,6 +27,7 @@ from lowmem_db.models.new_words import NewWord, check_widths
 from lowmem_db.models.single_file import CONFIGS_DIR, recognise
 from lowmem_db.models.single_file_folder import folder_of_file
 from lowmem_db.models.soundness import check_files
+from lowmem_db.models.suggested_base import SuggestedBase
 from lowmem_db.storage.places import HUB_FILE, HUB_ID, INDEX, near, place_of
 
 _SUCCESSORS = {
@@ -148,6 +150,34 @@ def find_base(
             raise ModelError(f"{field}: {other}; allowed: a copy of that model. Say where one is with --base")
         warn(f"--base: {other}")
     return model
+
+
+def find_suggested(base: SuggestedBase, *, of: str, given: str | None) -> ModelFolder:
+    """Return the base model of a LoRA or an embedding that is not part of a run.
+
+    Without ``given``, that is the local model that the file suggests, if it has the content key in the file. Nothing
+    that a file names is ever downloaded, and no file allows pickled weights.
+
+    Args:
+        base: What the file says.
+        of: What it is and its folder, for messages, as in ``runs/dog is a LoRA``.
+        given: What the user named, as in ``model.base``.
+
+    Raises:
+        ModelError: The model does not exist, or the user has to name it.
+    """
+    if given is not None:
+        return find_model(given, **base.reading)
+    if not base.name:
+        raise ModelError(f"--base: {of} that does not say what it was trained on; add --base MODEL")
+    if base.key is not None and base.is_local():
+        model = find_model(base.name, variant=base.variant, **base.reading)
+        if model.base_key == base.key:
+            return model
+    raise ModelError(
+        f"--base: {of} that says it was trained on {base.name!r}; a file alone does not choose a model: "
+        f"add --base {shlex.quote(base.name)}, if that is right"
+    )
 
 
 def _find_moved(trained_on: ModelConfig | None, given: str, cache_dir: Path | None) -> ModelFolder:

@@ -1,6 +1,6 @@
 """A model on disk: its files and its family."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -86,6 +86,11 @@ class ModelFolder(ModelFiles):
     def whole_key(self) -> str:
         """Key of the bytes of all components."""
         return self.content_key(*(component.name for component in self.family.components))
+
+    @property
+    def base_key(self) -> str:
+        """Key of the bytes of all components, whatever new words there are: what a LoRA or an embedding carries."""
+        return replace(self, words=()).whole_key
 
     @cached_property
     def bytes_key(self) -> str:

@@ -15,6 +15,7 @@ from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import LoraConfig
 from lowmem_db.config.strategy import resolve
 from lowmem_db.errors import ConfigError, DependencyError, ModelError, StorageError
+from lowmem_db.models.suggested_base import SuggestedBase
 from lowmem_db.run.checks import check_machine
 from lowmem_db.storage.places import LORA_FILE
 from tests.tiny_models import tiny_text_encoder, tiny_text_encoder_2, tiny_unet
@@ -65,14 +66,14 @@ def test_file_in_a_fresh_pipeline_draws_bit_for_bit_what_the_trained_model_draws
     modules = trained({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}, config)
     expected = draw(pipeline)
     assert (expected - before).abs().max() > 1e-3
-    lora = lora_file(modules, peft_settings(config), dtype=torch.float32, base={"base": "x"})
+    lora = lora_file(modules, peft_settings(config), dtype=torch.float32, base=SuggestedBase(fields={"base": "x"}))
     write_lora(tmp_path / LORA_FILE, lora)
     fresh = fresh_pipeline(tiny_model)
     fresh.load_lora_weights(tmp_path)
     assert torch.equal(draw(fresh), expected)
     ours = fresh_pipeline(tiny_model)
     read = read_lora(tmp_path / LORA_FILE)
-    assert read.base == {"base": "x"}
+    assert read.base == SuggestedBase(fields={"base": "x"})
     put_into("unet", ours.unet, read)
     put_into("text_encoder", ours.text_encoder, read)
     assert torch.equal(draw(ours), expected)
@@ -159,7 +160,7 @@ def test_state_of_a_checkpoint_is_taken_over_whole_or_not_at_all() -> None:
 def test_names_and_metadata_are_those_of_diffusers(tmp_path: Path) -> None:
     config = config_of(dora=True, alpha=8.0, rank_stabilized=True)
     modules = trained({"unet": tiny_unet(), "text_encoder": tiny_text_encoder()}, config)
-    write_lora(tmp_path / "a", lora_file(modules, peft_settings(config), dtype=torch.float16, base={}))
+    write_lora(tmp_path / "a", lora_file(modules, peft_settings(config), dtype=torch.float16, base=SuggestedBase()))
     read = read_lora(tmp_path / "a")
     query = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     assert {f"{query}.lora_A.weight", f"{query}.lora_B.weight", f"{query}.lora_magnitude_vector.weight"} <= set(
@@ -184,7 +185,7 @@ def test_damaged_file_and_another_model_are_refused(tmp_path: Path) -> None:
 def _of_another_width() -> LoraFile:
     unet = trained({"unet": tiny_unet()}, config_of())["unet"]
     state = {f"unet.{name}": torch.zeros(3, 3) for name in adapters_of("unet", unet)}
-    return LoraFile(state=state, settings={"unet": peft_settings(config_of())}, base={}, metadata={})
+    return LoraFile(state=state, settings={"unet": peft_settings(config_of())}, base=SuggestedBase(), metadata={})
 
 
 def test_adapters_take_the_mode_of_their_model_so_that_dropout_is_off_where_images_are_drawn() -> None:

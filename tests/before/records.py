@@ -107,6 +107,7 @@ def _read_metadata(metadata: dict[str, str]) -> dict[str, Any]:
             continue
         if name == "lowmem_db_base":
             read[name] = {field: said for field, said in json.loads(value).items() if field in FIELDS_OF_BASE}
+            read[name]["allow_pickle"] = False  # later versions write no consent
             read[name]["base"] = "models" + read[name]["base"].partition("models")[2]  # absolute in later versions
             continue
         try:

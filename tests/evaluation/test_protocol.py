@@ -29,6 +29,7 @@ from lowmem_db.evaluation.protocol import (
 )
 from lowmem_db.evaluation.report import evaluate
 from lowmem_db.models.finding import find_model
+from lowmem_db.models.suggested_base import SuggestedBase
 from lowmem_db.storage.places import LORA_FILE
 from tests.evaluation.conftest import CPU
 
@@ -213,7 +214,7 @@ def test_changed_adapters_of_a_lora_run_are_noticed(
     for seed in (0, 1):
         unet = find_model(str(tiny_model)).load("unet")
         lora.attach({"unet": unet}, config.lora, seed=seed)
-        made = lora_file({"unet": unet}, lora.peft_settings(config.lora), dtype=torch.float32, base={})
+        made = lora_file({"unet": unet}, lora.peft_settings(config.lora), dtype=torch.float32, base=SuggestedBase())
         write_lora(folder / "final" / LORA_FILE, made)
         (run,) = find_runs(folder, PromptChoice(), Limits())
         if seed == 0:

@@ -20,6 +20,7 @@ from lowmem_db.exporting.request import Request, export_model
 from lowmem_db.exporting.source import find_export_source
 from lowmem_db.models.finding import find_model
 from lowmem_db.models.saving import save_model
+from lowmem_db.models.suggested_base import SuggestedBase
 from lowmem_db.storage.places import LORA_FILE
 from lowmem_db.storage.tensors import read_tensors
 from tests.adaptation.test_low_rank import KINDS, config_of, draw, fresh_pipeline, trained
@@ -36,8 +37,7 @@ def lora_of(kind: str, tiny_model: Path) -> tuple[LoraSource, StableDiffusionPip
         modules,
         peft_settings(config),
         dtype=torch.float32,
-        base={"base": str(tiny_model)},
-        base_key=find_model(str(tiny_model)).whole_key,
+        base=SuggestedBase(fields={"base": str(tiny_model)}, key=find_model(str(tiny_model)).whole_key),
     )
     return LoraSource(name="dog", lora=lora), pipeline
 
@@ -66,14 +66,14 @@ def test_names_of_sdxl_s_text_encoders_are_te1_and_te2() -> None:
         for factor in "AB"
     }
     settings = dict.fromkeys(("text_encoder", "text_encoder_2"), peft_settings(config_of()))
-    both = kohya_state(LoraFile(state=state, settings=settings, base={}, metadata={}))
+    both = kohya_state(LoraFile(state=state, settings=settings, base=SuggestedBase(), metadata={}))
     name = path.replace(".", "_")
     assert {f"lora_te1_{name}.lora_down.weight", f"lora_te2_{name}.lora_up.weight", f"lora_te1_{name}.alpha"} < set(
         both
     )
     first = {"text_encoder": settings["text_encoder"]}
     own = {key: value for key, value in state.items() if key.startswith("text_encoder.")}
-    alone = kohya_state(LoraFile(state=own, settings=first, base={}, metadata={}))
+    alone = kohya_state(LoraFile(state=own, settings=first, base=SuggestedBase(), metadata={}))
     assert {key.partition("_text")[0] for key in alone} == {"lora_te"}
 
 

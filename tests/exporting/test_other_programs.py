@@ -36,6 +36,7 @@ from lowmem_db.exporting.source import find_export_source
 from lowmem_db.models.finding import find_model
 from lowmem_db.models.names import published_name
 from lowmem_db.models.single_file import recognise
+from lowmem_db.models.suggested_base import SuggestedBase
 from lowmem_db.storage.tensors import read_tensors
 from tests.adaptation.test_low_rank import KINDS, config_of, trained
 from tests.original_models import scheduler_fields, write_original_model
@@ -185,7 +186,10 @@ def lora_of(kind: str, base: Path) -> LoraSource:
     modules: dict[str, nn.Module] = {name: model.load(name) for name in names}
     trained(modules, config)
     settings = peft_settings(config)
-    return LoraSource(name="dog", lora=lora_file(modules, settings, dtype=torch.float32, base={"base": str(base)}))
+    return LoraSource(
+        name="dog",
+        lora=lora_file(modules, settings, dtype=torch.float32, base=SuggestedBase(fields={"base": str(base)})),
+    )
 
 
 def layers_by_key(base: Path, prefixes: Mapping[str, str]) -> dict[str, Tensor]:
@@ -286,7 +290,7 @@ def test_programs_list_a_lora_under_its_family(width: int, family: str, architec
     source = lora_of("attention", tiny_model)
     state = {name: torch.zeros(4, width), name.replace("lora_A", "lora_B"): torch.zeros(8, 4)}
     metadata = kohya_metadata(LoraSource(name="dog", lora=source.lora.__class__(
-        state=state, settings={"unet": source.lora.settings["unet"]}, base={}, metadata={}
+        state=state, settings={"unet": source.lora.settings["unet"]}, base=SuggestedBase(), metadata={}
     )))  # fmt: skip
     assert forge_lora_family(metadata) == family
     assert metadata["modelspec.architecture"] == architecture

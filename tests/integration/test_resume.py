@@ -193,7 +193,7 @@ def run_in_child(fields: dict[str, object], install: Callable[[], None] = lambda
 
 
 def final_bytes(output_dir: Path) -> dict[str, bytes]:
-    """Return the files of ``final/`` but for the card, which names the run, and the list of checksums."""
+    """Return the files of ``final/`` but for the card, which names its path, and the list of checksums."""
     final = output_dir / "final"
     files = [file for file in sorted(final.rglob("*")) if file.is_file()]
     kept = [file for file in files if file.name not in (CARD_FILE, "checksums.json")]
@@ -212,14 +212,14 @@ def test_killed_runs_end_bit_for_bit_as_uninterrupted_ones(
     variant: str, tiny_fields: dict[str, object], tmp_path: Path
 ) -> None:
     fields = tiny_fields | MOVING | VARIANTS[variant]
-    whole = tmp_path / "whole"
+    whole = tmp_path / "whole" / "run"
     writes = count_writes(fields | {"output_dir": str(whole)})
     expected_final, expected_rows = final_bytes(whole), metric_rows(whole)
     assert [row["step"] for row in expected_rows] == list(range(1, STEPS + 1))
 
     seed = random.SystemRandom().randrange(1 << 32)
     draw = random.Random(seed)
-    killed = tmp_path / "killed"
+    killed = tmp_path / "killed" / "run"
     points = []
     for kill in range(KILLS_PER_VARIANT):
         in_step = kill % 2 == 0

@@ -9,22 +9,24 @@ from safetensors.torch import load_file, save_file
 from lowmem_db.errors import LowmemDbError, ModelError
 from lowmem_db.models.embedding_file import read_base, read_embedding, write_embedding
 from lowmem_db.models.new_words import NewWord
+from lowmem_db.models.suggested_base import SuggestedBase
 
 ROWS = torch.arange(6.0).view(2, 3)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     file = tmp_path / "learned_embeds.safetensors"
-    write_embedding(file, NewWord(token="<hat>", num_vectors=2, vectors={"text_encoder": ROWS}), {"base": "demo"})
+    word = NewWord(token="<hat>", num_vectors=2, vectors={"text_encoder": ROWS})
+    write_embedding(file, word, SuggestedBase(fields={"base": "demo"}))
     assert {name: rows.tolist() for name, rows in load_file(file).items()} == {"<hat>": ROWS.tolist()}
     word = read_embedding(file)
-    assert (word.token, word.num_vectors, read_base(file)) == ("<hat>", 2, {"base": "demo"})
+    assert (word.token, word.num_vectors, read_base(file)) == ("<hat>", 2, SuggestedBase(fields={"base": "demo"}))
     assert torch.equal(word.vectors["text_encoder"], ROWS)
 
 
 def test_sdxl_has_the_names_of_other_programs(tmp_path: Path) -> None:
     vectors = {"text_encoder": ROWS, "text_encoder_2": torch.ones(2, 5)}
-    write_embedding(tmp_path / "x.safetensors", NewWord(token="<hat>", num_vectors=2, vectors=vectors), {})
+    write_embedding(tmp_path / "x.safetensors", NewWord(token="<hat>", num_vectors=2, vectors=vectors), SuggestedBase())
     found = load_file(tmp_path / "x.safetensors")
     assert {name: tuple(rows.shape) for name, rows in found.items()} == {"clip_l": (2, 3), "clip_g": (2, 5)}
     assert read_embedding(tmp_path / "x.safetensors").vectors.keys() == vectors.keys()
@@ -45,7 +47,7 @@ def test_files_of_other_programs_are_read(tmp_path: Path, content: dict[str, tor
     for suffix in ("safetensors", "pt"):
         word = read_embedding(tmp_path / f"my-hat.{suffix}")
         assert (word.token, word.vectors["text_encoder"].shape[-1]) == (token, 3)
-    assert read_base(tmp_path / "my-hat.pt") == {}
+    assert read_base(tmp_path / "my-hat.pt") == SuggestedBase()
 
 
 def test_pickled_files_of_automatic1111_are_read(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ RESULTS = Path("benchmarks/results/torture")
 ALL = ["-m", "slow or not slow"]
 PARTS: dict[str, list[str]] = {
     "bad_input": ["tests/config/test_bad_input.py", "tests/cli/test_inputs.py", "tests/models/test_configurations.py",
-                  "tests/models/test_whole_weights.py", "tests/adaptation/test_lora_base.py"],
+                  "tests/models/test_whole_weights.py", "tests/models/test_suggested_base.py"],
     "numbers": ["tests/test_finite.py", "tests/preparation/test_not_finite.py"],
     "bit_rot": ["tests/storage/test_checksums.py", "tests/run/test_final.py", "tests/training/test_checkpoint.py"],
     "disk": ["tests/storage/test_atomic.py", "tests/storage/test_leftovers.py", "tests/training/test_rescue.py"],
