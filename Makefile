@@ -47,7 +47,7 @@ torture: $(INSTALLED)
 audit: $(INSTALLED)
 	$(RUN)/python -m tools.audit
 
-# Builds the wheel and follows README.md with it in a fresh environment; three to five minutes, needs a package index.
+# Builds the wheel and follows README.md with it in a fresh environment; about five minutes, needs a package index.
 readme: $(INSTALLED)
 	$(RUN)/python -m tools.follow_readme
 

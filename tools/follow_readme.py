@@ -1,7 +1,9 @@
 """Follow README.md and the notebook's installation word by word in an empty folder: ``python -m tools.follow_readme``.
 
 Builds the wheel, makes a fresh environment, and runs every command of the README in it, without the clone on any path.
-What would take hours or need the hub is made small by appended options, see ``APPENDED``.
+Commands in blocks run as they are, and those within sentences as ``INLINE`` says, or are skipped for the reason in
+``SKIPPED``; a command that is in none of them is an error. What would take hours or needs the hub is made small by
+appended options, see ``APPENDED``: every model is the demo's, and training takes two steps.
 """
 
 import argparse
@@ -27,26 +29,70 @@ APPENDED: Mapping[str, Sequence[str]] = {
         "prior.num_inference_steps=2", "training.max_train_steps=2", "training.lr_warmup_steps=0",
         "sampling.num_images=1", "sampling.num_inference_steps=2", "device=cpu",
     ),
+    "prepare": ("data.num_crops=1", "prior.num_class_images=2", "prior.num_inference_steps=2", "device=cpu"),
     "generate": ("--num-images", "1", "--num-inference-steps", "2", "--device", "cpu"),
 }  # fmt: skip
+INLINE: Mapping[str, str] = {
+    "lowmem-db doctor": "lowmem-db doctor",
+    "lowmem-db configs": "lowmem-db configs",
+    "lowmem-db identifiers MODEL": "lowmem-db identifiers demo",
+    # The demo's decoder has no place in the single file of Stable Diffusion.
+    "lowmem-db export runs/teapot --precision fp16": (
+        "lowmem-db export runs/teapot --precision fp16 --format diffusers"
+    ),
+    "lowmem-db train": (
+        "lowmem-db train accelerate launch train_dreambooth.py --pretrained_model_name_or_path=demo "
+        '--instance_data_dir=photos/teapot --instance_prompt="a sks dog" --output_dir=runs/pasted'
+    ),
+    "lowmem-db evaluate runs/teapot": (
+        "lowmem-db evaluate runs/teapot --prompts 1 --images 1 --num-class-images 2 --num-inference-steps 2"
+    ),
+    "lowmem-db prepare": "lowmem-db prepare demo output_dir=runs/prepared",
+}
+"""What is run for a command within a sentence."""
+SKIPPED: Mapping[str, str] = {
+    "pip install torch --index-url https://download.pytorch.org/whl/cu128": "is for Windows with an NVIDIA card",
+    "lowmem-db plan sdxl_lora --all-gpus": "takes minutes; tests/planning/test_survey.py has a small one",
+    "lowmem-db bench --share": "measures a card",
+}
+"""Why a command within a sentence is not run."""
 AFTERWARDS = (
     "lowmem-db --version",
-    "lowmem-db configs",
-    "lowmem-db doctor",
-    "lowmem-db export runs/teapot --precision fp16",
     'lowmem-db train sdxl_lora subject.instance_dir=photos/teapot subject.class_prompt="a photo of teapot" '
     "output_dir=runs/lora",
-    "lowmem-db evaluate runs/teapot --num-prompts 1 --num-images 1 --num-class-images 2 --num-inference-steps 2",
+    "lowmem-db generate runs/lora",
+    "lowmem-db export runs/lora",
+    "pip install --quiet lowmem-db[lora]",
 )
-"""What the README describes without a block of its own."""
+"""What error messages and tables say instead of commands."""
+_BLOCK = re.compile(r"^```\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def commands_of(text: str) -> Iterator[list[str]]:
     """Yield the commands in the blocks of a Markdown text, as words."""
-    for block in re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+    for block in _BLOCK.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
                 yield words
+
+
+def inline_commands(text: str) -> Iterator[list[str]]:
+    """Yield what is to be run for the commands within the sentences of a Markdown text, as words.
+
+    Raises:
+        SystemExit: Neither ``INLINE`` nor ``SKIPPED`` knows one.
+    """
+    for found in re.findall(r"`((?:lowmem-db|pip|python)\s[^`]*)`", _BLOCK.sub("", text)):
+        command = " ".join(found.split())
+        if command in INLINE:
+            yield shlex.split(INLINE[command])
+        elif command not in SKIPPED:
+            raise SystemExit(f"README.md: {command!r} is in neither INLINE nor SKIPPED of tools/follow_readme.py")
+
+
+def made_small(words: Sequence[str]) -> list[str]:
+    """Return a command with its options of ``APPENDED``."""
+    return [*words, *APPENDED.get(words[1], ())]
 
 
 def installation_of(words: Sequence[str], wheel: Path) -> list[str]:
@@ -123,24 +169,26 @@ def follow(work: Path) -> None:
     """Build, install and run everything.
 
     Raises:
-        SystemExit: A command failed, or the clone was used.
+        SystemExit: A command failed or is unknown, or the clone was used.
     """
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks, sentences = list(commands_of(readme)), list(inline_commands(readme))
     follower = Follower(work)
     subprocess.run([sys.executable, "-m", "venv", str(follower.venv)], check=True)
     follower.run(["pip", "install", "--quiet", "ipython", "torch", *BUILD])
     install_as_on_colab(follower)
     follower.run(["pip", "uninstall", "--quiet", "--yes", "lowmem-db"])
     wheel = build_wheel(follower, work)
-    for words in commands_of((ROOT / "README.md").read_text(encoding="utf-8")):
+    for words in blocks:
         if words[0] == "pip":
             follower.run(installation_of(words, wheel))
             check_package(follower)
         else:
-            follower.run([*words, *APPENDED.get(words[1], ())])
-    for command in AFTERWARDS:
-        words = shlex.split(command)
-        follower.run([*words, *APPENDED.get(words[1], ())])
-    follower.run(["pip", "install", "--quiet", "lowmem-db[lora]"])  # as error messages say
+            follower.run(made_small(words))
+    for words in [*sentences, *map(shlex.split, AFTERWARDS)]:
+        follower.run(made_small(words))
+    for command, reason in SKIPPED.items():
+        print(f"skipped  {command}: {reason}")
 
 
 def check_package(follower: Follower) -> None:
