@@ -7,6 +7,10 @@ For each combination of prior preservation, prediction type, text encoder and gr
 model in fp32: the script runs five steps of AdamW with recorders in torch and accelerate; its latents, noise and
 timesteps are then given to the training step of this package, built from the same flags. Compared are the gradients of
 the first step, bit by bit, the losses of all steps, and the weights afterwards. Needs the script, no network, no card.
+
+Each combination is compared twice: with the noisy latents and targets of this package, and with those that the script's
+scheduler makes from the same draws. They differ in the last bit at some timesteps, because ``Diffusion`` computes
+sqrt(1 - alphas_cumprod) in float64 and diffusers' schedulers in float32; nothing else in a gradient differs.
 """
 
 import argparse
@@ -29,6 +33,7 @@ from unittest.mock import patch
 import accelerate
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file
@@ -72,25 +77,37 @@ class Recording:
 class Injected(Objective):
     """The objective, with latents, noise and timesteps of a recording instead of its own."""
 
-    def inject(self, recording: Recording, scaling_factor: float) -> None:
-        """Use the draws of a recording, in order."""
+    def inject(self, recording: Recording, model: Path) -> None:
+        """Use the draws of a recording, in order, with the scale and the scheduler of a model."""
         self._draws = zip(recording.latents, recording.noise, recording.timesteps, strict=True)
-        self._scale = scaling_factor
+        self._scale = json.loads((model / "vae" / "config.json").read_text())["scaling_factor"]
+        self._scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
 
     def noise(self, batch: Batch, step: int) -> NoisedBatch:
         """Return the next draws, noised with the coefficients of this package."""
         del step
         latents, noise, timesteps = next(self._draws)
-        latents = latents * self._scale
+        noisy_latents, target = self.noised(latents * self._scale, noise, timesteps)
+        return NoisedBatch(
+            noisy_latents=noisy_latents, target=target, timesteps=timesteps, num_instance=batch.num_instance
+        )
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return noisy latents and target."""
         in_noisy, of_noise, in_target, target_noise = (
             each.reshape(-1, 1, 1, 1) for each in self.process.coefficients(timesteps)
         )
-        return NoisedBatch(
-            noisy_latents=in_noisy * latents + of_noise * noise,
-            target=in_target * latents + target_noise * noise,
-            timesteps=timesteps,
-            num_instance=batch.num_instance,
-        )
+        return in_noisy * latents + of_noise * noise, in_target * latents + target_noise * noise
+
+
+class NoisedByScheduler(Injected):
+    """The same with noisy latents and targets as the script makes them."""
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return noisy latents and target."""
+        is_epsilon = self._scheduler.config.prediction_type == "epsilon"
+        target = noise if is_epsilon else self._scheduler.get_velocity(latents, noise, timesteps)
+        return self._scheduler.add_noise(latents, noise, timesteps), target
 
 
 @contextlib.contextmanager
@@ -141,14 +158,14 @@ def prefixed(component: str, weights: Weights) -> Weights:
     return {f"{component}.{name}": value for name, value in weights.items()}
 
 
-def compare(script: ModuleType, config: Config, recording: Recording) -> dict[str, Any]:
+def compare(config: Config, recording: Recording, noised_by: type[Injected]) -> dict[str, Any]:
     """Train with the draws of a recording, and compare."""
     model = model_of(config)
     with contextlib.redirect_stderr(io.StringIO()):
         source = prepare(config, model, CPU, check_photos(config))
     denoiser, objective, optimizer = build_step(resolve(config), model, CPU)
-    objective.__class__ = Injected
-    objective.inject(recording, json.loads((model.path / "vae" / "config.json").read_text())["scaling_factor"])
+    objective.__class__ = noised_by
+    objective.inject(recording, model.path)
     parameters = [(f"{name}.{key}", value) for name, module in denoiser.modules().items()
                   for key, value in module.named_parameters() if value.requires_grad]  # fmt: skip
     gradients: list[Tensor] = []
@@ -233,7 +250,9 @@ def main() -> None:
                 config = read_arguments([SCRIPT.name, *flags, *overrides]).config
             row = {
                 "prior": prior, "prediction_type": prediction, "train_text_encoder": text_encoder,
-                "gradient_accumulation_steps": accumulation, **compare(script, config, recording),
+                "gradient_accumulation_steps": accumulation,
+                "with_noise_of_the_script": compare(config, recording, NoisedByScheduler),
+                "with_noise_of_this_package": compare(config, recording, Injected),
             }  # fmt: skip
         rows.append(row)
         print(json.dumps(row), flush=True)
