@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow gpu lint types format kernels-static audit torture readme clean
+.PHONY: demo test slow gpu lint types format kernels-contract kernels-static audit torture readme clean
 
 demo: $(INSTALLED)
 	$(RUN)/lowmem-db train configs/demo.yaml --resume
@@ -34,6 +34,11 @@ types: $(INSTALLED)
 format: $(INSTALLED)
 	$(RUN)/ruff format .
 	$(RUN)/ruff check --fix .
+
+# All contract tests of the kernels in Triton's interpreter; `make test` runs those that take it a few seconds.
+kernels-contract: $(INSTALLED)
+	LOWMEM_DB_KERNELS=interpret TRITON_INTERPRET=1 $(RUN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow" \
+		tests/kernels/contract
 
 # What the compiler makes of every kernel on seven architectures, held to bars; needs Triton and no GPU.
 kernels-static: $(INSTALLED)

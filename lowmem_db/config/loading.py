@@ -52,6 +52,11 @@ def read_yaml(path: Path) -> Tree:
         ConfigError: The file is missing, is not YAML, has a key twice, or is not a mapping.
     """
     path = shipped.find(path)
+    if path.suffix.lower() in {".toml", ".ini"}:
+        raise ConfigError(
+            f"{show_path(path)}: is {path.suffix[1:].upper()}, as other programs use it; allowed: YAML. `lowmem-db configs` "
+            "lists configurations, and `lowmem-db configs sd15` writes one to fill in"
+        )
     try:
         tree = parse_yaml(read_text(path))
     except FileNotFoundError:

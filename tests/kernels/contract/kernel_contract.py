@@ -3,10 +3,12 @@
 import importlib
 from contextlib import contextmanager
 
+import pytest
 import torch
-from lowmem_db_kernels import launch
+from lowmem_db_kernels import launch, requested_mode
 from lowmem_db_kernels._triton import INTERPRETED
 
+INTERPRETING = INTERPRETED and requested_mode() == "interpret"
 GUARD = 64
 # Single errors are luck. Of two equally exact results the root mean square of 64 errors is 1.5 times the other's in one
 # comparison of 2,000 if errors are normal, and of 32 in one of 75 (drawn 100,000 times); the largest of them takes many
@@ -14,6 +16,11 @@ GUARD = 64
 MINIMUM_COUNT = 64
 MINIMUM_COUNT_FOR_LARGEST = 1000
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def slow_to_interpret(*values):
+    """Return a case that takes the interpreter many seconds: `make kernels-contract` runs it there."""
+    return pytest.param(*values, marks=pytest.mark.slow if INTERPRETING else ())
 
 
 def assert_bit_equal(name, got, expected):

@@ -1,13 +1,13 @@
 import pytest
 import torch
 from kernel_contract import (
-    DTYPES,
     MINIMUM_COUNT,
     assert_bit_equal,
     assert_independent_of_order,
     assert_no_worse_than_eager,
     assert_together_no_worse_than_eager,
     guarded,
+    slow_to_interpret,
 )
 from lowmem_db_kernels import group_norm_silu
 from lowmem_db_kernels.group_norm_silu import (
@@ -19,6 +19,7 @@ from lowmem_db_kernels.group_norm_silu import (
 
 EPS = 1e-5
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
+FEW_LAYOUTS = [torch.contiguous_format, slow_to_interpret(torch.channels_last)]
 NAMES = ("output", "mean", "rstd", "grad_x", "grad_weight", "grad_bias")
 SMALL_NAMES = ("mean", "rstd", "grad_weight", "grad_bias")
 TRITON = (group_norm_silu_triton, group_norm_silu_backward_triton)
@@ -84,8 +85,8 @@ def check(*problem_arguments, num_groups=4, num_problems=4, **problem_options):
         assert strides == [arguments["x"].stride()] * 2, name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, slow_to_interpret(torch.float16), torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", FEW_LAYOUTS, ids=str)
 def test_kernel_matches_its_twin(device, dtype, layout):
     check(device, dtype=dtype, layout=layout, num_problems=8)
 
@@ -96,8 +97,8 @@ def test_kernel_matches_its_twin(device, dtype, layout):
         ((6, 8, 1, 1), 4),
         ((2, 4, 1, 3), 12),
         ((1, 4, 7, 9), 8),
-        ((6, 2, 1, 257), 3),
-        ((1, 8, 33, 31), 4),
+        slow_to_interpret((6, 2, 1, 257), 3),
+        slow_to_interpret((1, 8, 33, 31), 4),
         ((2, 6, 5), 6),
     ],
 )
@@ -113,7 +114,7 @@ def test_groups_of_any_size(device, num_groups, layout):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", FEW_LAYOUTS, ids=str)
 def test_a_large_mean_does_not_cancel_the_variance(device, layout):
     """E[x^2] - E[x]^2 would leave no correct digit here."""
     check(device, layout=layout, shift=3000.0)
@@ -144,7 +145,7 @@ def test_nan_spoils_its_own_group_only(device):
     assert output[1, 3:6].isnan().all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", FEW_LAYOUTS, ids=str)
 def test_result_does_not_depend_on_program_order(device, layout):
     arguments = problem(device, (1, 8, 17, 31), layout=layout)
     assert_independent_of_order(lambda: run(TRITON, arguments), blocks=(512,))

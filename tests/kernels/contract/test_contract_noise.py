@@ -2,7 +2,14 @@ import math
 
 import pytest
 import torch
-from kernel_contract import DTYPES, assert_bit_equal, assert_independent_of_order, assert_no_worse_than_eager, guarded
+from kernel_contract import (
+    DTYPES,
+    assert_bit_equal,
+    assert_independent_of_order,
+    assert_no_worse_than_eager,
+    guarded,
+    slow_to_interpret,
+)
 from lowmem_db_kernels._triton import jit, tl
 from lowmem_db_kernels.noise import NoiseOperands, noise_eager, noise_triton
 from lowmem_db_kernels.philox import as_int32, philox_4x32, philox_4x32_eager, split_seed
@@ -110,7 +117,7 @@ def test_kernel_serves_given_and_drawn_latents(device, std):
     check(problem((2, 4, 16, 20), device, torch.float32, std=std))
 
 
-@pytest.mark.parametrize("size", [1, 3, 63, 257, 1023])
+@pytest.mark.parametrize("size", [slow_to_interpret(1), slow_to_interpret(3), 63, 257, 1023])
 def test_odd_sizes(device, size):
     check(problem((-(-64 // size) + 1, 1, 1, size), device, torch.float32, offset=0.1, perturbation=0.1))
 
