@@ -52,7 +52,7 @@ def read_yaml(path: Path) -> Tree:
         ConfigError: The file is missing, is not YAML, has a key twice, or is not a mapping.
     """
     path = shipped.find(path)
-    if path.suffix.lower() in {".toml", ".ini"}:
+    if path.suffix.lower() in {".toml", ".ini"} and path.is_file():
         raise ConfigError(
             f"{show_path(path)}: is {path.suffix[1:].upper()}, as other programs use it; allowed: YAML. `lowmem-db configs` "
             "lists configurations, and `lowmem-db configs sd15` writes one to fill in"

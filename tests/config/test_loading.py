@@ -212,6 +212,13 @@ def test_file_that_holds_no_configuration_is_refused_in_one_line(tmp_path: Path,
     assert "\n" not in str(refused.value)
 
 
+def test_the_configuration_of_another_program_is_refused_by_its_format(tmp_path: Path) -> None:
+    path = tmp_path / "sd_scripts.toml"
+    path.write_text("[general]\nenable_bucket = true\n")
+    with pytest.raises(ConfigError, match=r"sd_scripts\.toml: is TOML, .*; allowed: YAML\. `lowmem-db configs`"):
+        read_yaml(path)
+
+
 def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "demo.yaml").touch()
     with pytest.raises(
