@@ -54,8 +54,8 @@ def read_yaml(path: Path) -> Tree:
     path = shipped.find(path)
     if path.suffix.lower() in {".toml", ".ini"} and path.is_file():
         raise ConfigError(
-            f"{show_path(path)}: is {path.suffix[1:].upper()}, as other programs use it; allowed: YAML. `lowmem-db configs` "
-            "lists configurations, and `lowmem-db configs sd15` writes one to fill in"
+            f"{show_path(path)}: is {path.suffix[1:].upper()}, as other programs use it; allowed: YAML. "
+            "`lowmem-db configs` lists configurations, and `lowmem-db configs sd15` writes one to fill in"
         )
     try:
         tree = parse_yaml(read_text(path))
