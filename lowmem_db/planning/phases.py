@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +23,7 @@ from lowmem_db.models.text_encoders import load_text_encoders
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.planning.caching_allocator import Event
 from lowmem_db.planning.cards import Card
+from lowmem_db.planning.copying import copy_of
 from lowmem_db.planning.costs import DECODER, CostRecorder, Costs
 from lowmem_db.planning.timeline import BlockFigures, Timeline
 from lowmem_db.planning.tracing import real_paths
@@ -153,7 +153,7 @@ def trace_train(run: TracedRun) -> Traced:
     config, prepared = run.config, run.prepare()
     with run.tracing(autocast=autocast(config) != "no") as (tracker, costs):
         with tracker.new_tensors_are("optimizer_state"):
-            denoiser, objective, optimizer = build_step(config, run.model, META, deepcopy(prepared))
+            denoiser, objective, optimizer = build_step(config, run.model, META, copy_of(prepared))
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         with tracker.new_tensors_are("other"):
             ema = build_ema(config, denoiser, optimizer)
@@ -195,7 +195,7 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
     found: list[Traced] = []
     prepared = replace(run, config=after_backward[0]).prepare()
     with run.tracing() as (tracker, costs):
-        denoiser, _, optimizer = build_step(after_backward[0], run.model, META, deepcopy(prepared))
+        denoiser, _, optimizer = build_step(after_backward[0], run.model, META, copy_of(prepared))
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         for strategy in after_backward:
             del optimizer
@@ -216,7 +216,7 @@ def trace_sample(run: TracedRun) -> Traced:
     config, model = _short(_stepping_after_backward(run.config)), run.model
     prepared = run.prepare()
     with run.tracing(autocast=autocast(config) != "no") as (tracker, costs):
-        denoiser = build_step(config, model, META, deepcopy(prepared))[0]
+        denoiser = build_step(config, model, META, copy_of(prepared))[0]
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         conditioning = _conditioning(model, denoiser, 2)
         tracker.reset_peak()

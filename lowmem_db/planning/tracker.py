@@ -142,6 +142,11 @@ class AllocationTracker(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while it is planned, and the import of ``torch._dynamo`` alone takes seconds."""
+        return False
+
     @no_type_check
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
