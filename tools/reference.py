@@ -16,6 +16,7 @@ from lowmem_db.config.flag_tables import (
     SWITCH_FLAGS,
     VALUE_FLAGS,
 )
+from lowmem_db.config.loading import is_section
 from lowmem_db.config.schema import Config
 from lowmem_db.config.scripts import DIFFERENT_HERE, LORA, SCRIPTS, VALIDATION_STEPS, WARMUP_STEPS, Script
 
@@ -25,7 +26,7 @@ def render() -> str:
     sections = [
         (name, field.annotation, field.annotation.__doc__)
         for name, field in Config.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        if is_section(field.annotation)
     ]
     lines = [
         "# Configuration",
@@ -46,7 +47,7 @@ def _table(title: str, text: str, prefix: str, section: type[BaseModel]) -> list
     rows = [
         f"| `{prefix}{name}` | {_default(field)} | {_one_line(field.description)} |"
         for name, field in section.model_fields.items()
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+        if not is_section(field.annotation)
     ]
     head = [f"## {title}", ""] + ([text, ""] if text else [])
     return [*head, "| field | default | meaning |", "|---|---|---|", *rows, ""]

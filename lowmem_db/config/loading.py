@@ -7,7 +7,7 @@ import difflib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeGuard, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -117,11 +117,16 @@ def field_paths() -> Iterable[str]:
     return (path for path, _ in _fields(Config))
 
 
+def is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
+    """Return whether the type of a field is a section of the tree; Python 3.10 takes ``list[str]`` for a class too."""
+    return get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
 def _fields(section: type[BaseModel], prefix: str = "") -> Iterable[tuple[str, Any]]:
     """Yield the dotted path and the type of every field of the tree."""
     for name, field in section.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if is_section(kind):
             yield from _fields(kind, f"{prefix}{name}.")
         else:
             yield prefix + name, kind

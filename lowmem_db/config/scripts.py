@@ -128,6 +128,13 @@ def read_launch(arguments: Sequence[str]) -> Launch:
     if where is None:
         raise ConfigError(f"{rest[0]}: is followed by no script; allowed: {', '.join(SCRIPTS)}, or flags alone")
     name = PurePath(rest[where].replace("\\", "/")).name
+    if name.startswith("textual_inversion"):
+        raise ConfigError(
+            f"{name}: its commands are not read; `lowmem-db train sd15_textual_inversion` trains the embedding of a "
+            "new word. Give textual_inversion.token=WORD and subject.instance_prompt='a WORD' for --placeholder_token, "
+            "textual_inversion.initializer=NOUN for --initializer_token, subject.instance_dir=FOLDER for "
+            "--train_data_dir"
+        )
     if name not in SCRIPTS:
         raise ConfigError(
             f"{name}: is not a script whose commands are known; allowed: {', '.join(SCRIPTS)}, or flags alone"

@@ -7,8 +7,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_db.config.loading import field_paths, load_config, parse_override, read_yaml, to_yaml, write_yaml
-from lowmem_db.config.schema import Config
+from lowmem_db.config.loading import (
+    field_paths,
+    is_section,
+    load_config,
+    parse_override,
+    read_yaml,
+    to_yaml,
+    write_yaml,
+)
+from lowmem_db.config.schema import Config, SubjectConfig
 from lowmem_db.errors import ConfigError
 
 NEEDED = (
@@ -217,6 +225,11 @@ def test_the_configuration_of_another_program_is_refused_by_its_format(tmp_path:
     path.write_text("[general]\nenable_bucket = true\n")
     with pytest.raises(ConfigError, match=r"sd_scripts\.toml: is TOML, .*; allowed: YAML\. `lowmem-db configs`"):
         read_yaml(path)
+
+
+def test_a_list_is_no_section() -> None:
+    assert is_section(SubjectConfig)
+    assert not any(is_section(kind) for kind in (list[str], dict[str, SubjectConfig], SubjectConfig | None, str))
 
 
 def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
