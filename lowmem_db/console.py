@@ -54,6 +54,18 @@ def _stream() -> Any:
 console = Console(file=cast("IO[str]", _StandardError()), highlight=False, soft_wrap=True, emoji=False)
 
 
+class _Results(Console):
+    """Standard output for tables and texts in which names of files and of cards stand: they are no markup."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+def results(*, soft_wrap: bool = False) -> Console:
+    """Return standard output for what a command found."""
+    return _Results(highlight=False, markup=False, emoji=False, soft_wrap=soft_wrap)
+
+
 def printable(text: str) -> str:
     """Return a text with its control characters escaped: file names may contain some."""
     return _CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

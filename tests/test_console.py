@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from lowmem_db.cli.main import main
-from lowmem_db.console import bar_of, console, printable, progress, say, warn
+from lowmem_db.console import bar_of, console, printable, progress, results, say, warn
 from lowmem_db.interruption import stop_signals
 
 
@@ -111,3 +112,16 @@ def test_no_command_ends_with_a_traceback_in_a_narrow_console(
     assert out.buffer.getvalue()
     if arguments[-1] == "猫é":
         assert (tmp_path / "猫é" / "demo.yaml").is_file()
+
+
+def test_results_take_names_as_they_are_and_escape_what_a_terminal_would_obey(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = Table("name [red]", title="[bold]photos")
+    table.add_row("a[/red]\x1b[31m.png")
+    results().print(table)
+    results().print(":smile: [link=x]\x07")
+    shown = capsys.readouterr().out
+    for part in ("name [red]", "[bold]photos", r"a[/red]\x1b[31m.png", r":smile: [link=x]\x07"):
+        assert part in shown
+    assert "\x1b" not in shown

@@ -4,14 +4,14 @@ from typing import Annotated, Any
 
 import typer
 
+from lowmem_db.console import results
+
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions, devices, kernels and back ends, and a verdict: what fits this machine, what to install."""
     import json
     from dataclasses import asdict
 
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from lowmem_db import environment
@@ -26,7 +26,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
-    out = Console(highlight=False)
+    out = results()
     out.print(f"{report['platform']}")
     out.print("  ".join(f"{name} {version}" for name, version in report["versions"].items() if version))
     for each in report["devices"]:
@@ -35,13 +35,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         out.print(f"{each['device']}: {each['name']}, {total}{free}")
     table = Table("back end", "used for", "active", "why")
     for back_end in report["back_ends"]:
-        table.add_row(
-            back_end["name"], back_end["serves"], "yes" if back_end["active"] else "no", escape(back_end["reason"])
-        )
+        table.add_row(back_end["name"], back_end["serves"], "yes" if back_end["active"] else "no", back_end["reason"])
     out.print(table)
     operators = Table("kernel", "runs as", "why")
     for kernel in report["kernels"]:
-        operators.add_row(kernel["op"], kernel["backend"], escape(kernel["reason"]))
+        operators.add_row(kernel["op"], kernel["backend"], kernel["reason"])
     out.print(operators)
     for line in found.lines():
         typer.echo(line)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from lowmem_db.console import results
 from lowmem_db.errors import DataError
 
 
@@ -170,19 +171,18 @@ def _print_json(value: Any) -> None:
 
 
 def _print_report(report: dict[str, Any], output: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from lowmem_db.evaluation.report import comparison_rows, metric_rows, remarks
 
-    out = Console(highlight=False)
+    out = results()
     header, *rows = metric_rows(report)
     table = Table(*header)
     for row in rows:
         table.add_row(*row)
     out.print(table)
     for remark in remarks(report):
-        out.print(remark, markup=False)
+        out.print(remark)
     header, *rows = comparison_rows(report)
     if rows:
         table = Table(*header, title="compared with arXiv:2208.12242")
@@ -210,7 +210,6 @@ def _write_pages(
 
 
 def _print_tally(files: list[Path], as_json: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from lowmem_db.evaluation.tally import paper_rows, tally, tally_rows
@@ -219,7 +218,7 @@ def _print_tally(files: list[Path], as_json: bool) -> None:
     if as_json:
         _print_json(result)
         return
-    out = Console(highlight=False)
+    out = results()
     for title, (header, *rows) in (
         (f"{result['num_raters']} people, majority vote", tally_rows(result)),
         ("Table 2 of arXiv:2208.12242", paper_rows()),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowmem_db.console import printable
+from lowmem_db.console import results
 from lowmem_db.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,26 +44,19 @@ def photos(
 
 
 def _print(found: "Inspection") -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    out = Console(highlight=False)
-    table = Table("photo", "size", "trained at", "crops", "sharpness", "prompt", title=_cell(str(found.folder)))
+    out = results()
+    table = Table("photo", "size", "trained at", "crops", "sharpness", "prompt", title=str(found.folder))
     for photo in found.photos:
         table.add_row(
-            _cell(photo.record.path.name),
+            photo.record.path.name,
             f"{photo.record.width} x {photo.record.height}",
             f"{photo.size[1]} x {photo.size[0]}",
             str(len(photo.crops)),
             f"{photo.sharpness:.0f}",
-            _cell(photo.record.prompt) if photo.has_caption else "",
+            photo.record.prompt if photo.has_caption else "",
         )
     out.print(table)
     for line in (found.captions, *found.warnings, *found.remarks):
-        out.print(printable(line), markup=False, soft_wrap=True)
-
-
-def _cell(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(printable(text))
+        out.print(line, soft_wrap=True)

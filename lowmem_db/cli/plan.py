@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowmem_db.config import shipped
+from lowmem_db.console import results
 
 if TYPE_CHECKING:
     from lowmem_db.config.schema import Config
@@ -50,8 +51,6 @@ def plan(
         return
     found = api.plan(config, gpu=gpu, budget=budget, here=verify)
 
-    from rich.console import Console
-
     from lowmem_db.planning.measured import verify as verify_plan
     from lowmem_db.planning.output import as_json as to_json
     from lowmem_db.planning.output import show
@@ -60,17 +59,15 @@ def plan(
     if as_json:
         typer.echo(json.dumps(to_json(found) | ({} if verified is None else verified.as_json()), indent=2))
         return
-    out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    out = results(soft_wrap=not sys.stdout.isatty())
     show(found, out)
     if verified is not None:
-        out.print(verified.describe(), markup=False)
+        out.print(verified.describe())
 
 
 def _plan_for_all_cards(config: "Config", *, as_json: bool, given: list[object]) -> None:
     """Print a table with a row for each card."""
     import json
-
-    from rich.console import Console
 
     from lowmem_db.errors import ConfigError
     from lowmem_db.planning.output import as_json as to_json
@@ -83,4 +80,4 @@ def _plan_for_all_cards(config: "Config", *, as_json: bool, given: list[object])
         rows = {card.name: None if plan is None else to_json(plan) for card, plan in plans}
         typer.echo(json.dumps(rows, indent=2))
     else:
-        Console(highlight=False).print(table_of(plans))
+        results().print(table_of(plans))

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lowmem_db.config.strategy import describe, values_of
@@ -55,22 +54,21 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def show(plan: Plan, out: Console) -> None:
     """Print a plan: the strategy, a bar for each phase, and why faster strategies were refused."""
-    out.print(f"{describe(plan.config)}", markup=False, style="bold")
+    out.print(f"{describe(plan.config)}", style="bold")
     out.print(
         f"peak {_gib(plan.peak_bytes)} of {_gib(plan.budget_bytes)} on {plan.device}, including "
         f"{_gib(plan.allowance_bytes)} for context, workspaces and fragmentation; "
         f"planned in {plan.seconds_to_plan:.1f} s",
-        markup=False,
     )
     out.print(_phases(plan, out.encoding))
-    out.print(time_in_words(plan), markup=False)
-    out.print(disk_in_words(plan), markup=False)
+    out.print(time_in_words(plan))
+    out.print(disk_in_words(plan))
     for note in plan.notes:
-        out.print(note, markup=False)
+        out.print(note)
     if plan.refused:
         out.print(_refused(plan.refused))
     if len(plan.refused) > _NUM_REFUSED:
-        out.print(f"and {len(plan.refused) - _NUM_REFUSED} more; --json lists all", markup=False)
+        out.print(f"and {len(plan.refused) - _NUM_REFUSED} more; --json lists all")
 
 
 def summary(plan: Plan) -> str:
@@ -120,7 +118,7 @@ def _sizes(phase: PhaseMemory) -> list[str]:
 def _refused(refused: tuple[Refusal, ...]) -> Table:
     table = Table("refused", "why", box=None)
     for refusal in refused[:_NUM_REFUSED]:
-        table.add_row(escape(refusal.strategy), escape(refusal.reason))
+        table.add_row(refusal.strategy, refusal.reason)
     return table
 
 
