@@ -99,6 +99,7 @@ def prepare_class_images(
     sets = [_set(config, model, device, size, count) for size, count in counts.items()]
     for group in sets:
         _check_manifest(group)
+        _remove_damaged(group)
     to_draw = [group for group in sets if group.missing()]
     for group in sets:
         if group in to_draw:
@@ -290,7 +291,21 @@ def _is_drawn(file: Path, size: Size) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, SyntaxError):
-        return file.is_file()  # damaged: reading the folder names it
+        return False
+
+
+def _remove_damaged(group: _Set) -> None:
+    """Remove images with a flipped bit, which the checksums in a PNG betray: they are drawn again."""
+    for index in range(group.count):
+        file = _image_file(group.folder, index)
+        try:
+            with PIL.Image.open(file) as image:
+                image.verify()
+        except (FileNotFoundError, PermissionError):
+            continue  # to be drawn, or named by whoever reads the folder
+        except (OSError, SyntaxError, ValueError) as error:
+            warn(f"{file}: is damaged and will be drawn again ({error})")
+            file.unlink(missing_ok=True)
 
 
 def _embed(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> PromptTable:

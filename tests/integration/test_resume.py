@@ -145,6 +145,13 @@ SLOW = {
 }
 
 
+def note_kill(variant: str, kind: str, point: int, *, was_killed: bool) -> None:
+    """Tell `make torture` what happened; a run may end before it reaches a point."""
+    if file := os.environ.get("LOWMEM_DB_KILL_LOG"):
+        with Path(file).open("a") as log:
+            log.write(json.dumps({"variant": variant, "kind": kind, "point": point, "killed": was_killed}) + "\n")
+
+
 def kill_in_step(step: int) -> Callable[[], None]:
     """Return what makes the process kill itself in the middle of a step: gradients are there, weights untouched."""
 
@@ -227,6 +234,7 @@ def test_killed_runs_end_bit_for_bit_as_uninterrupted_ones(
         points.append(("step" if in_step else "write", point))
         code = run_in_child(fields | {"output_dir": str(killed)}, (kill_in_step if in_step else kill_in_write)(point))
         assert code in {0, -signal.SIGKILL}, f"seed {seed}, {points}: exit code {code}"
+        note_kill(variant, *points[-1], was_killed=code != 0)
     assert run_in_child(fields | {"output_dir": str(killed)}) == 0, f"seed {seed}, {points}"
 
     found = final_bytes(killed)

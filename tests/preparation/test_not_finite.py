@@ -114,6 +114,22 @@ def test_black_class_image_of_an_older_version_is_drawn_again(fields: dict[str, 
     assert file.read_bytes() == before
 
 
+@pytest.mark.parametrize("place", [20, 60, -20])
+def test_class_image_with_a_flipped_bit_is_drawn_again(
+    fields: dict[str, object], capsys: pytest.CaptureFixture[str], place: int
+) -> None:
+    config = of(fields)
+    run(config)
+    (file,) = kept(config, "class_images", "*.png")
+    before = file.read_bytes()
+    rotten = bytearray(before)
+    rotten[place] ^= 1
+    file.write_bytes(rotten)
+    run(config)
+    assert file.read_bytes() == before
+    assert f"{file}: is damaged and will be drawn again" in capsys.readouterr().err
+
+
 def test_black_picture_of_finite_values_is_told_and_drawn_once(
     fields: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:

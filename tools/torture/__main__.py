@@ -12,6 +12,8 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,12 @@ PARTS: dict[str, list[str]] = {
     "signals": ["tests/test_interruption.py", "tests/training/test_signals.py", "tests/cli/test_train.py"],
     "concurrent": ["tests/storage/test_locks.py", "tests/preparation/test_shared_cache.py"],
     "sockets": ["tests/cli/test_sockets.py"],
+    "out_of_memory": ["tests/run/test_running_out_of_memory.py", "tests/planning/test_ladder.py",
+                      "tests/engine/test_draw.py"],
     "kills": ["tests/integration/test_resume.py"],
 }  # fmt: skip
 KILLS_PER_VARIANT = 16
+PROCESSES = str(os.cpu_count() or 1)
 LONG_RUN_STEPS = 20_000
 
 
@@ -36,23 +41,46 @@ def torture(part: str) -> dict[str, Any]:
     """Run the tests of a part; return what came of them."""
     kills = os.environ.get("LOWMEM_DB_KILLS", str(KILLS_PER_VARIANT))
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", f"--junitxml={report}", *ALL, *PARTS[part]]
+        report, log = Path(folder) / "report.xml", Path(folder) / "kills.jsonl"
+        command = [sys.executable, "-m", "pytest", "-q", "-n", PROCESSES, f"--junitxml={report}", *ALL, *PARTS[part]]
         started = time.monotonic()
-        subprocess.run(command, check=False, env=os.environ | {"LOWMEM_DB_KILLS": kills})
+        subprocess.run(
+            command, check=False, env=os.environ | {"LOWMEM_DB_KILLS": kills, "LOWMEM_DB_KILL_LOG": str(log)}
+        )
         counts = counts_of(report)
+        noted = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     found = {"part": part, "version": version(), **counts, "seconds": round(time.monotonic() - started)}
-    return found | ({"kills": int(kills) * counts["variants"]} if part == "kills" else {})
+    return found | ({"kills": kills_of(noted)} if noted else {})
+
+
+def kills_of(noted: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return how many kills there were, by kind and by variant; runs that ended before theirs do not count."""
+    real = [each for each in noted if each["killed"]]
+    return {
+        "in_all": len(real),
+        "by_kind": dict(Counter(each["kind"] for each in real)),
+        "by_variant": dict(Counter(each["variant"] for each in real)),
+        "not_reached": len(noted) - len(real),
+    }
 
 
 def counts_of(report: Path) -> dict[str, Any]:
-    """Return how many tests passed, failed and were skipped according to a report of pytest, and which failed."""
+    """Return how many tests passed, failed and were skipped according to a report of pytest, and which failed.
+
+    Without a report, because pytest itself was killed, that is the failure.
+    """
+    if not report.is_file():
+        return {"passed": 0, "skipped": 0, "failed": ["pytest wrote no report"], "passed_by_file": {}}
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    variants = sum(str(case.get("name")).startswith("test_killed_runs_end") for case in cases)
-    passed = len(cases) - len(failed) - skipped
-    return {"passed": passed, "skipped": skipped, "failed": failed, "variants": variants}
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = [case for case in cases if case.find("skipped") is not None]
+    passed = [case for case in cases if case not in failed and case not in skipped]
+    return {
+        "passed": len(passed),
+        "skipped": len(skipped),
+        "failed": [case.get("name") for case in failed],
+        "passed_by_file": dict(Counter(str(case.get("classname")).rpartition(".")[2] for case in passed)),
+    }
 
 
 def version() -> str:
@@ -78,6 +106,7 @@ def main(parts: list[str]) -> int:
         if part == "long_run":
             steps = os.environ.get("LOWMEM_DB_STEPS", str(LONG_RUN_STEPS))
             command = [sys.executable, "-m", "tools.torture.long_run", "--steps", steps, "--output", str(file)]
+            command += ["--version", version()]
             failed += subprocess.run(command, check=False).returncode != 0
             continue
         found = torture(part)

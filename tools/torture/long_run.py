@@ -10,7 +10,9 @@ import argparse
 import json
 import math
 import os
+import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ class Watch(Observer):
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
-        self.folder_bytes: list[tuple[int, int]] = []
+        self.folder_bytes: list[tuple[int, Counter[str]]] = []
 
     def start(self, trainer: Training) -> None:
         """Remember the run."""
@@ -46,10 +48,12 @@ class Watch(Observer):
         })  # fmt: skip
 
     def checkpoint(self, step: int) -> None:
-        """Note the size of the run folder, without what grows with the number of steps or samples by design."""
-        kept = [self._root / name for name in ("checkpoints", "config.yaml", "plan.json", "environment.json")]
-        files = [file for part in kept for file in ([part] if part.is_file() else part.rglob("*")) if file.is_file()]
-        self.folder_bytes.append((step, sum(file.stat().st_size for file in files)))
+        """Note the size of each part of the run folder."""
+        sizes: Counter[str] = Counter()
+        for file in self._root.rglob("*"):
+            if file.is_file():
+                sizes[file.relative_to(self._root).parts[0]] += file.stat().st_size
+        self.folder_bytes.append((step, sizes))
 
 
 def slope(steps: Sequence[float], values: Sequence[float]) -> dict[str, float]:
@@ -85,29 +89,43 @@ def long_run(folder: Path, num_steps: int) -> dict[str, Any]:
         "evaluation.every": 2 * every, "logging.tensorboard": True,
     })  # fmt: skip
     watch = Watch()
-    run = api.train(config, observers=[watch])
-    sizes = watch.folder_bytes[2:]  # from the third checkpoint on as many are kept as ever will be
+    api.train(config, observers=[watch])
+    found: dict[str, Any] = slopes(watch.rows)
+    (first, before), (last, after) = (
+        watch.folder_bytes[2],
+        watch.folder_bytes[-1],
+    )  # by then no more checkpoints are kept
     return {
         "steps": len(watch.rows),
         "checkpoints": len(watch.folder_bytes),
-        **slopes(watch.rows),
-        "checkpoint_bytes": {"smallest": min(size for _, size in sizes), "largest": max(size for _, size in sizes)},
-        "metrics_bytes_per_step": run.metrics_file.stat().st_size / num_steps,
+        **found,
+        "folder_bytes": dict(after),
+        "folder_bytes_per_1000_steps": {name: 1000 * (after[name] - before[name]) / (last - first) for name in after},
+        "grows": growing(found, len(watch.rows)),
     }
 
 
-def main() -> None:
-    """Run, and write the slopes."""
+def growing(found: Mapping[str, Mapping[str, float]], num_steps: int) -> list[str]:
+    """Return what surely grew over the run by more than it may: 50 MiB, one open file, a fifth of a step's time."""
+    may = {"resident_mib": 50.0, "open_files": 1.0, "seconds": 0.2 * found["seconds"]["mean"]}
+    surely = {name: (found[name]["per_1000_steps"] - found[name]["plus_minus"]) * num_steps / 1000 for name in may}
+    return [name for name in may if surely[name] > may[name]]
+
+
+def main() -> int:
+    """Run, and write the slopes; the exit code is 1 if something grew."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/torture/long_run.json"))
+    parser.add_argument("--version", default=None, help="commit, noted in the result")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = long_run(Path(folder), options.steps)
+        found = {"part": "long_run", "version": options.version} | long_run(Path(folder), options.steps)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=2))
+    return int(bool(found["grows"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
