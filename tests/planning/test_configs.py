@@ -51,7 +51,9 @@ def test_there_are_configurations() -> None:
     assert {file.stem for file in FILES} >= LIMITS.keys()
 
 
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("sdxl") else name for name in LIMITS]
+)
 def test_training_stays_within_what_the_configuration_was_made_for(name: str) -> None:
     file = next(file for file in FILES if file.stem == name)
     config = resolve(load_config(file))
