@@ -422,11 +422,12 @@ def held_to(device: "torch.device", num_bytes: int) -> Iterator[None]:
         yield
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, num_bytes / total)), device)
+    index = torch.cuda.current_device() if device.index is None else device.index  # torch takes no "cuda" here
+    torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, num_bytes / total)), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def reserved_share(device: "torch.device") -> float:

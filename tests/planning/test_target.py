@@ -29,8 +29,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     properties = SimpleNamespace(name="NVIDIA GeForce GTX 1650", total_memory=4 * GIB, major=7, minor=5)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(3.4 * GIB), 4 * GIB))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
     monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.update({"share": share})
+        torch._C, "_cuda_setMemoryFraction", lambda share, index: told.update({"share": share}), raising=False
     )
     return told
 
@@ -46,12 +48,13 @@ def test_given_budget_includes_the_context(card: dict[str, float]) -> None:
     assert target_of_device(config_with("3GiB"), CUDA).budget_bytes == 3 * GIB
 
 
-def test_allocator_is_held_to_the_budget_and_let_go_afterwards(card: dict[str, float]) -> None:
-    with environment.held_to(CUDA, allocator_bytes(3 * GIB)):
+@pytest.mark.parametrize("device", [CUDA, torch.device("cuda")], ids=str)  # as cuda:0, and as auto and cuda
+def test_allocator_is_held_to_the_budget_and_let_go_afterwards(card: dict[str, float], device: torch.device) -> None:
+    with environment.held_to(device, allocator_bytes(3 * GIB)):
         cap = card["share"] * 4 * GIB
         assert 2.5 * GIB < cap < 3 * GIB
     assert card["share"] == 1.0
-    with environment.held_to(CUDA, 9 * GIB):
+    with environment.held_to(device, 9 * GIB):
         assert card["share"] == 1.0
 
 
