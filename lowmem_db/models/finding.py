@@ -176,8 +176,14 @@ def find_suggested(base: SuggestedBase, *, of: str, given: str | None) -> ModelF
             return model
     raise ModelError(
         f"--base: {of} that says it was trained on {base.name!r}; a file alone does not choose a model: "
-        f"add --base {shlex.quote(base.name)}, if that is right"
+        f"add {_flag_for(base)}, if that is right"
     )
+
+
+def _flag_for(base: SuggestedBase) -> str:
+    """Return the option that names a suggested model; a file that was shared says no more than what it is called."""
+    names_a_place = base.is_local() or HUB_ID.fullmatch(base.name) or Path(base.name).is_absolute()
+    return f"--base {shlex.quote(base.name)}" if names_a_place else "--base and the path of that model"
 
 
 def _find_moved(trained_on: ModelConfig | None, given: str, cache_dir: Path | None) -> ModelFolder:

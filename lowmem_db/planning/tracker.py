@@ -144,7 +144,7 @@ class AllocationTracker(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled while it is planned, and the import of ``torch._dynamo`` alone takes seconds."""
+        """Nothing is compiled while it is planned, so no operator need pass through the wrapper that says so."""
         return False
 
     @no_type_check

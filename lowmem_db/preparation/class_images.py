@@ -291,7 +291,7 @@ def _is_drawn(file: Path, size: Size) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, SyntaxError):
-        return False
+        return file.is_file()  # cannot be read: reading the folder names it
 
 
 def _remove_damaged(group: _Set) -> None:
@@ -302,7 +302,7 @@ def _remove_damaged(group: _Set) -> None:
             with PIL.Image.open(file) as image:
                 image.verify()
         except (FileNotFoundError, PermissionError):
-            continue  # to be drawn, or named by whoever reads the folder
+            continue  # is to be drawn, or cannot be read: reading the folder names it
         except (OSError, SyntaxError, ValueError) as error:
             warn(f"{file}: is damaged and will be drawn again ({error})")
             file.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -145,14 +146,25 @@ SLOW = {
 }
 
 
-def note_kill(variant: str, kind: str, point: int, *, was_killed: bool) -> None:
-    """Tell `make torture` what happened; a run may end before it reaches a point."""
+def die(variant: str, place: str) -> None:
+    """Kill this process, and first tell `make torture` what it was at; a run may end before it gets here."""
     if file := os.environ.get("LOWMEM_DB_KILL_LOG"):
         with Path(file).open("a") as log:
-            log.write(json.dumps({"variant": variant, "kind": kind, "point": point, "killed": was_killed}) + "\n")
+            log.write(json.dumps({"variant": variant, "place": place}) + "\n")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_in_step(step: int) -> Callable[[], None]:
+def place_of(file: Path) -> str:
+    """Return what a write is part of, as in ``cache/class_images`` or ``checkpoints``."""
+    for root in ("cache", "run"):
+        if root in file.parts:
+            inside = file.parts[file.parts.index(root) + 1 :]
+            named = re.sub(r"^\.|\.\d+\.tmp.*$", "", inside[0]) if inside else "itself"
+            return f"cache/{named}" if root == "cache" else named
+    return "elsewhere"
+
+
+def kill_in_step(step: int, variant: str = "") -> Callable[[], None]:
     """Return what makes the process kill itself in the middle of a step: gradients are there, weights untouched."""
 
     def install() -> None:
@@ -160,7 +172,7 @@ def kill_in_step(step: int) -> Callable[[], None]:
 
         def killing(*arguments):
             if arguments[-1] == step:
-                arguments[2].step_and_read = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+                arguments[2].step_and_read = lambda *given: die(variant, "step")
             return original(*arguments)
 
         trainer_module.train_step = killing
@@ -168,7 +180,7 @@ def kill_in_step(step: int) -> Callable[[], None]:
     return install
 
 
-def kill_in_write(number: int) -> Callable[[], None]:
+def kill_in_write(number: int, variant: str = "") -> Callable[[], None]:
     """Return what makes the process kill itself at the n-th flush to disk: inside a checkpoint, a cache or final/."""
 
     def install() -> None:
@@ -177,7 +189,7 @@ def kill_in_write(number: int) -> Callable[[], None]:
         def killing(descriptor: int) -> None:
             count[0] += 1
             if count[0] == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die(variant, place_of(Path(f"/proc/self/fd/{descriptor}").resolve()))
             original(descriptor)
 
         os.fsync = killing
@@ -221,34 +233,35 @@ def test_killed_runs_end_bit_for_bit_as_uninterrupted_ones(
     fields = tiny_fields | MOVING | VARIANTS[variant]
     whole = tmp_path / "whole" / "run"
     writes = count_writes(fields | {"output_dir": str(whole)})
-    expected_final, expected_rows = final_bytes(whole), metric_rows(whole)
-    assert [row["step"] for row in expected_rows] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in metric_rows(whole)] == list(range(1, STEPS + 1))
 
     seed = random.SystemRandom().randrange(1 << 32)
     draw = random.Random(seed)
-    killed = tmp_path / "killed" / "run"
-    points = []
-    for kill in range(KILLS_PER_VARIANT):
-        in_step = kill % 2 == 0
-        point = draw.randrange(STEPS) if in_step else draw.randrange(1, writes)
-        points.append(("step" if in_step else "write", point))
-        code = run_in_child(fields | {"output_dir": str(killed)}, (kill_in_step if in_step else kill_in_write)(point))
-        assert code in {0, -signal.SIGKILL}, f"seed {seed}, {points}: exit code {code}"
-        note_kill(variant, *points[-1], was_killed=code != 0)
-    assert run_in_child(fields | {"output_dir": str(killed)}) == 0, f"seed {seed}, {points}"
+    for number in range(KILLS_PER_VARIANT // 2):
+        killed = tmp_path / f"killed-{number}" / "run"
+        own = fields | {"output_dir": str(killed), "cache_dir": str(killed.parent / "cache")}
+        write, step = draw.randrange(1, writes), draw.randrange(STEPS)
+        at = f"{variant}, seed {seed}, round {number}: killed in write {write} and step {step}"
+        for kill in (kill_in_write(write, variant), kill_in_step(step, variant)):
+            assert run_in_child(own, kill) in {0, -signal.SIGKILL}, at
+        assert run_in_child(own) == 0, at
+        assert_same_end(killed, whole, fields, at)
 
-    found = final_bytes(killed)
-    assert found.keys() == expected_final.keys(), f"seed {seed}, {points}"
-    for name, content in expected_final.items():
-        assert found[name] == content, f"{name} differs; seed {seed}, {points}"
-    assert metric_rows(killed) == expected_rows, f"seed {seed}, {points}"
+
+def assert_same_end(killed: Path, whole: Path, fields: dict[str, object], at: str) -> None:
+    """Compare two runs, file by file and row by row."""
+    found, expected = final_bytes(killed), final_bytes(whole)
+    assert found.keys() == expected.keys(), at
+    for name, content in expected.items():
+        assert found[name] == content, f"{name} differs; {at}"
+    assert metric_rows(killed) == metric_rows(whole), at
     if fields.get("evaluation.every"):
         scores = RunFolder(whole).scores_file.read_bytes()
         assert len(scores.splitlines()) == STEPS // 2
-        assert RunFolder(killed).scores_file.read_bytes() == scores, f"seed {seed}, {points}"
+        assert RunFolder(killed).scores_file.read_bytes() == scores, at
     if fields.get("sampling.prompts"):
         grid = "samples/step-000008/grid.png"
-        assert (killed / grid).read_bytes() == (whole / grid).read_bytes()
+        assert (killed / grid).read_bytes() == (whole / grid).read_bytes(), at
 
 
 def count_writes(fields: dict[str, object]) -> int:

@@ -1,11 +1,12 @@
 """The counts and slopes that `make torture` reports."""
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 
-from tools.torture.__main__ import PARTS, counts_of, kills_of
+from tools.torture.__main__ import PARTS, counts_of, is_done, kills_of
 from tools.torture.long_run import growing, slopes
 
 REPORT = """<testsuites><testsuite>
@@ -26,15 +27,25 @@ def test_no_report_is_a_failure(tmp_path: Path) -> None:
     assert counts_of(tmp_path / "report.xml")["failed"]
 
 
-def test_only_kills_that_happened_count() -> None:
-    noted = [
-        {"variant": "a", "kind": "step", "killed": True},
-        {"variant": "a", "kind": "write", "killed": True},
-        {"variant": "b", "kind": "write", "killed": False},
-    ]
-    assert kills_of(noted) == {
-        "in_all": 2, "by_kind": {"step": 1, "write": 1}, "by_variant": {"a": 2}, "not_reached": 1,
-    }  # fmt: skip
+def test_kills_are_counted_by_place_and_variant() -> None:
+    noted = [{"variant": "a", "place": "step"}, {"variant": "a", "place": "final"}, {"variant": "b", "place": "final"}]
+    assert kills_of(noted) == {"in_all": 3, "by_place": {"final": 2, "step": 1}, "by_variant": {"a": 2, "b": 1}}
+
+
+@pytest.mark.parametrize(
+    ("found", "done"),
+    [
+        ({"version": "now", "failed": []}, True), ({"version": "now", "grows": []}, True),
+        ({"version": "now", "failed": ["test_a"]}, False), ({"version": "now", "grows": ["resident_mib"]}, False),
+        ({"version": "before", "failed": []}, False),
+    ],
+)  # fmt: skip
+def test_what_failed_is_repeated(
+    found: dict[str, object], done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.torture.__main__.version", lambda: "now")
+    (file := tmp_path / "part.json").write_text(json.dumps(found))
+    assert is_done(file) is done
 
 
 def test_parts_name_files_that_exist() -> None:

@@ -22,6 +22,7 @@ from lowmem_db.training.observers import Observer, Training
 
 _BLOCK = 25
 _WARM_UP = 0.2
+_FEWEST_STEPS = 200
 _STUDENT_95 = {5: 2.57, 10: 2.23, 20: 2.09, 40: 2.02}  # by degrees of freedom
 _BASE = Path(__file__).parents[2]
 
@@ -91,10 +92,7 @@ def long_run(folder: Path, num_steps: int) -> dict[str, Any]:
     watch = Watch()
     api.train(config, observers=[watch])
     found: dict[str, Any] = slopes(watch.rows)
-    (first, before), (last, after) = (
-        watch.folder_bytes[2],
-        watch.folder_bytes[-1],
-    )  # by then no more checkpoints are kept
+    (first, before), (last, after) = watch.folder_bytes[2], watch.folder_bytes[-1]  # both hold checkpointing.keep
     return {
         "steps": len(watch.rows),
         "checkpoints": len(watch.folder_bytes),
@@ -119,6 +117,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/torture/long_run.json"))
     parser.add_argument("--version", default=None, help="commit, noted in the result")
     options = parser.parse_args()
+    if options.steps < _FEWEST_STEPS:
+        parser.error(f"--steps: {options.steps}; allowed: at least {_FEWEST_STEPS}, for four checkpoints")
     with tempfile.TemporaryDirectory() as folder:
         found = {"part": "long_run", "version": options.version} | long_run(Path(folder), options.steps)
     options.output.parent.mkdir(parents=True, exist_ok=True)
