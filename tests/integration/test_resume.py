@@ -23,6 +23,7 @@ from lowmem_db.run.model_card import CARD_FILE
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_tensors
 from lowmem_db.training import trainer as trainer_module
+from tests.faults import note
 
 STEPS = 8
 MOVING = {
@@ -147,10 +148,8 @@ SLOW = {
 
 
 def die(variant: str, place: str) -> None:
-    """Kill this process, and first tell `make torture` what it was at; a run may end before it gets here."""
-    if file := os.environ.get("LOWMEM_DB_KILL_LOG"):
-        with Path(file).open("a") as log:
-            log.write(json.dumps({"variant": variant, "place": place}) + "\n")
+    """Kill this process; a run may end before it gets here."""
+    note(attack="kill", variant=variant, place=place)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
