@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from lowmem_db.api import train
 from lowmem_db.config.loading import load_config, read_yaml
 from lowmem_db.errors import BudgetError
 from lowmem_db.planning.measured import read_chosen
-from lowmem_db.run.run import train
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training import trainer
 from tests.faults import ERRORS, Fault, fault_in_saving, note
