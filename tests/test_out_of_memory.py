@@ -115,7 +115,10 @@ def test_pinned_memory_goes_back_to_the_system_too(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_a_check_made_of_it_is_told_as_what_it_is() -> None:
-    with pytest.raises(BudgetError, match="out of memory on the device .*Tried to allocate 20.00 MiB") as raised, told():
+    with (
+        pytest.raises(BudgetError, match="out of memory on the device .*Tried to allocate 20.00 MiB") as raised,
+        told(),
+    ):
         try:
             raise ERRORS[0]
         except RuntimeError as error:

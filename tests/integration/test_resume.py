@@ -133,8 +133,8 @@ VARIANTS |= {
     | {"lora.dora": True, "lora.targets": ["attention"], "training.stop_text_encoder_training": 4},
 }
 KILLS_PER_VARIANT = int(os.environ.get("LOWMEM_DB_KILLS", "2"))
-# Most of these is in another variant too; `make slow` runs them.
-SLOW = {
+# Most of these is in another variant too; `make long` runs them.
+LONG = {
     "adamw",
     "gradient checkpointing, fp16 autocast",
     "in backward, clipped by past norms",
@@ -144,6 +144,9 @@ SLOW = {
     "LoRA beside fp16, 8-bit in backward",
     "DoRA, text encoder stopped",
     "evaluation, best checkpoint, average",
+    "ema, text encoder stopped",
+    "stochastic rounding, streamed, text encoder stopped",
+    "fp16 autocast, finite check per parameter",
 }
 
 
@@ -224,7 +227,7 @@ def metric_rows(output_dir: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
+    "variant", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in VARIANTS]
 )
 def test_killed_runs_end_bit_for_bit_as_uninterrupted_ones(
     variant: str, tiny_fields: dict[str, object], tmp_path: Path
