@@ -20,7 +20,7 @@ def main() -> None:
         for line in str(error).splitlines():
             say(f"error: {line}" if error.exit_code == 2 else line)
         sys.exit(error.exit_code)
-    except Exception as error:
+    except Exception:
         if (message := was_asked()) is not None:  # a library wrapped the interruption in its own error
             leave_at_once(message)
         raise
