@@ -222,7 +222,8 @@ def _shrink(pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 small small"
 
 def _foreground(values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b h w"]:
     """Return one where a picture differs from the left and right border of its row: backgrounds change downwards."""
-    border = torch.cat((values[..., :_BORDER], values[..., -_BORDER:]), dim=-1).median(dim=-1, keepdim=True).values
+    both = torch.cat((values[..., :_BORDER], values[..., -_BORDER:]), dim=-1)
+    border = both.sort(dim=-1).values[..., _BORDER - 1, None]  # the median, whose operator CUDA refuses after a run
     return ((values - border).abs().amax(dim=1) > _DIFFERS).float()
 
 
