@@ -157,7 +157,8 @@ class MemoryPlan(Generic[_Config]):
         budget_bytes: Bytes that the run may use.
         seconds_per_step: Predicted seconds of a training step.
         seconds: Predicted seconds of the phases; those that take almost none are left out.
-        disk_bytes: About how many bytes ``cache``, ``checkpoints`` and ``final`` take on the disk.
+        disk_bytes: About how many bytes ``cache``, ``checkpoints``, ``final`` and ``records`` (samples, curves, page)
+            take on the disk.
         refused: Strategies that would be faster, or that a rule refuses.
         notes: Remarks for the user.
         seconds_to_plan: Seconds that planning took.

@@ -73,7 +73,8 @@ def _flags() -> list[str]:
         mapped[flag] = ", ".join(
             f"`{path}`" for path in dict.fromkeys(path for set_ in values.values() for path in set_)
         )
-    mapped |= {"validation_prompt": "`sampling.prompts`"}
+    mapped |= {"validation_prompt": "`sampling.prompts`", "save_sample_prompt": "`sampling.prompts`"}
+    mapped |= {"concepts_list": "`subject` and `subject.concepts`, from a JSON file ([runs.md](runs.md))"}
     mapped |= {"resume_from_checkpoint": "`--resume`: `latest`, `checkpoint-500` or the path of a checkpoint"}
     mapped |= COUNTS
     mapped |= {flag: f"accepted: {note}" for flag, note in ALWAYS_SO.items()}

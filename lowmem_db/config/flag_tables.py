@@ -26,6 +26,7 @@ VALUE_FLAGS = {
     "pretrained_model_name_or_path": "model.base",
     "base": "model.base",
     "pretrained_vae_model_name_or_path": "model.vae",
+    "pretrained_vae_name_or_path": "model.vae",
     "vae": "model.vae",
     "clip_skip": "model.clip_skip",
     "revision": "model.revision",
@@ -69,8 +70,13 @@ VALUE_FLAGS = {
     "min_snr_gamma": "objective.snr_gamma",
     "noise_offset": "objective.noise_offset",
     "checkpointing_steps": "checkpointing.every",
+    "save_interval": "checkpointing.every",
     "checkpoints_total_limit": "checkpointing.keep",
     "num_validation_images": "sampling.num_images",
+    "n_save_sample": "sampling.num_images",
+    "save_sample_negative_prompt": "sampling.negative_prompt",
+    "save_guidance_scale": "sampling.guidance_scale",
+    "save_infer_steps": "sampling.num_inference_steps",
     "validation_steps": "sampling.every",
     "hub_model_id": "final.hub_model_id",
     "rank": "lora.rank",
@@ -89,6 +95,7 @@ SWITCH_FLAGS = {
     "center_crop": ("data.crop", "center"),
     "random_flip": ("data.random_flip", True),
     "flip_aug": ("data.random_flip", True),
+    "hflip": ("data.random_flip", True),
     "shuffle_caption": ("data.shuffle_tags", True),
     "enable_bucket": ("data.aspect_ratio_buckets", True),
     "offset_noise": ("objective.noise_offset", 0.1),
@@ -132,12 +139,17 @@ ALWAYS_SO = {
     "cache_latents_to_disk": "latents are always cached",
     "output_kohya_format": "a LoRA in kohya's layout always lies beside the other one in final/",
     "skip_save_text_encoder": "final/ is always a complete model",
+    "pad_tokens": "prompts always have the length of the model's tokenizer",
     "read_prompts_from_txts": "a text file beside a photo always replaces its prompt",
 }
 """Switches for what is always done: accepted, with a remark."""
 
 CHANGES_NOTHING = {
     "dataloader_num_workers": Harmless("batches come from the caches, without workers"),
+    "log_interval": Harmless("every step is logged"),
+    "save_min_steps": Harmless(
+        "checkpoints are saved from the start", ("0",), "checkpoints are saved from the start; leave it out"
+    ),
     "logging_dir": Harmless("TensorBoard's files are in output_dir/tensorboard"),
     "tokenizer_max_length": Harmless(
         "prompts always have the length of the model's tokenizer", ("77",), "leave it out"
@@ -189,6 +201,5 @@ REFUSED_FLAGS = {
     "multires_noise_iterations": "multi-resolution noise is not supported: --noise_offset",
     "masked_loss": "the loss always covers the whole image; leave it out",
     "not_cache_latents": "latents are always cached, as moments that every step samples from; leave it out",
-    "concepts_list": "write the further subjects into the configuration: subject.concepts, a list with the same fields",
 }
 """Flags without a counterpart, and what to use instead."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowmem_db.config.concepts import REPLACED_FLAGS, fields_of, read_concepts
 from lowmem_db.config.flag_tables import (
     ALWAYS_SO,
     CHANGES_NOTHING,
@@ -37,7 +38,7 @@ from lowmem_db.errors import ConfigError
 KNOWN_FLAGS = frozenset(
     (
         *VALUE_FLAGS, *SWITCH_FLAGS, *CHOICE_FLAGS, *ALWAYS_SO, *CHANGES_NOTHING, *COUNTS, *REFUSED_FLAGS,
-        "validation_prompt", "resume_from_checkpoint", "resume",
+        "validation_prompt", "save_sample_prompt", "concepts_list", "resume_from_checkpoint", "resume",
     )
 )  # fmt: skip
 _CHECKPOINT = re.compile(r"(?:checkpoint|step)-0*(\d+)")
@@ -56,6 +57,7 @@ class Arguments:
         notes: Remarks about the given flags.
         flags: Names of the flags given.
         counts: Passes through the photos, by flag.
+        concepts_list: File with the subjects, or None.
         positional: Arguments that are neither flags nor overrides.
     """
 
@@ -66,6 +68,7 @@ class Arguments:
     notes: list[str] = field(default_factory=list)
     flags: set[str] = field(default_factory=set)
     counts: dict[str, int] = field(default_factory=dict)
+    concepts_list: Path | None = None
     positional: list[str] = field(default_factory=list)
 
 
@@ -93,7 +96,11 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
             problems.append(str(problem))
     if problems:
         raise ConfigError("\n".join(problems))
-    if not parsed.positional and is_command_of_diffusers(parsed.flags, launch):
+    is_of_diffusers = not parsed.positional and is_command_of_diffusers(parsed.flags, launch)
+    if parsed.concepts_list is not None:
+        has_prior = bool(dict(parsed.overrides).get("prior.enabled")) if is_of_diffusers else None
+        _read_subjects(parsed, parsed.concepts_list, has_prior)
+    if is_of_diffusers:
         _read_as_script(parsed, launch)
     elif parsed.flags & LORA_FLAGS:
         parsed.overrides.insert(0, ("lora.enabled", True))
@@ -106,6 +113,21 @@ def checkpoint_step(checkpoint: Path) -> int | None:
     """Return the step in the name of a checkpoint, diffusers' or this package's, or None."""
     found = _CHECKPOINT.fullmatch(checkpoint.name)
     return int(found[1]) if found else None
+
+
+def _read_subjects(parsed: Arguments, file: Path, has_prior: bool | None) -> None:
+    """Set the subjects from a file.
+
+    Raises:
+        ConfigError: A flag gives a single subject, or the file cannot be used.
+    """
+    if given := [flag for flag in REPLACED_FLAGS if flag in parsed.flags]:
+        raise ConfigError(
+            "\n".join(f"--{flag}: --concepts_list has one for each subject; leave --{flag} out" for flag in given)
+        )
+    concepts, notes = read_concepts(file, has_prior=has_prior)
+    parsed.overrides[:0] = fields_of(concepts)
+    parsed.notes += notes
 
 
 def _read_as_script(parsed: Arguments, launch: Launch) -> None:
@@ -168,6 +190,11 @@ _HAVE_NO_EFFECT: tuple[tuple[set[str], Callable[[Mapping[str, Any]], bool], str]
         {"sampling.every", "sampling.num_images", "sampling.sampler"},
         lambda values: bool(values.get("sampling.prompts")),
         "--validation_prompt",
+    ),
+    (
+        {"sampling.negative_prompt", "sampling.guidance_scale", "sampling.num_inference_steps"},
+        lambda values: bool(values.get("sampling.prompts")) or values.get("evaluation.every") is not None,
+        "--save_sample_prompt",
     ),
     (
         {
@@ -237,6 +264,10 @@ def _read_value_flag(name: str, value: str, parsed: Arguments) -> None:
         parsed.counts[name] = _count(name, value)
     elif name == "validation_prompt":
         parsed.overrides.append(("sampling.prompts", [value]))
+    elif name == "save_sample_prompt":
+        parsed.overrides += [("sampling.prompts", [value]), ("sampling.every", None)]
+    elif name == "concepts_list":
+        parsed.concepts_list = Path(value).expanduser()
     else:
         _read_checkpoint(name, value, parsed)
 

@@ -1,4 +1,4 @@
-"""The bytes that a run takes on the disk: its cache, its checkpoints and the final model."""
+"""The bytes that a run takes on the disk: its cache, its checkpoints, the final model, samples and records."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +11,8 @@ _WEIGHT_BYTES: dict[Weights, int] = {"fp32": 4, "bf16_extra_bits": 3, "bf16_stoc
 _STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1}
 _BYTES_PER_PIXEL = 2  # of a class image as PNG, rounded up
 _NUM_PHOTOS = 5  # assumed
+_BYTES_PER_STEP = 1_000  # rows of metrics.jsonl (measured: 260) and of TensorBoard (380)
+_BYTES_OF_REPORT = 4 * 2**20  # its pictures are thumbnails, and their number is limited
 
 
 def checkpoint_bytes(config: Config, model: ModelFolder, trained: Mapping[str, int]) -> int:
@@ -41,6 +43,15 @@ def cache_bytes(config: Config, model: ModelFolder) -> int:
     found = num_class_images(config) * _BYTES_PER_PIXEL * pixels + num_encoded(config) * of_latent
     base = Path(config.model.base)
     return found + (base.stat().st_size if base.is_file() else 0)
+
+
+def record_bytes(config: Config) -> int:
+    """Return about how many bytes a run writes beside checkpoints and the final model: samples, curves, its page."""
+    last = config.training.max_train_steps
+    every = config.sampling.every or config.checkpointing.every or last
+    drawn = (config.sampling.at_start + -(-last // every)) * len(config.sampling.prompts) * config.sampling.num_images
+    of_samples = 2 * drawn * _BYTES_PER_PIXEL * config.data.resolution**2  # once more in the grids
+    return of_samples + last * _BYTES_PER_STEP + _BYTES_OF_REPORT
 
 
 def num_class_images(config: Config) -> int:

@@ -15,6 +15,7 @@ from lowmem_db.records import PhaseMemory, Refusal
 _NUM_REFUSED = 8
 _WIDTH = 14
 _WORDS = {"class_images": "class images", "encode_images": "encoding", "train": "training", "sample": "samples"}
+_ON_DISK = {"final": "final model", "records": "samples and records"}
 _HEADINGS = ("weights", "states", "grads", "act.", "other", "host")
 
 
@@ -88,7 +89,7 @@ def time_in_words(plan: Plan) -> str:
 
 def disk_in_words(plan: Plan) -> str:
     """Return what a run takes on the disk in one line."""
-    said = [f"{name.replace('final', 'final model')} {size / GIB:.1f} GiB" for name, size in plan.disk_bytes.items()]
+    said = [f"{_ON_DISK.get(name, name)} {size / GIB:.1f} GiB" for name, size in plan.disk_bytes.items()]
     return f"disk, at most: {', '.join(said)}; in all {sum(plan.disk_bytes.values()) / GIB:.1f} GiB"
 
 

@@ -15,7 +15,7 @@ from lowmem_db.models.finding import model_of
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.allowance import allowance_bytes, reserved_bytes
 from lowmem_db.planning.candidates import candidates, open_choices
-from lowmem_db.planning.disk import cache_bytes, checkpoint_bytes, final_bytes
+from lowmem_db.planning.disk import cache_bytes, checkpoint_bytes, final_bytes, record_bytes
 from lowmem_db.planning.duration import seconds_of_phases
 from lowmem_db.planning.needs import Needs
 from lowmem_db.planning.phases import TracedRun
@@ -219,6 +219,7 @@ class _Search:
             "cache": cache_bytes(strategy, model),
             "checkpoints": checkpoint_bytes(strategy, model, trained),
             "final": final_bytes(strategy, model, trained),
+            "records": record_bytes(strategy),
         }
 
 

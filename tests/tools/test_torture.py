@@ -64,7 +64,7 @@ def test_growth_is_seen_and_noise_is_not(growth: float) -> None:
 
 def test_run_that_grows_fails() -> None:
     flat = {"mean": 1.0, "per_1000_steps": 0.01, "plus_minus": 0.02}
-    found = {"resident_mib": flat, "open_files": flat, "seconds": flat}
+    found = {"resident_mib": flat, "open_files": flat, "processor_seconds": flat}
     assert growing(found, 20_000) == []
     leaking = flat | {"per_1000_steps": 10.0}
     assert growing(found | {"resident_mib": leaking, "open_files": leaking}, 20_000) == ["resident_mib", "open_files"]

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+CODE = ["lowmem_db", "kernels", "tests", "tools/torture"]
 RESULTS = Path("benchmarks/results/torture")
 ALL = ["-m", "slow or not slow"]
 PARTS: dict[str, list[str]] = {
@@ -82,8 +83,9 @@ def counts_of(report: Path) -> dict[str, Any]:
 
 
 def version() -> str:
-    """Return the commit."""
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    """Return the last commit that changed the code or the tests: results that are committed repeat nothing."""
+    command = ["git", "log", "-1", "--format=%H", "--", *CODE]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def is_done(file: Path) -> bool:

@@ -2,7 +2,8 @@
 
     python -m tools.torture.long_run --steps 20000 --output benchmarks/results/torture/long_run.json
 
-Every step notes resident memory, open files and seconds; every checkpoint the size of the run folder. Slopes are those
+Every step notes resident memory, open files, and seconds by the clock and of the processor (which do not depend on what
+else the machine does); every checkpoint the size of the run folder. Slopes are those
 of least squares over means of blocks of steps, with intervals of 95 %; the first fifth, while caches fill, is left out.
 """
 
@@ -12,6 +13,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,15 +39,18 @@ class Watch(Observer):
     def start(self, trainer: Training) -> None:
         """Remember the run."""
         self._root = trainer.run.root
+        self._processor_seconds = time.process_time()
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Note memory, files and seconds."""
+        before, self._processor_seconds = self._processor_seconds, time.process_time()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         self.rows.append({
             "step": row["step"],
             "resident_mib": pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20),
             "open_files": sum(1 for _ in Path("/proc/self/fd").iterdir()),
             "seconds": row["seconds"],
+            "processor_seconds": self._processor_seconds - before,
         })  # fmt: skip
 
     def checkpoint(self, step: int) -> None:
@@ -105,7 +110,7 @@ def long_run(folder: Path, num_steps: int) -> dict[str, Any]:
 
 def growing(found: Mapping[str, Mapping[str, float]], num_steps: int) -> list[str]:
     """Return what surely grew over the run by more than it may: 50 MiB, one open file, a fifth of a step's time."""
-    may = {"resident_mib": 50.0, "open_files": 1.0, "seconds": 0.2 * found["seconds"]["mean"]}
+    may = {"resident_mib": 50.0, "open_files": 1.0, "processor_seconds": 0.2 * found["processor_seconds"]["mean"]}
     surely = {name: (found[name]["per_1000_steps"] - found[name]["plus_minus"]) * num_steps / 1000 for name in may}
     return [name for name in may if surely[name] > may[name]]
 
