@@ -5,7 +5,9 @@ The shares for fragmentation hold what a model of the caching allocator reserves
 :mod:`lowmem_db.planning.calibration`.
 """
 
-from lowmem_db import nvidia
+import torch
+
+from lowmem_db import environment, nvidia
 from lowmem_db.planning import calibration
 from lowmem_db.planning.cards import Card
 
@@ -14,6 +16,7 @@ _KERNELS_LOADED_LATER = _CUDA_CONTEXT // 3  # of the context: what the driver ta
 _CUDA_WORKSPACES = calibration.CUDA_WORKSPACES
 _FRAGMENTATION = calibration.FRAGMENTATION
 _FRAGMENTATION_OF_FIXED_SEGMENTS = 0.10
+_NOTEWORTHY = 256 << 20  # a desktop holds less; contexts differ by as much
 _PROCESS = 640 << 20  # Python, torch, diffusers and transformers on the CPU
 
 
@@ -32,6 +35,12 @@ def allowance_bytes(peak_bytes: int, card: Card) -> int:
 def context_in_use() -> int:
     """Return what the context of this process already takes of a card, so that it is missing from what is free."""
     return _CUDA_CONTEXT - _KERNELS_LOADED_LATER
+
+
+def held_by_others(device: torch.device) -> int:
+    """Return what other programs hold of a CUDA device, if it is worth a word; else 0."""
+    held = environment.bytes_beside_allocator(device) - _CUDA_CONTEXT
+    return held if held >= _NOTEWORTHY else 0
 
 
 def allocator_bytes(budget_bytes: int) -> int:

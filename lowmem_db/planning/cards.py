@@ -23,6 +23,8 @@ _SECONDS_OF_SMALLEST = 2.5e-6  # an operator on a card, however small
 _SECONDS_OF_SMALLEST_ON_CPU = 5e-6
 _HOST_SECONDS = 8e-6  # Python, autograd and torch's dispatcher, for each operator
 _HOST_SECONDS_OF_KERNEL = 25e-6  # the same for a kernel of ours, which Triton launches
+_NO_PART_OF_NAME = re.compile(r"nvidia|geforce|tesla|\bgpu\b|[\s_-](sxm\d?|pcie|hbm\d\w?)\b")
+_MEMORY = re.compile(r"[\s_-]\d+\s?gb\b", re.IGNORECASE)
 _PCIE_3_LANE = 0.985e9  # bytes per second in each direction; every generation doubles it
 
 
@@ -105,8 +107,10 @@ ASSUMED = next(card for card in CARDS if card.name == "RTX 3060")
 def find_card(name: str) -> Card:
     """Find a card by name, in any spelling: ``rtx 3060``, ``RTX3060``, ``3060``, ``RTX 3060 8GB``.
 
+    A card of laptops, or a part of one (MIG), is another card: it has less memory than the whole one of that name.
+
     Raises:
-        ConfigError: The name is unknown; the message suggests similar ones.
+        ConfigError: The name is unknown, or its memory is none; the message suggests similar ones.
     """
     cards = _by_plain_name()
     plain = _plain(name)
@@ -117,6 +121,8 @@ def find_card(name: str) -> Card:
         model, memory = plain[: -2 - digits], plain[-2 - digits : -2]
         key = next((key for key in (model, "rtx" + model) if key in cards), None)
         if plain.endswith("gb") and memory.isdecimal() and key is not None:
+            if int(memory) == 0:
+                raise ConfigError(f"--gpu: {name!r} has no memory; give at least 1GB behind the name, or leave it out")
             return replace(cards[key], name=f"{cards[key].name} {int(memory)}GB", memory_gib=float(memory))
     near = difflib.get_close_matches(plain, cards, n=6, cutoff=0.6)
     hint = f"did you mean {' or '.join(cards[key].name for key in near)}? " if near else ""
@@ -128,15 +134,19 @@ def find_card(name: str) -> Card:
 
 def card_of(name: str, *, total_bytes: int, capability: tuple[int, int]) -> Card:
     """Return the card for a device in this machine, with its real memory; an unknown one is as fast as ``ASSUMED``."""
-    like = _by_plain_name().get(_plain(known_name(name)), ASSUMED)
+    like = _known(name) or ASSUMED
     return replace(like, name=name, memory_gib=total_bytes / GIB / _SHARE_FOR_PROGRAMS, capability=capability)
+
+
+def is_known(name: str) -> bool:
+    """Return whether a card that a driver calls ``name`` is in :data:`CARDS`."""
+    return _known(name) is not None
 
 
 def known_name(name: str) -> str:
     """Return the name in :data:`CARDS` of a card that a driver calls ``name``, or ``name`` if it is not there."""
-    cards = _by_plain_name()
-    known = [key for key in cards if _plain(name).startswith(key)]
-    return cards[max(known, key=len)].name if known else name
+    known = _known(name)
+    return name if known is None else known.name
 
 
 def seconds_per_step(costs: Costs, card: Card, *, again: np.ndarray | None = None, crossing_bytes: int = 0) -> float:
@@ -184,10 +194,16 @@ def pcie_rate(card: Card) -> float:
     return _PCIE_3_LANE * 2 ** (card.pcie_generation - 3) * card.pcie_lanes
 
 
+def _known(name: str) -> Card | None:
+    """Return the card that a driver calls ``name``; what only begins alike, such as a laptop's, is another one."""
+    cards = _by_plain_name()
+    return cards.get(_plain(name)) or cards.get(_plain(_MEMORY.sub("", name)))
+
+
 def _by_plain_name() -> dict[str, Card]:
     return {_plain(card.name): card for card in CARDS}
 
 
 def _plain(name: str) -> str:
-    """Return a name without spaces, case, maker and product line."""
-    return re.sub(r"nvidia|geforce|tesla|laptop|gpu|[^a-z0-9]", "", name.lower())
+    """Return a name without spaces, case, maker, product line and form."""
+    return re.sub(r"[^a-z0-9]", "", _NO_PART_OF_NAME.sub("", name.lower()))

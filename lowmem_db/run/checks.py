@@ -21,13 +21,13 @@ def check_machine(config: Config, device: torch.device) -> None:
     """Refuse what this machine cannot do, before a model is searched.
 
     Raises:
+        BudgetError: Other programs hold the device's memory.
         ConfigError: The device does not support ``training.mixed_precision``.
         DependencyError: A library or login that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for kernels
             that cannot run here.
         StorageError: The final model is to be uploaded, but nobody is logged in.
     """
-    if device.index is not None:
-        torch.cuda.set_device(device)  # for what asks for the current device, such as the planner
+    environment.check_room(device)
     environment.check_precision(config.training.mixed_precision or "no", device)
     techniques.check(config, device)
     environment.check_kernels(device)

@@ -6,13 +6,16 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import Interval
 
 from lowmem_db.bench import bandwidth, bits, candidates, capped, kernels, machine, memory, speed
 from lowmem_db.bench.bench import STAGES, run_bench
@@ -108,6 +111,61 @@ def test_state_that_is_not_restored_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Steps, "restore", lambda self, state: None)
     with pytest.raises(ValueError, match="is not what was saved"):
         bits._repeated(SETTING, "in_backward")
+
+
+@dataclass
+class Event:
+    """What torch's profiler tells of an event, as far as it is read."""
+
+    name: str
+    time_range: Interval
+    device_type: DeviceType = DeviceType.CUDA
+    is_user_annotation: bool = False
+
+
+def test_kernels_side_by_side_count_once_and_copies_not_at_all() -> None:
+    events = [
+        Event("gemm", Interval(0, 10)),
+        Event("norm", Interval(5, 12)),
+        Event("inside", Interval(6, 8)),
+        Event("later", Interval(20, 21)),
+        Event("Memcpy HtoD (Pinned -> Device)", Interval(0, 100)),
+        Event("Memcpy DtoD (Device -> Device)", Interval(30, 31)),
+        Event("Optimizer.step", Interval(0, 100), is_user_annotation=True),
+        Event("aten::mm", Interval(0, 100), DeviceType.CPU),
+    ]
+    assert speed.covered(speed._computing(events)) == 12 + 1 + 1
+    assert speed.covered([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("variable", "after"),
+    [
+        ("expandable_segments:True", "expandable_segments:True"),
+        ("max_split_size_mb:64", "max_split_size_mb:64,expandable_segments:False"),
+        ("expandable_segments:False,max_split_size_mb:64", "expandable_segments:False,max_split_size_mb:64"),
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_allocator_has_its_settings_back(
+    monkeypatch: pytest.MonkeyPatch, variable: str, after: str, *, fails: bool
+) -> None:
+    told: list[str] = []
+
+    def steps(setting: Setting, settings: str) -> tuple[float, int]:
+        candidates._set_allocator(settings)
+        if fails:
+            raise RuntimeError("out of memory")
+        return 1.0, 1
+
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", variable)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append, raising=False)
+    monkeypatch.setattr(candidates, "_with_allocator", steps)
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        candidates._expandable_segments(SETTING)
+    assert told[0] == "expandable_segments:False"
+    assert told[-1] == after
 
 
 def test_first_difference_is_named_by_its_place() -> None:

@@ -1,6 +1,7 @@
 """The budget of a device of this machine, and what the allocator may take of it, on a card that is not there."""
 
 from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -28,7 +29,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     told: dict[str, float] = {}
     properties = SimpleNamespace(name="NVIDIA GeForce GTX 1650", total_memory=4 * GIB, major=7, minor=5)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(3.4 * GIB), 4 * GIB))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", create_autospec(torch.cuda.mem_get_info, return_value=(int(3.4 * GIB), 4 * GIB))
+    )
+    monkeypatch.setattr(torch.cuda, "memory_reserved", create_autospec(torch.cuda.memory_reserved, return_value=0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
     monkeypatch.setattr(
@@ -42,6 +46,16 @@ def test_context_is_counted_once_on_a_live_card(card: dict[str, float]) -> None:
     left_for_tensors = target.budget_bytes - allowance_bytes(0, target.card)
     assert 3.0 * GIB < left_for_tensors < 3.4 * GIB  # beside workspaces, and kernels that are loaded later
     assert target.budget_bytes <= 4 * GIB
+
+
+def test_what_others_hold_of_the_card_is_said(card: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any("other programs" in note for note in target_of_device(config_with(), CUDA).notes)
+    monkeypatch.setattr(torch.cuda.mem_get_info, "return_value", (GIB, 4 * GIB))
+    monkeypatch.setattr(torch.cuda.memory_reserved, "return_value", GIB // 2)
+    said = target_of_device(config_with("3GiB"), CUDA).notes
+    assert "other programs hold 2.1 GiB of NVIDIA GeForce GTX 1650; nvidia-smi lists them" in said
+    assert "memory.budget: only 1.3 GiB of 3.0 GiB are free here" in said
+    assert "the planner does not know NVIDIA GeForce GTX 1650: its times are those of an RTX 3060" in said
 
 
 def test_given_budget_includes_the_context(card: dict[str, float]) -> None:
