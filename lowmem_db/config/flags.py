@@ -1,4 +1,4 @@
-"""Commands for diffusers' DreamBooth scripts, and ``section.key=value`` arguments, read into fields.
+"""Commands for diffusers' scripts, and ``section.key=value`` arguments, read into fields.
 
 Underscores and hyphens are equivalent. A flag without a counterpart is an error that says what to use instead; one that
 changes nothing is accepted with a remark.
@@ -19,13 +19,17 @@ from lowmem_db.config.flag_tables import (
     LORA_FLAGS,
     REFUSED_FLAGS,
     SWITCH_FLAGS,
+    TEXTUAL_INVERSION_FLAGS,
     VALUE_FLAGS,
 )
 from lowmem_db.config.loading import parse_override
 from lowmem_db.config.scripts import (
     FULL,
+    OF_A_WORD,
+    REPEATS,
     Launch,
     Script,
+    check_flags,
     defaults_of,
     describe,
     is_command_of_diffusers,
@@ -38,7 +42,7 @@ from lowmem_db.errors import ConfigError
 KNOWN_FLAGS = frozenset(
     (
         *VALUE_FLAGS, *SWITCH_FLAGS, *CHOICE_FLAGS, *ALWAYS_SO, *CHANGES_NOTHING, *COUNTS, *REFUSED_FLAGS,
-        "validation_prompt", "save_sample_prompt", "concepts_list", "resume_from_checkpoint", "resume",
+        "validation_prompt", "save_sample_prompt", "save_steps", "concepts_list", "resume_from_checkpoint", "resume",
     )
 )  # fmt: skip
 _CHECKPOINT = re.compile(r"(?:checkpoint|step)-0*(\d+)")
@@ -100,6 +104,8 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
     if parsed.concepts_list is not None:
         has_prior = bool(dict(parsed.overrides).get("prior.enabled")) if is_of_diffusers else None
         _read_subjects(parsed, parsed.concepts_list, has_prior)
+    if parsed.flags & TEXTUAL_INVERSION_FLAGS or launch.script in OF_A_WORD:
+        _read_new_word(parsed)
     if is_of_diffusers:
         _read_as_script(parsed, launch)
     elif parsed.flags & LORA_FLAGS:
@@ -136,15 +142,43 @@ def _read_as_script(parsed: Arguments, launch: Launch) -> None:
         parsed.overrides.insert(0, ("training.mixed_precision", launch.mixed_precision))
     values = dict(parsed.overrides)
     script = launch.script or recognise(parsed.flags, values)
-    if values.get("lora.enabled") is False:
+    if values.get("lora.enabled") is False and script not in OF_A_WORD:
         script = FULL
+    check_flags(script, parsed.flags, values, VALUE_FLAGS)
     parsed.defaults = defaults_of(script, values)
     _drop_what_has_no_effect(parsed, script)
-    if "max_train_steps" not in parsed.flags and "training.max_train_steps" not in values:
+    if script in OF_A_WORD:
+        _count_for_a_word(parsed, script)
+    elif "max_train_steps" not in parsed.flags and "training.max_train_steps" not in values:
         parsed.counts.setdefault("num_train_epochs", 1)
     if script.validation_epochs is not None and "sampling.every" not in values and values.get("sampling.prompts"):
         parsed.counts.setdefault("validation_epochs", script.validation_epochs)
     parsed.notes.insert(0, describe(script, values))
+
+
+def _read_new_word(parsed: Arguments) -> None:
+    """Give fields of Textual Inversion what flags with other meanings elsewhere say."""
+    given = dict(parsed.overrides)
+    if "save_steps" in parsed.flags and "checkpointing_steps" in parsed.flags:
+        parsed.notes.append(
+            "--save_steps: no effect with --checkpointing_steps; every checkpoint holds the embedding: "
+            "lowmem-db export RUN --step N"
+        )
+    rate = {"training.learning_rate": "textual_inversion.learning_rate"} if "learning_rate" in parsed.flags else {}
+    parsed.overrides = [(rate.get(path, path), value) for path, value in parsed.overrides]
+    prompt = "a painting in the style of" if given.get("textual_inversion.templates") == "style" else "a"
+    if "placeholder_token" in parsed.flags:
+        parsed.overrides.insert(0, ("subject.instance_prompt", f"{prompt} {given['textual_inversion.token']}"))
+    parsed.overrides.insert(0, ("textual_inversion.enabled", True))
+
+
+def _count_for_a_word(parsed: Arguments, script: Script) -> None:
+    """Drop epochs that the script does not count either, because its number of steps has a default."""
+    if parsed.counts.pop("num_train_epochs", None):
+        steps = script.defaults["training.max_train_steps"]
+        parsed.notes.append(f"--num_train_epochs: no effect; {script.name} takes --max_train_steps (default {steps})")
+    if "validation_epochs" in parsed.counts:
+        parsed.counts.setdefault("repeats", REPEATS)
 
 
 def _drop_what_has_no_effect(parsed: Arguments, script: Script) -> None:
@@ -266,6 +300,8 @@ def _read_value_flag(name: str, value: str, parsed: Arguments) -> None:
         parsed.overrides.append(("sampling.prompts", [value]))
     elif name == "save_sample_prompt":
         parsed.overrides += [("sampling.prompts", [value]), ("sampling.every", None)]
+    elif name == "save_steps":
+        parsed.overrides.insert(0, ("checkpointing.every", value))  # --checkpointing_steps wins
     elif name == "concepts_list":
         parsed.concepts_list = Path(value).expanduser()
     else:

@@ -16,12 +16,21 @@ def steps_per_epoch(config: Config, *, repeats: int = 1) -> int:
     Raises:
         DataError: The photo folder cannot be read.
     """
-    samples = repeats * sum(_photos_of(config, number) for number in range(len(config.subjects)))
+    samples = photos_per_epoch(config, repeats=repeats)
     if config.prior.enabled:
         classes = {(subject.class_prompt, subject.class_dir) for subject in config.subjects}
         samples = max(samples, len(classes) * config.prior.num_class_images)
     batches = ceil(samples / config.training.train_batch_size)
     return ceil(batches / config.training.gradient_accumulation_steps)
+
+
+def photos_per_epoch(config: Config, *, repeats: int = 1) -> int:
+    """Return the photos of one pass, each as often as it counts.
+
+    Raises:
+        DataError: The photo folder cannot be read.
+    """
+    return repeats * sum(_photos_of(config, number) for number in range(len(config.subjects)))
 
 
 def _photos_of(config: Config, number: int) -> int:

@@ -239,7 +239,7 @@ def test_a_configuration_file_keeps_its_own_prior_preservation() -> None:
     "flag",
     [
         "pretrained_unet_model_name_or_path", "learning_rate_unet", "adam_beta3",
-        "train_text_encoder_2", "use_4bit_adam", "text_encoder_2_lr", "instance_dir", "train_data_dir", "lora_bias",
+        "train_text_encoder_2", "use_4bit_adam", "text_encoder_2_lr", "instance_dir", "lora_bias",
         "num_prior_images", "class_images", "prior_loss", "lr_end", "epochs", "max_train_samples", "hub_private_repo",
     ],
 )  # fmt: skip
