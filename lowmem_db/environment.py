@@ -230,6 +230,13 @@ def why_not_compiled(operators: Sequence[str], device: "torch.device") -> str | 
     return None
 
 
+def will_compile(device: "torch.device") -> bool:
+    """Return whether Triton has to compile the kernels for a device before they run."""
+    import lowmem_db_kernels
+
+    return lowmem_db_kernels.will_compile(device)
+
+
 def check_kernels(device: "torch.device") -> None:
     """Refuse a request for kernels that cannot run on a device.
 
