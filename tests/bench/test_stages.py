@@ -19,6 +19,7 @@ from torch.autograd.profiler_util import Interval
 
 from lowmem_db.bench import bandwidth, bits, candidates, capped, kernels, killed, machine, memory, speed, steps
 from lowmem_db.bench.bench import STAGES, run_bench
+from lowmem_db.bench.plain_loop import PlainLoop
 from lowmem_db.bench.setting import Setting
 from lowmem_db.bench.steps import Steps, first_difference
 from lowmem_db.bench.strategies import TECHNIQUES, strategy
@@ -168,6 +169,29 @@ def test_allocator_has_its_settings_back(
         candidates._expandable_segments(SETTING)
     assert told[0] == "expandable_segments:False"
     assert told[-1] == after
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_plain_loop_computes_as_torch_does_and_ours_is_strict_afterwards(
+    monkeypatch: pytest.MonkeyPatch, *, fails: bool
+) -> None:
+    def step(self: PlainLoop) -> None:
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.deterministic
+        if fails:
+            raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(PlainLoop, "_step", step)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError) if fails else nullcontext():
+            PlainLoop.__new__(PlainLoop)()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.backends.cudnn.deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def saved_here(setting: Setting, technique: str, run: RunFolder) -> None:
