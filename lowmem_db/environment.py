@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem_db import memory_limits, torch_build
-from lowmem_db.errors import ConfigError, DependencyError
+from lowmem_db.errors import BudgetError, ConfigError, DependencyError
 from lowmem_db.nvidia import InstalledCard
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ OPTIONAL_LIBRARIES = (
     OptionalLibrary("tensorboard", "live curves", "only metrics.jsonl", 'pip install "lowmem-db[tensorboard]"'),
     OptionalLibrary("wandb", "curves at Weights & Biases", "only metrics.jsonl", 'pip install "lowmem-db[wandb]"'),
 )
+_LEAST_ROOM = 128 << 20
 _NEEDS_CUDA = {"xformers", "triton"}
 _COMPILED_ON_CPU = {"adamw8bit_step"}
 _DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -229,6 +230,13 @@ def why_not_compiled(operators: Sequence[str], device: "torch.device") -> str | 
     return None
 
 
+def will_compile(device: "torch.device") -> bool:
+    """Return whether Triton has to compile the kernels for a device before they run."""
+    import lowmem_db_kernels
+
+    return lowmem_db_kernels.will_compile(device)
+
+
 def check_kernels(device: "torch.device") -> None:
     """Refuse a request for kernels that cannot run on a device.
 
@@ -255,7 +263,11 @@ def versions() -> dict[str, str | None]:
 
 
 def devices() -> list[dict[str, Any]]:
-    """Describe every device that torch can use; sizes in bytes."""
+    """Describe every device that torch can use; sizes in bytes.
+
+    What is free is known of the current CUDA device alone: asking another would make a context on it, which takes
+    memory from whoever uses that card.
+    """
     import torch
 
     found: list[dict[str, Any]] = [
@@ -268,14 +280,15 @@ def devices() -> list[dict[str, Any]]:
     ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+        is_current = index == torch.cuda.current_device()
+        free = {"free_bytes": torch.cuda.mem_get_info(index)[0]} if is_current else {}
         found.append(
             {
                 "device": f"cuda:{index}",
                 "name": properties.name,
                 "capability": f"{properties.major}.{properties.minor}",
-                "total_bytes": total_bytes,
-                "free_bytes": free_bytes,
+                "total_bytes": properties.total_memory,
+                **free,
                 "bf16": properties.major >= 8,
             }
         )
@@ -309,6 +322,8 @@ def _warn_of_other_makers(device: "torch.device") -> None:
 def resolve_device(name: str) -> "torch.device":
     """Turn the field ``device`` into a device; ``auto`` is the first CUDA device, or the CPU if there is no card.
 
+    One with a number becomes torch's current device, so that nothing makes a context on the first card.
+
     Raises:
         ConfigError: A CUDA device is asked for that torch does not see, or torch cannot use the card in this machine.
     """
@@ -332,6 +347,8 @@ def resolve_device(name: str) -> "torch.device":
             + "; allowed: auto, cpu, or a device that `lowmem-db doctor` lists"
         )
     _check_card(device)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     if name == "auto":
         _warn_of_other_makers(device)
     return device
@@ -350,6 +367,30 @@ def _check_card(device: "torch.device") -> None:
     found = InstalledCard(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     if (reason := torch_build.why_not_supported(torch_build.installed(), found)) is not None:
         raise ConfigError(f"device: '{device}': {reason}")
+
+
+def check_room(device: "torch.device") -> None:
+    """Refuse a CUDA device without room for a context and the first kernels.
+
+    Raises:
+        BudgetError: Other programs hold its memory.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        free, total = 0, torch.cuda.get_device_properties(device).total_memory
+    if free < _LEAST_ROOM:
+        raise BudgetError(
+            f"device: {str(device)!r}: {free / GIB:.1f} GiB of {total / GIB:.1f} GiB are free on "
+            f"{torch.cuda.get_device_name(device)}, too little for any run; other programs hold the rest (nvidia-smi "
+            "lists them): end them, or choose another device"
+        )
 
 
 def check_precision(mixed_precision: str, device: "torch.device") -> None:
@@ -394,6 +435,13 @@ def reset_peak_bytes(device: "torch.device") -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def memory_summary(device: "torch.device") -> str:
+    """Return what torch's allocator holds of a CUDA device, as a table."""
+    import torch
+
+    return torch.cuda.memory_summary(device)
+
+
 def release_memory(device: "torch.device") -> None:
     """Give unreferenced memory back to a CUDA device; the CPU's allocator keeps it anyway."""
     import torch
@@ -428,6 +476,14 @@ def held_to(device: "torch.device", num_bytes: int) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, index)
+
+
+def bytes_beside_allocator(device: "torch.device") -> int:
+    """Return what is in use of a CUDA device beside what torch's allocator took: the context, and other programs."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
 
 
 def reserved_share(device: "torch.device") -> float:

@@ -5,6 +5,7 @@ computation; pageable for the CPU. In a trace on the meta device nothing is allo
 host bytes can be counted separately from device bytes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,12 +23,27 @@ def empty_on_host(shape: Sequence[int], dtype: torch.dtype, *, device: torch.dev
         shape: Its shape.
         dtype: Its type.
         device: The device it is copied to and from.
+
+    Raises:
+        MemoryError: The host has no pinned memory left; CUDA's own error says no more than that memory ran out.
     """
-    where = "meta" if device.type == "meta" else "cpu"
-    tensor = torch.empty(tuple(shape), dtype=dtype, device=where, pin_memory=device.type == "cuda")
+    if device.type == "cuda":
+        tensor = _pinned(tuple(shape), dtype)
+    else:
+        tensor = torch.empty(tuple(shape), dtype=dtype, device="meta" if device.type == "meta" else "cpu")
     for observer in _observers:
         observer(tensor)
     return tensor
+
+
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        mib = math.prod(shape) * dtype.itemsize / 2**20
+        raise MemoryError(f"the host has no {mib:.1f} MiB of pinned memory left") from None
 
 
 def pieces_on_host(sizes: Sequence[int], *, device: torch.device) -> list[Tensor]:

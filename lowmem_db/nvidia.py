@@ -53,6 +53,13 @@ def has_expandable_segments() -> bool:
     return sys.platform != "win32" and _EXPANDABLE in settings
 
 
+def allocator_settings() -> str:
+    """Return what the allocator of a run here is told, in the form of ``PYTORCH_ALLOC_CONF``."""
+    given = next((os.environ[name] for name in _ALLOCATOR if os.environ.get(name)), "")
+    segments = f"expandable_segments:{has_expandable_segments()}"
+    return given if "expandable_segments" in given else ",".join(filter(None, (given, segments)))
+
+
 @dataclass(frozen=True)
 class InstalledCard:
     """A card in this machine, as its driver knows it; torch may or may not be able to use it.

@@ -6,6 +6,9 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import create_autospec
 
 import lowmem_db_kernels
 import psutil
@@ -15,7 +18,8 @@ from lowmem_db_kernels import OperatorStatus
 
 from lowmem_db import environment, torch_build
 from lowmem_db.config.loading import load_config
-from lowmem_db.errors import ConfigError, DependencyError
+from lowmem_db.environment import GIB
+from lowmem_db.errors import BudgetError, ConfigError, DependencyError
 
 NAMES = [library.name for library in environment.OPTIONAL_LIBRARIES]
 
@@ -156,11 +160,54 @@ def test_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, co
         environment.resolve_device(name)
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:1"])
-def test_device_that_is_there_is_taken(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(("name", "current"), [("cuda", []), ("cuda:0", [0]), ("cuda:1", [1])])
+def test_device_that_is_there_is_taken_and_becomes_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, current: list[int]
+) -> None:
+    told: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(environment, "_check_card", lambda device: None)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", told.append, raising=False)
     assert environment.resolve_device(name) == torch.device(name)
+    assert told == current
+
+
+@pytest.fixture
+def two_cards(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Two cards, the second of which is the current one; returns what torch is asked for their memory."""
+    properties = SimpleNamespace(name="NVIDIA GeForce RTX 3060", total_memory=12 * GIB, major=8, minor=6)
+    asked = create_autospec(torch.cuda.mem_get_info, return_value=(10 * GIB, 12 * GIB))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: properties.name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", asked)
+    return asked
+
+
+def test_no_context_is_made_on_a_card_that_is_not_used(two_cards: Any) -> None:
+    _, first, second = environment.devices()
+    assert "free_bytes" not in first
+    assert (second["free_bytes"], second["total_bytes"]) == (10 * GIB, 12 * GIB)
+    two_cards.assert_called_once_with(1)
+
+
+@pytest.mark.parametrize("answer", [(100 << 20, 12 * GIB), RuntimeError("CUDA error: out of memory\nCUDA kernel")])
+def test_card_that_others_fill_is_refused(two_cards: Any, answer: Any) -> None:
+    two_cards.side_effect = [answer]
+    with pytest.raises(
+        BudgetError, match=r"device: 'cuda:1': 0\.[01] GiB of 12\.0 GiB are free .*nvidia-smi"
+    ) as raised:
+        environment.check_room(torch.device("cuda:1"))
+    assert raised.value.exit_code == 3
+
+
+def test_card_with_room_is_taken_and_other_faults_are_told(two_cards: Any) -> None:
+    environment.check_room(torch.device("cuda:1"))
+    environment.check_room(torch.device("cpu"))
+    two_cards.side_effect = RuntimeError("CUDA error: unspecified launch failure")
+    with pytest.raises(RuntimeError, match="launch failure"):
+        environment.check_room(torch.device("cuda:1"))
 
 
 @pytest.mark.parametrize(

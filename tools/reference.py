@@ -18,7 +18,15 @@ from lowmem_db.config.flag_tables import (
 )
 from lowmem_db.config.loading import is_section
 from lowmem_db.config.schema import Config
-from lowmem_db.config.scripts import DIFFERENT_HERE, LORA, SCRIPTS, VALIDATION_STEPS, WARMUP_STEPS, Script
+from lowmem_db.config.scripts import (
+    DIFFERENT_HERE,
+    LORA,
+    SCRIPTS,
+    TEXTUAL_INVERSION,
+    VALIDATION_STEPS,
+    WARMUP_STEPS,
+    Script,
+)
 
 
 def render() -> str:
@@ -73,7 +81,9 @@ def _flags() -> list[str]:
         mapped[flag] = ", ".join(
             f"`{path}`" for path in dict.fromkeys(path for set_ in values.values() for path in set_)
         )
-    mapped |= {"validation_prompt": "`sampling.prompts`"}
+    mapped |= {"validation_prompt": "`sampling.prompts`", "save_sample_prompt": "`sampling.prompts`"}
+    mapped |= {"save_steps": "`checkpointing.every`", "placeholder_token": "`textual_inversion.token` and the prompt"}
+    mapped |= {"concepts_list": "`subject` and `subject.concepts`, from a JSON file ([runs.md](runs.md))"}
     mapped |= {"resume_from_checkpoint": "`--resume`: `latest`, `checkpoint-500` or the path of a checkpoint"}
     mapped |= COUNTS
     mapped |= {flag: f"accepted: {note}" for flag, note in ALWAYS_SO.items()}
@@ -81,8 +91,9 @@ def _flags() -> list[str]:
         values = "".join(f" ({value})" for value in harmless.values[:1])
         mapped[flag] = f"accepted{values}: {harmless.note}"
     mapped |= {flag: f"refused: {note}" for flag, note in REFUSED_FLAGS.items()}
+    different = {**DIFFERENT_HERE, **TEXTUAL_INVERSION.different}
     return [
-        "## Flags of diffusers' DreamBooth scripts",
+        "## Flags of diffusers' scripts",
         "",
         "Accepted unchanged, with underscores or hyphens. A whole command can be pasted after `lowmem-db train`, with",
         "`accelerate launch` and the name of the script. A flag without an effect is accepted with a remark.",
@@ -94,15 +105,16 @@ def _flags() -> list[str]:
         "### Their defaults",
         "",
         "With flags and without a configuration file the defaults are those of the script: the one that is named, or",
-        "the one that the flags belong to (`--rank`, `--validation_epochs` and others belong to those for a LoRA). A",
-        "command that may be one for a LoRA but does not say so is refused, and asked about.",
+        "the one that the flags belong to (`--rank`, `--validation_epochs` and others belong to those for a LoRA,",
+        "`--placeholder_token` and others to Textual Inversion). A command that may be one for a LoRA but does not say",
+        "so is refused, and asked about.",
         "",
         *_defaults_of_scripts(),
         "",
-        "In all of them one epoch, if neither steps nor epochs are given. Unless the learning rate is constant, "
-        f"{WARMUP_STEPS} steps of warm-up.",
+        "In those for DreamBooth one epoch, if neither steps nor epochs are given. Unless the learning rate is",
+        f"constant, {WARMUP_STEPS} steps of warm-up.",
         f"With a prompt, samples every {VALIDATION_STEPS} steps, or {LORA.validation_epochs} epochs for a LoRA.",
-        f"Different on purpose: {', '.join(DIFFERENT_HERE.values())}.",
+        f"Different on purpose: {', '.join(different.values())}.",
         "",
     ]
 
@@ -118,7 +130,9 @@ def _shown(script: Script, path: str) -> str:
     if path not in script.defaults:
         return ""
     value = script.defaults[path]
-    return "all" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    if value is None:
+        return "all" if path == "checkpointing.keep" else "none"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from .dispatch import (
     requested_mode,
     self_test,
     status,
+    will_compile,
 )
 from .geglu import geglu
 from .group_norm_silu import group_norm_silu
@@ -56,4 +57,5 @@ __all__ = [
     "status",
     "to_bitsandbytes",
     "unpack_extra_bits_eager",
+    "will_compile",
 ]

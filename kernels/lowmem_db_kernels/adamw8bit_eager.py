@@ -12,9 +12,20 @@ from .rounding import pack_extra_bits_eager, round_stochastically_eager, roundin
 
 _TINY = torch.finfo(torch.float32).tiny
 # Elements at a time, in whole quantization blocks. On a CPU, temporaries of 1 MiB stay in the cache; a device needs few
-# launches, and its temporaries, about 67 bytes per element, count against its budget. No result depends on it.
+# launches, and its temporaries count against its budget. No result depends on it.
 CPU_CHUNK = 2**18
 DEVICE_CHUNK = 2**20
+_TEMPORARY_BYTES = 80  # per element of a chunk, of 24-bit weights with both scales and a last block to be filled up
+
+
+def temporary_bytes(num_elements: int) -> int:
+    """Return the most bytes of temporaries that a step on a device needs at its peak.
+
+    Args:
+        num_elements: Elements of the parameter.
+    """
+    partial_sums = 2 * 4 * cdiv(num_elements, BLOCK_SIZE)
+    return _TEMPORARY_BYTES * min(num_elements, DEVICE_CHUNK) + partial_sums
 
 
 def adamw8bit_step_eager(operands: StepOperands) -> Tensor:

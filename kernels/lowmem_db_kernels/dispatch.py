@@ -15,6 +15,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ ENVIRONMENT_VARIABLE = "LOWMEM_DB_KERNELS"
 MODES = ("auto", "triton", "native", "eager", "interpret")
 MINIMUM_CAPABILITY = (7, 5)
 FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LARGEST_KERNEL = "_step_kernel"  # of `adamw8bit_step`, as Triton names its files
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 _logger = logging.getLogger("lowmem_db_kernels")
@@ -170,6 +172,23 @@ def status(device: torch.device | str | None = None, dtype: torch.dtype = torch.
     """
     where = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     return [_status(op, where, dtype) for op in registry]
+
+
+def will_compile(device: torch.device | str) -> bool:
+    """Return whether Triton has to compile the kernels for a device first, which takes up to a minute.
+
+    Args:
+        device: The device.
+
+    Returns:
+        False if it is not asked for them, or if its cache holds the largest one.
+    """
+    mode = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if torch.device(device).type != "cuda" or mode not in ("auto", "triton") or not HAS_TRITON or INTERPRETED:
+        return False
+    home = os.environ.get("TRITON_HOME") or Path.home()
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache")
+    return not any(cache.glob(f"*/{_LARGEST_KERNEL}.json"))
 
 
 def self_test(device: torch.device | str) -> dict[str, str | None]:

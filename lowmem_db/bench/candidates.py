@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lowmem_db import environment
+from lowmem_db import environment, nvidia
 from lowmem_db.bench.plain_loop import PlainLoop, adamw
 from lowmem_db.bench.setting import Setting
 from lowmem_db.bench.stage import Measurement, Row, Stage
@@ -80,9 +80,13 @@ def _xformers(setting: Setting) -> Row:
 
 
 def _expandable_segments(setting: Setting) -> Row:
-    """Step with both settings of the allocator, one after the other, each from an empty one."""
-    base, base_bytes = _with_allocator(setting, "expandable_segments:False")
-    candidate, candidate_bytes = _with_allocator(setting, "expandable_segments:True")  # last, it is what runs have
+    """Step with both settings of the allocator, one after the other, each from an empty one; then put them back."""
+    try:
+        base, base_bytes = _with_allocator(setting, "expandable_segments:False")
+        candidate, candidate_bytes = _with_allocator(setting, "expandable_segments:True")
+    finally:
+        environment.release_memory(setting.device)
+        _set_allocator(nvidia.allocator_settings())
     return {
         "seconds_per_step": candidate,
         "base_seconds_per_step": base,
@@ -94,14 +98,18 @@ def _expandable_segments(setting: Setting) -> Row:
 
 def _with_allocator(setting: Setting, settings: str) -> tuple[float, int]:
     environment.release_memory(setting.device)
-    backend: Any = torch._C  # torch before 2.9 has the name of CUDA alone
-    change = getattr(backend, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
-    change(settings)
+    _set_allocator(settings)
     step = _ours(setting, {})
     environment.release_memory(setting.device)
     torch.cuda.reset_peak_memory_stats(setting.device)
     seconds = seconds_in_turn({"step": step}, setting)["step"]
     return seconds, torch.cuda.max_memory_reserved(setting.device)
+
+
+def _set_allocator(settings: str) -> None:
+    backend: Any = torch._C  # torch before 2.9 has the name of CUDA alone
+    change = getattr(backend, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+    change(settings)
 
 
 STAGE = Stage(name="candidates", rows="candidates", limit_seconds=60.0, measurements=_measurements)

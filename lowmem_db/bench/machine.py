@@ -38,8 +38,7 @@ def _back_ends() -> Row:
 def context_bytes(setting: Setting) -> int:
     """Return what is in use of a card beside what the allocator reserved: the context, and other programs."""
     torch.zeros(1, device=setting.device)
-    free, total = torch.cuda.mem_get_info(setting.device)
-    return total - free - torch.cuda.memory_reserved(setting.device)
+    return environment.bytes_beside_allocator(setting.device)
 
 
 def _allocator_settings(setting: Setting) -> dict[str, Any] | None:

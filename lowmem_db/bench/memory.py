@@ -9,7 +9,7 @@ from lowmem_db.bench.stage import Measurement, Row, Stage
 from lowmem_db.bench.strategies import Strategy, strategies
 from lowmem_db.planning.allowance import allowance_bytes, reserved_bytes
 from lowmem_db.planning.measured import measure_train
-from lowmem_db.planning.phases import TracedRun, trace_train
+from lowmem_db.planning.phases import Traced, TracedRun, trace_train
 
 _NUM_STEPS = 2
 
@@ -21,12 +21,13 @@ def _measurements(setting: Setting) -> Iterator[Measurement]:
 
 def _measured(setting: Setting, strategy: Strategy) -> Row:
     """Predict, and where that fits, do it."""
-    predicted = predicted_bytes(setting, strategy)
+    traced = _traced(setting, strategy)
+    predicted, attentions = traced.peak.total, traced.costs.attentions
     unmeasured: Row = {"allocated_bytes": None, "reserved_bytes": None, "process_bytes": None}
-    needed_bytes = predicted + allowance_bytes(predicted, setting.card)
+    needed_bytes = predicted + allowance_bytes(predicted, setting.card, attentions)
     found: Row = {
         "predicted_bytes": predicted,
-        "predicted_reserved_bytes": reserved_bytes(predicted, setting.card),
+        "predicted_reserved_bytes": reserved_bytes(predicted, setting.card, attentions),
         "predicted_process_bytes": needed_bytes,
     }
     environment.release_memory(setting.device)
@@ -43,7 +44,11 @@ def _measured(setting: Setting, strategy: Strategy) -> Row:
 
 def predicted_bytes(setting: Setting, strategy: Strategy) -> int:
     """Return the bytes of tensors that the planner predicts for the peak of training."""
-    return trace_train(TracedRun(config=strategy.config, model=strategy.model, card=setting.card)).peak.total
+    return _traced(setting, strategy).peak.total
+
+
+def _traced(setting: Setting, strategy: Strategy) -> Traced:
+    return trace_train(TracedRun(config=strategy.config, model=strategy.model, card=setting.card))
 
 
 STAGE = Stage(name="memory", rows="strategies", limit_seconds=150.0, measurements=_measurements)

@@ -8,7 +8,7 @@ import torch
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.random_weights import RandomModel, random_model
 from lowmem_db.models.single_file import CONFIGS_DIR
-from lowmem_db.planning.cards import CPU, Card, card_of
+from lowmem_db.planning.cards import CPU, Card, card_here
 from lowmem_db.storage.places import DEMO_DIR
 
 
@@ -39,10 +39,7 @@ class Setting:
     @cached_property
     def card(self) -> Card:
         """The device, as the planner knows it."""
-        if not self.is_cuda:
-            return CPU
-        found = torch.cuda.get_device_properties(self.device)
-        return card_of(found.name, total_bytes=found.total_memory, capability=(found.major, found.minor))
+        return card_here(self.device) if self.is_cuda else CPU
 
     @cached_property
     def model(self) -> RandomModel:

@@ -1,10 +1,13 @@
 """The stage ``speed``: our steps beside a plain loop of diffusers in the same process, and how busy the card is."""
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from lowmem_db import environment
@@ -17,6 +20,7 @@ from lowmem_db.bench.strategies import FP32, TECHNIQUES, Fields, Strategy, strat
 from lowmem_db.planning.cards import seconds_per_step
 from lowmem_db.planning.phases import TracedRun, trace_train
 
+_CROSSINGS = ("Memcpy HtoD", "Memcpy DtoH")
 _UNMEASURED: Row = {"seconds_per_step": None, "plain_seconds_per_step": None, "ratio": None}
 
 
@@ -70,7 +74,10 @@ def _both_fit(setting: Setting, fields: Fields) -> bool:
 
 
 def busy_share(step: Callable[[], object], setting: Setting) -> float | None:
-    """Return the share of a step's time in which the card computes; None where there is no card."""
+    """Return the share of a step's time in which the card computes; None where there is no card.
+
+    Kernels that run side by side on two streams count once, and copies between host and card do not count.
+    """
     if not setting.is_cuda:
         return None
     setting.synchronize()
@@ -79,8 +86,24 @@ def busy_share(step: Callable[[], object], setting: Setting) -> float | None:
         step()
         setting.synchronize()
         seconds = time.perf_counter() - started
-    computing = sum(event.self_device_time_total for event in profiled.key_averages()) * 1e-6
-    return min(1.0, computing / seconds)
+    return min(1.0, covered(_computing(profiled.events() or ())) * 1e-6 / seconds)
+
+
+def _computing(events: Iterable[Any]) -> Iterator[tuple[float, float]]:
+    """Yield when kernels began and ended, in microseconds."""
+    for event in events:
+        is_label = getattr(event, "is_user_annotation", False)  # of a range, with the gaps in it
+        if event.device_type == DeviceType.CUDA and not is_label and not event.name.startswith(_CROSSINGS):
+            yield event.time_range.start, event.time_range.end
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the union of intervals."""
+    length, reached = 0.0, -math.inf
+    for start, end in sorted(intervals):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
 
 
 STAGE = Stage(name="speed", rows="comparisons", limit_seconds=70.0, measurements=_measurements)

@@ -70,13 +70,16 @@ def run_stage(
             note_seconds()
     except Exception as error:  # noqa: BLE001 -- whatever a stage fails of, the others are measured
         reason = reason or _words(error)
+    try:
+        environment.release_memory(setting.device)
+    except Exception as error:  # noqa: BLE001 -- a fault of the card is told again by every later call
+        reason = reason or f"release of memory: {_words(error)}"
     if left_out:
         found["left_out"] = left_out
     if not rows and reason is None:
         reason = f"the limit of {limit_seconds:.0f} s was over before anything was measured; give more --minutes"
     if reason is not None:
         found |= {"ok": False, "error": reason}
-    environment.release_memory(setting.device)
     note_seconds()
 
 

@@ -9,7 +9,7 @@ from lowmem_db.config.flags import Arguments, checkpoint_step, parse_arguments
 from lowmem_db.config.loading import load_config, read_yaml
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
-from lowmem_db.data.epochs import steps_per_epoch
+from lowmem_db.data.epochs import photos_per_epoch, steps_per_epoch
 from lowmem_db.errors import CheckpointError, ConfigError, DataError
 
 Overrides = list[tuple[str, Any]]
@@ -100,7 +100,10 @@ def _count_epochs(config: Config, parsed: Arguments) -> Overrides:
         if "repeats" in parsed.counts:
             say("--repeats: no effect; photos are repeated until --max_train_steps are done")
         return []
-    epoch = steps_per_epoch(config, repeats=repeats)
+    if config.textual_inversion.enabled:  # the script takes photos for steps
+        epoch = photos_per_epoch(config, repeats=repeats)
+    else:
+        epoch = steps_per_epoch(config, repeats=repeats)
     fields = {"num_train_epochs": "training.max_train_steps", "validation_epochs": "sampling.every"}
     counted = [(fields[flag], epochs * epoch) for flag, epochs in counts.items()]
     for (field, steps), (flag, epochs) in zip(counted, counts.items(), strict=True):

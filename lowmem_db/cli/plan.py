@@ -71,11 +71,11 @@ def _plan_for_all_cards(config: "Config", *, as_json: bool, given: list[object])
 
     from lowmem_db.errors import ConfigError
     from lowmem_db.planning.output import as_json as to_json
-    from lowmem_db.planning.survey import survey, table_of
+    from lowmem_db.planning.survey import surveyed, table_of
 
     if any(option is not None for option in given):
         raise ConfigError("--all-gpus: plans for every card; leave --gpu, --budget and --verify out")
-    plans = list(survey(config))
+    plans = surveyed(config)
     if as_json:
         rows = {card.name: None if plan is None else to_json(plan) for card, plan in plans}
         typer.echo(json.dumps(rows, indent=2))

@@ -13,7 +13,7 @@ def train(
         typer.Argument(
             metavar="[CONFIG] [section.key=value]... [--flag value]...",
             help="A configuration (a YAML file, or a name that [bold]lowmem-db configs[/bold] lists), values of its "
-            "fields, and the flags of diffusers' DreamBooth scripts.",
+            "fields, and the flags of diffusers' scripts for DreamBooth and Textual Inversion.",
             show_default=False,
             autocompletion=shipped.names,
         ),
@@ -34,7 +34,8 @@ def train(
     --instance_prompt "a photo of sks dog" --with_prior_preservation --class_prompt "a photo of dog"
 
     docs/configuration.md describes every field. Ctrl-C saves a checkpoint; --resume continues from it.
-    Commands for diffusers' train_dreambooth.py and train_dreambooth_lora.py can be pasted after lowmem-db train.
+    Commands for diffusers' train_dreambooth.py, train_dreambooth_lora.py and textual_inversion.py can be pasted after
+    lowmem-db train.
     """
     from lowmem_db.cli.arguments import read_arguments
 

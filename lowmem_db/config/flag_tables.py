@@ -1,4 +1,4 @@
-"""The flags of diffusers' DreamBooth scripts and their relatives as data: each flag stands in one table.
+"""The flags of diffusers' scripts and their relatives as data: each flag stands in one table.
 
 Names are spelled with underscores.
 """
@@ -26,6 +26,7 @@ VALUE_FLAGS = {
     "pretrained_model_name_or_path": "model.base",
     "base": "model.base",
     "pretrained_vae_model_name_or_path": "model.vae",
+    "pretrained_vae_name_or_path": "model.vae",
     "vae": "model.vae",
     "clip_skip": "model.clip_skip",
     "revision": "model.revision",
@@ -33,6 +34,10 @@ VALUE_FLAGS = {
     "instance_data_dir": "subject.instance_dir",
     "instance_prompt": "subject.instance_prompt",
     "class_prompt": "subject.class_prompt",
+    "train_data_dir": "subject.instance_dir",
+    "placeholder_token": "textual_inversion.token",
+    "initializer_token": "textual_inversion.initializer",
+    "num_vectors": "textual_inversion.num_vectors",
     "class_data_dir": "prior.class_dir",
     "prior_loss_weight": "prior.loss_weight",
     "num_class_images": "prior.num_class_images",
@@ -69,8 +74,13 @@ VALUE_FLAGS = {
     "min_snr_gamma": "objective.snr_gamma",
     "noise_offset": "objective.noise_offset",
     "checkpointing_steps": "checkpointing.every",
+    "save_interval": "checkpointing.every",
     "checkpoints_total_limit": "checkpointing.keep",
     "num_validation_images": "sampling.num_images",
+    "n_save_sample": "sampling.num_images",
+    "save_sample_negative_prompt": "sampling.negative_prompt",
+    "save_guidance_scale": "sampling.guidance_scale",
+    "save_infer_steps": "sampling.num_inference_steps",
     "validation_steps": "sampling.every",
     "hub_model_id": "final.hub_model_id",
     "rank": "lora.rank",
@@ -89,6 +99,7 @@ SWITCH_FLAGS = {
     "center_crop": ("data.crop", "center"),
     "random_flip": ("data.random_flip", True),
     "flip_aug": ("data.random_flip", True),
+    "hflip": ("data.random_flip", True),
     "shuffle_caption": ("data.shuffle_tags", True),
     "enable_bucket": ("data.aspect_ratio_buckets", True),
     "offset_noise": ("objective.noise_offset", 0.1),
@@ -116,6 +127,10 @@ CHOICE_FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "DDPMScheduler": {"sampling.sampler": "ddpm"},
         "DDIMScheduler": {"sampling.sampler": "ddim"},
     },
+    "learnable_property": {
+        "object": {"textual_inversion.templates": "object"},
+        "style": {"textual_inversion.templates": "style"},
+    },
     "report_to": {
         "tensorboard": {"logging.tensorboard": True},
         "wandb": {"logging.wandb": True},
@@ -132,12 +147,18 @@ ALWAYS_SO = {
     "cache_latents_to_disk": "latents are always cached",
     "output_kohya_format": "a LoRA in kohya's layout always lies beside the other one in final/",
     "skip_save_text_encoder": "final/ is always a complete model",
+    "save_as_full_pipeline": "final/ is the embedding, which load_textual_inversion adds to the model",
+    "pad_tokens": "prompts always have the length of the model's tokenizer",
     "read_prompts_from_txts": "a text file beside a photo always replaces its prompt",
 }
 """Switches for what is always done: accepted, with a remark."""
 
 CHANGES_NOTHING = {
     "dataloader_num_workers": Harmless("batches come from the caches, without workers"),
+    "log_interval": Harmless("every step is logged"),
+    "save_min_steps": Harmless(
+        "checkpoints are saved from the start", ("0",), "checkpoints are saved from the start; leave it out"
+    ),
     "logging_dir": Harmless("TensorBoard's files are in output_dir/tensorboard"),
     "tokenizer_max_length": Harmless(
         "prompts always have the length of the model's tokenizer", ("77",), "leave it out"
@@ -166,6 +187,12 @@ COUNTS = {
 }
 """Flags that count passes through the photos, and what becomes of them."""
 
+TEXTUAL_INVERSION_FLAGS = {
+    "placeholder_token", "initializer_token", "learnable_property", "num_vectors", "save_steps",
+    "save_as_full_pipeline", "no_safe_serialization",
+}  # fmt: skip
+"""Flags of the embedding of a new word: each of them enables Textual Inversion."""
+
 LORA_FLAGS = {"rank", "lora_alpha", "lora_dropout", "use_dora"}
 """Flags of adapters: each of them enables adapters."""
 
@@ -181,6 +208,7 @@ REFUSED_FLAGS = {
     "cache_dir": "the hub's cache is where HF_HOME says; class images, latents and embeddings: cache_dir=FOLDER",
     "adam_weight_decay_text_encoder": "all components share --adam_weight_decay; leave it out",
     "caption_column": "a caption is a text file beside its photo, with the same name",
+    "no_safe_serialization": "only safetensors are written, which load_textual_inversion reads too; leave it out",
     "offload_ema": "the average stays on the device; leave it out",
     "lora_layers": "choose what gets adapters: lora.targets=[attention, unet.mid_block.*]",
     "do_edm_style_training": "the noise schedule is the one in the model's folder; leave it out",
@@ -189,6 +217,5 @@ REFUSED_FLAGS = {
     "multires_noise_iterations": "multi-resolution noise is not supported: --noise_offset",
     "masked_loss": "the loss always covers the whole image; leave it out",
     "not_cache_latents": "latents are always cached, as moments that every step samples from; leave it out",
-    "concepts_list": "write the further subjects into the configuration: subject.concepts, a list with the same fields",
 }
 """Flags without a counterpart, and what to use instead."""

@@ -1,4 +1,4 @@
-"""Commands for diffusers' DreamBooth scripts, and ``section.key=value`` arguments, read into fields.
+"""Commands for diffusers' scripts, and ``section.key=value`` arguments, read into fields.
 
 Underscores and hyphens are equivalent. A flag without a counterpart is an error that says what to use instead; one that
 changes nothing is accepted with a remark.
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowmem_db.config.concepts import REPLACED_FLAGS, fields_of, read_concepts
 from lowmem_db.config.flag_tables import (
     ALWAYS_SO,
     CHANGES_NOTHING,
@@ -18,13 +19,17 @@ from lowmem_db.config.flag_tables import (
     LORA_FLAGS,
     REFUSED_FLAGS,
     SWITCH_FLAGS,
+    TEXTUAL_INVERSION_FLAGS,
     VALUE_FLAGS,
 )
 from lowmem_db.config.loading import parse_override
 from lowmem_db.config.scripts import (
     FULL,
+    OF_A_WORD,
+    REPEATS,
     Launch,
     Script,
+    check_flags,
     defaults_of,
     describe,
     is_command_of_diffusers,
@@ -37,7 +42,7 @@ from lowmem_db.errors import ConfigError
 KNOWN_FLAGS = frozenset(
     (
         *VALUE_FLAGS, *SWITCH_FLAGS, *CHOICE_FLAGS, *ALWAYS_SO, *CHANGES_NOTHING, *COUNTS, *REFUSED_FLAGS,
-        "validation_prompt", "resume_from_checkpoint", "resume",
+        "validation_prompt", "save_sample_prompt", "save_steps", "concepts_list", "resume_from_checkpoint", "resume",
     )
 )  # fmt: skip
 _CHECKPOINT = re.compile(r"(?:checkpoint|step)-0*(\d+)")
@@ -56,6 +61,7 @@ class Arguments:
         notes: Remarks about the given flags.
         flags: Names of the flags given.
         counts: Passes through the photos, by flag.
+        concepts_list: File with the subjects, or None.
         positional: Arguments that are neither flags nor overrides.
     """
 
@@ -66,6 +72,7 @@ class Arguments:
     notes: list[str] = field(default_factory=list)
     flags: set[str] = field(default_factory=set)
     counts: dict[str, int] = field(default_factory=dict)
+    concepts_list: Path | None = None
     positional: list[str] = field(default_factory=list)
 
 
@@ -93,7 +100,13 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
             problems.append(str(problem))
     if problems:
         raise ConfigError("\n".join(problems))
-    if not parsed.positional and is_command_of_diffusers(parsed.flags, launch):
+    is_of_diffusers = not parsed.positional and is_command_of_diffusers(parsed.flags, launch)
+    if parsed.concepts_list is not None:
+        has_prior = bool(dict(parsed.overrides).get("prior.enabled")) if is_of_diffusers else None
+        _read_subjects(parsed, parsed.concepts_list, has_prior)
+    if parsed.flags & TEXTUAL_INVERSION_FLAGS or launch.script in OF_A_WORD:
+        _read_new_word(parsed)
+    if is_of_diffusers:
         _read_as_script(parsed, launch)
     elif parsed.flags & LORA_FLAGS:
         parsed.overrides.insert(0, ("lora.enabled", True))
@@ -108,21 +121,64 @@ def checkpoint_step(checkpoint: Path) -> int | None:
     return int(found[1]) if found else None
 
 
+def _read_subjects(parsed: Arguments, file: Path, has_prior: bool | None) -> None:
+    """Set the subjects from a file.
+
+    Raises:
+        ConfigError: A flag gives a single subject, or the file cannot be used.
+    """
+    if given := [flag for flag in REPLACED_FLAGS if flag in parsed.flags]:
+        raise ConfigError(
+            "\n".join(f"--{flag}: --concepts_list has one for each subject; leave --{flag} out" for flag in given)
+        )
+    concepts, notes = read_concepts(file, has_prior=has_prior)
+    parsed.overrides[:0] = fields_of(concepts)
+    parsed.notes += notes
+
+
 def _read_as_script(parsed: Arguments, launch: Launch) -> None:
     """Apply the defaults of the script, and drop what has no effect there either."""
     if launch.mixed_precision is not None:
         parsed.overrides.insert(0, ("training.mixed_precision", launch.mixed_precision))
     values = dict(parsed.overrides)
     script = launch.script or recognise(parsed.flags, values)
-    if values.get("lora.enabled") is False:
+    if values.get("lora.enabled") is False and script not in OF_A_WORD:
         script = FULL
+    check_flags(script, parsed.flags, values, VALUE_FLAGS)
     parsed.defaults = defaults_of(script, values)
     _drop_what_has_no_effect(parsed, script)
-    if "max_train_steps" not in parsed.flags and "training.max_train_steps" not in values:
+    if script in OF_A_WORD:
+        _count_for_a_word(parsed, script)
+    elif "max_train_steps" not in parsed.flags and "training.max_train_steps" not in values:
         parsed.counts.setdefault("num_train_epochs", 1)
     if script.validation_epochs is not None and "sampling.every" not in values and values.get("sampling.prompts"):
         parsed.counts.setdefault("validation_epochs", script.validation_epochs)
     parsed.notes.insert(0, describe(script, values))
+
+
+def _read_new_word(parsed: Arguments) -> None:
+    """Give fields of Textual Inversion what flags with other meanings elsewhere say."""
+    given = dict(parsed.overrides)
+    if "save_steps" in parsed.flags and "checkpointing_steps" in parsed.flags:
+        parsed.notes.append(
+            "--save_steps: no effect with --checkpointing_steps; every checkpoint holds the embedding: "
+            "lowmem-db export RUN --step N"
+        )
+    rate = {"training.learning_rate": "textual_inversion.learning_rate"} if "learning_rate" in parsed.flags else {}
+    parsed.overrides = [(rate.get(path, path), value) for path, value in parsed.overrides]
+    prompt = "a painting in the style of" if given.get("textual_inversion.templates") == "style" else "a"
+    if "placeholder_token" in parsed.flags:
+        parsed.overrides.insert(0, ("subject.instance_prompt", f"{prompt} {given['textual_inversion.token']}"))
+    parsed.overrides.insert(0, ("textual_inversion.enabled", True))
+
+
+def _count_for_a_word(parsed: Arguments, script: Script) -> None:
+    """Drop epochs that the script does not count either, because its number of steps has a default."""
+    if parsed.counts.pop("num_train_epochs", None):
+        steps = script.defaults["training.max_train_steps"]
+        parsed.notes.append(f"--num_train_epochs: no effect; {script.name} takes --max_train_steps (default {steps})")
+    if "validation_epochs" in parsed.counts:
+        parsed.counts.setdefault("repeats", REPEATS)
 
 
 def _drop_what_has_no_effect(parsed: Arguments, script: Script) -> None:
@@ -168,6 +224,11 @@ _HAVE_NO_EFFECT: tuple[tuple[set[str], Callable[[Mapping[str, Any]], bool], str]
         {"sampling.every", "sampling.num_images", "sampling.sampler"},
         lambda values: bool(values.get("sampling.prompts")),
         "--validation_prompt",
+    ),
+    (
+        {"sampling.negative_prompt", "sampling.guidance_scale", "sampling.num_inference_steps"},
+        lambda values: bool(values.get("sampling.prompts")) or values.get("evaluation.every") is not None,
+        "--save_sample_prompt",
     ),
     (
         {
@@ -237,6 +298,12 @@ def _read_value_flag(name: str, value: str, parsed: Arguments) -> None:
         parsed.counts[name] = _count(name, value)
     elif name == "validation_prompt":
         parsed.overrides.append(("sampling.prompts", [value]))
+    elif name == "save_sample_prompt":
+        parsed.overrides += [("sampling.prompts", [value]), ("sampling.every", None)]
+    elif name == "save_steps":
+        parsed.overrides.insert(0, ("checkpointing.every", value))  # --checkpointing_steps wins
+    elif name == "concepts_list":
+        parsed.concepts_list = Path(value).expanduser()
     else:
         _read_checkpoint(name, value, parsed)
 

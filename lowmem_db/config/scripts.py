@@ -1,11 +1,14 @@
-"""The DreamBooth scripts of diffusers: how they are started, how they are told apart, and their defaults."""
+"""The scripts of diffusers for DreamBooth and Textual Inversion.
+
+How they are started, how they are told apart, and their defaults.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
-from lowmem_db.config.flag_tables import LORA_FLAGS
+from lowmem_db.config.flag_tables import LORA_FLAGS, TEXTUAL_INVERSION_FLAGS
 from lowmem_db.errors import ConfigError
 
 
@@ -18,12 +21,16 @@ class Script:
         trains: What trains, in words.
         defaults: Its defaults where they are not those of the configuration, by field.
         validation_epochs: Epochs between validations, or None if it counts steps.
+        different: Defaults of its own that are better here, as in ``DIFFERENT_HERE``.
+        needed: Flags without which it does not start.
     """
 
     name: str
     trains: str
     defaults: Mapping[str, Any]
     validation_epochs: int | None = None
+    different: Mapping[str, str] = field(default_factory=dict)
+    needed: tuple[str, ...] = ()
 
 
 @dataclass
@@ -84,7 +91,34 @@ LORA_SDXL = Script(
     },
     validation_epochs=50,
 )
-SCRIPTS = {script.name: script for script in (FULL, LORA, LORA_SDXL)}
+TEXTUAL_INVERSION = Script(
+    "textual_inversion.py",
+    "the embedding of a new word trains",
+    {
+        "output_dir": "text-inversion-model",
+        "textual_inversion.enabled": True,
+        "textual_inversion.learning_rate": 1e-4,
+        "data.random_flip": True,
+        "training.max_train_steps": 5000,
+        "training.train_batch_size": 16,
+        "training.max_grad_norm": None,
+        **{path: _OF_ALL[path] for path in ("training.lr_warmup_from_zero", "checkpointing.keep")},
+        **{path: _OF_ALL[path] for path in ("sampling.sampler", "final.layout")},
+    },
+    different={"data.crop": "photos are cropped to squares, not squeezed"},
+    needed=("train_data_dir", "placeholder_token", "initializer_token"),
+)
+TEXTUAL_INVERSION_SDXL = replace(
+    TEXTUAL_INVERSION,
+    name="textual_inversion_sdxl.py",
+    defaults={**TEXTUAL_INVERSION.defaults, "sampling.guidance_scale": 5.0},
+)
+OF_A_WORD = (TEXTUAL_INVERSION, TEXTUAL_INVERSION_SDXL)
+"""Scripts that learn the embedding of a new word."""
+SCRIPTS = {script.name: script for script in (FULL, LORA, LORA_SDXL, *OF_A_WORD)}
+
+REPEATS = 100
+"""Default of ``--repeats`` in the scripts that learn a word."""
 
 WARMUP_STEPS = 500
 """Default of ``--lr_warmup_steps``; a constant learning rate ignores it."""
@@ -98,7 +132,10 @@ DIFFERENT_HERE = {
 }
 """Defaults that are better here, and why; each is named unless it is set."""
 
-_IDENTIFYING = {"pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"}
+_IDENTIFYING = {
+    "pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "train_data_dir", "placeholder_token",
+}  # fmt: skip
+_ONLY_OF_A_WORD = TEXTUAL_INVERSION_FLAGS | {"train_data_dir"}
 _ONLY_LORA = LORA_FLAGS | {
     "lora_layers", "output_kohya_format", "validation_epochs", "image_interpolation_mode", "do_edm_style_training",
     "adam_weight_decay_text_encoder", "prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction",
@@ -128,13 +165,6 @@ def read_launch(arguments: Sequence[str]) -> Launch:
     if where is None:
         raise ConfigError(f"{rest[0]}: is followed by no script; allowed: {', '.join(SCRIPTS)}, or flags alone")
     name = PurePath(rest[where].replace("\\", "/")).name
-    if name.startswith("textual_inversion"):
-        raise ConfigError(
-            f"{name}: its commands are not read; `lowmem-db train sd15_textual_inversion` trains the embedding of a "
-            "new word. Give textual_inversion.token=WORD and subject.instance_prompt='a WORD' for --placeholder_token, "
-            "textual_inversion.initializer=NOUN for --initializer_token, subject.instance_dir=FOLDER for "
-            "--train_data_dir"
-        )
     if name not in SCRIPTS:
         raise ConfigError(
             f"{name}: is not a script whose commands are known; allowed: {', '.join(SCRIPTS)}, or flags alone"
@@ -162,13 +192,40 @@ def recognise(flags: Collection[str], values: Mapping[str, Any]) -> Script:
         ConfigError: The command may be one for a LoRA, but does not say so.
     """
     given = set(flags)
+    is_sdxl = "xl" in str(values.get("model.base", "")).lower()
+    if given & TEXTUAL_INVERSION_FLAGS:
+        return TEXTUAL_INVERSION_SDXL if is_sdxl else TEXTUAL_INVERSION
     wants_lora = values.get("lora.enabled")
     if wants_lora is None and not given & _ONLY_LORA:
         _ask_about_lora(values)
     if wants_lora is False or (wants_lora is None and not given & _ONLY_LORA):
         return FULL
-    is_sdxl = bool(given & _ONLY_SDXL) or "xl" in str(values.get("model.base", "")).lower()
-    return LORA_SDXL if is_sdxl else LORA
+    return LORA_SDXL if is_sdxl or given & _ONLY_SDXL else LORA
+
+
+def check_flags(script: Script, flags: Collection[str], values: Mapping[str, Any], paths: Mapping[str, str]) -> None:
+    """Check that the flags are those of the script.
+
+    Args:
+        script: The script.
+        flags: Names of the flags given.
+        values: The fields that are set.
+        paths: The fields of flags.
+
+    Raises:
+        ConfigError: A flag belongs to a script of another kind, or one that the script needs is missing.
+    """
+    foreign = sorted(_ONLY_OF_A_WORD & set(flags)) if script not in OF_A_WORD else []
+    if "train_data_dir" in foreign:
+        raise ConfigError(
+            "--train_data_dir: is a flag of textual_inversion.py, which needs --placeholder_token too; for DreamBooth "
+            "use --instance_data_dir"
+        )
+    if foreign:
+        raise ConfigError(f"--{foreign[0]}: is a flag of textual_inversion.py, not of {script.name}; leave it out")
+    missing = [flag for flag in script.needed if flag not in flags and paths[flag] not in values]
+    if missing:
+        raise ConfigError("\n".join(f"--{flag}: is missing, and {script.name} needs it; add it" for flag in missing))
 
 
 def defaults_of(script: Script, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,7 +246,7 @@ def defaults_of(script: Script, values: Mapping[str, Any]) -> dict[str, Any]:
 def describe(script: Script, values: Mapping[str, Any]) -> str:
     """Say in one line which defaults apply, what trains, and what is different here."""
     enabled = values.get("prior.enabled")
-    named = [why for path, why in DIFFERENT_HERE.items() if path not in values]
+    named = [why for path, why in {**DIFFERENT_HERE, **script.different}.items() if path not in values]
     named = [why for why in named if enabled or not why.startswith("prior.")]
     different = f"; different here: {', '.join(named)}" if named else ""
     return f"defaults are those of diffusers' {script.name} ({script.trains}){different}"

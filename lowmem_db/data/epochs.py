@@ -16,8 +16,24 @@ def steps_per_epoch(config: Config, *, repeats: int = 1) -> int:
     Raises:
         DataError: The photo folder cannot be read.
     """
-    samples = repeats * len(look_into(config.subject.instance_dir, "subject.instance_dir").photos)
+    samples = photos_per_epoch(config, repeats=repeats)
     if config.prior.enabled:
-        samples = max(samples, config.prior.num_class_images)
+        classes = {(subject.class_prompt, subject.class_dir) for subject in config.subjects}
+        samples = max(samples, len(classes) * config.prior.num_class_images)
     batches = ceil(samples / config.training.train_batch_size)
     return ceil(batches / config.training.gradient_accumulation_steps)
+
+
+def photos_per_epoch(config: Config, *, repeats: int = 1) -> int:
+    """Return the photos of one pass, each as often as it counts.
+
+    Raises:
+        DataError: The photo folder cannot be read.
+    """
+    return repeats * sum(_photos_of(config, number) for number in range(len(config.subjects)))
+
+
+def _photos_of(config: Config, number: int) -> int:
+    subject = config.subjects[number]
+    field = "subject.instance_dir" if number == 0 else f"subject.concepts[{number - 1}].instance_dir"
+    return subject.repeats * len(look_into(subject.instance_dir, field).photos)

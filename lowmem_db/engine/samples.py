@@ -7,6 +7,7 @@ from functools import partial
 from PIL.Image import Image
 from torch import nn
 
+from lowmem_db import environment
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
@@ -87,8 +88,12 @@ def load_decoder(config: Config, model: ModelFolder, denoiser: Denoiser) -> Code
 
 @contextmanager
 def evaluating(denoiser: Denoiser) -> Iterator[Denoiser]:
-    """Return a context in which the trained components are in evaluation mode."""
+    """Return a context in which the trained components are in evaluation mode.
+
+    What the allocator of a card keeps is given back on both sides: what comes next needs blocks of other sizes.
+    """
     modules: list[nn.Module] = list(denoiser.modules().values())
+    environment.release_memory(denoiser.device)
     for module in modules:
         module.eval()
     try:
@@ -96,3 +101,4 @@ def evaluating(denoiser: Denoiser) -> Iterator[Denoiser]:
     finally:
         for module in modules:
             module.train()
+        environment.release_memory(denoiser.device)

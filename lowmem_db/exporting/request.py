@@ -19,7 +19,10 @@ from lowmem_db.exporting.lora import LoraSource, export_lora, find_lora_source, 
 from lowmem_db.exporting.merging import merge_into_folder
 from lowmem_db.exporting.single_file import export_single_file
 from lowmem_db.exporting.source import ExportSource, find_export_source, refuse_existing, source_at_step
+from lowmem_db.models.embedding_file import write_embedding
 from lowmem_db.models.finding import find_model
+from lowmem_db.models.saving import DTYPES
+from lowmem_db.models.suggested_base import SuggestedBase
 from lowmem_db.storage.run_folder import RunFolder
 
 _DORA_RANKS = 4  # how many times the rank of a DoRA its LoRA has
@@ -72,9 +75,30 @@ def export_model(request: Request) -> Path:
         return _export(
             request, LoraSource(name=name, lora=lora, config=config.model_copy(update={"training": trained})), None
         )
+    if config.textual_inversion.enabled:
+        return _export_embedding(request, step, name)
     beside = (request.out or Path(name)).absolute().parent
     with source_at_step(find_source(request.source, step=step, base=request.base), name, beside) as source:
         return _export(request, None, lambda: source)
+
+
+def _export_embedding(request: Request, step: int, name: str) -> Path:
+    """Write the embedding of a checkpoint, as ``final/`` holds that of the last step."""
+    asked = {"--merge": request.merge, "--extract-lora": request.extract_rank, "--format": request.layout}
+    if given := [flag for flag, value in asked.items() if value]:
+        raise ModelError(
+            f"{given[0]}: has no effect on a learned embedding, which other programs load as it is; leave it out"
+        )
+    out = request.out or Path(f"{name}.safetensors")
+    refuse_existing(out)
+    found = find_source(request.source, step=step, base=request.base)
+    assert found.run_config is not None, f"{name} is no run"
+    config, word = found.run_config, found.model.words[-1]
+    dtype = request.precision or DTYPES[config.final.precision]
+    vectors = {component: rows.to(dtype) for component, rows in word.vectors.items()}
+    base = SuggestedBase(fields=config.model.model_dump(), key=found.model.base_key)
+    write_embedding(out, replace(word, vectors=vectors), base)
+    return out
 
 
 def _export(request: Request, lora: LoraSource | None, find_whole: Callable[[], ExportSource] | None) -> Path:

@@ -70,7 +70,14 @@ class ModelFolder(ModelFiles):
         """Return the number of parameters of a component, whose weights need not be there."""
         if self.has_weights(component):
             return super().num_parameters(component)
-        return sum(parameter.numel() for parameter in self.load(component, META).parameters())
+        if component not in self._counted:
+            self._counted[component] = sum(weight.numel() for weight in self.load(component, META).parameters())
+        return self._counted[component]
+
+    @cached_property
+    def _counted(self) -> dict[str, int]:
+        """Parameters of components without weights; building them takes as long as a part of a plan."""
+        return {}
 
     @property
     def space(self) -> Space:

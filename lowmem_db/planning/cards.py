@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from lowmem_db_kernels.dispatch import choose
 
 from lowmem_db.environment import GIB
 from lowmem_db.errors import ConfigError
@@ -23,6 +24,8 @@ _SECONDS_OF_SMALLEST = 2.5e-6  # an operator on a card, however small
 _SECONDS_OF_SMALLEST_ON_CPU = 5e-6
 _HOST_SECONDS = 8e-6  # Python, autograd and torch's dispatcher, for each operator
 _HOST_SECONDS_OF_KERNEL = 25e-6  # the same for a kernel of ours, which Triton launches
+_NO_PART_OF_NAME = re.compile(r"nvidia|geforce|tesla|\bgpu\b|[\s_-](sxm\d?|pcie|hbm\d\w?)\b")
+_MEMORY = re.compile(r"[\s_-]\d+\s?gb\b", re.IGNORECASE)
 _PCIE_3_LANE = 0.985e9  # bytes per second in each direction; every generation doubles it
 
 
@@ -39,6 +42,8 @@ class Card:
         pcie_generation: 3, 4 or 5; 0 for the host itself.
         pcie_lanes: 8 or 16.
         capability: CUDA compute capability, or None for the CPU.
+        multiprocessors: How many it has.
+        eager_step: Whether plain PyTorch computes the optimizer's step there, as without Triton.
     """
 
     name: str
@@ -49,6 +54,8 @@ class Card:
     pcie_generation: int
     pcie_lanes: int
     capability: tuple[int, int] | None
+    multiprocessors: int
+    eager_step: bool = False
 
     @property
     def has_bf16(self) -> bool:
@@ -66,38 +73,38 @@ class Card:
         return int(self.memory_gib * GIB * _SHARE_FOR_PROGRAMS)
 
 
-CPU = Card("CPU", 0.0, 20.0, 0.1, 0.1, 0, 0, None)
+CPU = Card("CPU", 0.0, 20.0, 0.1, 0.1, 0, 0, None, 0)
 CARDS = (
-    Card("GTX 1660 Ti", 6.0, 288.0, 10.9, 5.4, 3, 16, (7, 5)),
-    Card("RTX 2060", 6.0, 336.0, 25.8, 6.5, 3, 16, (7, 5)),
-    Card("RTX 2070", 8.0, 448.0, 29.9, 7.5, 3, 16, (7, 5)),
-    Card("RTX 2080", 8.0, 448.0, 40.3, 10.1, 3, 16, (7, 5)),
-    Card("RTX 2080 Ti", 11.0, 616.0, 53.8, 13.4, 3, 16, (7, 5)),
-    Card("RTX 3050", 8.0, 224.0, 18.2, 9.1, 4, 8, (8, 6)),
-    Card("RTX 3060", 12.0, 360.0, 25.6, 12.7, 4, 16, (8, 6)),
-    Card("RTX 3060 Ti", 8.0, 448.0, 32.4, 16.2, 4, 16, (8, 6)),
-    Card("RTX 3070", 8.0, 448.0, 40.6, 20.3, 4, 16, (8, 6)),
-    Card("RTX 3080", 10.0, 760.0, 59.5, 29.8, 4, 16, (8, 6)),
-    Card("RTX 3080 Ti", 12.0, 912.0, 68.2, 34.1, 4, 16, (8, 6)),
-    Card("RTX 3090", 24.0, 936.0, 71.2, 35.6, 4, 16, (8, 6)),
-    Card("RTX 4060", 8.0, 272.0, 30.2, 15.1, 4, 8, (8, 9)),
-    Card("RTX 4060 Ti", 8.0, 288.0, 44.1, 22.1, 4, 8, (8, 9)),
-    Card("RTX 4060 Ti 16GB", 16.0, 288.0, 44.1, 22.1, 4, 8, (8, 9)),
-    Card("RTX 4070", 12.0, 504.0, 58.3, 29.1, 4, 16, (8, 9)),
-    Card("RTX 4070 Ti", 12.0, 504.0, 80.2, 40.1, 4, 16, (8, 9)),
-    Card("RTX 4070 Ti Super", 16.0, 672.0, 88.2, 44.1, 4, 16, (8, 9)),
-    Card("RTX 4080", 16.0, 717.0, 97.5, 48.7, 4, 16, (8, 9)),
-    Card("RTX 4090", 24.0, 1008.0, 165.2, 82.6, 4, 16, (8, 9)),
-    Card("RTX 5060 Ti 16GB", 16.0, 448.0, 47.4, 23.7, 5, 8, (12, 0)),
-    Card("RTX 5070", 12.0, 672.0, 61.7, 30.9, 5, 16, (12, 0)),
-    Card("RTX 5070 Ti", 16.0, 896.0, 87.9, 43.9, 5, 16, (12, 0)),
-    Card("RTX 5080", 16.0, 960.0, 112.6, 56.3, 5, 16, (12, 0)),
-    Card("RTX 5090", 32.0, 1792.0, 209.5, 104.8, 5, 16, (12, 0)),
-    Card("T4", 15.0, 320.0, 65.0, 8.1, 3, 16, (7, 5)),
-    Card("L4", 24.0, 300.0, 121.0, 30.3, 4, 16, (8, 9)),
-    Card("V100", 16.0, 900.0, 112.0, 14.0, 3, 16, (7, 0)),
-    Card("A100", 40.0, 1555.0, 312.0, 19.5, 4, 16, (8, 0)),
-    Card("H100", 80.0, 3350.0, 989.0, 67.0, 5, 16, (9, 0)),
+    Card("GTX 1660 Ti", 6.0, 288.0, 10.9, 5.4, 3, 16, (7, 5), 24),
+    Card("RTX 2060", 6.0, 336.0, 25.8, 6.5, 3, 16, (7, 5), 30),
+    Card("RTX 2070", 8.0, 448.0, 29.9, 7.5, 3, 16, (7, 5), 36),
+    Card("RTX 2080", 8.0, 448.0, 40.3, 10.1, 3, 16, (7, 5), 46),
+    Card("RTX 2080 Ti", 11.0, 616.0, 53.8, 13.4, 3, 16, (7, 5), 68),
+    Card("RTX 3050", 8.0, 224.0, 18.2, 9.1, 4, 8, (8, 6), 20),
+    Card("RTX 3060", 12.0, 360.0, 25.6, 12.7, 4, 16, (8, 6), 28),
+    Card("RTX 3060 Ti", 8.0, 448.0, 32.4, 16.2, 4, 16, (8, 6), 38),
+    Card("RTX 3070", 8.0, 448.0, 40.6, 20.3, 4, 16, (8, 6), 46),
+    Card("RTX 3080", 10.0, 760.0, 59.5, 29.8, 4, 16, (8, 6), 68),
+    Card("RTX 3080 Ti", 12.0, 912.0, 68.2, 34.1, 4, 16, (8, 6), 80),
+    Card("RTX 3090", 24.0, 936.0, 71.2, 35.6, 4, 16, (8, 6), 82),
+    Card("RTX 4060", 8.0, 272.0, 30.2, 15.1, 4, 8, (8, 9), 24),
+    Card("RTX 4060 Ti", 8.0, 288.0, 44.1, 22.1, 4, 8, (8, 9), 34),
+    Card("RTX 4060 Ti 16GB", 16.0, 288.0, 44.1, 22.1, 4, 8, (8, 9), 34),
+    Card("RTX 4070", 12.0, 504.0, 58.3, 29.1, 4, 16, (8, 9), 46),
+    Card("RTX 4070 Ti", 12.0, 504.0, 80.2, 40.1, 4, 16, (8, 9), 60),
+    Card("RTX 4070 Ti Super", 16.0, 672.0, 88.2, 44.1, 4, 16, (8, 9), 66),
+    Card("RTX 4080", 16.0, 717.0, 97.5, 48.7, 4, 16, (8, 9), 76),
+    Card("RTX 4090", 24.0, 1008.0, 165.2, 82.6, 4, 16, (8, 9), 128),
+    Card("RTX 5060 Ti 16GB", 16.0, 448.0, 47.4, 23.7, 5, 8, (12, 0), 36),
+    Card("RTX 5070", 12.0, 672.0, 61.7, 30.9, 5, 16, (12, 0), 48),
+    Card("RTX 5070 Ti", 16.0, 896.0, 87.9, 43.9, 5, 16, (12, 0), 70),
+    Card("RTX 5080", 16.0, 960.0, 112.6, 56.3, 5, 16, (12, 0), 84),
+    Card("RTX 5090", 32.0, 1792.0, 209.5, 104.8, 5, 16, (12, 0), 170),
+    Card("T4", 15.0, 320.0, 65.0, 8.1, 3, 16, (7, 5), 40),
+    Card("L4", 24.0, 300.0, 121.0, 30.3, 4, 16, (8, 9), 58),
+    Card("V100", 16.0, 900.0, 112.0, 14.0, 3, 16, (7, 0), 80),
+    Card("A100", 40.0, 1555.0, 312.0, 19.5, 4, 16, (8, 0), 108),
+    Card("H100", 80.0, 3350.0, 989.0, 67.0, 5, 16, (9, 0), 132),
 )
 ASSUMED = next(card for card in CARDS if card.name == "RTX 3060")
 
@@ -105,8 +112,10 @@ ASSUMED = next(card for card in CARDS if card.name == "RTX 3060")
 def find_card(name: str) -> Card:
     """Find a card by name, in any spelling: ``rtx 3060``, ``RTX3060``, ``3060``, ``RTX 3060 8GB``.
 
+    A card of laptops, or a part of one (MIG), is another card: it has less memory than the whole one of that name.
+
     Raises:
-        ConfigError: The name is unknown; the message suggests similar ones.
+        ConfigError: The name is unknown, or its memory is none; the message suggests similar ones.
     """
     cards = _by_plain_name()
     plain = _plain(name)
@@ -117,6 +126,8 @@ def find_card(name: str) -> Card:
         model, memory = plain[: -2 - digits], plain[-2 - digits : -2]
         key = next((key for key in (model, "rtx" + model) if key in cards), None)
         if plain.endswith("gb") and memory.isdecimal() and key is not None:
+            if int(memory) == 0:
+                raise ConfigError(f"--gpu: {name!r} has no memory; give at least 1GB behind the name, or leave it out")
             return replace(cards[key], name=f"{cards[key].name} {int(memory)}GB", memory_gib=float(memory))
     near = difflib.get_close_matches(plain, cards, n=6, cutoff=0.6)
     hint = f"did you mean {' or '.join(cards[key].name for key in near)}? " if near else ""
@@ -126,17 +137,39 @@ def find_card(name: str) -> Card:
     )
 
 
-def card_of(name: str, *, total_bytes: int, capability: tuple[int, int]) -> Card:
+def card_of(name: str, *, total_bytes: int, capability: tuple[int, int], multiprocessors: int | None = None) -> Card:
     """Return the card for a device in this machine, with its real memory; an unknown one is as fast as ``ASSUMED``."""
-    like = _by_plain_name().get(_plain(known_name(name)), ASSUMED)
-    return replace(like, name=name, memory_gib=total_bytes / GIB / _SHARE_FOR_PROGRAMS, capability=capability)
+    like = _known(name) or ASSUMED
+    return replace(
+        like,
+        name=name,
+        memory_gib=total_bytes / GIB / _SHARE_FOR_PROGRAMS,
+        capability=capability,
+        multiprocessors=multiprocessors or like.multiprocessors,
+    )
+
+
+def card_here(device: torch.device) -> Card:
+    """Return the card of a CUDA device of this machine, and what computes the optimizer's step on it."""
+    found = torch.cuda.get_device_properties(device)
+    card = card_of(
+        found.name,
+        total_bytes=found.total_memory,
+        capability=(found.major, found.minor),
+        multiprocessors=found.multi_processor_count,
+    )
+    return replace(card, eager_step=choose("adamw8bit_step", device).backend == "eager")
+
+
+def is_known(name: str) -> bool:
+    """Return whether a card that a driver calls ``name`` is in :data:`CARDS`."""
+    return _known(name) is not None
 
 
 def known_name(name: str) -> str:
     """Return the name in :data:`CARDS` of a card that a driver calls ``name``, or ``name`` if it is not there."""
-    cards = _by_plain_name()
-    known = [key for key in cards if _plain(name).startswith(key)]
-    return cards[max(known, key=len)].name if known else name
+    known = _known(name)
+    return name if known is None else known.name
 
 
 def seconds_per_step(costs: Costs, card: Card, *, again: np.ndarray | None = None, crossing_bytes: int = 0) -> float:
@@ -184,10 +217,16 @@ def pcie_rate(card: Card) -> float:
     return _PCIE_3_LANE * 2 ** (card.pcie_generation - 3) * card.pcie_lanes
 
 
+def _known(name: str) -> Card | None:
+    """Return the card that a driver calls ``name``; what only begins alike, such as a laptop's, is another one."""
+    cards = _by_plain_name()
+    return cards.get(_plain(name)) or cards.get(_plain(_MEMORY.sub("", name)))
+
+
 def _by_plain_name() -> dict[str, Card]:
     return {_plain(card.name): card for card in CARDS}
 
 
 def _plain(name: str) -> str:
-    """Return a name without spaces, case, maker and product line."""
-    return re.sub(r"nvidia|geforce|tesla|laptop|gpu|[^a-z0-9]", "", name.lower())
+    """Return a name without spaces, case, maker, product line and form."""
+    return re.sub(r"[^a-z0-9]", "", _NO_PART_OF_NAME.sub("", name.lower()))

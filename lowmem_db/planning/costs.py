@@ -34,6 +34,7 @@ class Costs:
         block_names: Blocks of the model to which the rows belong.
         host_to_device_bytes: Bytes copied from the host over PCIe.
         device_to_host_bytes: Bytes copied to the host over PCIe.
+        attentions: What attention computes the backward pass of.
     """
 
     flops: np.ndarray
@@ -45,6 +46,23 @@ class Costs:
     block_names: tuple[str, ...] = ()
     host_to_device_bytes: int = 0
     device_to_host_bytes: int = 0
+    attentions: frozenset["Attention"] = frozenset()
+
+
+class Attention(NamedTuple):
+    """The queries of one attention.
+
+    Attributes:
+        num_heads: Heads of all samples.
+        num_queries: Tokens of each head.
+        width: Channels of each head.
+        dtype: Their type.
+    """
+
+    num_heads: int
+    num_queries: int
+    width: int
+    dtype: torch.dtype
 
 
 class Row(NamedTuple):
@@ -64,10 +82,12 @@ class CostRecorder:
         self._block_names: list[str] = []
         self._block = -1
         self._crossed = [0, 0]
+        self._attentions: set[Attention] = set()
 
     def clear(self) -> None:
         """Forget all rows."""
         self._rows.clear()
+        self._attentions.clear()
         self._crossed = [0, 0]
 
     def start_block(self, name: str) -> None:
@@ -84,6 +104,12 @@ class CostRecorder:
     def add(self, row: Row) -> None:
         """Add one operator."""
         self._rows.append((*row, torch._C._current_graph_task_id() != -1, self._block))
+
+    @no_type_check
+    def add_attention(self, query: Tensor) -> None:
+        """Add a backward pass of attention, by its queries, shape ``(batch, heads, tokens, channels)``."""
+        batch, heads, tokens, channels = query.shape
+        self._attentions.add(Attention(batch * heads, tokens, channels, query.dtype))
 
     @no_type_check
     def add_crossing(self, num_bytes: int, *, to_host: bool) -> None:
@@ -103,6 +129,7 @@ class CostRecorder:
             block_names=tuple(self._block_names),
             host_to_device_bytes=self._crossed[0],
             device_to_host_bytes=self._crossed[1],
+            attentions=frozenset(self._attentions),
         )
 
 

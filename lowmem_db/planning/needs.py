@@ -34,7 +34,7 @@ class Needs:
 
     def of_phases(self, phases: Sequence[PhaseMemory]) -> int:
         """Return what phases need if they run one after the other."""
-        return self._with_allowance(max(phase.parts.total for phase in phases))
+        return max(self._with_allowance(phase.parts.total, in_step=phase.name == "train") for phase in phases)
 
     def host_peak(self, strategy: Config, phases: Sequence[PhaseMemory]) -> int:
         """Return what phases on a card need of the host beside it: models while they load, and what stays there."""
@@ -58,7 +58,7 @@ class Needs:
 
     def training(self, strategy: Config) -> int:
         """Return what training needs, predicted from the figures of its blocks if it was not traced."""
-        return self._with_allowance(self._predictor.train_bytes(strategy))
+        return self._with_allowance(self._predictor.train_bytes(strategy), in_step=True)
 
     def at_least(self, strategy: Config) -> int:
         """Return the least that a run needs, without a trace of training."""
@@ -68,8 +68,9 @@ class Needs:
         """Return what a run needs, including :meth:`training`."""
         return max(self.at_least(strategy), self.training(strategy))
 
-    def _with_allowance(self, num_bytes: int) -> int:
-        return num_bytes + allowance_bytes(num_bytes, self._card)
+    def _with_allowance(self, num_bytes: int, *, in_step: bool = False) -> int:
+        attentions = self._predictor.attentions if in_step and not self._card.is_cpu else ()
+        return num_bytes + allowance_bytes(num_bytes, self._card, attentions)
 
 
 def _loaded(strategy: Config, phase: PhaseMemory) -> int:

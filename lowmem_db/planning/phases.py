@@ -86,7 +86,9 @@ class TracedRun:
         """Return a context that tracks the code in it as if it ran on the card."""
         costs = CostRecorder()
         rounding = 1 if self.card.is_cpu else CUDA_ROUNDING
-        tracker = AllocationTracker(rounding=rounding, cpu_kernels=self.card.is_cpu, costs=costs)
+        tracker = AllocationTracker(
+            rounding=rounding, cpu_kernels=self.card.is_cpu, costs=costs, eager_step=self.card.eager_step
+        )
         gc.freeze()  # otherwise the collector walks through torch's own objects again and again
         try:
             with real_paths(on_cpu=self.card.is_cpu, autocast=autocast), tracker.tracking():

@@ -13,7 +13,7 @@ from lowmem_db.environment import GIB
 from lowmem_db.errors import BudgetError
 from lowmem_db.models.finding import model_of
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.planning.allowance import allowance_bytes, reserved_bytes
+from lowmem_db.planning.allowance import allocator_bytes
 from lowmem_db.planning.candidates import candidates, open_choices
 from lowmem_db.planning.disk import cache_bytes, checkpoint_bytes, final_bytes, record_bytes
 from lowmem_db.planning.duration import seconds_of_phases
@@ -196,13 +196,14 @@ class _Search:
 
     def _plan(self, strategy: Config, phases: list[PhaseMemory], refused: list[Refusal]) -> Plan:
         peak = max(phases, key=lambda phase: phase.parts.total)
+        needed = self._needs.of_phases(phases)
         notes = [] if peak.name == "train" else [f"the peak of the run is in the phase {peak.name}, not in train"]
         return MemoryPlan(
             device=self._card.name,
             config=strategy,
             phases=tuple(phases),
-            allowance_bytes=allowance_bytes(peak.parts.total, self._card),
-            reserved_bytes=reserved_bytes(peak.parts.total, self._card),
+            allowance_bytes=needed - peak.parts.total,
+            reserved_bytes=None if self._card.is_cpu else allocator_bytes(needed),
             budget_bytes=self._budget_bytes,
             seconds_per_step=self._predictor.seconds(strategy),
             seconds=seconds_of_phases(self._predictor, strategy),

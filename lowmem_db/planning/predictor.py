@@ -16,7 +16,7 @@ from lowmem_db.config.schema import Config, Placement
 from lowmem_db.config.strategy import Trace, changed, key_of, overhead_of
 from lowmem_db.planning.candidates import placement_of
 from lowmem_db.planning.cards import seconds_per_step
-from lowmem_db.planning.costs import Costs
+from lowmem_db.planning.costs import Attention, Costs
 from lowmem_db.planning.phases import (
     Traced,
     TracedRun,
@@ -69,6 +69,11 @@ class Predictor:
     def block_names(self) -> list[str]:
         """Names of the blocks in the order of the forward pass."""
         return list(self.train(self._first).blocks)[:-1]
+
+    @cached_property
+    def attentions(self) -> frozenset[Attention]:
+        """What attention computes the backward pass of in a step; with parts of a batch, of fewer samples."""
+        return self.train(self._first).costs.attentions
 
     def before_training(self, strategy: Config) -> list[PhaseMemory]:
         """Return the phases before training."""

@@ -8,8 +8,8 @@ from lowmem_db import environment, memory_limits
 from lowmem_db.config.schema import Config
 from lowmem_db.environment import GIB
 from lowmem_db.errors import ConfigError
-from lowmem_db.planning.allowance import context_in_use
-from lowmem_db.planning.cards import ASSUMED, CPU, Card, card_of, find_card
+from lowmem_db.planning.allowance import context_in_use, held_by_others
+from lowmem_db.planning.cards import ASSUMED, CPU, Card, card_here, find_card, is_known
 
 _UNKNOWN = 1 << 62  # if the system does not tell what is free
 
@@ -73,11 +73,16 @@ def target_of_device(config: Config, device: torch.device) -> Target:
         return _target_of_host(given, environment.free_host_bytes())
     properties = torch.cuda.get_device_properties(device)
     free = environment.free_bytes(device) or _UNKNOWN  # beside the context, which a budget includes
-    budget = given or min(properties.total_memory, free + context_in_use())
-    card = card_of(
-        properties.name, total_bytes=properties.total_memory, capability=(properties.major, properties.minor)
-    )
-    return Target(card=card, budget_bytes=budget, host_bytes=environment.free_host_bytes())
+    available = min(properties.total_memory, free + context_in_use())
+    notes = []
+    if not is_known(properties.name):
+        notes.append(f"the planner does not know {properties.name}: its times are those of an {ASSUMED.name}")
+    if (held := held_by_others(device)) > 0:
+        notes.append(f"other programs hold {held / GIB:.1f} GiB of {properties.name}; nvidia-smi lists them")
+    if given is not None and given > available:
+        notes.append(f"memory.budget: only {available / GIB:.1f} GiB of {given / GIB:.1f} GiB are free here")
+    host_bytes = environment.free_host_bytes()
+    return Target(card=card_here(device), budget_bytes=given or available, notes=tuple(notes), host_bytes=host_bytes)
 
 
 def _target_of_host(given: int | None, free: int | None) -> Target:

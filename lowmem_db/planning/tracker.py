@@ -13,6 +13,7 @@ from typing import Any, no_type_check
 
 import torch
 from lowmem_db_kernels import registry
+from lowmem_db_kernels.adamw8bit_eager import temporary_bytes
 from lowmem_db_kernels.dispatch import choose
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
@@ -26,6 +27,8 @@ from lowmem_db.records import PARTS, MemoryParts
 
 CUDA_ROUNDING = 512
 _COPY = torch.ops.aten.copy_.default
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+_STEP = torch.ops.lowmem_db_kernels.adamw8bit_step.default
 _READ_SCALAR = torch.ops.aten._local_scalar_dense.default
 
 
@@ -45,6 +48,7 @@ class AllocationTracker(TorchDispatchMode):
         rounding: Sizes of storages are rounded up to a multiple of this many bytes.
         cpu_kernels: Whether to look inside the operators of ``lowmem_db_kernels`` that run as eager twins on the CPU.
         costs: Is notified of every operator in a trace.
+        eager_step: Whether the optimizer's step runs on a card as its eager twin, whose temporaries count.
     """
 
     def __init__(
@@ -54,12 +58,14 @@ class AllocationTracker(TorchDispatchMode):
         rounding: int = CUDA_ROUNDING,
         cpu_kernels: bool = False,
         costs: CostRecorder | None = None,
+        eager_step: bool = False,
     ) -> None:
         super().__init__()
         self.device_type = device_type
         self._rounding = rounding
         self._cpu_kernels = cpu_kernels
         self._costs = costs or CostRecorder()
+        self._eager_step = eager_step
         self._storages: dict[int, _Storage] = {}
         self._totals = [0] * len(PARTS)
         self._live_bytes = self._host_bytes = 0
@@ -159,6 +165,8 @@ class AllocationTracker(TorchDispatchMode):
         if self._cpu_kernels and func.namespace == KERNELS and not _is_native(func):
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        if self._eager_step and func is _STEP:
+            self._follow(torch.empty(temporary_bytes(args[0].numel()), dtype=torch.uint8, device=self.device_type))
         if self.device_type != "meta":
             made = func(*args, **kwargs)
             self._follow_all(made)
@@ -172,6 +180,8 @@ class AllocationTracker(TorchDispatchMode):
     @no_type_check
     def _record(self, func: Any, args: tuple[Any, ...], row: Row) -> None:
         """Record the costs of an operator; a copy between host and device crosses PCIe."""
+        if func is _ATTENTION_BACKWARD:
+            self._costs.add_attention(args[1])
         if func is _COPY and (to_host := self.is_on_host(args[0])) != self.is_on_host(args[1]):
             self._costs.add_crossing(args[1].nbytes, to_host=to_host)
         else:

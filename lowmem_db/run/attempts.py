@@ -7,6 +7,7 @@ memory were whole. As a resumed run ends with the same bits, so does this one.
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -25,9 +26,11 @@ from lowmem_db.errors import BudgetError
 from lowmem_db.evaluation.during_training import Scorer
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.out_of_memory import Place
+from lowmem_db.planning.allowance import held_by_others
 from lowmem_db.planning.ladder import Ladder, Phase
 from lowmem_db.planning.measured import write_measured, write_stepped_down, write_trained
 from lowmem_db.planning.phases import TracedRun
+from lowmem_db.planning.plan import gib
 from lowmem_db.planning.target import Target
 from lowmem_db.run.checks import uses_wandb
 from lowmem_db.run.final import write_final
@@ -35,6 +38,7 @@ from lowmem_db.run.page import ReportPage, write_page
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.observers import ConsoleBar, MetricsFiles, Observer, RunCopy, Samples, ScoreKeeper
+from lowmem_db.training.rescue import write_memory_summary
 from lowmem_db.training.spill import SpillWatch
 from lowmem_db.training.trainer import Trainer
 from lowmem_db.training.weights_and_biases import WeightsAndBiases
@@ -76,16 +80,21 @@ class _Failure:
         phase: What ran out of memory.
         place: Whose memory was too small.
         reason: What the allocator said.
+        held_by_others: Bytes of the device that other programs hold.
+        details: Where more is to be found, to be put behind a message.
     """
 
     step: int
     phase: Phase
     place: Place
     reason: str
+    held_by_others: int = 0
+    details: str = ""
 
     def describe(self) -> str:
         when = {"train": f"step {self.step + 1}", "sample": f"samples of step {self.step}"}[self.phase]
-        return f"{when}: out of memory on the {self.place} ({self.reason})"
+        others = f"; other programs hold {gib(self.held_by_others)} of it" if self.held_by_others else ""
+        return f"{when}: out of memory on the {self.place} ({self.reason}{others})"
 
 
 class Attempts:
@@ -126,13 +135,21 @@ class Attempts:
                 raise
             trainer, self._trainer = self._trainer, None
             step, phase = (0, "train") if trainer is None else (trainer.step, trainer.phase)
+            failure = _Failure(step, phase, place, out_of_memory.reason_of(error), **self._seen_on_card(place, trainer))
             if trainer is not None:
                 vars(trainer).clear()  # observers still refer to it, and it to the model
             del trainer
-            failure = _Failure(step, phase, place, out_of_memory.reason_of(error))
             out_of_memory.forget(error)
             return failure
         return None
+
+    def _seen_on_card(self, place: Place, trainer: Trainer | None) -> dict[str, Any]:
+        """Return what a full card shows; the table of its allocator is written unless the trainer has done so."""
+        run, device = self._prepared.run, self._prepared.device
+        has_summary = trainer is not None and trainer.has_memory_summary
+        if not (has_summary or write_memory_summary(run, device, place)):
+            return {}
+        return {"held_by_others": held_by_others(device), "details": f"; {run.memory_summary_file} shows what held it"}
 
     def _step_down(self, failure: _Failure) -> None:
         """Choose a strategy that needs less, and write it into the run folder.
@@ -146,9 +163,10 @@ class Attempts:
             raise BudgetError(
                 f"{failure.describe()}, and no strategy that the configuration leaves open needs less; "
                 f"{_newest_checkpoint(run)}. The smallest budget that is predicted to be enough is "
-                f"{self._ladder.smallest()}. Free memory or leave memory fields out, and continue with --resume"
+                f"{self._ladder.smallest()}. Free memory or leave memory fields out, and continue with "
+                f"--resume{failure.details}"
             )
-        say(f"{failure.describe()}; continuing {_from_where(run)} with: {describe(smaller)}")
+        say(f"{failure.describe()}; continuing {_from_where(run)} with: {describe(smaller)}{failure.details}")
         write_stepped_down(run, step=failure.step, reason=failure.describe(), strategy=smaller)
         self._use(smaller)
 

@@ -7,6 +7,7 @@ import torch
 from lowmem_db import environment
 from lowmem_db.adaptation.finding import find_adaptation
 from lowmem_db.config.schema import Config
+from lowmem_db.console import say
 from lowmem_db.engine.build import count_on_meta
 from lowmem_db.errors import StorageError
 from lowmem_db.memory import techniques
@@ -21,15 +22,17 @@ def check_machine(config: Config, device: torch.device) -> None:
     """Refuse what this machine cannot do, before a model is searched.
 
     Raises:
+        BudgetError: Other programs hold the device's memory.
         ConfigError: The device does not support ``training.mixed_precision``.
         DependencyError: A library or login that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for kernels
             that cannot run here.
         StorageError: The final model is to be uploaded, but nobody is logged in.
     """
-    if device.index is not None:
-        torch.cuda.set_device(device)  # for what asks for the current device, such as the planner
+    environment.check_room(device)
     environment.check_precision(config.training.mixed_precision or "no", device)
     techniques.check(config, device)
+    if environment.will_compile(device):
+        say(f"compiling kernels, once for {device} and this Triton: up to a minute, here and in the first step")
     environment.check_kernels(device)
     find_adaptation(config).check_machine(device)
     if config.logging.tensorboard:

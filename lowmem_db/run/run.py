@@ -113,7 +113,12 @@ def _check_and_plan(run: RunFolder, config: Config, *, resume: bool) -> _Planned
     target = target_of_device(config, device)
     plan = plan_run(config, target, model=model)
     config = plan.config
-    for line in (summary(plan), time_in_words(plan), disk_in_words(plan)):
+    for line in (
+        *(target.notes if device.type == "cuda" else ()),
+        summary(plan),
+        time_in_words(plan),
+        disk_in_words(plan),
+    ):
         say(line)
     check_disk(config, model)
     check_prompts(config, model, photos)

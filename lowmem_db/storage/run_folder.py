@@ -36,6 +36,7 @@ class RunFolder:
         self.root = root
         self.config_file = root / "config.yaml"
         self.environment_file = root / "environment.json"
+        self.memory_summary_file = root / "memory_summary.txt"
         self.metrics_file = root / "metrics.jsonl"
         self.scores_file = root / "scores.jsonl"
         self.checkpoints_dir = root / "checkpoints"

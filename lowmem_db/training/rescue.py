@@ -1,12 +1,16 @@
-"""Save the model in memory before a full or missing disk ends the run."""
+"""Save the model in memory before a full or missing disk ends the run; keep what a full card held."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+import torch
+
+from lowmem_db import environment
 from lowmem_db.config.loading import to_yaml
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.errors import DiskFullError, StorageError
+from lowmem_db.out_of_memory import Place
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.run_folder import RunFolder
 
@@ -74,3 +78,23 @@ def write_row_or_save(
 
     with saving_first(run, config, step, save_and_write):
         write()
+
+
+def write_memory_summary(run: RunFolder, device: torch.device, place: Place) -> bool:
+    """Write what the allocator of a full card holds into the run folder, before anything is freed.
+
+    Args:
+        run: The run folder.
+        device: The device of the run.
+        place: Whose memory was too small.
+
+    Returns:
+        Whether there is such a card; nothing is written otherwise.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    if place != "device" or device.type != "cuda":
+        return False
+    write_text(run.memory_summary_file, environment.memory_summary(device))
+    return True

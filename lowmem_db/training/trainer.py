@@ -27,7 +27,7 @@ from lowmem_db.records import StepOutput
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.checkpoint import restore_checkpoint, save_checkpoint
 from lowmem_db.training.observers import Event, Observer
-from lowmem_db.training.rescue import save_with_room
+from lowmem_db.training.rescue import save_with_room, write_memory_summary
 from lowmem_db.training.signals import StopRequest, stop_on_signals
 
 
@@ -49,6 +49,7 @@ class Trainer:
         step: Optimizer steps done.
         phase: What it does now, as the planner calls it; scores count as samples.
         peak_step_bytes: Peak memory of a step so far, as counted by :func:`environment.peak_bytes`.
+        has_memory_summary: Whether what held a full card was written into the run folder.
         trained_modules: Components that train, or trained until they were stopped.
     """
 
@@ -78,6 +79,7 @@ class Trainer:
         self.step = 0
         self.peak_step_bytes = 0
         self.phase: Literal["train", "sample"] = "train"
+        self.has_memory_summary = False
         self._whole_at: tuple[int, int] | None = None
 
     def stateful_objects(self) -> dict[str, Stateful]:
@@ -123,7 +125,8 @@ class Trainer:
                     reason = self._steps(stop)
                 self.phase = "train"
             except Exception as error:
-                if out_of_memory.place_of(error) is not None:
+                if (place := out_of_memory.place_of(error)) is not None:
+                    self.has_memory_summary = write_memory_summary(self.run, self.denoiser.device, place)
                     self._save_if_whole(error)
                     if stop:
                         stop.stop()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowmem_db import environment
 from lowmem_db.bench.bench import run_bench
 from lowmem_db.bench.setting import Setting
 from lowmem_db.bench.stage import Clock, Measurement, Stage
@@ -56,6 +57,21 @@ def test_stage_that_cannot_begin_says_why_and_takes_no_other_along(tmp_path: Pat
     found = run_bench(SETTING, tmp_path / "bench.json", stages=[first, stage("second", ("good", dict))])
     assert [each["ok"] for each in found["stages"]] == [False, True]
     assert found["stages"][0]["error"] == "KeyError: 'nothing'"
+
+
+def test_fault_of_the_card_that_every_call_tells_again_ends_no_bench(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def release(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(environment, "release_memory", release)
+    stages = [stage("first", ("good", dict)), stage("second", ("bad", fails)), stage("third", ("good", dict))]
+    first, second, third = run_bench(SETTING, tmp_path / "bench.json", stages=stages)["stages"]
+    told = "release of memory: RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert [each["ok"] for each in (first, second, third)] == [False, False, False]
+    assert (first["error"], second["error"], third["error"]) == (told, "bad: RuntimeError: it broke", told)
+    assert third["rows"] == [{"name": "good"}]
 
 
 def test_what_is_measured_stands_in_the_file_at_once(tmp_path: Path) -> None:

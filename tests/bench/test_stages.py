@@ -6,18 +6,24 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import Interval
 
-from lowmem_db.bench import bandwidth, bits, candidates, capped, kernels, machine, memory, speed
+from lowmem_db.bench import bandwidth, bits, candidates, capped, kernels, killed, machine, memory, speed, steps
 from lowmem_db.bench.bench import STAGES, run_bench
+from lowmem_db.bench.plain_loop import PlainLoop
 from lowmem_db.bench.setting import Setting
 from lowmem_db.bench.steps import Steps, first_difference
+from lowmem_db.bench.strategies import TECHNIQUES, strategy
+from lowmem_db.storage.run_folder import RunFolder
 from tests.cli.conftest import REPOSITORY
 
 NAMES = ["environment", "kernels", "bits", "memory", "speed", "candidates", "bandwidth", "capped"]
@@ -110,6 +116,106 @@ def test_state_that_is_not_restored_is_named(monkeypatch: pytest.MonkeyPatch) ->
         bits._repeated(SETTING, "in_backward")
 
 
+@dataclass
+class Event:
+    """What torch's profiler tells of an event, as far as it is read."""
+
+    name: str
+    time_range: Interval
+    device_type: DeviceType = DeviceType.CUDA
+    is_user_annotation: bool = False
+
+
+def test_kernels_side_by_side_count_once_and_copies_not_at_all() -> None:
+    events = [
+        Event("gemm", Interval(0, 10)),
+        Event("norm", Interval(5, 12)),
+        Event("inside", Interval(6, 8)),
+        Event("later", Interval(20, 21)),
+        Event("Memcpy HtoD (Pinned -> Device)", Interval(0, 100)),
+        Event("Memcpy DtoD (Device -> Device)", Interval(30, 31)),
+        Event("Optimizer.step", Interval(0, 100), is_user_annotation=True),
+        Event("aten::mm", Interval(0, 100), DeviceType.CPU),
+    ]
+    assert speed.covered(speed._computing(events)) == 12 + 1 + 1
+    assert speed.covered([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("variable", "after"),
+    [
+        ("expandable_segments:True", "expandable_segments:True"),
+        ("max_split_size_mb:64", "max_split_size_mb:64,expandable_segments:False"),
+        ("expandable_segments:False,max_split_size_mb:64", "expandable_segments:False,max_split_size_mb:64"),
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_allocator_has_its_settings_back(
+    monkeypatch: pytest.MonkeyPatch, variable: str, after: str, *, fails: bool
+) -> None:
+    told: list[str] = []
+
+    def steps(setting: Setting, settings: str) -> tuple[float, int]:
+        candidates._set_allocator(settings)
+        if fails:
+            raise RuntimeError("out of memory")
+        return 1.0, 1
+
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", variable)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append, raising=False)
+    monkeypatch.setattr(candidates, "_with_allocator", steps)
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        candidates._expandable_segments(SETTING)
+    assert told[0] == "expandable_segments:False"
+    assert told[-1] == after
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_plain_loop_computes_as_torch_does_and_ours_is_strict_afterwards(
+    monkeypatch: pytest.MonkeyPatch, *, fails: bool
+) -> None:
+    def step(self: PlainLoop) -> None:
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.deterministic
+        if fails:
+            raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(PlainLoop, "_step", step)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError) if fails else nullcontext():
+            PlainLoop.__new__(PlainLoop)()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.backends.cudnn.deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def saved_here(setting: Setting, technique: str, run: RunFolder) -> None:
+    """Save the checkpoints in this process, which is quicker than to kill another."""
+    step = Steps(strategy(setting, technique, TECHNIQUES[technique]), setting.device)
+    for _ in range(2):
+        step()
+        step.save(run)
+
+
+def test_checkpoint_of_a_killed_process_that_is_not_restored_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "kill_in_its_steps", saved_here)
+    monkeypatch.setattr(steps, "restore_checkpoint", lambda run, step, objects: "")
+    with pytest.raises(ValueError, match="differs after a kill behind step 2"):
+        bits._resumed(SETTING)
+
+
+def test_process_that_ends_by_itself_is_no_killed_one(tmp_path: Path) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"ended by itself with exit code 1, and said: KeyError: 'no such technique'"
+    ):
+        killed.kill_in_its_steps(SETTING, "no such technique", RunFolder(tmp_path))
+
+
 def test_first_difference_is_named_by_its_place() -> None:
     state = {"unet": {"a": torch.zeros(2), "b": torch.zeros(2)}, "number": 1}
     other = {"unet": {"a": torch.zeros(2), "b": torch.tensor([0.0, 1.0])}, "number": 1}
@@ -126,9 +232,9 @@ def test_kernel_whose_self_test_failed_fails_its_row(monkeypatch: pytest.MonkeyP
 
 def test_strategy_that_does_not_fit_is_predicted_and_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.environment, "free_bytes", lambda device: 1 << 20)
-    monkeypatch.setattr(memory, "predicted_bytes", lambda setting, strategy: 1 << 30)
     monkeypatch.setattr(memory, "measure_train", broken)
     ((_, measure),) = [each for each in memory.STAGE.measurements(SETTING) if each[0] == "streamed"]
     row = measure()
-    assert (row["predicted_bytes"], row["allocated_bytes"]) == (1 << 30, None)
+    assert row["predicted_process_bytes"] > row["predicted_bytes"] > 1 << 20
+    assert row["allocated_bytes"] is None
     assert "more memory than is free" in row["skipped"]

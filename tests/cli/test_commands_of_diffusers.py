@@ -200,10 +200,7 @@ def test_full_fine_tuning_says_that_all_weights_train(said: Said) -> None:
     ("start", "message"),
     [
         (["train_dreambooth_flux.py"], "train_dreambooth_flux.py: is not a script whose commands are known; allowed: "),
-        (
-            ["textual_inversion.py"],
-            "textual_inversion.py: its commands are not read; `lowmem-db train sd15_textual",
-        ),
+        (["textual_inversion_flax.py"], "textual_inversion_flax.py: is not a script whose commands are known; "),
         (["accelerate", "launch", "--multi_gpu", "train_dreambooth.py"], "--multi_gpu: training uses one device"),
         (["accelerate", "launch", "--num_processes=2", "train_dreambooth.py"], "--num_processes: training uses one "),
         (["accelerate", "launch"], "accelerate: is followed by no script; allowed: train_dreambooth.py, "),

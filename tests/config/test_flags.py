@@ -94,7 +94,7 @@ FLAGS_OF_ITS_RELATIVES = """
   --use_ema --offload_ema --optimizer=AdamW --use_dora --rank=4 --min_snr_gamma=5 --fused_backward_pass
   --stop_text_encoder_training=100 --cache_latents_to_disk --enable_bucket --save_model_as=ckpt --full_bf16
   --multires_noise_iterations=6 --zero_terminal_snr --masked_loss --debiased_estimation_loss --not_cache_latents
-  --concepts_list=c.json --read_prompts_from_txts --lora_alpha=8 --lora_dropout=0.1 --lora_layers=to_k
+  --read_prompts_from_txts --lora_alpha=8 --lora_dropout=0.1 --lora_layers=to_k
   --output_kohya_format --validation_epochs=5 --do_edm_style_training --image_interpolation_mode=lanczos
   --bucket_reso_steps=64 --min_bucket_reso=256 --max_bucket_reso=1024
   --learning_rate_te1=1e-6 --learning_rate_te2=1e-6 --v_parameterization --prediction_type=epsilon --random_flip
@@ -238,8 +238,8 @@ def test_a_configuration_file_keeps_its_own_prior_preservation() -> None:
 @pytest.mark.parametrize(
     "flag",
     [
-        "pretrained_vae_name_or_path", "pretrained_unet_model_name_or_path", "learning_rate_unet", "adam_beta3",
-        "train_text_encoder_2", "use_4bit_adam", "text_encoder_2_lr", "instance_dir", "train_data_dir", "lora_bias",
+        "pretrained_unet_model_name_or_path", "learning_rate_unet", "adam_beta3",
+        "train_text_encoder_2", "use_4bit_adam", "text_encoder_2_lr", "instance_dir", "lora_bias",
         "num_prior_images", "class_images", "prior_loss", "lr_end", "epochs", "max_train_samples", "hub_private_repo",
     ],
 )  # fmt: skip

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from lowmem_db import environment
+from lowmem_db.config.schema import Config
+from lowmem_db.config.strategy import changed, resolve
 from lowmem_db.data.batches import PromptTable
+from lowmem_db.engine import samples
 from lowmem_db.engine.draw import Artist, Job, Thrift, draw, kept, loaded_for_use
 from lowmem_db.errors import BudgetError
 from lowmem_db.models.denoiser import Denoiser
@@ -18,6 +22,7 @@ from lowmem_db.models.finding import find_model
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders
 from lowmem_db.randomness import generator
+from lowmem_db.records import Conditioning
 from lowmem_db.sampling.latents import SamplingSettings
 from tests.faults import ERRORS, Fault
 
@@ -83,6 +88,29 @@ def test_images_one_at_a_time_are_those_of_a_batch(model: ModelFolder, table: Pr
     )
     assert together.shape == (2, 4, 16, 24)
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_phase_leaves_in_the_allocator_is_given_back_before_the_next(
+    model: ModelFolder, table: PromptTable, monkeypatch: pytest.MonkeyPatch, tiny_config: Config
+) -> None:
+    """Between steps and samples, between samples and the decoder, and behind the decoder."""
+    seen: list[str] = []
+    monkeypatch.setattr(environment, "release_memory", lambda device: seen.append("release"))
+    original = Artist.latents
+
+    def latents(self: Artist, denoiser: Denoiser, conditioning: Conditioning, job: Job) -> torch.Tensor:
+        seen.append("latents")
+        return original(self, denoiser, conditioning, job)
+
+    def load_decoder(config: Config, model: ModelFolder, denoiser: Denoiser) -> LatentCodec:
+        seen.append("decoder")
+        return model.space.load(CPU)
+
+    monkeypatch.setattr(Artist, "latents", latents)
+    monkeypatch.setattr(samples, "load_decoder", load_decoder)
+    config = changed(tiny_config, {"sampling.num_inference_steps": 2, "sampling.num_images": 1})
+    samples.draw_images(resolve(config), model, load(model), table, ["a dog", "a cat"])
+    assert seen == ["release", "latents", "latents", "release", "decoder", "release"]
 
 
 def test_what_is_loaded_for_use_is_loaded_each_time() -> None:

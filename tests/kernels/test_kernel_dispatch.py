@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from lowmem_db_kernels import KernelUnavailableError, dispatch, registry, status
+from lowmem_db_kernels import KernelUnavailableError, adamw8bit_triton, dispatch, registry, status, will_compile
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda:0")
@@ -137,3 +137,27 @@ def test_package_works_without_triton():
         "k.noise(torch.ones(1, 4, 2, 2), coefficients, seed=1, step=1, sample_ids=torch.tensor([0]))\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=os.environ)
+
+
+def test_kernels_are_compiled_once(card, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert will_compile(CUDA)
+    assert not will_compile(CPU)
+    of_another_program = tmp_path / "ABC" / "_other_kernel.json"
+    of_another_program.parent.mkdir()
+    of_another_program.touch()
+    assert will_compile("cuda")
+    (tmp_path / "ABC" / f"{dispatch._LARGEST_KERNEL}.json").touch()
+    assert not will_compile(CUDA)
+    assert hasattr(adamw8bit_triton, dispatch._LARGEST_KERNEL)
+
+
+@pytest.mark.parametrize(
+    ("mode", "has_triton", "compiles"), [("eager", True, False), ("auto", False, False), ("triton", True, True)]
+)
+def test_nothing_is_compiled_that_is_not_used(card, monkeypatch, tmp_path, mode, has_triton, compiles):
+    card(has_triton=has_triton)
+    monkeypatch.setenv("LOWMEM_DB_KERNELS", mode)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    assert will_compile(CUDA) is compiles

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,10 +12,11 @@ from lowmem_db import nvidia
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.strategy import resolve
 from lowmem_db.models.finding import model_of
-from lowmem_db.planning.allowance import allowance_bytes, fragmentation_bytes, reserved_bytes
+from lowmem_db.planning.allowance import allowance_bytes, fragmentation_bytes, reserved_bytes, workspace_bytes
 from lowmem_db.planning.caching_allocator import CachingAllocator
 from lowmem_db.planning.caching_allocator import reserved_bytes as reserved_by_model
 from lowmem_db.planning.cards import CPU, find_card
+from lowmem_db.planning.costs import Attention
 from lowmem_db.planning.phases import TracedRun, trace_allocations
 
 MIB = 1 << 20
@@ -52,6 +54,28 @@ def test_three_figures_of_a_plan_stand_in_their_order(monkeypatch: pytest.Monkey
     monkeypatch.setattr(nvidia, "has_expandable_segments", lambda: False)
     assert (reserved_bytes(peak, CARD), allowance_bytes(peak, CARD)) == (1250 * MIB, 700 * MIB)
     assert (reserved_bytes(peak, CPU), allowance_bytes(peak, CPU)) == (None, 690 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("card", "attention", "copies_bytes"),
+    [  # ceil(multiprocessors / heads) copies of heads x queries x channels in fp32, of rounded sizes
+        ("rtx 3060", Attention(16, 4096, 40, torch.bfloat16), 2 * 16 * 4096 * 64 * 4),
+        ("rtx 4090", Attention(16, 4096, 40, torch.bfloat16), 8 * 16 * 4096 * 64 * 4),
+        ("rtx 4090", Attention(8, 9216, 40, torch.float16), 16 * 8 * 9216 * 64 * 4),
+        ("rtx 4090", Attention(512, 4096, 64, torch.float16), 512 * 4096 * 64 * 4),
+        ("h100", Attention(20, 4000, 72, torch.bfloat16), 7 * 20 * 4096 * 96 * 4),
+        ("t4", Attention(64, 16384, 40, torch.float16), 64 * 16384 * 64 * 4),
+        ("rtx 4090", Attention(8, 9216, 40, torch.float32), 0),
+    ],
+)  # fmt: skip
+def test_workspace_of_attention_grows_with_heads_tokens_and_card(
+    card: str, attention: Attention, copies_bytes: int
+) -> None:
+    small = Attention(16, 64, 64, torch.bfloat16)
+    assert workspace_bytes(find_card(card), [attention, small]) == max(150 * MIB, 32 * MIB + copies_bytes)
+    more = allowance_bytes(0, find_card(card), [attention]) - allowance_bytes(0, find_card(card))
+    assert more == max(0, copies_bytes - 118 * MIB)
+    assert reserved_bytes(0, find_card(card), [attention]) == workspace_bytes(find_card(card), [attention])
 
 
 @pytest.mark.parametrize(

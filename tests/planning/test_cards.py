@@ -4,7 +4,16 @@ import torch
 from lowmem_db_kernels import geglu
 
 from lowmem_db.errors import ConfigError
-from lowmem_db.planning.cards import CARDS, CPU, card_of, find_card, pcie_seconds, seconds_per_step
+from lowmem_db.planning.cards import (
+    CARDS,
+    CPU,
+    card_of,
+    find_card,
+    is_known,
+    known_name,
+    pcie_seconds,
+    seconds_per_step,
+)
 from lowmem_db.planning.costs import CostRecorder, Costs
 from lowmem_db.planning.tracker import AllocationTracker
 
@@ -23,6 +32,42 @@ def test_memory_behind_the_name_counts():
 def test_typo_names_the_near_ones(typo, near):
     with pytest.raises(ConfigError, match=f"did you mean.*{near}"):
         find_card(typo)
+
+
+@pytest.mark.parametrize("name", ["RTX 4090 Laptop", "RTX 2080 Super", "rtx 3080 ti laptop gpu", "A100 MIG 1g.5gb"])
+def test_card_that_only_begins_alike_is_asked_about(name):
+    with pytest.raises(ConfigError, match=r"is unknown; .*give --budget"):
+        find_card(name)
+
+
+@pytest.mark.parametrize("name", ["rtx 3060 0GB", "RTX 4060 Ti 00gb"])
+def test_card_without_memory_is_refused_at_once(name):
+    with pytest.raises(ConfigError, match="has no memory"):
+        find_card(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA GeForce RTX 3080 Ti", "RTX 3080 Ti"),
+        ("NVIDIA GeForce RTX 3080", "RTX 3080"),
+        ("Tesla T4", "T4"),
+        ("Tesla V100-SXM2-16GB", "V100"),
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA GeForce RTX 3080 Ti Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti Super"),
+        ("NVIDIA GeForce RTX 4080 SUPER", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA A1000", None),
+        ("NVIDIA L40S", None),
+        ("NVIDIA T400 4GB", None),
+    ],
+)  # fmt: skip
+def test_name_of_a_driver_is_known_exactly_or_not_at_all(name, known):
+    assert known_name(name) == (known or name)
+    assert is_known(name) == (known is not None)
 
 
 def test_unknown_card_names_all():

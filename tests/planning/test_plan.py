@@ -1,8 +1,10 @@
 """Plans of a tiny model on a card: bytes beside the allowance decide."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+import torch
 
 from lowmem_db import environment
 from lowmem_db.config.strategy import autocast, open_paths, resolve
@@ -10,8 +12,10 @@ from lowmem_db.errors import BudgetError, ConfigError, ModelError
 from lowmem_db.models.finding import model_of
 from lowmem_db.planning.candidates import candidates, open_choices
 from lowmem_db.planning.cards import ASSUMED, CPU, find_card
+from lowmem_db.planning.costs import Attention
 from lowmem_db.planning.phases import trace_train
 from lowmem_db.planning.plan import Plan, Planner, plan
+from lowmem_db.planning.predictor import Predictor
 from lowmem_db.planning.target import Target
 from tests.planning.conftest import make_config, make_run
 
@@ -45,6 +49,27 @@ def plans(tiny) -> list[Plan]:
         except BudgetError:
             break
     return found
+
+
+def test_workspace_of_attention_is_part_of_training_alone(tiny, monkeypatch):
+    before = Planner(make_run(make_config(**tiny))).plan(4 * GIB)
+    large = frozenset({Attention(ASSUMED.multiprocessors, 65536, 64, torch.bfloat16)})
+    monkeypatch.setattr(Predictor, "attentions", large)
+    planner = Planner(make_run(make_config(**tiny)))
+    after, of_attention = planner.plan(4 * GIB), 4 * ASSUMED.multiprocessors * 65536 * 64
+    assert after.peak_bytes - before.peak_bytes == 32 * 2**20 + of_attention - 150 * 2**20
+    assert after.peak_bytes == after.tensor_bytes + after.allowance_bytes
+    assert after.reserved_bytes - before.reserved_bytes == after.peak_bytes - before.peak_bytes
+    assert planner.needs.before_training(after.config) == planner.needs.before_training(before.config)
+    with pytest.raises(BudgetError):
+        planner.plan(after.peak_bytes // 2)
+
+
+def test_plain_step_on_a_card_is_planned_with_its_temporaries(tiny):
+    plain = replace(ASSUMED, eager_step=True)
+    config = resolve(make_config(**tiny, memory__weights="bf16_extra_bits", memory__optimizer_in_backward=False))
+    with_triton, without = (trace_train(make_run(config, card)).peak.total for card in (ASSUMED, plain))
+    assert with_triton < without < with_triton + 80 * 2**20
 
 
 def test_larger_budget_is_never_slower(plans):

@@ -1,13 +1,17 @@
 """The budget of a device of this machine, and what the allocator may take of it, on a card that is not there."""
 
 from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
+from lowmem_db_kernels import Choice
+from lowmem_db_kernels.dispatch import choose
 
 from lowmem_db import environment, memory_limits
 from lowmem_db.config.loading import load_config
 from lowmem_db.memory_limits import Limit
+from lowmem_db.planning import cards
 from lowmem_db.planning.allowance import allocator_bytes, allowance_bytes, reserved_bytes
 from lowmem_db.planning.target import target_of_device
 from tests.config.test_rules import NEEDED
@@ -26,10 +30,16 @@ def config_with(budget: str | None = None):
 def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """A card of 4 GiB, of which 3.4 GiB are free beside the context; what torch was told to stay below."""
     told: dict[str, float] = {}
-    properties = SimpleNamespace(name="NVIDIA GeForce GTX 1650", total_memory=4 * GIB, major=7, minor=5)
+    properties = SimpleNamespace(
+        name="NVIDIA GeForce GTX 1650", total_memory=4 * GIB, major=7, minor=5, multi_processor_count=14
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(3.4 * GIB), 4 * GIB))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", create_autospec(torch.cuda.mem_get_info, return_value=(int(3.4 * GIB), 4 * GIB))
+    )
+    monkeypatch.setattr(torch.cuda, "memory_reserved", create_autospec(torch.cuda.memory_reserved, return_value=0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cards, "choose", create_autospec(cards.choose, return_value=Choice("triton", "it is compiled")))
     monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
     monkeypatch.setattr(
         torch._C, "_cuda_setMemoryFraction", lambda share, index: told.update({"share": share}), raising=False
@@ -42,6 +52,25 @@ def test_context_is_counted_once_on_a_live_card(card: dict[str, float]) -> None:
     left_for_tensors = target.budget_bytes - allowance_bytes(0, target.card)
     assert 3.0 * GIB < left_for_tensors < 3.4 * GIB  # beside workspaces, and kernels that are loaded later
     assert target.budget_bytes <= 4 * GIB
+
+
+def test_what_others_hold_of_the_card_is_said(card: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any("other programs" in note for note in target_of_device(config_with(), CUDA).notes)
+    monkeypatch.setattr(torch.cuda.mem_get_info, "return_value", (GIB, 4 * GIB))
+    monkeypatch.setattr(torch.cuda.memory_reserved, "return_value", GIB // 2)
+    said = target_of_device(config_with("3GiB"), CUDA).notes
+    assert "other programs hold 2.1 GiB of NVIDIA GeForce GTX 1650; nvidia-smi lists them" in said
+    assert "memory.budget: only 1.3 GiB of 3.0 GiB are free here" in said
+    assert "the planner does not know NVIDIA GeForce GTX 1650: its times are those of an RTX 3060" in said
+
+
+def test_card_knows_its_multiprocessors_and_who_computes_the_step(
+    card: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = target_of_device(config_with(), CUDA).card
+    assert (found.multiprocessors, found.eager_step) == (14, False)
+    monkeypatch.setattr(cards, "choose", create_autospec(choose, return_value=Choice("eager", "there is no Triton")))
+    assert target_of_device(config_with(), CUDA).card.eager_step
 
 
 def test_given_budget_includes_the_context(card: dict[str, float]) -> None:

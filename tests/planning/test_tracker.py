@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from lowmem_db_kernels import adamw8bit_step, init_state
 from torch import nn
+from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from lowmem_db.host_memory import empty_on_host
-from lowmem_db.planning.costs import CostRecorder
+from lowmem_db.planning.costs import Attention, CostRecorder
+from lowmem_db.planning.tracing import real_paths
 from lowmem_db.planning.tracker import AllocationTracker
 
 KIB = 1024
@@ -71,6 +74,41 @@ def test_host_memory_is_told_apart_and_makes_no_peak():
         on_device.copy_(on_device + 1)
     found = costs.costs()
     assert (found.host_to_device_bytes, found.device_to_host_bytes) == (4 * KIB, 4 * KIB)
+
+
+@pytest.mark.parametrize("size", [300 * KIB, 300 * KIB + 77, 3 * 2**20, 2**20 - 77])
+def test_plain_step_of_a_card_counts_what_its_twin_takes_for_a_moment(size, monkeypatch):
+    monkeypatch.setenv("LOWMEM_DB_KERNELS", "eager")
+
+    def needed(**options):
+        tracker = AllocationTracker(rounding=1, **options)
+        with tracker.tracking():
+            weight = torch.empty(size, dtype=torch.bfloat16, device="meta")
+            bits, gradient = torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight)
+            scalar, pair, state = torch.empty((), device="meta"), torch.empty(2, device="meta"), init_state(weight)
+            step = torch.empty((), dtype=torch.int64, device="meta")
+            scales = {"grad_scale": scalar, "update_scale": scalar}
+            tracker.reset_peak()
+            before = tracker.live_bytes
+            adamw8bit_step(
+                weight, gradient, state, lr=scalar, step=step, extra_bits=bits, corrections=pair, **scales
+            )  # fmt: skip
+        return tracker.peak.total - before
+
+    opened = needed(cpu_kernels=True)
+    assert opened <= needed(eager_step=True) <= 1.08 * opened
+    assert needed() < 100
+
+
+def test_attention_of_the_backward_pass_is_known():
+    costs = CostRecorder()
+    with real_paths(on_cpu=False, autocast=False), AllocationTracker(costs=costs).tracking():
+        queries = torch.empty(2, 5, 300, 40, dtype=torch.float16, device="meta", requires_grad=True)
+        keys = torch.empty(2, 5, 77, 40, dtype=torch.float16, device="meta")
+        made = functional.scaled_dot_product_attention(queries, keys, keys)
+        assert not costs.costs().attentions
+        made.sum().backward()
+    assert costs.costs().attentions == {Attention(10, 300, 40, torch.float16)}
 
 
 @pytest.mark.parametrize("frees", [False, True])

@@ -7,13 +7,17 @@ from contextlib import nullcontext
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
+import torch
 
 from lowmem_db.api import train
 from lowmem_db.config.loading import load_config, read_yaml
 from lowmem_db.errors import BudgetError
+from lowmem_db.planning.calibration import CUDA_CONTEXT
 from lowmem_db.planning.measured import read_chosen
+from lowmem_db.run.attempts import Attempts, PreparedRun, _Failure
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training import trainer
 from tests.faults import ERRORS, Fault, fault_in_saving, note
@@ -130,7 +134,16 @@ def test_nothing_smaller_saves_what_is_whole_and_names_it(
 ) -> None:
     of_kind = runs("in backward")
     given = {"memory.checkpointing": "nested", "memory.tiled_samples": False}
-    original = trainer.train_step
+    original, save = trainer.train_step, trainer.Trainer._save_if_whole
+    seen: list[str] = []
+
+    def summarise(run: RunFolder, device: torch.device, place: str) -> bool:
+        seen.append(f"{device}: {place}")
+        return False
+
+    def save_if_whole(self: trainer.Trainer, error: Exception) -> None:
+        seen.append("freed")
+        save(self, error)
 
     def failing(denoiser: Any, objective: Any, optimizer: Any, batches: Any, step: int) -> Any:
         if step == 1:
@@ -138,14 +151,41 @@ def test_nothing_smaller_saves_what_is_whole_and_names_it(
         return original(denoiser, objective, optimizer, batches, step)
 
     monkeypatch.setattr(trainer, "train_step", failing)
+    monkeypatch.setattr(trainer, "write_memory_summary", summarise)
+    monkeypatch.setattr(trainer.Trainer, "_save_if_whole", save_if_whole)
     with pytest.raises(
         BudgetError, match=r"step 2: out of memory on the host .*step-000001.* smallest budget"
     ) as raised:
         of_kind.run("refused", None, **given)
     assert "--resume" in str(raised.value)
+    assert seen == ["cpu: host", "freed"]
     monkeypatch.undo()
     run = of_kind.run("refused", None, resume=True, **given)
     assert weights_and_losses(run) == weights_and_losses(of_kind.first)
+
+
+def test_full_card_is_described_in_a_file_that_the_message_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With functions of torch's signatures in place of a card of 8 GiB, of which others hold 3."""
+    device, gib = torch.device("cuda", 1), 1 << 30
+    summary = create_autospec(torch.cuda.memory_summary, return_value="| allocated memory | 3 GiB |")
+    monkeypatch.setattr(torch.cuda, "memory_summary", summary)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", create_autospec(torch.cuda.mem_get_info, return_value=(0, 8 * gib)))
+    reserved = create_autospec(torch.cuda.memory_reserved, return_value=8 * gib - 3 * gib - CUDA_CONTEXT)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", reserved)
+    run = RunFolder(tmp_path)
+    attempts = Attempts.__new__(Attempts)
+    attempts._prepared = create_autospec(PreparedRun, instance=True, run=run, device=device)
+    assert attempts._seen_on_card("host", None) == {}
+    failure = _Failure(4, "train", "device", "CUDA out of memory", **attempts._seen_on_card("device", None))
+    assert run.memory_summary_file.read_text() == "| allocated memory | 3 GiB |"
+    summary.assert_called_once_with(device)
+    assert "out of memory on the device (CUDA out of memory; other programs hold 3.0 GiB of it)" in failure.describe()
+    assert str(run.memory_summary_file) in failure.details
+    of_trainer = create_autospec(trainer.Trainer, instance=True, has_memory_summary=True)  # before it freed anything
+    assert attempts._seen_on_card("device", of_trainer) == attempts._seen_on_card("device", None)
+    assert summary.call_count == 2
 
 
 @pytest.mark.slow
