@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _REFUSED = {
@@ -17,7 +18,10 @@ _REFUSED = {
 
 
 class StrictAsOnCuda(TorchDispatchMode):
-    """Raises for each operator in the list of ``torch.use_deterministic_algorithms`` that throws."""
+    """Raises for each operator in the list of ``torch.use_deterministic_algorithms`` that throws.
+
+    It looks into the operators of ``lowmem_db_kernels`` too.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -32,6 +36,9 @@ class StrictAsOnCuda(TorchDispatchMode):
             or (name.startswith("scatter_reduce") and "prod" in args)
         ):
             raise RuntimeError(f"{name} does not have a deterministic implementation on CUDA")
+        if func.namespace == "lowmem_db_kernels":
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
         return func(*args, **kwargs)
 
 

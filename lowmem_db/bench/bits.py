@@ -1,19 +1,30 @@
-"""The stage ``bits``: a step that is done twice from one saved state ends bit for bit alike, under each technique."""
+"""The stage ``bits``: a step that is done twice from one saved state ends bit for bit alike, under each technique.
+
+Last, a process that trains the small model of this package is killed (SIGKILL), and what goes on from its checkpoint
+ends as what was never interrupted.
+"""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from lowmem_db.bench.killed import kill_in_its_steps
 from lowmem_db.bench.setting import Setting
 from lowmem_db.bench.stage import Measurement, Row, Stage
 from lowmem_db.bench.steps import Steps, first_difference
 from lowmem_db.bench.strategies import TECHNIQUES, strategy, techniques
+from lowmem_db.storage.run_folder import RunFolder
 
 _RESOLUTION = 256
+_KILLED = "in_backward"
 
 
 def _measurements(setting: Setting) -> Iterator[Measurement]:
     for name in techniques(setting):
         yield name, partial(_repeated, setting, name)
+    yield f"{_KILLED}, killed", partial(_resumed, replace(setting, tiny=True))
 
 
 def _repeated(setting: Setting, name: str) -> Row:
@@ -35,6 +46,29 @@ def _repeated(setting: Setting, name: str) -> Row:
     if (name := first_difference(once, step.state()) or "") != "":
         raise ValueError(f"{name} differs between two identical steps")
     return {"same_bits": True}
+
+
+def _resumed(setting: Setting) -> Row:
+    """Kill a process in its steps, go on from its newest checkpoint, and do as many steps without a break.
+
+    Raises:
+        RuntimeError: The process ended by itself.
+        ValueError: A tensor differs; the message names the first.
+    """
+    make = partial(Steps, strategy(setting, _KILLED, TECHNIQUES[_KILLED]), setting.device)
+    unbroken = make()
+    with TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder))
+        kill_in_its_steps(setting, _KILLED, run)
+        resumed = make()
+        resumed.resume(run)
+    saved = resumed.number
+    resumed()
+    while unbroken.number < resumed.number:
+        unbroken()
+    if (name := first_difference(unbroken.state(), resumed.state()) or "") != "":
+        raise ValueError(f"{name} differs after a kill behind step {saved}")
+    return {"same_bits": True, "killed_behind_step": saved}
 
 
 STAGE = Stage(name="bits", rows="strategies", limit_seconds=70.0, measurements=_measurements)

@@ -1,6 +1,7 @@
 """The loop of diffusers' DreamBooth script, on tensors that are there already: what our steps are compared with."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,11 @@ class PlainLoop:
         self._setting = setting
 
     def __call__(self) -> None:
-        """Do one step."""
+        """Do one step, with torch's own arithmetic: ours is strict, and stays so in the process."""
+        with _as_torch_computes():
+            self._step()
+
+    def _step(self) -> None:
         device = self._setting.device
         latents = self._batch.latent_mean.to(device)
         noise = torch.randn_like(latents)
@@ -70,6 +75,20 @@ class PlainLoop:
             told = self.denoiser.told(self._batch.conditioning)
             prediction = self.denoiser.family.predict(self.denoiser.module, noisy, timesteps, told)
         return functional.mse_loss(prediction.float(), noise)
+
+
+@contextmanager
+def _as_torch_computes() -> Iterator[None]:
+    """Return a context in which torch computes as it does by default, which is quicker than the same bits each time."""
+    cudnn, is_strict = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    warn_only, before = torch.is_deterministic_algorithms_warn_only_enabled(), cudnn.deterministic
+    torch.use_deterministic_algorithms(False)
+    cudnn.deterministic = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(is_strict, warn_only=warn_only)
+        cudnn.deterministic = before
 
 
 def adamw(setting: Setting) -> Optimizer:

@@ -16,6 +16,8 @@ from lowmem_db.bench.strategies import Strategy
 from lowmem_db.engine.build import build_step, set_arithmetic
 from lowmem_db.engine.step import train_step
 from lowmem_db.planning.phases import training_batches
+from lowmem_db.storage.run_folder import RunFolder
+from lowmem_db.training.checkpoint import restore_checkpoint, save_checkpoint
 
 LEARNING_RATE = 1e-5
 
@@ -51,6 +53,15 @@ class Steps:
         self.number = state["number"]
         for name, each in self._stateful().items():
             each.load_state_dict(state[name])
+
+    def save(self, run: RunFolder) -> None:
+        """Write a checkpoint, as a run does."""
+        save_checkpoint(run, self.number, self._stateful(), data_key="")
+
+    def resume(self, run: RunFolder) -> None:
+        """Go on from the newest complete checkpoint."""
+        self.number = run.complete_steps()[-1]
+        restore_checkpoint(run, self.number, self._stateful())
 
     def _stateful(self) -> dict[str, Stateful]:
         trained = that_train(self.denoiser.modules())

@@ -17,10 +17,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import Interval
 
-from lowmem_db.bench import bandwidth, bits, candidates, capped, kernels, machine, memory, speed
+from lowmem_db.bench import bandwidth, bits, candidates, capped, kernels, killed, machine, memory, speed, steps
 from lowmem_db.bench.bench import STAGES, run_bench
+from lowmem_db.bench.plain_loop import PlainLoop
 from lowmem_db.bench.setting import Setting
 from lowmem_db.bench.steps import Steps, first_difference
+from lowmem_db.bench.strategies import TECHNIQUES, strategy
+from lowmem_db.storage.run_folder import RunFolder
 from tests.cli.conftest import REPOSITORY
 
 NAMES = ["environment", "kernels", "bits", "memory", "speed", "candidates", "bandwidth", "capped"]
@@ -168,6 +171,51 @@ def test_allocator_has_its_settings_back(
     assert told[-1] == after
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_plain_loop_computes_as_torch_does_and_ours_is_strict_afterwards(
+    monkeypatch: pytest.MonkeyPatch, *, fails: bool
+) -> None:
+    def step(self: PlainLoop) -> None:
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.deterministic
+        if fails:
+            raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(PlainLoop, "_step", step)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError) if fails else nullcontext():
+            PlainLoop.__new__(PlainLoop)()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.backends.cudnn.deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def saved_here(setting: Setting, technique: str, run: RunFolder) -> None:
+    """Save the checkpoints in this process, which is quicker than to kill another."""
+    step = Steps(strategy(setting, technique, TECHNIQUES[technique]), setting.device)
+    for _ in range(2):
+        step()
+        step.save(run)
+
+
+def test_checkpoint_of_a_killed_process_that_is_not_restored_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "kill_in_its_steps", saved_here)
+    monkeypatch.setattr(steps, "restore_checkpoint", lambda run, step, objects: "")
+    with pytest.raises(ValueError, match="differs after a kill behind step 2"):
+        bits._resumed(SETTING)
+
+
+def test_process_that_ends_by_itself_is_no_killed_one(tmp_path: Path) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"ended by itself with exit code 1, and said: KeyError: 'no such technique'"
+    ):
+        killed.kill_in_its_steps(SETTING, "no such technique", RunFolder(tmp_path))
+
+
 def test_first_difference_is_named_by_its_place() -> None:
     state = {"unet": {"a": torch.zeros(2), "b": torch.zeros(2)}, "number": 1}
     other = {"unet": {"a": torch.zeros(2), "b": torch.tensor([0.0, 1.0])}, "number": 1}
@@ -184,9 +232,9 @@ def test_kernel_whose_self_test_failed_fails_its_row(monkeypatch: pytest.MonkeyP
 
 def test_strategy_that_does_not_fit_is_predicted_and_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.environment, "free_bytes", lambda device: 1 << 20)
-    monkeypatch.setattr(memory, "predicted_bytes", lambda setting, strategy: 1 << 30)
     monkeypatch.setattr(memory, "measure_train", broken)
     ((_, measure),) = [each for each in memory.STAGE.measurements(SETTING) if each[0] == "streamed"]
     row = measure()
-    assert (row["predicted_bytes"], row["allocated_bytes"]) == (1 << 30, None)
+    assert row["predicted_process_bytes"] > row["predicted_bytes"] > 1 << 20
+    assert row["allocated_bytes"] is None
     assert "more memory than is free" in row["skipped"]

@@ -60,8 +60,10 @@ def test_pictures_are_compared(tmp_path: Path) -> None:
             assert load_encoder(find_encoders([request])[0], CPU).distances(pictures).shape == (1,)
 
 
-@pytest.mark.parametrize("name", ["segments", "fp32", "lora"])
-def test_a_step_is_done(name: str) -> None:
+@pytest.mark.parametrize("name", ["segments", "stochastic", "fp32", "lora"])
+def test_a_step_is_done(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels in plain PyTorch, as on a card without Triton."""
+    monkeypatch.setenv("LOWMEM_DB_KERNELS", "eager")
     if name == "lora":
         pytest.importorskip("peft")
     step = Steps(strategy(Setting(CPU, tiny=True), name, TECHNIQUES[name]), CPU)
