@@ -71,6 +71,7 @@ def test_the_one_with_the_most_measures_is_not_always_the_smallest():
     assert needs.traced == ["segments"], "the others need more at the least or in training"
 
 
+@pytest.mark.long
 def test_refusal_names_what_the_file_gives_and_leaving_it_out_works(tiny):
     given = {"memory__checkpointing": "none", "training__clipping": "per_tensor"}
     config = make_config(**tiny | given)
