@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow gpu lint types format plans kernels-contract kernels-static audit torture readme clean
+.PHONY: demo test long slow gpu lint types format kernels-contract kernels-static audit torture readme clean
 
 demo: $(INSTALLED)
 	$(RUN)/lowmem-db train configs/demo.yaml --resume
@@ -15,6 +15,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(RUN)/python -m pytest -n 2 --dist worksteal
+
+# Whole runs of every kind, and plans of large models.
+long: $(INSTALLED)
+	$(RUN)/python -m pytest -n 2 --dist worksteal -m long
 
 slow: $(INSTALLED)
 	$(RUN)/python -m pytest -m slow
@@ -39,11 +43,6 @@ format: $(INSTALLED)
 kernels-contract: $(INSTALLED)
 	LOWMEM_DB_KERNELS=interpret TRITON_INTERPRET=1 $(RUN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow" \
 		tests/kernels/contract
-
-# Plans of large configurations: what training needs, and what the allocator reserves for it; `make test` has small ones.
-plans: $(INSTALLED)
-	$(RUN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow" -k "stays_within or covers_what_is_reserved" \
-		tests/planning/test_configs.py tests/planning/test_caching_allocator.py
 
 # What the compiler makes of every kernel on seven architectures, held to bars; needs Triton and no GPU.
 kernels-static: $(INSTALLED)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowmem_db import nvidia
+from lowmem_db import nvidia, out_of_memory
 from lowmem_db.config.loading import load_config as _load_config
 from lowmem_db.config.schema import Config, Precision, Sampler
 from lowmem_db.config.sizes import parse_bytes
@@ -42,6 +42,7 @@ def load_config(path: PathLike | None = None, overrides: Mapping[str, Any] | Non
     return _load_config(None if path is None else Path(path), list((overrides or {}).items()))
 
 
+@out_of_memory.told()
 def plan(config: Config, *, gpu: str | None = None, budget: str | int | None = None, here: bool = False) -> "Plan":
     """Predict how much memory a run needs, and choose the fastest strategy that fits. Needs neither weights nor a GPU.
 
@@ -84,6 +85,7 @@ def inspect_photos(
     return inspect(Path(source), overrides, _path(output))
 
 
+@out_of_memory.told()
 def train(
     config: Config, *, resume: bool = False, step: int | None = None, observers: Sequence["Observer"] = ()
 ) -> "RunFolder":
@@ -111,6 +113,7 @@ def train(
     return train_run(config, resume=resume, step=step, observers=observers)
 
 
+@out_of_memory.told()
 def generate(
     source: PathLike,
     prompts: Sequence[str] = (),
@@ -200,6 +203,7 @@ def generate(
     return [(row.label if steps else row.prompt, row.images) for row in rows]
 
 
+@out_of_memory.told()
 def evaluate(
     source: PathLike,
     *,
@@ -313,6 +317,7 @@ def evaluate(
     )
 
 
+@out_of_memory.told()
 def export(
     source: PathLike,
     out: PathLike | None = None,

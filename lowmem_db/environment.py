@@ -257,9 +257,15 @@ def version_of(package: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python, of the required packages and of the optional libraries."""
+    """Return the versions of Python, of the required packages and of the optional libraries.
+
+    That of torch names its build, such as ``+cu130``, which a package from PyPI does not have in its own version.
+    """
+    import torch
+
     names = [*_REPORTED_PACKAGES, *(library.name for library in OPTIONAL_LIBRARIES)]
-    return {"python": platform.python_version()} | {name: version_of(name) for name in names}
+    known = {name: version_of(name) for name in names}
+    return {"python": platform.python_version()} | known | {"torch": str(torch.__version__)}
 
 
 def devices() -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 from lowmem_db import environment
@@ -69,6 +70,24 @@ def reason_of(error: BaseException) -> str:
     said = [error, *(each for each in _with_causes(error) if place_of(each) is not None and str(each))][-1]
     words = _PLACE_IN_SOURCE.sub("", " ".join(str(said).split())) or type(said).__name__
     return ". ".join(words.split(". ")[:2])[:160]
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Raise what ran out of memory as such: a library, or a check, may have made another error of it.
+
+    Raises:
+        BudgetError: Memory ran out where nothing could be done about it.
+    """
+    try:
+        yield
+    except Exception as error:
+        place = place_of(error)
+        if place is None or isinstance(error, BudgetError):
+            raise
+        raise BudgetError(
+            f"out of memory on the {place} ({reason_of(error)}); free memory, or ask for less at once, and try again"
+        ) from error
 
 
 def forget(error: BaseException) -> None:

@@ -1,8 +1,11 @@
 """Running out of memory on purpose: at the n-th operator that makes a tensor on a real device."""
 
+import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,6 +23,7 @@ ERRORS: tuple[Exception, ...] = (
     MemoryError(),
 )
 _PHASES = {  # functions on the stack; the first that is there names the phase
+    "_check_and_plan": "checks and plan",  # which traces a step
     "_decoded": "decoding",
     "_latents": "sampling",
     "prepare_class_images": "class images",
@@ -44,6 +48,10 @@ class Fault(TorchDispatchMode):
         at: Number of the site, or None to count only.
         error: What is raised there.
         every: Raise it at each later site too.
+
+    Attributes:
+        phases: The phase of each site, if it only counts.
+        place: The phase in which the error was raised; in a second run it may be another, because more is in memory.
     """
 
     def __init__(self, at: int | None = None, error: Exception = ERRORS[1], *, every: bool = False) -> None:
@@ -51,20 +59,29 @@ class Fault(TorchDispatchMode):
         self.at, self.error, self.every = at, error, every
         self.count = 0
         self.phases: list[str] = []
+        self.place = "nowhere"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         made = func(*args, **(kwargs or {}))
-        caller = sys._getframe().f_back
-        is_mapping = caller is not None and caller.f_code.co_name in _MAPPING  # allocates nothing
+        is_mapping = _caller(sys._getframe()) in _MAPPING  # allocates nothing
         if isinstance(made, Tensor) and not (made.is_meta or func.is_view or is_mapping):
             number, self.count = self.count, self.count + 1
             if self.at is None:
                 self.phases.append(_phase(sys._getframe()))
             elif number == self.at or (self.every and number > self.at):
+                self.place = _phase(sys._getframe())
                 raise type(self.error)(*self.error.args)
         return made
+
+
+def _caller(frame: FrameType | None) -> str:
+    """Return the name of the function that called torch."""
+    frame = None if frame is None else frame.f_back
+    while frame is not None and "/torch/" in frame.f_code.co_filename:
+        frame = frame.f_back
+    return "" if frame is None else frame.f_code.co_name
 
 
 def _phase(frame: FrameType | None) -> str:
@@ -76,6 +93,13 @@ def _phase(frame: FrameType | None) -> str:
     if inside in {"sampling", "decoding"}:
         return f"{inside} {'class images' if 'prepare_class_images' in names else 'samples'}"
     return inside
+
+
+def note(**row: object) -> None:
+    """Tell `make torture` of an attack that happens; nobody else asks."""
+    if file := os.environ.get("LOWMEM_DB_TORTURE_LOG"):
+        with Path(file).open("a") as log:
+            log.write(json.dumps(row) + "\n")
 
 
 @contextmanager

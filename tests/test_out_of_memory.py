@@ -10,7 +10,7 @@ import torch
 
 from lowmem_db import out_of_memory
 from lowmem_db.errors import BudgetError, DiskFullError, ModelError
-from lowmem_db.out_of_memory import first_that_fits, place_of, reason_of
+from lowmem_db.out_of_memory import first_that_fits, place_of, reason_of, told
 from tests.faults import ERRORS
 
 
@@ -112,3 +112,22 @@ def test_pinned_memory_goes_back_to_the_system_too(monkeypatch: pytest.MonkeyPat
     monkeypatch.delattr(torch._C, "_host_emptyCache", raising=False)
     out_of_memory.release()
     assert called == ["device", "host"]
+
+
+def misread() -> None:
+    """As a check of a configuration does that runs out of memory."""
+    try:
+        raise ERRORS[0]
+    except RuntimeError as error:
+        raise ModelError("scheduler_config.json describes no noise schedule; download it again") from error
+
+
+def test_what_a_check_made_of_it_is_told_as_what_it_is() -> None:
+    with pytest.raises(BudgetError, match=r"out of memory on the device .*Tried to allocate") as raised, told():
+        misread()
+    assert raised.value.exit_code == 3
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(ModelError), told():
+        raise ModelError("another error")

@@ -137,7 +137,8 @@ def _prepare(run: RunFolder, planned: _Planned, observers: Sequence[Observer]) -
     config, model, device, photos = planned.config, planned.model, planned.device, planned.photos
     set_arithmetic(config, device)
     scorer = Scorer(config, [photo.path for photo in photos_of(config, photos, 0)]) if config.evaluation.every else None
-    as_planned = ("as planned", partial(prepare, config, model, device, photos))
+    prepared = partial(prepare, config, model, device, photos)
+    attempts = [("as planned", prepared), ("with what is free now", prepared)]  # what was prepared so far is kept
     return PreparedRun(
         run=run,
         config=config,
@@ -145,7 +146,7 @@ def _prepare(run: RunFolder, planned: _Planned, observers: Sequence[Observer]) -
         model=model,
         device=device,
         target=planned.target,
-        batches=first_that_fits("preparation", [as_planned], _PREPARING_NEEDS_LESS),
+        batches=first_that_fits("preparation", attempts, _PREPARING_NEEDS_LESS),
         scorer=scorer,
         observers=observers,
     )

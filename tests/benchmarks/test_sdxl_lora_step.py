@@ -14,6 +14,7 @@ def check(result: dict[str, Any]) -> None:
     assert 0 < result["trained_parameters"]["unet"] < 0.1 * result["parameters"]
 
 
+@pytest.mark.long
 def test_step_of_the_demo_base() -> None:
     result = measure_step("model.base=demo", "data.resolution=64")
     check(result)

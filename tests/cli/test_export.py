@@ -24,7 +24,7 @@ def train_arguments(fields: dict[str, object], **changed: object) -> list[str]:
     return [*(f"{field}={json.dumps(value)}" for field, value in (fields | changed).items()), *QUICK]
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", *(pytest.param(name, marks=pytest.mark.long) for name in ("sd2", "sdxl"))])
 def test_single_file_is_trained_and_exported(
     family: str, run: Run, tiny_fields: dict[str, object], tmp_path: Path
 ) -> None:

@@ -48,7 +48,7 @@ def test_watch_sees_a_connection(tmp_path: Path, environment_of_commands: dict[s
     assert any("socket.connect" in each for each in asked(tmp_path, environment_of_commands, [], "connect"))
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.long)])
 def test_local_run_opens_no_connection(
     kind: str, tiny_fields: dict[str, object], tmp_path: Path, environment_of_commands: dict[str, str]
 ) -> None:

@@ -61,8 +61,17 @@ def load(family: str, folder: Path) -> DiffusionPipeline:
     return PIPELINES[family].from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["full", "LoRA"])
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("sd1", "full"),
+        ("sdxl", "LoRA"),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in [("sd1", "LoRA"), ("sd2", "full"), ("sd2", "LoRA"), ("sdxl", "full")]
+        ),
+    ],
+)
 def test_from_the_photos_to_another_program(
     family: str, kind: str, tiny_fields: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

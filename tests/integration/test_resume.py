@@ -23,6 +23,7 @@ from lowmem_db.run.model_card import CARD_FILE
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import read_tensors
 from lowmem_db.training import trainer as trainer_module
+from tests.faults import note
 
 STEPS = 8
 MOVING = {
@@ -132,8 +133,8 @@ VARIANTS |= {
     | {"lora.dora": True, "lora.targets": ["attention"], "training.stop_text_encoder_training": 4},
 }
 KILLS_PER_VARIANT = int(os.environ.get("LOWMEM_DB_KILLS", "2"))
-# Most of these is in another variant too; `make slow` runs them.
-SLOW = {
+# Most of these is in another variant too; `make long` runs them.
+LONG = {
     "adamw",
     "gradient checkpointing, fp16 autocast",
     "in backward, clipped by past norms",
@@ -143,14 +144,15 @@ SLOW = {
     "LoRA beside fp16, 8-bit in backward",
     "DoRA, text encoder stopped",
     "evaluation, best checkpoint, average",
+    "ema, text encoder stopped",
+    "stochastic rounding, streamed, text encoder stopped",
+    "fp16 autocast, finite check per parameter",
 }
 
 
 def die(variant: str, place: str) -> None:
-    """Kill this process, and first tell `make torture` what it was at; a run may end before it gets here."""
-    if file := os.environ.get("LOWMEM_DB_KILL_LOG"):
-        with Path(file).open("a") as log:
-            log.write(json.dumps({"variant": variant, "place": place}) + "\n")
+    """Kill this process; a run may end before it gets here."""
+    note(attack="kill", variant=variant, place=place)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -225,7 +227,7 @@ def metric_rows(output_dir: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
+    "variant", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in VARIANTS]
 )
 def test_killed_runs_end_bit_for_bit_as_uninterrupted_ones(
     variant: str, tiny_fields: dict[str, object], tmp_path: Path

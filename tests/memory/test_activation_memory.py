@@ -18,6 +18,7 @@ from tests.memory.models import sdxl_like_unet
 
 MIB = 2**20
 SD15 = Path(lowmem_db.models.__file__).parent / "configs" / "sd15" / "unet"
+pytestmark = pytest.mark.long
 ROWS = [
     ("none", False),
     ("layers", False),
@@ -137,7 +138,6 @@ def test_a_placement_of_one_block_saves_in_proportion(sd15: dict[tuple[str, bool
     assert none.kept - one.kept == pytest.approx(others.kept - every.kept, abs=6)  # a boundary between blocks
 
 
-@pytest.mark.slow
 def test_figures_of_sdxl() -> None:
     """1024 pixels, 2 samples, bf16."""
     config = {

@@ -17,14 +17,10 @@ SIZES = {"a": 60, "b": 500, "c": 130, "d": 64, "e": 300, "f": 1}
 LARGEST = 2048  # bytes of b, rounded up to 256
 
 
-class Event(torch.cuda.Event):
+class Event:
     """A place in the queue of a stream."""
 
-    def __new__(cls) -> "Event":
-        return object.__new__(cls)
-
-    def __init__(self) -> None:
-        pass
+    __class__ = torch.cuda.Event  # for checks of types; torch built for CUDA makes real ones only on a card
 
     def record(self, stream: "Stream") -> None:
         self.stream, self.position = stream, len(stream.queue)
@@ -34,11 +30,10 @@ class Event(torch.cuda.Event):
             self.stream.device.run_one()
 
 
-class Stream(torch.cuda.Stream):
+class Stream:
     """Work in order; other streams may run before or after any of it, but for events."""
 
-    def __new__(cls, device: "Device") -> "Stream":
-        return object.__new__(cls)
+    __class__ = torch.cuda.Stream
 
     def __init__(self, device: "Device") -> None:
         self.device = device

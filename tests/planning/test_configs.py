@@ -32,6 +32,8 @@ LIMITS = {
     "sd15_lora_4gb": 2.6,
 }
 
+QUICK = "sd15_full_4gb"
+
 
 def in_header(file: Path) -> tuple[float, float]:
     match = HEADER.search(file.read_text())
@@ -52,7 +54,7 @@ def test_there_are_configurations() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("sdxl") else name for name in LIMITS]
+    "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.long) for name in LIMITS]
 )
 def test_training_stays_within_what_the_configuration_was_made_for(name: str) -> None:
     file = next(file for file in FILES if file.stem == name)
@@ -71,7 +73,7 @@ def test_the_papers_configuration_has_its_numbers() -> None:
     assert (config.prior.sampler, config.training.train_text_encoder) == ("ddpm", True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_header_is_what_the_planner_says_and_fits_the_card(file: Path) -> None:
     config = load_config(file)

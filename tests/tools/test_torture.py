@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.torture.__main__ import PARTS, counts_of, is_done, kills_of
+from tools.torture.__main__ import PARTS, attacks_of, counts_of, is_done
 from tools.torture.long_run import growing, slopes
 
 REPORT = """<testsuites><testsuite>
@@ -27,9 +27,11 @@ def test_no_report_is_a_failure(tmp_path: Path) -> None:
     assert counts_of(tmp_path / "report.xml")["failed"]
 
 
-def test_kills_are_counted_by_place_and_variant() -> None:
+def test_attacks_are_counted_by_place_variant_and_end() -> None:
     noted = [{"variant": "a", "place": "step"}, {"variant": "a", "place": "final"}, {"variant": "b", "place": "final"}]
-    assert kills_of(noted) == {"in_all": 3, "by_place": {"final": 2, "step": 1}, "by_variant": {"a": 2, "b": 1}}
+    counted = {"in_all": 3, "by_place": {"final": 2, "step": 1}, "by_variant": {"a": 2, "b": 1}}
+    assert attacks_of(noted) == counted
+    assert attacks_of([each | {"end": "refused"} for each in noted]) == counted | {"by_end": {"refused": 3}}
 
 
 @pytest.mark.parametrize(

@@ -34,33 +34,32 @@ PARTS: dict[str, list[str]] = {
     "kills": ["tests/integration/test_resume.py"],
 }  # fmt: skip
 KILLS_PER_VARIANT = 22  # some are not reached, because the run has passed their step
+FAULTS_PER_PHASE = 8
 PROCESSES = str(os.cpu_count() or 1)
 LONG_RUN_STEPS = 20_000
 
 
 def torture(part: str) -> dict[str, Any]:
     """Run the tests of a part; return what came of them."""
-    kills = os.environ.get("LOWMEM_DB_KILLS", str(KILLS_PER_VARIANT))
+    amounts = {"LOWMEM_DB_KILLS": str(KILLS_PER_VARIANT), "LOWMEM_DB_FAULTS": str(FAULTS_PER_PHASE)} | os.environ
     with tempfile.TemporaryDirectory() as folder:
-        report, log = Path(folder) / "report.xml", Path(folder) / "kills.jsonl"
+        report, log = Path(folder) / "report.xml", Path(folder) / "attacks.jsonl"
         command = [sys.executable, "-m", "pytest", "-q", "-n", PROCESSES, f"--junitxml={report}", *ALL, *PARTS[part]]
         started = time.monotonic()
-        subprocess.run(
-            command, check=False, env=os.environ | {"LOWMEM_DB_KILLS": kills, "LOWMEM_DB_KILL_LOG": str(log)}
-        )
+        subprocess.run(command, check=False, env=amounts | {"LOWMEM_DB_TORTURE_LOG": str(log)})
         counts = counts_of(report)
         noted = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     found = {"part": part, "version": version(), **counts, "seconds": round(time.monotonic() - started)}
-    return found | ({"kills": kills_of(noted)} if noted else {})
+    return found | ({"attacks": attacks_of(noted)} if noted else {})
 
 
-def kills_of(noted: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """Return how many kills there were, by what the process was at and by variant."""
-    return {
-        "in_all": len(noted),
-        "by_place": dict(Counter(each["place"] for each in noted).most_common()),
-        "by_variant": dict(Counter(each["variant"] for each in noted).most_common()),
+def attacks_of(noted: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Return how many attacks there were, by what the process was at, by variant, and by how the run ended."""
+    counts = {
+        f"by_{name}": dict(Counter(each[name] for each in noted if name in each).most_common())
+        for name in ("place", "variant", "end")
     }
+    return {"in_all": len(noted)} | {name: count for name, count in counts.items() if count}
 
 
 def counts_of(report: Path) -> dict[str, Any]:
