@@ -80,15 +80,15 @@ class PlainLoop:
 @contextmanager
 def _as_torch_computes() -> Iterator[None]:
     """Return a context in which torch computes as it does by default, which is quicker than the same bits each time."""
-    cudnn, is_strict = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
-    warn_only, before = torch.is_deterministic_algorithms_warn_only_enabled(), cudnn.deterministic
+    is_strict, before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
-    cudnn.deterministic = False
+    torch.backends.cudnn.deterministic = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(is_strict, warn_only=warn_only)
-        cudnn.deterministic = before
+        torch.backends.cudnn.deterministic = before
 
 
 def adamw(setting: Setting) -> Optimizer:
