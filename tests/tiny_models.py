@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
@@ -91,8 +92,12 @@ def write_byte_tokenizer(folder: Path, *, pad_token: str = "<|endoftext|>") -> N
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=NUM_TOKENS, pad_token=pad_token)
-    tokenizer.save_pretrained(folder)
+    with TemporaryDirectory() as made:  # transformers 4 takes files alone
+        files = Path(made, "vocab.json"), Path(made, "merges.txt")
+        files[0].write_text(json.dumps(vocabulary), encoding="utf-8")
+        files[1].write_text("#version: 0.2\n", encoding="utf-8")
+        tokenizer = CLIPTokenizer(*map(str, files), model_max_length=NUM_TOKENS, pad_token=pad_token)
+        tokenizer.save_pretrained(folder)
 
 
 def write_tiny_sdxl(folder: Path, *, force_zeros: bool = True) -> Path:

@@ -24,6 +24,7 @@ _MOST_LAYERS = 1 << 10
 _MOST_ITEMS = 1 << 12
 _DEEPEST = 3
 _COUNTS_OF_LAYERS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block", "num_layers")
+_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}  # in transformers 4 of the library's class too
 _FOREIGN_CODE = ("quantization_config", "auto_map", "custom_pipeline")
 
 
@@ -51,7 +52,8 @@ def own_fields(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         config: The configuration.
     """
     library = next(base for base in kind.__mro__ if base.__name__ in {"PreTrainedConfig", "PretrainedConfig"})
-    names = _parameters(kind) - _parameters(library) | {"architectures"}  # a name that is only written again
+    names = _parameters(kind) - (_parameters(library) - _TOKENS)
+    names.add("architectures")  # a name that is only written again
     return {name: value for name, value in config.items() if name in names}
 
 

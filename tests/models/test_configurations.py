@@ -114,6 +114,19 @@ def test_foreign_code_is_refused(damaged: Path, tiny_model: Path, component: str
         assert_line(message)
 
 
+def test_special_tokens_are_fields_of_the_network() -> None:
+    """transformers 4 lists them in the library's class too; 5 does not."""
+
+    class PretrainedConfig:
+        def __init__(self, torchscript: bool = False, eos_token_id: int | None = None) -> None: ...
+
+    class OfANetwork(PretrainedConfig):
+        def __init__(self, hidden_size: int = 8, eos_token_id: int = 49407, torchscript: bool = False) -> None: ...
+
+    given = {"hidden_size": 16, "eos_token_id": 513, "torchscript": True, "auto_map": {}}
+    assert own_fields(OfANetwork, given) == {"hidden_size": 16, "eos_token_id": 513}
+
+
 def test_fields_of_the_library_are_not_used(damaged: Path, tiny_model: Path) -> None:
     file = damaged / "text_encoder" / "config.json"
     fields = json.loads(file.read_text())
