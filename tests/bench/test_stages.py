@@ -217,6 +217,7 @@ def test_checkpoint_of_a_killed_process_that_is_not_restored_is_named(monkeypatc
         bits._resumed(SETTING)
 
 
+@pytest.mark.long
 def test_process_that_ends_by_itself_is_no_killed_one(tmp_path: Path) -> None:
     with pytest.raises(
         RuntimeError, match=r"ended by itself with exit code 1, and said: KeyError: 'no such technique'"

@@ -58,6 +58,8 @@ def test_notebook_is_kept_without_outputs_and_is_valid() -> None:
     assert [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
 
 
+@pytest.mark.long
+@pytest.mark.timeout(1800)  # a kernel starts, trains and draws; longer where the machine does other things too
 def test_notebook_runs_to_the_end(photos_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

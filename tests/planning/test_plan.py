@@ -177,6 +177,7 @@ def test_phases_are_those_the_configuration_has(plan_for):
     assert [phase.name for phase in few.phases] == ["encode_images", "train"]
 
 
+@pytest.mark.long
 def test_samples_are_tiled_where_they_would_be_the_peak(plan_for):
     fields = {
         "sampling__prompts": ["a dog"], "sampling__num_images": 64, "training__train_batch_size": 1,

@@ -27,6 +27,7 @@ def tiny(tiny_model) -> dict[str, object]:
     }  # fmt: skip
 
 
+@pytest.mark.long
 def test_nothing_needs_less(tiny):
     fixed = {
         "memory__weights": "bf16_extra_bits", "memory__optimizer_in_backward": True,
@@ -71,6 +72,7 @@ def test_the_one_with_the_most_measures_is_not_always_the_smallest():
     assert needs.traced == ["segments"], "the others need more at the least or in training"
 
 
+@pytest.mark.long
 def test_refusal_names_what_the_file_gives_and_leaving_it_out_works(tiny):
     given = {"memory__checkpointing": "none", "training__clipping": "per_tensor"}
     config = make_config(**tiny | given)
