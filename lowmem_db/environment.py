@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowmem_db import memory_limits, torch_build
+from lowmem_db import memory_limits, nvidia, torch_build
 from lowmem_db.errors import BudgetError, ConfigError, DependencyError
 from lowmem_db.nvidia import InstalledCard
 
@@ -522,6 +522,16 @@ def free_host_bytes() -> int | None:
     return min(free, default=total_host_bytes())
 
 
+def pinnable_host_bytes(host_bytes: int) -> int:
+    """Return how much of the host's memory can be pinned: Windows, WSL included, lets programs pin half of all.
+
+    Args:
+        host_bytes: What of it is free.
+    """
+    total = total_host_bytes() if sys.platform == "win32" or nvidia.is_in_wsl() else None
+    return host_bytes if total is None else min(host_bytes, total // 2)
+
+
 def free_bytes(device: "torch.device") -> int | None:
     """Return the free bytes of a device's memory, or None if the system does not tell."""
     import torch
@@ -545,5 +555,10 @@ def quiet_libraries() -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Return the contents of ``environment.json`` in a run folder: versions, platform and devices."""
-    return {"versions": versions(), "platform": platform.platform(), "devices": devices()}
+    """Return the contents of ``environment.json`` in a run folder: versions, platform, devices, variables of CUDA."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "devices": devices(),
+        "variables": nvidia.variables(),
+    }

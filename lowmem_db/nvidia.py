@@ -20,6 +20,7 @@ _DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """The name since torch 2.9, and the one before it."""
 _EXPANDABLE = "expandable_segments:True"
+_RECORDED = (_CUBLAS, "CUDNN_CONV_WSCAP_DBG", *_ALLOCATOR)
 
 
 def set_variables() -> None:
@@ -45,6 +46,15 @@ def check_variables() -> None:
             f"{_CUBLAS}: {said}; allowed: {', '.join(_DETERMINISTIC_WORKSPACES)}. Set it before Python starts, or "
             "import lowmem_db.api before anything computes"
         )
+
+
+def variables() -> dict[str, str]:
+    """Return what is set of the variables that decide which algorithms NVIDIA's libraries have the memory for.
+
+    Where a workspace cannot be had, cuDNN takes an algorithm with a smaller one, whose last bits may differ;
+    ``CUDNN_CONV_WSCAP_DBG`` limits the workspaces from the start, in MiB.
+    """
+    return {name: os.environ[name] for name in _RECORDED if name in os.environ}
 
 
 def has_expandable_segments() -> bool:

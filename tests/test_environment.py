@@ -81,9 +81,11 @@ def test_versions_are_those_installed() -> None:
     assert environment.version_of("no-such-package-at-all") is None
 
 
-def test_description_is_json() -> None:
+def test_description_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDNN_CONV_WSCAP_DBG", "256")
     described = json.loads(json.dumps(environment.describe()))
-    assert set(described) == {"versions", "platform", "devices"}
+    assert set(described) == {"versions", "platform", "devices", "variables"}
+    assert described["variables"]["CUDNN_CONV_WSCAP_DBG"] == "256"
     assert described["devices"][0]["device"] == "cpu"
     assert described["devices"][0]["total_bytes"] > 1 << 28
 

@@ -16,6 +16,22 @@ _TINY = torch.finfo(torch.float32).tiny
 CPU_CHUNK = 2**18
 DEVICE_CHUNK = 2**20
 _TEMPORARY_BYTES = 80  # per element of a chunk, of 24-bit weights with both scales and a last block to be filled up
+_OPERATORS_OF_CHUNK, _MOVED_BYTES = 119, 860  # of 24-bit weights: launches, and what they move per element
+_OPERATORS_OF_DRY_CHUNK, _MOVED_BYTES_DRY = 28, 208
+_OTHER_OPERATORS = 34  # once for a parameter
+
+
+def launches_and_bytes(num_elements: int, *, dry_run: bool) -> tuple[int, int]:
+    """Return about how many operators a step on a device launches, and how many bytes they move.
+
+    Args:
+        num_elements: Elements of the parameter.
+        dry_run: As in `adamw8bit_step`.
+    """
+    of_chunk, of_element = (
+        (_OPERATORS_OF_DRY_CHUNK, _MOVED_BYTES_DRY) if dry_run else (_OPERATORS_OF_CHUNK, _MOVED_BYTES)
+    )
+    return _OTHER_OPERATORS + of_chunk * cdiv(num_elements, DEVICE_CHUNK), of_element * num_elements
 
 
 def temporary_bytes(num_elements: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from lowmem_db import environment
 from lowmem_db.bench import bandwidth, bits, candidates, capped, kernels, machine, memory, speed
 from lowmem_db.bench.setting import Setting
-from lowmem_db.bench.stage import Clock, Row, Stage, run_stage
+from lowmem_db.bench.stage import Clock, Row, Stage, run_stage, words_of
 from lowmem_db.console import say, warn
 from lowmem_db.storage.atomic import write_text
 
@@ -60,6 +60,7 @@ def run_bench(
         write_text(output, json.dumps(report, indent=2) + "\n")
 
     write()
+    lost: str | None = None
     for stage in stages:
         limit = stage.limit_seconds * stretch * (0.5 if setting.quick else 1.0)
         if report["dropped"] or clock.now() - started + limit > minutes * 60:
@@ -68,10 +69,23 @@ def run_bench(
         say(f"bench: {stage.name}")
         found: Row = {}
         report["stages"].append(found)
+        if lost is not None:
+            found |= {"name": stage.name, "ok": False, "seconds": 0.0, stage.rows: [], "error": lost}
+            continue
         run_stage(stage, setting, found, limit_seconds=limit, clock=clock, write=write)
         if not found["ok"]:
             warn(f"{stage.name}: {found['error']}")
+            lost = _why_lost(setting, stage)
     if report["dropped"]:
         say(f"bench: {minutes:g} minutes are not enough for {', '.join(report['dropped'])}; give more --minutes")
     write()
     return report
+
+
+def _why_lost(setting: Setting, stage: Stage) -> str | None:
+    """Say why a card computes nothing more in this process: CUDA tells some faults again at every later call."""
+    try:
+        setting.synchronize()
+    except RuntimeError as error:
+        return f"skipped: the card does not answer since {stage.name} ({words_of(error)})"
+    return None

@@ -18,13 +18,14 @@ from lowmem_db.bench.strategies import TECHNIQUES, strategy, techniques
 from lowmem_db.storage.run_folder import RunFolder
 
 _RESOLUTION = 256
-_KILLED = "in_backward"
+_KILLED = ("in_backward", "streamed", "offloaded")
 
 
 def _measurements(setting: Setting) -> Iterator[Measurement]:
     for name in techniques(setting):
         yield name, partial(_repeated, setting, name)
-    yield f"{_KILLED}, killed", partial(_resumed, replace(setting, tiny=True))
+    for name in _KILLED[:1] if setting.is_small else _KILLED:
+        yield f"{name}, killed", partial(_resumed, replace(setting, tiny=True), name)
 
 
 def _repeated(setting: Setting, name: str) -> Row:
@@ -48,26 +49,26 @@ def _repeated(setting: Setting, name: str) -> Row:
     return {"same_bits": True}
 
 
-def _resumed(setting: Setting) -> Row:
+def _resumed(setting: Setting, name: str = _KILLED[0]) -> Row:
     """Kill a process in its steps, go on from its newest checkpoint, and do as many steps without a break.
 
     Raises:
         RuntimeError: The process ended by itself.
         ValueError: A tensor differs; the message names the first.
     """
-    make = partial(Steps, strategy(setting, _KILLED, TECHNIQUES[_KILLED]), setting.device)
+    make = partial(Steps, strategy(setting, name, TECHNIQUES[name]), setting.device)
     unbroken = make()
     with TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
-        kill_in_its_steps(setting, _KILLED, run)
+        kill_in_its_steps(setting, name, run)
         resumed = make()
         resumed.resume(run)
     saved = resumed.number
     resumed()
     while unbroken.number < resumed.number:
         unbroken()
-    if (name := first_difference(unbroken.state(), resumed.state()) or "") != "":
-        raise ValueError(f"{name} differs after a kill behind step {saved}")
+    if (differs := first_difference(unbroken.state(), resumed.state()) or "") != "":
+        raise ValueError(f"{differs} differs after a kill behind step {saved}")
     return {"same_bits": True, "killed_behind_step": saved}
 
 

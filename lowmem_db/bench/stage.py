@@ -69,11 +69,11 @@ def run_stage(
             reason = reason or failure
             note_seconds()
     except Exception as error:  # noqa: BLE001 -- whatever a stage fails of, the others are measured
-        reason = reason or _words(error)
+        reason = reason or words_of(error)
     try:
         environment.release_memory(setting.device)
     except Exception as error:  # noqa: BLE001 -- a fault of the card is told again by every later call
-        reason = reason or f"release of memory: {_words(error)}"
+        reason = reason or f"release of memory: {words_of(error)}"
     if left_out:
         found["left_out"] = left_out
     if not rows and reason is None:
@@ -88,8 +88,9 @@ def _measured(name: str, measure: Callable[[], Row]) -> tuple[Row, str | None]:
     try:
         return {"name": name} | measure(), None
     except Exception as error:  # noqa: BLE001 -- whatever a measurement fails of, the others are taken
-        return {"name": name, "error": _words(error)}, f"{name}: {_words(error)}"
+        return {"name": name, "error": words_of(error)}, f"{name}: {words_of(error)}"
 
 
-def _words(error: Exception) -> str:
+def words_of(error: Exception) -> str:
+    """Return the kind of an error and what it says, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_REASON]

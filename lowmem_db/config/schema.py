@@ -357,7 +357,8 @@ class MemoryConfig(Section):
     that the whole batch would have. Results differ only by rounding. Default: 0, batches as a whole, until memory runs
     out."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
-    """Attention implementation; xformers needs a CUDA device."""
+    """Attention implementation. torch's SDPA takes the fastest kernel of the card that computes the same bits each
+    time, and needs no other package; xformers needs a CUDA device."""
     techniques: dict[str, bool | int | float | str | None] = {}
     """Values for techniques that other packages register, by name."""
 

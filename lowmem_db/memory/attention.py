@@ -3,13 +3,18 @@
 torch's SDPA is diffusers' default; xformers' memory-efficient attention (arXiv:2112.05682) is optional. Both keep the
 scores in fp32 whatever the type of their inputs, which is what ``upcast_attention`` in a UNet's configuration asks for
 (Stable Diffusion 2.1); diffusers' processors ignore that field and rely on them.
+
+Once torch is strict, xformers too chooses an operator that computes the same bits each time: torch's memory-efficient
+one, which is what a plan traces, with the copies that diffusers makes for it.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from lowmem_db import environment
 from lowmem_db.errors import DependencyError
@@ -33,11 +38,33 @@ def check(attention: Literal["sdpa", "xformers"], device: torch.device) -> None:
 def apply(unet: nn.Module, attention: Literal["sdpa", "xformers"], device: torch.device) -> Callable[[], None]:
     """Set a UNet's attention implementation; return the function that undoes it.
 
+    On the meta device xformers need not be there: its allocations are traced.
+
     Raises:
         DependencyError: As for :func:`check`.
     """
+    if attention == "xformers" and device.type == "meta":
+        traced: Any = unet
+        undo = partial(traced.set_attn_processor, dict(traced.attn_processors))
+        traced.set_attn_processor(_TracedXformers())
+        return undo
     check(attention, device)
     if attention == "sdpa":
         return lambda: None
     unet.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
     return unet.disable_xformers_memory_efficient_attention  # type: ignore[return-value]
+
+
+class _TracedXformers:
+    """Allocates what diffusers' processor for xformers does, with SDPA in the place of its operator."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        query, key, value = (attn.head_to_batch_dim(each).contiguous().unsqueeze(1) for each in projected)
+        del projected
+        attended = functional.scaled_dot_product_attention(query, key, value, scale=attn.scale).squeeze(1)
+        made: Tensor = attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(attended)))
+        return made / attn.rescale_output_factor

@@ -172,6 +172,8 @@ def _of_family(file: Path, found: Mapping[str, StoredTensor], metadata: Mapping[
 def _with_own_configs(file: Path, found: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> SingleFile:
     """Return the model that a file written by this program describes in its metadata."""
     configs = json.loads(metadata[CONFIGS_KEY])
+    if odd := [name for name, config in configs.items() if not isinstance(config, dict)]:
+        raise TypeError(f"{odd[0]} is no mapping")
     layout = layout_for(configs)
     prediction = find_prediction(file, layout, found, metadata)
     if prediction.type not in {"epsilon", "v_prediction", "sample"}:

@@ -69,6 +69,8 @@ def _unsupported(card: Card, config: Config, missing: Mapping[str, str]) -> Iter
         yield missing["memory.fused_layers"]
     if card.is_cpu and base in {"int8", "nf4"}:
         yield f"lora.base_weights: {base!r} needs a CUDA device; allowed on the CPU: fp32, fp16, bf16"
+    if card.is_cpu and config.memory.attention == "xformers":
+        yield "memory.attention: 'xformers' needs a CUDA device; use memory.attention=sdpa"
     if precision != "bf16" or card.has_bf16 or card.is_cpu:
         return
     if base == "bf16":

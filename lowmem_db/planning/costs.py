@@ -106,6 +106,12 @@ class CostRecorder:
         self._rows.append((*row, torch._C._current_graph_task_id() != -1, self._block))
 
     @no_type_check
+    def add_several(self, count: int, moved_bytes: int) -> None:
+        """Add operators without matrix products in them, which move so many bytes together."""
+        row = (0, moved_bytes // count, 0, False, torch._C._current_graph_task_id() != -1, self._block)
+        self._rows.extend([row] * count)
+
+    @no_type_check
     def add_attention(self, query: Tensor) -> None:
         """Add a backward pass of attention, by its queries, shape ``(batch, heads, tokens, channels)``."""
         batch, heads, tokens, channels = query.shape

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
+from lowmem_db import environment
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import StrategyField, changed, describe, effort_of, open_paths
 from lowmem_db.engine.fitting import check_fits
@@ -122,6 +123,7 @@ class _Search:
         self._card = planner.run.card
         self._budget_bytes = budget_bytes
         self._host_bytes = _NO_LIMIT if host_bytes is None else host_bytes
+        self._pinnable_bytes = _NO_LIMIT if host_bytes is None else environment.pinnable_host_bytes(host_bytes)
         self._least_on_host: int | None = None
 
     def run(self) -> Plan | None:
@@ -137,10 +139,11 @@ class _Search:
             if refusal is None:
                 phases = self._needs.phases(chosen)
                 needed, on_host = self._needs.of_phases(phases), self._needs.host_peak(chosen, phases)
-                if needed <= self._budget_bytes and on_host <= self._host_bytes:
+                pinned = max(phase.host_bytes for phase in phases)
+                if needed <= self._budget_bytes and on_host <= self._host_bytes and pinned <= self._pinnable_bytes:
                     return self._plan(chosen, phases, refused)
                 if needed <= self._budget_bytes:
-                    refusal = self._refusal_of_host(chosen, on_host)
+                    refusal = self._refusal_of_host(chosen, on_host, pinned)
                 else:
                     refusal = self._refusal(describe(chosen), needed)
             elif refusal.strategy == family:
@@ -151,15 +154,20 @@ class _Search:
                 f"memory of the host: {gib(self._host_bytes)} are free, but what fits the card needs "
                 f"{gib(self._least_on_host)} there, for models while they load and for what stays on the host; close "
                 "other programs, raise the limit of the container, or set lora.enabled=true, which needs less"
+                f"{self._note_of_pinned()}"
             )
         return None
 
-    def _refusal_of_host(self, strategy: Config, needed: int) -> Refusal:
+    def _refusal_of_host(self, strategy: Config, needed: int, pinned: int) -> Refusal:
         self._least_on_host = min(needed, self._least_on_host or needed)
-        return Refusal(
-            strategy=describe(strategy),
-            reason=f"needs {gib(needed)} of the host's memory, of which {gib(self._host_bytes)} are free",
-        )
+        reason = f"needs {gib(needed)} of the host's memory, of which {gib(self._host_bytes)} are free"
+        if pinned > self._pinnable_bytes:
+            reason = f"needs {gib(pinned)} of pinned memory{self._note_of_pinned()}"
+        return Refusal(strategy=describe(strategy), reason=reason)
+
+    def _note_of_pinned(self) -> str:
+        is_less = self._pinnable_bytes < self._host_bytes
+        return f"; Windows lets programs pin {gib(self._pinnable_bytes)} here" if is_less else ""
 
     def _sorted(self, strategies: Sequence[Config]) -> Iterator[Config]:
         """Yield strategies by speed, then by the least effort; nothing is traced before the first is wanted."""
@@ -179,8 +187,8 @@ class _Search:
             gradients = "" if strategy.memory.optimizer_in_backward else " and gradients"
             held = f"weights{',' if gradients else ' and'} optimizer state{gradients}"
             return self._refusal(_name_without_activations(strategy), needed, f", for {held} alone"), strategy
-        if (kept := self._predictor.resident(strategy).host_bytes) > self._host_bytes:
-            return self._refusal_of_host(strategy, kept), strategy
+        if (kept := self._predictor.resident(strategy).host_bytes) > self._pinnable_bytes:
+            return self._refusal_of_host(strategy, kept, kept), strategy
         if (needed := needs.training(strategy)) > budget:
             return self._refusal(describe(strategy), needed), strategy
         drawn = self._planner.with_tiled_samples(strategy)

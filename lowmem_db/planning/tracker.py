@@ -13,7 +13,8 @@ from typing import Any, no_type_check
 
 import torch
 from lowmem_db_kernels import registry
-from lowmem_db_kernels.adamw8bit_eager import temporary_bytes
+from lowmem_db_kernels.adamw8bit_eager import launches_and_bytes, temporary_bytes
+from lowmem_db_kernels.adamw8bit_state import StepOperands
 from lowmem_db_kernels.dispatch import choose
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
@@ -48,7 +49,7 @@ class AllocationTracker(TorchDispatchMode):
         rounding: Sizes of storages are rounded up to a multiple of this many bytes.
         cpu_kernels: Whether to look inside the operators of ``lowmem_db_kernels`` that run as eager twins on the CPU.
         costs: Is notified of every operator in a trace.
-        eager_step: Whether the optimizer's step runs on a card as its eager twin, whose temporaries count.
+        eager_step: Whether the optimizer's step runs on a card as its eager twin, whose temporaries and time count.
     """
 
     def __init__(
@@ -184,6 +185,8 @@ class AllocationTracker(TorchDispatchMode):
             self._costs.add_attention(args[1])
         if func is _COPY and (to_host := self.is_on_host(args[0])) != self.is_on_host(args[1]):
             self._costs.add_crossing(args[1].nbytes, to_host=to_host)
+        elif self._eager_step and func is _STEP:
+            self._costs.add_several(*launches_and_bytes(args[0].numel(), dry_run=StepOperands(*args).dry_run))
         else:
             self._costs.add(row)
 

@@ -6,7 +6,6 @@ import torch
 from lowmem_db.bench import bits, candidates, capped, kernels, memory, speed
 from lowmem_db.bench.setting import Setting
 from lowmem_db.bench.stage import Row, Stage
-from lowmem_db.planning.allowance import reserved_bytes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +35,7 @@ def test_training_needs_what_the_planner_predicts(setting: Setting) -> None:
     for name, row in rows(memory.STAGE, setting).items():
         if "skipped" not in row:
             assert row["allocated_bytes"] == pytest.approx(row["predicted_bytes"], rel=0.03), name
-            assert row["reserved_bytes"] <= (reserved_bytes(row["predicted_bytes"], setting.card) or 0), name
+            assert row["reserved_bytes"] <= row["predicted_reserved_bytes"], name
 
 
 def test_smaller_cards_hold_what_is_planned_for_them(setting: Setting) -> None:

@@ -74,6 +74,21 @@ def test_fault_of_the_card_that_every_call_tells_again_ends_no_bench(
     assert third["rows"] == [{"name": "good"}]
 
 
+def test_card_that_does_not_answer_any_more_is_asked_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def synchronize(self: Setting) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Setting, "synchronize", synchronize)
+    stages = [stage("first", ("good", dict)), stage("second", ("bad", fails)), stage("third", ("bad", fails))]
+    first, second, third = run_bench(SETTING, tmp_path / "bench.json", stages=stages)["stages"]
+    assert (first["ok"], second["error"]) == (True, "bad: RuntimeError: it broke")
+    assert third["error"].startswith("skipped: the card does not answer since second (RuntimeError: CUDA error")
+    assert (third["ok"], third["rows"]) == (False, [])
+    assert capsys.readouterr().err.count("it broke") == 1
+
+
 def test_what_is_measured_stands_in_the_file_at_once(tmp_path: Path) -> None:
     file, seen = tmp_path / "bench.json", []
 

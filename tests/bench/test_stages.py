@@ -202,6 +202,14 @@ def saved_here(setting: Setting, technique: str, run: RunFolder) -> None:
         step.save(run)
 
 
+@pytest.mark.parametrize("technique", ["in_backward", "streamed", "offloaded"])
+def test_each_technique_goes_on_from_its_checkpoint(technique: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "kill_in_its_steps", saved_here)
+    whole = [name for name, _ in bits.STAGE.measurements(replace(SETTING, tiny=False))]
+    assert f"{technique}, killed" in whole
+    assert bits._resumed(SETTING, technique)["same_bits"]
+
+
 def test_checkpoint_of_a_killed_process_that_is_not_restored_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bits, "kill_in_its_steps", saved_here)
     monkeypatch.setattr(steps, "restore_checkpoint", lambda run, step, objects: "")
@@ -209,6 +217,7 @@ def test_checkpoint_of_a_killed_process_that_is_not_restored_is_named(monkeypatc
         bits._resumed(SETTING)
 
 
+@pytest.mark.long
 def test_process_that_ends_by_itself_is_no_killed_one(tmp_path: Path) -> None:
     with pytest.raises(
         RuntimeError, match=r"ended by itself with exit code 1, and said: KeyError: 'no such technique'"

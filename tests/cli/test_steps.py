@@ -36,7 +36,9 @@ def pixels(file: Path) -> bytes:
         return image.tobytes()
 
 
-@pytest.mark.parametrize("fields", [("memory.weights=bf16_extra_bits",), ("ema.enabled=true",)])
+@pytest.mark.parametrize(
+    "fields", [("memory.weights=bf16_extra_bits",), pytest.param(("ema.enabled=true",), marks=pytest.mark.long)]
+)
 def test_checkpoints_of_a_full_run_are_drawn_and_exported(
     run: Run, config_file: Path, tmp_path: Path, fields: tuple[str, ...]
 ) -> None:

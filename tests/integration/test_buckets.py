@@ -79,7 +79,9 @@ def test_class_dir_has_a_folder_for_each_shape_or_is_the_users_own(
 def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(fields: dict[str, object], tmp_path: Path) -> None:
     chosen = fields | {"training.train_batch_size": 2, "training.gradient_accumulation_steps": 2}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_in_child(chosen | {"output_dir": str(killed)}, kill_in_step(3)) == -signal.SIGKILL
+    assert (
+        run_in_child(chosen | {"output_dir": str(killed)}, kill_in_step(3, "aspect ratio buckets")) == -signal.SIGKILL
+    )
     assert run_in_child(chosen | {"output_dir": str(killed)}) == 0
     assert run_in_child(chosen | {"output_dir": str(whole)}) == 0
     assert final_bytes(killed) == final_bytes(whole)

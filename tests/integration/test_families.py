@@ -4,7 +4,6 @@ diffusers, which draws the images of the model that was trained.
 
 import json
 import multiprocessing
-import os
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from lowmem_db.cli.main import main
 from lowmem_db.training import trainer as trainer_module
+from tests.integration.test_resume import die
 from tests.original_models import write_original_model
 
 PIPELINES = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -35,7 +35,7 @@ def command(*arguments: object, kill_in_step: int | None = None) -> int:
 
             def killing(*given):
                 if given[-1] == kill_in_step:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    die("from a single file", "step")
                 return original(*given)
 
             trainer_module.train_step = killing

@@ -27,7 +27,7 @@ def draw(pipeline: StableDiffusionXLPipeline) -> Tensor:
     return torch.as_tensor(images)
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.long), True])
 def test_what_is_exported_draws_what_was_trained(
     tiny_fields: dict[str, object], tiny_sdxl: Path, tmp_path: Path, dora: bool
 ) -> None:

@@ -180,7 +180,8 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(
-    ("variant", "kill"), zip(VARIANTS, [kill_in_step(3), kill_in_write(9), kill_in_step(2)], strict=True)
+    ("variant", "kill"),
+    zip(VARIANTS, [kill_in_step(3, "SDXL"), kill_in_write(9, "SDXL"), kill_in_step(2, "SDXL")], strict=True),
 )
 def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(
     fields: dict[str, object], tmp_path: Path, variant: str, kill: Callable[[], None]

@@ -208,7 +208,10 @@ def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(
 ) -> None:
     chosen = fields | VARIANTS[variant]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_in_child(chosen | {"output_dir": str(killed)}, kill_in_step(3)) == -signal.SIGKILL
+    assert (
+        run_in_child(chosen | {"output_dir": str(killed)}, kill_in_step(3, f"another family, {variant}"))
+        == -signal.SIGKILL
+    )
     assert run_in_child(chosen | {"output_dir": str(killed)}) == 0
     assert run_in_child(chosen | {"output_dir": str(whole)}) == 0
     assert final_bytes(killed) == final_bytes(whole)

@@ -83,6 +83,7 @@ def test_loss_and_gradients_are_as_good_as_unfused(unet):
         )
 
 
+@pytest.mark.long
 def test_30_training_steps_are_as_good_as_unfused(unet):
     exact, eager, fused = copy.deepcopy(unet).double(), copy.deepcopy(unet), unet
     fused_layers.apply(fused)

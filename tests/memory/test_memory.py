@@ -97,3 +97,28 @@ def test_missing_xformers_is_refused_with_the_command(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "xformers", None)
     with pytest.raises(DependencyError, match=r'xformers, .*; pip install "lowmem-db\[cuda\]"'):
         attention.check("xformers", torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_xformers_attends_as_sdpa_does_with_the_same_bits_each_time(
+    model: ModelFolder, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    pytest.importorskip("xformers")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    torch.use_deterministic_algorithms(True)
+    unet = model.load("unet").to("cuda").requires_grad_(True)
+    noisy, text = torch.randn(2, 4, 16, 16, device="cuda"), torch.randn(2, 7, 16, device="cuda")
+
+    def predicted(name: str) -> list[Tensor]:
+        undo = attention.apply(unet, name, torch.device("cuda"))
+        unet.zero_grad()
+        made = unet(noisy, torch.tensor([10, 900], device="cuda"), text).sample
+        made.square().mean().backward()
+        undo()
+        return [made.detach(), *(each.grad for each in unet.parameters() if each.grad is not None)]
+
+    first, again, of_sdpa = predicted("xformers"), predicted("xformers"), predicted("sdpa")
+    assert all(map(torch.equal, first, again))
+    torch.testing.assert_close(first, of_sdpa, rtol=1e-3, atol=1e-4)

@@ -217,6 +217,12 @@ def test_damaged_configurations_in_the_metadata_are_refused(content: str, sd15: 
     [
         ("unet", []),
         ("unet", {}),
+        ("vae", "x"),
+        ("text_encoder", None),
+        ("scheduler", 3),
+        ("unet", {"block_out_channels": 5}),
+        ("vae", {"latent_channels": "four"}),
+        ("text_encoder", {"num_hidden_layers": [12]}),
         ("unet", {"block_out_channels": [-1]}),
         ("unet", {"cross_attention_dim": "x"}),
         ("unet", {"attention_head_dim": 0}),

@@ -158,6 +158,23 @@ def test_every_schedule_of_the_streams_gives_the_same_states(
         assert torch.equal(states.at_rest(name)["x"], expected[name]), name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("ring_bytes", [4096 * LARGEST, None])
+def test_streams_of_a_card_give_the_same_states(ring_bytes: int | None) -> None:
+    layouts = {name: StateLayout([flat("x", 4096 * size)]) for name, size in SIZES.items()}
+    states = StreamedStates(layouts, torch.device("cuda"), ring_bytes=ring_bytes)
+    expected = {name: torch.zeros(4096 * size) for name, size in SIZES.items()}
+    for number in range(1, 9):
+        states.begin_step()
+        for name in reversed(SIZES) if number == 5 else SIZES:
+            with states.on_device(name) as state:
+                step(state["x"], number)
+            step(expected[name], number)
+    for name in SIZES:
+        assert torch.equal(states.at_rest(name)["x"], expected[name]), name
+
+
 def test_states_are_fetched_ahead_in_the_order_of_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
     states = build(8 * LARGEST)
     fetched: list[str] = []

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from lowmem_db import environment, nvidia
 from lowmem_db.errors import BudgetError
 from lowmem_db.planning.cards import ASSUMED, CPU
 from lowmem_db.planning.output import as_json
@@ -46,6 +47,20 @@ def test_strategy_that_does_not_fit_the_host_is_refused(planner: Planner, stream
     for too_small in (streamed.host_peak_bytes - 1, 1):
         with pytest.raises(BudgetError, match=refused):
             planner.plan(GIB, host_bytes=too_small)
+
+
+def test_windows_lets_programs_pin_half_of_the_memory(
+    planner: Planner, streamed: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = max(phase.host_bytes for phase in streamed.phases)
+    monkeypatch.setattr(nvidia, "is_in_wsl", lambda: True)
+    monkeypatch.setattr(environment, "total_host_bytes", lambda: 2 * pinned)
+    assert planner.plan(GIB, host_bytes=9 * GIB).config == streamed.config
+    monkeypatch.setattr(environment, "total_host_bytes", lambda: 2 * pinned - 2)
+    with pytest.raises(BudgetError, match=r"memory of the host: .*; Windows lets programs pin 0\.0 GiB here"):
+        planner.plan(GIB, host_bytes=9 * GIB)
+    monkeypatch.setattr(nvidia, "is_in_wsl", lambda: False)
+    assert planner.plan(GIB, host_bytes=9 * GIB).config == streamed.config
 
 
 def test_target_without_memory_of_its_own_host_is_not_limited_by_it(tiny) -> None:

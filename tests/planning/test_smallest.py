@@ -27,6 +27,7 @@ def tiny(tiny_model) -> dict[str, object]:
     }  # fmt: skip
 
 
+@pytest.mark.long
 def test_nothing_needs_less(tiny):
     fixed = {
         "memory__weights": "bf16_extra_bits", "memory__optimizer_in_backward": True,

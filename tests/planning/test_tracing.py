@@ -1,12 +1,20 @@
 """The paths a trace takes on the meta device are those of the real one."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+from lowmem_db.config.strategy import resolve
+from lowmem_db.errors import ConfigError
+from lowmem_db.planning.cards import CPU
+from lowmem_db.planning.phases import trace_train
+from lowmem_db.planning.plan import Planner
 from lowmem_db.planning.tracing import real_paths
 from lowmem_db.planning.tracker import AllocationTracker
+from tests.planning.conftest import make_config, make_run
 
 
 def attend_and_fail(tracker: AllocationTracker) -> None:
@@ -54,3 +62,18 @@ def test_autocast_casts_products_down_and_norms_up_and_only_inside():
             assert functional.layer_norm(product, (8,)).dtype == torch.float32
             assert functional.silu(product).dtype == torch.float16
         assert functional.linear(weight, weight).dtype == torch.float32
+
+
+def test_xformers_is_planned_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    traced = {
+        name: trace_train(make_run(resolve(make_config(memory__attention=name)))) for name in ("sdpa", "xformers")
+    }
+    assert traced["xformers"].costs.attentions == traced["sdpa"].costs.attentions != frozenset()
+    kept = {name: sum(block.left for block in each.blocks.values()) for name, each in traced.items()}
+    assert 1.0 < kept["xformers"] / kept["sdpa"] < 1.1, "diffusers copies what is attended to"
+
+
+def test_xformers_is_not_planned_for_the_cpu() -> None:
+    with pytest.raises(ConfigError, match=r"memory\.attention: 'xformers' needs a CUDA device"):
+        Planner(make_run(make_config(memory__attention="xformers"), CPU))

@@ -76,28 +76,45 @@ def test_host_memory_is_told_apart_and_makes_no_peak():
     assert (found.host_to_device_bytes, found.device_to_host_bytes) == (4 * KIB, 4 * KIB)
 
 
+def step_plainly(size, *, dry_run=False, **options):
+    """Take one step of 24-bit weights; return what it takes at its peak."""
+    tracker = AllocationTracker(rounding=1, **options)
+    with tracker.tracking():
+        weight = torch.empty(size, dtype=torch.bfloat16, device="meta")
+        bits, gradient = torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight)
+        scalar, pair, state = torch.empty((), device="meta"), torch.empty(2, device="meta"), init_state(weight)
+        step = torch.empty((), dtype=torch.int64, device="meta")
+        scales = {"grad_scale": scalar, "update_scale": scalar}
+        tracker.reset_peak()
+        options.get("costs", CostRecorder()).clear()
+        before = tracker.live_bytes
+        adamw8bit_step(
+            weight, gradient, state, lr=scalar, step=step, extra_bits=bits, corrections=pair, dry_run=dry_run, **scales
+        )  # fmt: skip
+    return tracker.peak.total - before
+
+
 @pytest.mark.parametrize("size", [300 * KIB, 300 * KIB + 77, 3 * 2**20, 2**20 - 77])
 def test_plain_step_of_a_card_counts_what_its_twin_takes_for_a_moment(size, monkeypatch):
     monkeypatch.setenv("LOWMEM_DB_KERNELS", "eager")
+    opened = step_plainly(size, cpu_kernels=True)
+    assert opened <= step_plainly(size, eager_step=True) <= 1.08 * opened
+    assert step_plainly(size) < 100
 
-    def needed(**options):
-        tracker = AllocationTracker(rounding=1, **options)
-        with tracker.tracking():
-            weight = torch.empty(size, dtype=torch.bfloat16, device="meta")
-            bits, gradient = torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight)
-            scalar, pair, state = torch.empty((), device="meta"), torch.empty(2, device="meta"), init_state(weight)
-            step = torch.empty((), dtype=torch.int64, device="meta")
-            scales = {"grad_scale": scalar, "update_scale": scalar}
-            tracker.reset_peak()
-            before = tracker.live_bytes
-            adamw8bit_step(
-                weight, gradient, state, lr=scalar, step=step, extra_bits=bits, corrections=pair, **scales
-            )  # fmt: skip
-        return tracker.peak.total - before
 
-    opened = needed(cpu_kernels=True)
-    assert opened <= needed(eager_step=True) <= 1.08 * opened
-    assert needed() < 100
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("size", [2**20, 3 * 2**20])
+def test_plain_step_of_a_card_takes_the_time_of_what_its_twin_launches(size, dry_run, monkeypatch):
+    monkeypatch.setenv("LOWMEM_DB_KERNELS", "eager")
+
+    def costs_of(**options):
+        recorder = CostRecorder()
+        step_plainly(size, dry_run=dry_run, costs=recorder, **options)
+        found = recorder.costs()
+        return len(found.flops), found.moved_bytes.sum()
+
+    assert costs_of(eager_step=True) == pytest.approx(costs_of(cpu_kernels=True), rel=0.02)
+    assert costs_of()[0] == 1
 
 
 def test_attention_of_the_backward_pass_is_known():

@@ -58,7 +58,10 @@ def test_parts_name_files_that_exist() -> None:
 @pytest.mark.parametrize("growth", [0.0, 0.05])
 def test_growth_is_seen_and_noise_is_not(growth: float) -> None:
     noise = random.Random(0)
-    rows = [{"step": step, "resident_mib": 500 + growth * step + noise.gauss(0, 2)} for step in range(2000)]
+    rows = [
+        {"step": step, "resident_mib": 500 + growth * step + noise.gauss(0, 2), "processor_seconds": 0.1}
+        for step in range(2000)
+    ]
     found = slopes(rows)["resident_mib"]
     assert found["per_1000_steps"] == pytest.approx(1000 * growth, abs=1.0)
     assert (abs(found["per_1000_steps"]) > found["plus_minus"] + 5) == (growth > 0)
@@ -66,7 +69,19 @@ def test_growth_is_seen_and_noise_is_not(growth: float) -> None:
 
 def test_run_that_grows_fails() -> None:
     flat = {"mean": 1.0, "per_1000_steps": 0.01, "plus_minus": 0.02}
-    found = {"resident_mib": flat, "open_files": flat, "processor_seconds": flat}
+    found = {"resident_mib": flat, "open_files": flat, "fastest_seconds": flat}
     assert growing(found, 20_000) == []
     leaking = flat | {"per_1000_steps": 10.0}
     assert growing(found | {"resident_mib": leaking, "open_files": leaking}, 20_000) == ["resident_mib", "open_files"]
+
+
+@pytest.mark.parametrize("growth", [0.0, 1e-5])
+def test_steps_that_become_slower_are_told_from_a_machine_that_does_other_things_too(growth: float) -> None:
+    noise = random.Random(0)
+    rows = [
+        {"step": step, "processor_seconds": 0.1 + growth * step + noise.random() * (0.3 if step > 4000 else 0.0)}
+        for step in range(8000)
+    ]
+    flat = {"per_1000_steps": 0.0, "plus_minus": 0.0}
+    found = slopes(rows) | {"resident_mib": flat, "open_files": flat}
+    assert growing(found, 8000) == (["fastest_seconds"] if growth else [])

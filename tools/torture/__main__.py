@@ -32,6 +32,8 @@ PARTS: dict[str, list[str]] = {
     "out_of_memory": ["tests/run/test_running_out_of_memory.py", "tests/planning/test_ladder.py",
                       "tests/engine/test_draw.py"],
     "kills": ["tests/integration/test_resume.py"],
+    "kills_of_families": ["tests/integration/test_buckets.py", "tests/integration/test_families.py",
+                          "tests/integration/test_sdxl.py", "tests/integration/test_toy_family.py"],
 }  # fmt: skip
 KILLS_PER_VARIANT = 22  # some are not reached, because the run has passed their step
 FAULTS_PER_PHASE = 8
