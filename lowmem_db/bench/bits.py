@@ -41,11 +41,11 @@ def _repeated(setting: Setting, name: str) -> Row:
     step()
     once = step.state()
     step.restore(saved)
-    if (name := first_difference(saved, step.state()) or "") != "":
-        raise ValueError(f"{name} is not what was saved")
+    if (differs := first_difference(saved, step.state())) is not None:
+        raise ValueError(f"{differs} is not what was saved")
     step()
-    if (name := first_difference(once, step.state()) or "") != "":
-        raise ValueError(f"{name} differs between two identical steps")
+    if (differs := first_difference(once, step.state())) is not None:
+        raise ValueError(f"{differs} differs between two identical steps")
     return {"same_bits": True}
 
 
@@ -67,7 +67,7 @@ def _resumed(setting: Setting, name: str = _KILLED[0]) -> Row:
     resumed()
     while unbroken.number < resumed.number:
         unbroken()
-    if (differs := first_difference(unbroken.state(), resumed.state()) or "") != "":
+    if (differs := first_difference(unbroken.state(), resumed.state())) is not None:
         raise ValueError(f"{differs} differs after a kill behind step {saved}")
     return {"same_bits": True, "killed_behind_step": saved}
 

@@ -15,7 +15,7 @@ from lowmem_db.cli.arguments import Request, read_arguments
 from lowmem_db.errors import LowmemDbError
 from tests.cli.commands_of_diffusers import LORA, refused, remark, sets
 from tests.cli.conftest import Run
-from tests.cli.test_commands_of_diffusers import Said, said, value_of
+from tests.cli.test_commands_of_diffusers import Said, check_flags, said, value_of
 
 __all__ = ["said"]
 
@@ -132,25 +132,7 @@ def request(*arguments: str) -> Request:
 
 @pytest.mark.parametrize("case", FLAGS)
 def test_each_flag_of_both_scripts(case: str, said: Said) -> None:
-    flag = re.split(r"\W", case)[0]
-    scripts, value, others, (fate, expected) = FLAGS[case]
-    for script in scripts:
-        command = (script, *others, f"--{flag}{value}")
-        if fate == "refused":
-            with pytest.raises(LowmemDbError, match=f"^--{flag}: ") as raised:
-                request(*command)
-            assert str(expected) in str(raised.value)
-            continue
-        asked = request(*command)
-        about_it = [line for line in said() if line.startswith(f"--{flag}: ")]
-        assert asked.resume is (fate == "resumes")
-        if fate == "remark":
-            (line,) = about_it
-            assert line.startswith(f"--{flag}: {expected}")
-            assert asked.config == request(script, *others).config, "the flag changes something"
-        elif fate == "sets":
-            assert {path: value_of(asked.config, path) for path in expected} == expected
-            assert not about_it or case == "repeats with epochs"
+    check_flags(case, FLAGS, request, said)
 
 
 def test_the_table_holds_every_flag_of_the_scripts(said: Said) -> None:

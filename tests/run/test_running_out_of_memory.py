@@ -17,6 +17,7 @@ from lowmem_db.config.loading import load_config, read_yaml
 from lowmem_db.errors import BudgetError
 from lowmem_db.planning.calibration import CUDA_CONTEXT
 from lowmem_db.planning.measured import read_chosen
+from lowmem_db.run import run as run_module
 from lowmem_db.run.attempts import Attempts, PreparedRun, _Failure
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training import trainer
@@ -127,6 +128,26 @@ def test_run_goes_on_with_less_and_ends_with_the_same_bits(
     used = read_yaml(run.config_file)["memory"]  # which a resumed run takes over
     assert used["checkpointing"] == stepped["strategy"]["checkpointing"] != "none"
     assert "memory.checkpointing" in read_chosen(run)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_preparation_is_tried_once_more(
+    runs: Callable[[str], Runs], failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_kind, original, left = runs("in backward"), run_module.prepare, [ERRORS[0]] * failures
+
+    def failing(*arguments: Any) -> Any:
+        if left:
+            raise left.pop()
+        return original(*arguments)
+
+    monkeypatch.setattr(run_module, "prepare", failing)
+    if failures == 1:
+        assert weights_and_losses(of_kind.run("prepared again", None)) == weights_and_losses(of_kind.first)
+    else:
+        with pytest.raises(BudgetError, match=r"^preparation: out of memory .* what is prepared so far is kept"):
+            of_kind.run("not prepared", None)
+    assert not left
 
 
 def test_nothing_smaller_saves_what_is_whole_and_names_it(
