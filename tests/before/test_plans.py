@@ -7,7 +7,7 @@ import pytest
 from tests.before.make_plans import CONFIGS, TABLE, plan
 
 EXPECTED = json.loads(TABLE.read_text())
-QUICK, LONG = "demo", "sd15_lora_4gb"
+QUICK = "demo"
 
 
 def test_table_has_every_configuration_that_says_how_memory_is_saved() -> None:
@@ -16,12 +16,9 @@ def test_table_has_every_configuration_that_says_how_memory_is_saved() -> None:
     assert EXPECTED.keys() == fixed
 
 
-def marked(name: str) -> object:
-    marks = {QUICK: (), LONG: pytest.mark.long}
-    return pytest.param(name, marks=marks.get(name, pytest.mark.slow))
-
-
-@pytest.mark.parametrize("name", [marked(name) for name in EXPECTED])
+@pytest.mark.parametrize(
+    "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.long) for name in EXPECTED]
+)
 def test_configuration_is_planned_as_before(name: str) -> None:
     found, expected = plan(CONFIGS / f"{name}.yaml"), EXPECTED[name]
     came_later = {field for field in found["strategy"] if field not in expected["strategy"]}
