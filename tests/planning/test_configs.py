@@ -73,14 +73,8 @@ def test_the_papers_configuration_has_its_numbers() -> None:
     assert (config.prior.sampler, config.training.train_text_encoder) == ("ddpm", True)
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        pytest.param(file, marks=pytest.mark.slow if file.stem.startswith("sdxl") else pytest.mark.long)
-        for file in FILES
-    ],
-    ids=lambda file: file.stem,
-)
+@pytest.mark.long
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_header_is_what_the_planner_says_and_fits_the_card(file: Path) -> None:
     config = load_config(file)
     found = plan(config, find_target(config, gpu=card_of(file)))
