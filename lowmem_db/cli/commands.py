@@ -14,6 +14,7 @@ from lowmem_db.cli import (
     export,
     generate,
     identifiers,
+    new,
     photos,
     plan,
     prepare,
@@ -31,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 _FREE_ARGUMENTS = {"ignore_unknown_options": True}
+app.command("new")(new.new)
 app.command("train", context_settings=_FREE_ARGUMENTS)(train.train)
 app.command("plan", context_settings=_FREE_ARGUMENTS)(plan.plan)
 app.command("prepare", context_settings=_FREE_ARGUMENTS)(prepare.prepare)

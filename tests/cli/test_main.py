@@ -26,7 +26,19 @@ from lowmem_db.errors import (
 from tests.cli.conftest import Outcome, Run
 from tests.faults import ERRORS
 
-COMMANDS = ("train", "plan", "prepare", "generate", "evaluate", "export", "identifiers", "doctor", "bench", "configs")
+COMMANDS = (
+    "new",
+    "train",
+    "plan",
+    "prepare",
+    "generate",
+    "evaluate",
+    "export",
+    "identifiers",
+    "doctor",
+    "bench",
+    "configs",
+)
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL")
 
 
