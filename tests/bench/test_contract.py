@@ -28,7 +28,7 @@ def test_what_passed_is_counted(folder: Path) -> None:
 
 def test_what_failed_is_named(folder: Path) -> None:
     (folder / "test_noise.py").write_text("def test_one(): assert 1 == 2\ndef test_two(): pass\n")
-    with pytest.raises(AssertionError, match="^test_one$"):
+    with pytest.raises(AssertionError, match=r"^test_one$"):
         contract_tests(CARD)
 
 
