@@ -457,3 +457,37 @@ def report(runs: Sequence[PathLike] | PathLike, output: PathLike | None = None, 
     path = Path(output) if output is not None else folders[0] / name if len(folders) == 1 else Path(name)
     write_report(folders, path, share=share)
     return path
+
+
+def files_to_publish(run: PathLike) -> dict[str, int]:
+    """Return the files that :func:`publish` sends, by relative path, with their bytes.
+
+    Raises:
+        ModelError: The run has no final model.
+        StorageError: A file names a folder of this machine.
+    """
+    from lowmem_db.run.publishing import files_to_publish as listed
+
+    return listed(Path(run))
+
+
+def publish(run: PathLike, model_id: str, *, private: bool = False) -> str:
+    """Upload the final model of a run, with its card and samples, to the Hugging Face hub.
+
+    No photo, no path, and no name of a folder, a user or a machine is sent; :func:`files_to_publish` lists the files.
+
+    Args:
+        run: A finished run.
+        model_id: ``owner/name``; the repository is created if it does not exist.
+        private: Whether nobody else sees a repository that is created.
+
+    Returns:
+        Its address.
+
+    Raises:
+        ModelError: The run has no final model.
+        StorageError: The hub refused the upload or cannot be reached, or a file names a folder of this machine.
+    """
+    from lowmem_db.run.publishing import publish as send
+
+    return send(Path(run), model_id, private=private)

@@ -28,6 +28,7 @@ def test_importing_is_light_and_offers_what_all_says() -> None:
         "load_config",
         "new",
         "plan",
+        "publish",
         "report",
         "train",
     ]

@@ -18,6 +18,7 @@ from lowmem_db.cli import (
     photos,
     plan,
     prepare,
+    publish,
     report,
     train,
 )
@@ -41,6 +42,7 @@ app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("identifiers")(identifiers.identifiers)
+app.command("publish")(publish.publish)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)

@@ -30,6 +30,7 @@ COMMANDS = (
     "new",
     "train",
     "plan",
+    "publish",
     "prepare",
     "generate",
     "evaluate",
