@@ -32,7 +32,7 @@ def serve(folder: Path, *, port: int | None, behind_proxy: bool, open_browser: b
     is_of_run = (folder / "config.yaml").is_file()
     place = Workplace(folder.absolute().parent if is_of_run else folder)
     path = f"/run/{place.open(folder)}" if is_of_run else "/"
-    with _listening(port) as listener:
+    with listen(port) as listener:
         number = listener.getsockname()[1]
         token = secrets.token_urlsafe(24)
         app = Guard(build_app(place), token, number, behind_proxy=behind_proxy)
@@ -45,7 +45,7 @@ def serve(folder: Path, *, port: int | None, behind_proxy: bool, open_browser: b
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def _listening(port: int | None) -> socket.socket:
+def listen(port: int | None) -> socket.socket:
     """Return a socket that listens on the loopback address.
 
     Raises:

@@ -1,7 +1,8 @@
 """The whole way in a real browser, from photos to a picture, while pages are reloaded and the server is killed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -24,17 +25,37 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    """Start servers, and end them after the test."""
+    servers: list[Server] = []
+
+    def start_server(*arguments: Any) -> Server:
+        servers.append(Server(*arguments))
+        return servers[-1]
+
+    yield start_server
+    for server in servers:
+        server.kill()
+
+
 def accessible(page: Page) -> None:
     """Check contrast, names, labels and landmarks."""
     found = Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
 
 
-def test_from_photos_to_a_picture(browser: Browser, tmp_path: Path, environment_of_commands: dict[str, str]) -> None:  # noqa: F811
+def test_from_photos_to_a_picture(  # noqa: PLR0915
+    browser: Browser,
+    start: Callable[..., Server],
+    tmp_path: Path,
+    environment_of_commands: dict[str, str],  # noqa: F811
+) -> None:
     configs = quick_recipes(tmp_path / "configs")
     environment = environment_of_commands | {"LOWMEM_DB_CACHE": str(tmp_path / "cache")}
-    server = Server(tmp_path / "runs", configs, environment)
-    page = browser.new_page(viewport={"width": 390, "height": 800})
+    server = start(tmp_path / "runs", configs, environment)
+    context = browser.new_context(viewport={"width": 390, "height": 800})
+    page = context.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("dialog", lambda dialog: problems.append("a dialog"))
@@ -59,14 +80,14 @@ def test_from_photos_to_a_picture(browser: Browser, tmp_path: Path, environment_
     accessible(page)
     train.click()
 
-    other = browser.contexts[0].new_page()  # a second tab on the same run
+    other = context.new_page()  # a second tab on the same run
     other.goto(page.url)
     expect(page.locator("#status .state")).to_contain_text("training", timeout=PATIENCE)
     page.reload()
     server.kill()  # the run goes on
     expect(page.locator("#gone")).to_be_visible(timeout=20_000)
     problems.clear()  # of a server that is gone
-    server = Server(tmp_path / "runs", configs, environment, server.port)
+    server = start(tmp_path / "runs", configs, environment, server.port)
     for tab in (page, other):
         tab.goto(server.address)
         tab.get_by_role("link", name="b-dog-b").click()
@@ -85,4 +106,3 @@ def test_from_photos_to_a_picture(browser: Browser, tmp_path: Path, environment_
     assert page.locator("main b, main i, main u").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert problems == []
-    server.kill()
