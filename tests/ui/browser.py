@@ -34,8 +34,9 @@ class Server:
 
     def kill(self) -> None:
         """End the server at once, as a crash would."""
-        self._process.kill()
-        self._process.communicate()
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
 
 
 if __name__ == "__main__":
