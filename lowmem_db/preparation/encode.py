@@ -29,6 +29,7 @@ from lowmem_db.storage.tensors import TensorStore
 _FORMAT_VERSION = 2
 _PROMPT_FORMAT_VERSION = 1
 _EMBEDS_IN_MEMORY = 64
+_PROMPTS_AT_ONCE = 64
 _Loaded = TypeVar("_Loaded")
 
 
@@ -77,19 +78,25 @@ def encode_prompts(config: Config, model: ModelFolder, device: torch.device, pro
     store = TensorStore(config.cache_dir / "prompts")
     encoder_key = model.content_key(*model.family.names_of("text_encoder", "tokenizer"))
     text_encoders = _lazily(lambda: load_text_encoders(model, device=device))
-    keys: dict[str, str] = {}
-    for prompt in unique:
-        key = fingerprint.of_values("prompt", _PROMPT_FORMAT_VERSION, encoder_key, prompt, *read_otherwise(model))
-
-        def make(prompt: str = prompt) -> dict[str, Tensor]:
-            with torch.no_grad():
-                made = model.family.encode(text_encoders(), tokens.conditioning([prompt]).tokens)
+    keys = {
+        prompt: fingerprint.of_values("prompt", _PROMPT_FORMAT_VERSION, encoder_key, prompt, *read_otherwise(model))
+        for prompt in unique
+    }
+    missing = [prompt for prompt in unique if store.read(keys[prompt]) is None]
+    for first in range(0, len(missing), _PROMPTS_AT_ONCE):
+        together = missing[first : first + _PROMPTS_AT_ONCE]
+        with torch.no_grad():
+            encoded = model.family.encode_each(
+                text_encoders(), [tokens.conditioning([prompt]).tokens for prompt in together]
+            )
+        for prompt, made in zip(together, encoded, strict=True):
             check_embeds(model, made, [prompt])
-            return {name: rows[0].cpu() for name, rows in made.items()}
-
-        store.read_or_make(key, make)
-        keys[prompt] = key
+            store.read_or_make(keys[prompt], partial(_first_rows, made))
     return replace(tokens, embeds=StoredEmbeds(store, keys))
+
+
+def _first_rows(embeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: rows[0].cpu() for name, rows in embeds.items()}
 
 
 class StoredEmbeds(Mapping[str, Mapping[str, Tensor]]):
