@@ -224,7 +224,7 @@ def _is_transformer(module: Any) -> bool:
 
 def _is_attention(module: nn.Module) -> bool:
     """Return whether a module is an attention with keys and values of its own for the prompt."""
-    return all(hasattr(module, name) for name in ("group_norm", "add_k_proj", "add_v_proj", "to_out"))
+    return all(getattr(module, name, None) is not None for name in ("group_norm", "add_k_proj", "add_v_proj"))
 
 
 def _is_transformer_block(module: nn.Module) -> bool:
