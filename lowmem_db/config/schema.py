@@ -164,6 +164,9 @@ class PriorConfig(Section):
     """Lambda of Equation 2."""
     num_class_images: NumImages = 200
     """Number of class images; the paper draws about 1000."""
+    class_prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Further prompts of class images, in turn with ``subject.class_prompt``; each image trains with its own, so that
+    other nouns (``a cat``) stay themselves. What stands here twice is drawn twice as often."""
     class_dir: LocalPath | None = None
     """Folder of class images. A folder with your own pictures is used as it is. Default: in the cache, by content."""
     sampler: Sampler = "ddpm"
