@@ -34,6 +34,10 @@ def _learns(rule: Callable[[Config], bool]) -> Callable[[Config], bool]:
     return lambda c: c.textual_inversion.enabled and rule(c)
 
 
+def _streams(rule: Callable[[Config], bool]) -> Callable[[Config], bool]:
+    return lambda c: bool(c.memory.stream_weights) and rule(c)
+
+
 _TEXTUAL_INVERSION = (
     Rule(
         lambda c: not c.textual_inversion.enabled and c.textual_inversion != TextualInversionConfig(),
@@ -72,6 +76,32 @@ _TEXTUAL_INVERSION = (
         _learns(lambda c: c.textual_inversion.token not in c.subject.instance_prompt),
         "subject.instance_prompt: {config.subject.instance_prompt!r} does not have the new word; set "
         "subject.instance_prompt='a {config.textual_inversion.token}'",
+    ),
+)
+_STREAMED_WEIGHTS = (
+    Rule(
+        _streams(lambda c: _checkpoints_nothing(c)),
+        "memory.stream_weights: true streams the weights of checkpointed segments, and memory.checkpointing is none; "
+        "set memory.checkpointing=segments, or leave stream_weights out",
+    ),
+    Rule(
+        _streams(lambda c: c.trains_weights and c.memory.optimizer_in_backward is False),
+        "memory.stream_weights: true takes weights back to the host in the backward pass, where they must have been "
+        "stepped; set memory.optimizer_in_backward=true, or leave stream_weights out",
+    ),
+    Rule(
+        _streams(lambda c: c.ema.enabled),
+        "ema.enabled: true averages weights on the device, but memory.stream_weights keeps them on the host; set "
+        "ema.enabled=false, or memory.stream_weights=false",
+    ),
+    Rule(
+        _streams(lambda c: c.training.compile),
+        "training.compile: true has not been tested with memory.stream_weights; set one of them to false",
+    ),
+    Rule(
+        _streams(lambda c: c.lora.base_weights in {"int8", "nf4"}),
+        "lora.base_weights: {config.lora.base_weights!r} has weights of its own kind, which memory.stream_weights "
+        "cannot move; set lora.base_weights=bf16, or memory.stream_weights=false",
     ),
 )
 RULES = (
@@ -216,6 +246,7 @@ RULES = (
         "ema.enabled: true averages complete weights, but memory.stream_optimizer_state keeps their extra bits on the "
         "host; set ema.enabled=false, memory.stream_optimizer_state=false, or memory.weights=fp32",
     ),
+    *_STREAMED_WEIGHTS,
     Rule(
         lambda c: (c.memory.micro_batches or 0) > 1 and c.memory.micro_batches not in [*choices.micro_batches(c)],
         "memory.micro_batches: {config.memory.micro_batches} needs a training.train_batch_size that it divides "

@@ -125,6 +125,27 @@ CASES = [
         {"memory.weights": "fp32"},
     ),
     (
+        {"memory.stream_weights": True, "memory.checkpointing": "none"},
+        "memory.stream_weights",
+        {"memory.checkpointing": "segments"},
+    ),
+    (
+        {"memory.stream_weights": True, "memory.optimizer_in_backward": False},
+        "memory.stream_weights",
+        {"memory.optimizer_in_backward": True},
+    ),
+    (
+        {"memory.stream_weights": True, "memory.optimizer_in_backward": True, "ema.enabled": True},
+        "ema.enabled",
+        {"ema.enabled": False},
+    ),
+    ({"memory.stream_weights": True, "training.compile": True}, "training.compile", {"training.compile": False}),
+    (
+        {"memory.stream_weights": True, "lora.enabled": True, "lora.base_weights": "nf4"},
+        "lora.base_weights",
+        {"lora.base_weights": "bf16"},
+    ),
+    (
         {"memory.offload_checkpoints": True, "memory.checkpointing": {"unet.mid_block": "none"}},
         "memory.offload_checkpoints",
         {"memory.checkpointing": {"unet.mid_block": "layers"}},
