@@ -23,6 +23,7 @@ from lowmem_db.models.families.spaces import Codec
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.text_encoders import check_embeds, load_text_encoders, read_otherwise, tokenize_prompts
 from lowmem_db.records import ImageRecord, Size
+from lowmem_db.storage.locks import locked
 from lowmem_db.storage.run_folder import read_json, write_json
 from lowmem_db.storage.tensors import TensorStore
 
@@ -82,21 +83,25 @@ def encode_prompts(config: Config, model: ModelFolder, device: torch.device, pro
         prompt: fingerprint.of_values("prompt", _PROMPT_FORMAT_VERSION, encoder_key, prompt, *read_otherwise(model))
         for prompt in unique
     }
-    missing = [prompt for prompt in unique if store.read(keys[prompt]) is None]
-    for first in range(0, len(missing), _PROMPTS_AT_ONCE):
-        together = missing[first : first + _PROMPTS_AT_ONCE]
-        with torch.no_grad():
-            encoded = model.family.encode_each(
-                text_encoders(), [tokens.conditioning([prompt]).tokens for prompt in together]
-            )
-        for prompt, made in zip(together, encoded, strict=True):
-            check_embeds(model, made, [prompt])
-            store.read_or_make(keys[prompt], partial(_first_rows, made))
+
+    def missing() -> list[str]:
+        return [prompt for prompt in unique if store.read(keys[prompt]) is None]
+
+    def encode_missing() -> None:
+        found = missing()  # another process may have encoded some in the meantime
+        for first in range(0, len(found), _PROMPTS_AT_ONCE):
+            together = found[first : first + _PROMPTS_AT_ONCE]
+            told = [tokens.conditioning([prompt]).tokens for prompt in together]
+            with torch.no_grad():
+                encoded = model.family.encode_each(text_encoders(), told)
+            for prompt, made in zip(together, encoded, strict=True):
+                check_embeds(model, made, [prompt])
+                store.write(keys[prompt], {name: rows[0].cpu() for name, rows in made.items()})
+
+    if missing():
+        with locked(config.cache_dir / ".locks" / f"prompts-{encoder_key[:16]}.lock"):
+            encode_missing()
     return replace(tokens, embeds=StoredEmbeds(store, keys))
-
-
-def _first_rows(embeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: rows[0].cpu() for name, rows in embeds.items()}
 
 
 class StoredEmbeds(Mapping[str, Mapping[str, Tensor]]):

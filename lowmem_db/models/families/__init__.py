@@ -38,7 +38,7 @@ def families_of(files: ModelFiles) -> list[Family]:
     pipeline = files.index.get("_class_name")
     found = [family for family in FAMILIES if pipeline in family.pipelines]
     if not found:
-        allowed = sorted({name for family in FAMILIES for name in family.pipelines})
+        allowed = dict.fromkeys(name for family in FAMILIES for name in family.pipelines)
         raise ModelError(f"is a {pipeline}; allowed: {', '.join(allowed)}")
     return found
 

@@ -113,11 +113,12 @@ def _transformers(block: Any, placement: str, segment: MakeSegment) -> Iterator[
 
 def _transformer_of_many_blocks(transformer: Any, segment: MakeSegment) -> Callable[..., Any]:
     first, *middle, last = transformer.transformer_blocks
+    entrance = nn.ModuleList([transformer.norm, transformer.proj_in, first])
     segments = [
-        segment(partial(_first_transformer_block, transformer), first),
+        segment(partial(_first_transformer_block, transformer), entrance),
         *(segment(transformer_block, transformer_block) for transformer_block in middle),
     ]
-    ending = segment(partial(_last_transformer_block, transformer), last)
+    ending = segment(partial(_last_transformer_block, transformer), nn.ModuleList([last, transformer.proj_out]))
     return Recomputing(_transformer_forward, segments, ending)
 
 
@@ -224,7 +225,7 @@ def _is_transformer(module: Any) -> bool:
 
 def _is_attention(module: nn.Module) -> bool:
     """Return whether a module is an attention with keys and values of its own for the prompt."""
-    return all(hasattr(module, name) for name in ("group_norm", "add_k_proj", "add_v_proj", "to_out"))
+    return all(getattr(module, name, None) is not None for name in ("group_norm", "add_k_proj", "add_v_proj"))
 
 
 def _is_transformer_block(module: nn.Module) -> bool:
