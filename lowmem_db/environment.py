@@ -67,6 +67,12 @@ OPTIONAL_LIBRARIES = (
         "only the paper's encoders",
         'pip install "lowmem-db[evaluation]"',
     ),
+    OptionalLibrary(
+        "sentencepiece",
+        "T5's tokenizer where a model has spiece.model alone (DeepFloyd IF)",
+        "models with tokenizer.json",
+        'pip install "lowmem-db[t5]"',
+    ),
     OptionalLibrary("peft", "LoRA and DoRA", "all weights train", 'pip install "lowmem-db[lora]"'),
     OptionalLibrary("starlette", "the local page (lowmem-db ui)", "the command line", 'pip install "lowmem-db[ui]"'),
     OptionalLibrary("uvicorn", "the local page (lowmem-db ui)", "the command line", 'pip install "lowmem-db[ui]"'),

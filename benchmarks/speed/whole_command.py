@@ -34,8 +34,9 @@ if {who!r} == "script":
     script.main(script.parse_args({flags!r}))
 else:
     from lowmem_db.cli.main import main
+    sys.argv = ["lowmem-db", "train", "train_dreambooth.py", *{flags!r}, *{overrides!r}]
     try:
-        main(["train", "train_dreambooth.py", *{flags!r}, *{overrides!r}])
+        main()
     except SystemExit as end:
         assert not end.code, end.code
 used = resource.getrusage(resource.RUSAGE_SELF)
@@ -135,7 +136,7 @@ def main() -> None:
                     length: run(who, script, model, Path(name), resolution, steps)
                     for length, steps in (("one", 1), ("more", options.steps))
                 }
-                for who in ("lowmem-db", "script")
+                for who in ("script", "lowmem-db")
             }
             print(json.dumps(each), file=sys.stderr, flush=True)
             rounds += [each] if index else []

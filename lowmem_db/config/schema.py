@@ -92,6 +92,9 @@ class ModelConfig(Section):
     prompt_chunks: PositiveInt = 1
     """Chunks of 75 tokens in which prompts are read, as other programs do with long prompts; shorter ones are
     padded."""
+    attention_mask: bool | None = None
+    """Whether the text encoder ignores padding. Default: as the model was trained, true for DeepFloyd IF and false for
+    Stable Diffusion; the other value is refused."""
 
 
 class ConceptConfig(Section):
@@ -164,6 +167,9 @@ class PriorConfig(Section):
     """Lambda of Equation 2."""
     num_class_images: NumImages = 200
     """Number of class images; the paper draws about 1000."""
+    class_prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Further prompts of class images, in turn with ``subject.class_prompt``; each image trains with its own, so that
+    other nouns (``a cat``) stay themselves. What stands here twice is drawn twice as often."""
     class_dir: LocalPath | None = None
     """Folder of class images. A folder with your own pictures is used as it is. Default: in the cache, by content."""
     sampler: Sampler = "ddpm"
@@ -314,6 +320,16 @@ class TextualInversionConfig(Section):
     """Learning rate of the embedding."""
 
 
+class SuperResolutionConfig(Section):
+    """How a super-resolution model is fine-tuned: on photos and their low-resolution versions."""
+
+    noise_augmentation: Annotated[float, Field(ge=0.0, lt=1.0)] = 1e-5
+    """Variance of the noise on the low-resolution pictures, in their scale of [-1, 1]. The paper lowers it from 1e-3 to
+    1e-5 for fine details of the subject."""
+    low_resolution: Pixels | None = None
+    """Height and width of the low-resolution pictures. Default: a quarter of ``data.resolution``."""
+
+
 class EmaConfig(Section):
     """Exponential moving average of the weights, in fp32; samples and the final model use it."""
 
@@ -335,6 +351,9 @@ class MemoryConfig(Section):
     """Step each parameter as soon as its gradient is complete, and free the gradient."""
     stream_optimizer_state: bool | None = None
     """Keep 8-bit states and extra bits in host memory; they pass through the device during the backward pass."""
+    stream_weights: bool | None = None
+    """Keep the weights of checkpointed segments in host memory; each segment's pass through the device while it is
+    computed. Weights that train must step in the backward pass (``optimizer_in_backward``)."""
     checkpointing: Placement | Annotated[dict[str, Placement], Field(min_length=1)] | None = None
     """Activation checkpointing, that is, what is recomputed in the backward pass: ``none``; ``layers``, each residual
     block and transformer block by itself; ``segments``, longer stretches with whole transformers and skip connections;
@@ -469,6 +488,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
     textual_inversion: TextualInversionConfig = TextualInversionConfig()
+    super_resolution: SuperResolutionConfig = SuperResolutionConfig()
     ema: EmaConfig = EmaConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpointing: CheckpointingConfig = CheckpointingConfig()
