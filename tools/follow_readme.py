@@ -201,7 +201,7 @@ def check_package(follower: Follower) -> None:
     if follower.venv.resolve() not in where.resolve().parents:
         raise SystemExit(f"{where}: is not the installed package")
     follower.run(["lowmem-db", "configs", "demo", "--output", "copied"])
-    shutil.copytree(follower.home / "copied" / "examples" / "dog3", follower.home / "photos" / "teapot")
+    shutil.copytree(follower.home / "copied" / "examples" / "drawn_dog", follower.home / "photos" / "teapot")
 
 
 if __name__ == "__main__":
