@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem_db import nvidia, out_of_memory
 from lowmem_db.config.loading import load_config as _load_config
+from lowmem_db.config.recipes import IDENTIFIER
 from lowmem_db.config.schema import Config, Precision, Sampler
 from lowmem_db.config.sizes import parse_bytes
 from lowmem_db.errors import ConfigError
@@ -83,6 +84,53 @@ def inspect_photos(
     from lowmem_db.run.photos import inspect
 
     return inspect(Path(source), overrides, _path(output))
+
+
+@out_of_memory.told()
+def new(
+    photos: PathLike,
+    what: str,
+    *,
+    identifier: str = IDENTIFIER,
+    config: str | None = None,
+    base: PathLike | None = None,
+    gpu: str | None = None,
+    output: PathLike | None = None,
+) -> Path:
+    """Write a commented configuration of at most 25 lines for photos of something, with what the planner says of it.
+
+    Args:
+        photos: Folder of the photos.
+        what: What they show, such as ``"dog"``.
+        identifier: The rare word that names the subject in prompts.
+        config: The configuration in this package to start from, one of ``demo``, ``sd15``, ``sd15_lora``, ... Default:
+            the one for ``base`` or, without one, ``sd15`` on a machine with an NVIDIA card, else ``demo``.
+        base: A model in place of the one in ``config``.
+        gpu: A card to plan for. Default: the one here.
+        output: The file. Default: the first of ``dog.yaml``, ``dog2.yaml``, ... that is free; its run is named alike.
+
+    Returns:
+        The file.
+
+    Raises:
+        BudgetError: Nothing fits.
+        ConfigError: A word cannot be used, or the file exists.
+        DataError: There is no photo.
+        ModelError: The base cannot be used.
+        StorageError: The file cannot be written.
+    """
+    from lowmem_db.run import new as making
+
+    wish, file = making.wish_and_file(
+        photos=Path(photos),
+        noun=what,
+        identifier=identifier,
+        recipe=config,
+        base=None if base is None else str(base),
+        file=_path(output),
+    )
+    making.write_new(wish, file, plan(making.config_for(wish), gpu=gpu))
+    return file
 
 
 @out_of_memory.told()
@@ -409,3 +457,37 @@ def report(runs: Sequence[PathLike] | PathLike, output: PathLike | None = None, 
     path = Path(output) if output is not None else folders[0] / name if len(folders) == 1 else Path(name)
     write_report(folders, path, share=share)
     return path
+
+
+def files_to_publish(run: PathLike) -> dict[str, int]:
+    """Return the files that :func:`publish` sends, by relative path, with their bytes.
+
+    Raises:
+        ModelError: The run has no final model.
+        StorageError: A file names a folder of this machine.
+    """
+    from lowmem_db.run.publishing import files_to_publish as listed
+
+    return listed(Path(run))
+
+
+def publish(run: PathLike, model_id: str, *, private: bool = False) -> str:
+    """Upload the final model of a run, with its card and samples, to the Hugging Face hub.
+
+    No photo, no path, and no name of a folder, a user or a machine is sent; :func:`files_to_publish` lists the files.
+
+    Args:
+        run: A finished run.
+        model_id: ``owner/name``; the repository is created if it does not exist.
+        private: Whether nobody else sees a repository that is created.
+
+    Returns:
+        Its address.
+
+    Raises:
+        ModelError: The run has no final model.
+        StorageError: The hub refused the upload or cannot be reached, or a file names a folder of this machine.
+    """
+    from lowmem_db.run.publishing import publish as send
+
+    return send(Path(run), model_id, private=private)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _CHUNK_BYTES = 256 * 2**20  # torch rounds pinned allocations up to a power of two; small ones waste little
 _observers: list[Callable[[Tensor], None]] = []
@@ -53,10 +53,18 @@ def pieces_on_host(sizes: Sequence[int], *, device: torch.device) -> list[Tensor
         sizes: Bytes of each piece.
         device: The device they are copied to and from.
     """
-    pieces: list[Tensor] = []
+    return [*each_piece_on_host(sizes, device=device)]
+
+
+def each_piece_on_host(sizes: Sequence[int], *, device: torch.device) -> Iterator[Tensor]:
+    """Yield the tensors of :func:`pieces_on_host`; what holds them is allocated when the first of them is wanted."""
     for chunk in _chunks(sizes):
-        pieces += empty_on_host((sum(chunk),), torch.uint8, device=device).zero_().split(chunk)
-    return pieces
+        yield from empty_on_host((sum(chunk),), torch.uint8, device=device).zero_().split(chunk)
+
+
+def to_device(module: nn.Module, device: torch.device) -> None:
+    """Move a module's tensors to a device, except what is in pinned memory: what streams stays on the host."""
+    module._apply(lambda tensor: tensor if tensor.is_pinned() else tensor.to(device))
 
 
 def _chunks(sizes: Sequence[int]) -> Iterator[list[int]]:

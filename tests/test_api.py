@@ -20,7 +20,18 @@ def test_importing_is_light_and_offers_what_all_says() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert heavy == ""
-    assert offered.split() == ["Config", "evaluate", "export", "generate", "load_config", "plan", "report", "train"]
+    assert offered.split() == [
+        "Config",
+        "evaluate",
+        "export",
+        "generate",
+        "load_config",
+        "new",
+        "plan",
+        "publish",
+        "report",
+        "train",
+    ]
     assert set(offered.split()) <= set(dir(lowmem_db))
 
 

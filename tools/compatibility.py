@@ -20,10 +20,12 @@ TECHNIQUES: tuple[Fields, ...] = (
     {"training.mixed_precision": "fp16"},
     {"training.mixed_precision": "fp16", "memory.optimizer_in_backward": True},
     {"memory.checkpointing": "segments", "memory.offload_checkpoints": True},
+    {"memory.checkpointing": "segments", "memory.optimizer_in_backward": True, "memory.stream_weights": True},
     {"memory.fused_layers": True},
     {"memory.channels_last": True},
     {"lora.enabled": True, "lora.base_weights": "bf16"},
     {"lora.enabled": True, "lora.base_weights": "nf4"},
+    {"lora.enabled": True, "memory.checkpointing": "segments", "memory.stream_weights": True},
 )
 FEATURES: tuple[Fields, ...] = (
     {"optimizer.name": "adamw"},

@@ -1,8 +1,9 @@
 """diffusers' script as a module, on machines without torchvision too, of which it needs a few transforms."""
 
+import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
@@ -16,15 +17,28 @@ from torch import Tensor
 def load_script(path: Path) -> ModuleType:
     """Import the script; its check of diffusers' version is left out."""
     import diffusers  # noqa: F401  before anything stands in for torchvision
+    import transformers  # noqa: F401
 
     specification = importlib.util.spec_from_file_location("train_dreambooth", path)
     if specification is None or specification.loader is None or not path.is_file():
         raise SystemExit(f"--diffusers: {path} is not the script; allowed: a clone of diffusers, or the script itself")
     module = importlib.util.module_from_spec(specification)
-    stand_in = {} if importlib.util.find_spec("torchvision") else {"torchvision": _stand_in()}
-    with patch("diffusers.utils.check_min_version", lambda version: None), patch.dict(sys.modules, stand_in):
+    with patch("diffusers.utils.check_min_version", lambda version: None), _torchvision():
         specification.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def _torchvision() -> Iterator[None]:
+    """Let a stand-in be found where there is none; what is imported meanwhile stays imported."""
+    if importlib.util.find_spec("torchvision"):
+        yield
+        return
+    sys.modules["torchvision"] = _stand_in()
+    try:
+        yield
+    finally:
+        del sys.modules["torchvision"]
 
 
 def _stand_in() -> ModuleType:

@@ -207,12 +207,12 @@ def write_model(folder: Path, prediction_type: str = "epsilon") -> Path:
     return folder
 
 
-def write_pictures(folder: Path, seed: int) -> Path:
+def write_pictures(folder: Path, seed: int, side: int = 32) -> Path:
     """Write four square pictures."""
     random = np.random.default_rng(seed)
     folder.mkdir()
     for index in range(4):
-        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"{index}.png")
     return folder
 
 

@@ -1,10 +1,11 @@
-"""The stage ``kernels``: the self-test of every kernel, and what serves each operator here."""
+"""The stage ``kernels``: the self-test of every kernel, what serves each operator here, and the contract tests."""
 
 from collections.abc import Iterator
 from functools import partial
 
 import lowmem_db_kernels
 
+from lowmem_db.bench.contract import contract_tests
 from lowmem_db.bench.setting import Setting
 from lowmem_db.bench.stage import Measurement, Row, Stage
 
@@ -12,6 +13,7 @@ from lowmem_db.bench.stage import Measurement, Row, Stage
 def _measurements(setting: Setting) -> Iterator[Measurement]:
     for operator in lowmem_db_kernels.registry:
         yield operator, partial(_tested, operator, setting)
+    yield "contract tests", partial(contract_tests, setting)
 
 
 def _tested(operator: str, setting: Setting) -> Row:

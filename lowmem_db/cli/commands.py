@@ -14,9 +14,11 @@ from lowmem_db.cli import (
     export,
     generate,
     identifiers,
+    new,
     photos,
     plan,
     prepare,
+    publish,
     report,
     train,
 )
@@ -31,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 _FREE_ARGUMENTS = {"ignore_unknown_options": True}
+app.command("new")(new.new)
 app.command("train", context_settings=_FREE_ARGUMENTS)(train.train)
 app.command("plan", context_settings=_FREE_ARGUMENTS)(plan.plan)
 app.command("prepare", context_settings=_FREE_ARGUMENTS)(prepare.prepare)
@@ -39,6 +42,7 @@ app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("identifiers")(identifiers.identifiers)
+app.command("publish")(publish.publish)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)

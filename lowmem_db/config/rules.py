@@ -34,6 +34,10 @@ def _learns(rule: Callable[[Config], bool]) -> Callable[[Config], bool]:
     return lambda c: c.textual_inversion.enabled and rule(c)
 
 
+def _streams(rule: Callable[[Config], bool]) -> Callable[[Config], bool]:
+    return lambda c: bool(c.memory.stream_weights) and rule(c)
+
+
 _TEXTUAL_INVERSION = (
     Rule(
         lambda c: not c.textual_inversion.enabled and c.textual_inversion != TextualInversionConfig(),
@@ -74,6 +78,32 @@ _TEXTUAL_INVERSION = (
         "subject.instance_prompt='a {config.textual_inversion.token}'",
     ),
 )
+_STREAMED_WEIGHTS = (
+    Rule(
+        _streams(lambda c: _checkpoints_nothing(c)),
+        "memory.stream_weights: true streams the weights of checkpointed segments, and memory.checkpointing is none; "
+        "set memory.checkpointing=segments, or leave stream_weights out",
+    ),
+    Rule(
+        _streams(lambda c: c.trains_weights and c.memory.optimizer_in_backward is False),
+        "memory.stream_weights: true takes weights back to the host in the backward pass, where they must have been "
+        "stepped; set memory.optimizer_in_backward=true, or leave stream_weights out",
+    ),
+    Rule(
+        _streams(lambda c: c.ema.enabled),
+        "ema.enabled: true averages weights on the device, but memory.stream_weights keeps them on the host; set "
+        "ema.enabled=false, or memory.stream_weights=false",
+    ),
+    Rule(
+        _streams(lambda c: c.training.compile),
+        "training.compile: true has not been tested with memory.stream_weights; set one of them to false",
+    ),
+    Rule(
+        _streams(lambda c: c.lora.base_weights in {"int8", "nf4"}),
+        "lora.base_weights: {config.lora.base_weights!r} has weights of its own kind, which memory.stream_weights "
+        "cannot move; set lora.base_weights=bf16, or memory.stream_weights=false",
+    ),
+)
 RULES = (
     Rule(
         lambda c: c.prior.enabled and not c.subject.class_prompt,
@@ -84,6 +114,17 @@ RULES = (
         lambda c: c.prior.enabled and not all(concept.class_prompt for concept in c.subject.concepts),
         "subject.concepts: prior.enabled: true needs the class_prompt of every subject, and one of them has none; "
         "write it (class_prompt: a cat), or set prior.enabled=false",
+    ),
+    _no_effect("prior.class_prompts", lambda c: not c.prior.enabled, "while prior.enabled is false; set it to true"),
+    Rule(
+        lambda c: bool(c.prior.class_prompts and c.subject.concepts),
+        "prior.class_prompts: belongs to a run of one subject, and subject.concepts has more; leave it out, or give "
+        "each subject a class_dir of pictures with text files that hold their prompts",
+    ),
+    Rule(
+        lambda c: c.prior.enabled and len(c.prior.class_prompts) >= c.prior.num_class_images,
+        "prior.num_class_images: {config.prior.num_class_images} is too few for one image of every prompt of "
+        "prior.class_prompts and of the class prompt; set it to eight for each, or name fewer prompts",
     ),
     Rule(
         lambda c: len({subject.instance_prompt for subject in c.subjects}) < len(c.subjects),
@@ -216,6 +257,7 @@ RULES = (
         "ema.enabled: true averages complete weights, but memory.stream_optimizer_state keeps their extra bits on the "
         "host; set ema.enabled=false, memory.stream_optimizer_state=false, or memory.weights=fp32",
     ),
+    *_STREAMED_WEIGHTS,
     Rule(
         lambda c: (c.memory.micro_batches or 0) > 1 and c.memory.micro_batches not in [*choices.micro_batches(c)],
         "memory.micro_batches: {config.memory.micro_batches} needs a training.train_batch_size that it divides "

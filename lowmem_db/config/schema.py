@@ -164,6 +164,9 @@ class PriorConfig(Section):
     """Lambda of Equation 2."""
     num_class_images: NumImages = 200
     """Number of class images; the paper draws about 1000."""
+    class_prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Further prompts of class images, in turn with ``subject.class_prompt``; each image trains with its own, so that
+    other nouns (``a cat``) stay themselves. What stands here twice is drawn twice as often."""
     class_dir: LocalPath | None = None
     """Folder of class images. A folder with your own pictures is used as it is. Default: in the cache, by content."""
     sampler: Sampler = "ddpm"
@@ -335,6 +338,9 @@ class MemoryConfig(Section):
     """Step each parameter as soon as its gradient is complete, and free the gradient."""
     stream_optimizer_state: bool | None = None
     """Keep 8-bit states and extra bits in host memory; they pass through the device during the backward pass."""
+    stream_weights: bool | None = None
+    """Keep the weights of checkpointed segments in host memory; each segment's pass through the device while it is
+    computed. Weights that train must step in the backward pass (``optimizer_in_backward``)."""
     checkpointing: Placement | Annotated[dict[str, Placement], Field(min_length=1)] | None = None
     """Activation checkpointing, that is, what is recomputed in the backward pass: ``none``; ``layers``, each residual
     block and transformer block by itself; ``segments``, longer stretches with whole transformers and skip connections;

@@ -220,6 +220,13 @@ FIELDS: tuple[StrategyField, ...] = (
         is_exact=True,
     ),
     switch(
+        "memory.stream_weights",
+        "streamed weights",
+        overhead=0.03,
+        traced=("weights", "resident", "train", "sample"),
+        is_exact=True,
+    ),
+    switch(
         "memory.offload_checkpoints",
         "checkpoints on the host",
         choices=choices.offload_checkpoints,

@@ -12,6 +12,7 @@ from lowmem_db.adaptation.layers import count_trained, that_train
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import autocast, check_resolved, resolve
 from lowmem_db.errors import ConfigError
+from lowmem_db.host_memory import to_device
 from lowmem_db.memory import techniques
 from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
 from lowmem_db.models.folder import ModelFolder
@@ -65,9 +66,10 @@ def build_step(
     if prepared is None:  # on the host, so that the device never holds weights in another type
         prepared = prepare_modules(config, model, device if device.type == "meta" else CPU)
     denoiser = Denoiser(model.family, prepared.modules, AUTOCAST_TYPES[autocast(config)])
-    for module in denoiser.modules().values():
-        module.to(device).train()
     techniques.apply(denoiser, config, device)
+    for module in denoiser.modules().values():
+        to_device(module, device)
+        module.train()
     trained = that_train(denoiser.modules())
     optimizer = build_optimizer(config, trained, device)
     extra_bits = {name: bits for name, bits in prepared.extra_bits.items() if name.partition(".")[0] in trained}

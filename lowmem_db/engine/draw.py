@@ -120,7 +120,7 @@ class Artist:
                     denoiser,
                     self.model.family.sampler(self.model, self.settings.sampler, self.objective),
                     self.settings,
-                    told,
+                    _rows_for(job, told, first, count),
                     shape=(space.channels, height // space.cell, width // space.cell),
                     generators=job.generators[first : first + count],
                 )
@@ -192,6 +192,23 @@ def _latents(artist: Artist, denoiser: Denoiser, conditioning: Conditioning, job
         "drawing",
         ((f"with {size} image{'s' * (size > 1)} at a time", partial(attempt, size)) for size in sizes),
         _WAY_OUT,
+    )
+
+
+def _rows_for(job: Job, told: Conditioning, first: int, count: int) -> Conditioning:
+    """Return the rows for some images of a job and for its negative prompt; one prompt serves all images."""
+    if len(job.prompts) == 1:
+        return told
+
+    def some(rows: Tensor) -> Tensor:
+        return torch.cat([rows[:-1][first : first + count], rows[-1:]])
+
+    return replace(
+        told,
+        tokens={name: some(rows) for name, rows in told.tokens.items()},
+        embeds={name: some(rows) for name, rows in told.embeds.items()},
+        picture={name: some(rows) for name, rows in told.picture.items()},
+        has_prompt=None if told.has_prompt is None else some(told.has_prompt),
     )
 
 

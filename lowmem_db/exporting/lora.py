@@ -1,16 +1,13 @@
 """Exporting LoRAs in the layouts of diffusers / peft and of kohya, which ComfyUI and AUTOMATIC1111 load."""
 
-import base64
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lowmem_db.adaptation.lora_file import LoraFile, read_lora, write_lora
@@ -19,13 +16,13 @@ from lowmem_db.config.schema import Config
 from lowmem_db.errors import ModelError
 from lowmem_db.exporting.casting import cast
 from lowmem_db.exporting.source import refuse_existing
+from lowmem_db.exporting.thumbnails import THUMBNAIL_KEY, thumbnail_text
 from lowmem_db.models.families import FAMILIES, Family, find_lora_prefixes
 from lowmem_db.storage.places import LORA_FILE
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.storage.tensors import write_tensors
 
 LoraLayout = Literal["lora-diffusers", "lora-kohya"]
-_THUMBNAIL_SIDE = 256
 _FACTORS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
 
@@ -182,13 +179,8 @@ def _of_run(config: Config) -> dict[str, Any]:
 
 def _thumbnail(sample: Path) -> dict[str, str]:
     """Return a small copy of an image, as ModelSpec and as AUTOMATIC1111 name it."""
-    buffer = BytesIO()
-    with Image.open(sample) as picture:
-        small = picture.convert("RGB")
-        small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-        small.save(buffer, "JPEG", quality=85)
-    text = base64.b64encode(buffer.getvalue()).decode()
-    return {"modelspec.thumbnail": f"data:image/jpeg;base64,{text}", "ssmd_cover_images": json.dumps([text])}
+    text = thumbnail_text(sample)
+    return {THUMBNAIL_KEY: f"data:image/jpeg;base64,{text}", "ssmd_cover_images": json.dumps([text])}
 
 
 def _base_version(lora: LoraFile) -> str | None:

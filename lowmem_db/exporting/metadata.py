@@ -1,15 +1,15 @@
 """Metadata of a single file: ModelSpec, and the run that made it.
 
 Reference: https://github.com/Stability-AI/ModelSpec, version 1.0.0. There is no date, so that the same model gives the
-same bytes.
+same bytes. No photo, no path and no name of a folder is in it.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
-from lowmem_db.config.schema import Config
+from lowmem_db.config.sharing import shareable
 from lowmem_db.exporting.source import ExportSource
+from lowmem_db.exporting.thumbnails import THUMBNAIL_KEY, thumbnail_text
 from lowmem_db.models.families.original_layout import Layout
 from lowmem_db.models.prediction import CONFIGS_KEY
 
@@ -39,28 +39,14 @@ def metadata_of(source: ExportSource, layout: Layout) -> dict[str, str]:
         found["modelspec.trigger_phrase"] = source.config.subject.instance_prompt
         if source.config.model.clip_skip is not None:
             found["modelspec.encoder_layer"] = str(source.config.model.clip_skip)
-        found["lowmem_db.config"] = _json(_without_folders(source.config))
+        found["lowmem_db.config"] = _json(shareable(source.config.model_dump(mode="json")))
+    if source.sample is not None:
+        found[THUMBNAIL_KEY] = f"data:image/jpeg;base64,{thumbnail_text(source.sample)}"
     return found
 
 
 def _without_path(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "_name_or_path"}
-
-
-def _without_folders(config: Config) -> dict[str, Any]:
-    """Return a configuration whose paths are reduced to names, so that the file reveals no folders of this machine."""
-
-    def named(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: named(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [named(item) for item in value]
-        return value.name if isinstance(value, Path) else value
-
-    found = named(config.model_dump())
-    if Path(config.model.base).exists():
-        found["model"]["base"] = Path(config.model.base).name
-    return found
 
 
 def _json(value: Any) -> str:

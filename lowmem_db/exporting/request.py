@@ -73,13 +73,20 @@ def export_model(request: Request) -> Path:
         trained = config.training.model_copy(update={"max_train_steps": step})  # as other programs will be told
         lora = lora_of_checkpoint(run.checkpoint_dir(step), config)
         return _export(
-            request, LoraSource(name=name, lora=lora, config=config.model_copy(update={"training": trained})), None
+            request,
+            LoraSource(
+                name=name,
+                lora=lora,
+                config=config.model_copy(update={"training": trained}),
+                sample=run.newest_sample(step=step),
+            ),
+            None,
         )
     if config.textual_inversion.enabled:
         return _export_embedding(request, step, name)
     beside = (request.out or Path(name)).absolute().parent
     with source_at_step(find_source(request.source, step=step, base=request.base), name, beside) as source:
-        return _export(request, None, lambda: source)
+        return _export(request, None, lambda: replace(source, sample=run.newest_sample(step=step)))
 
 
 def _export_embedding(request: Request, step: int, name: str) -> Path:
@@ -182,7 +189,7 @@ def _export_merged(request: Request, lora: LoraSource) -> Path:
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".merging-") as temporary:
         folder = Path(temporary) / lora.name
         merge_into_folder(lora, folder, request.precision or torch.float32, request.base)
-        merged = ExportSource(name=lora.name, model=find_model(str(folder)), config=lora.config)
+        merged = ExportSource(name=lora.name, model=find_model(str(folder)), config=lora.config, sample=lora.sample)
         return _export_whole(replace(request, out=out), merged)
 
 

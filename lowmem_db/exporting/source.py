@@ -30,11 +30,13 @@ class ExportSource:
         name: The name of its run or folder.
         model: Its components.
         config: Configuration of its run, or None.
+        sample: An image that the run has drawn, for the thumbnail, or None.
     """
 
     name: str
     model: ModelFolder
     config: Config | None = None
+    sample: Path | None = None
 
 
 def find_export_source(source: str) -> ExportSource:
@@ -61,7 +63,7 @@ def find_export_source(source: str) -> ExportSource:
             f"{run.root}: holds a learned embedding, which other programs load as it is: copy "
             f"{run.final_dir / EMBEDDING_FILE}; AUTOMATIC1111 and ComfyUI take the name of the file as the word"
         )
-    return ExportSource(name=name, model=find_model(str(run.final_dir)), config=config)
+    return ExportSource(name=name, model=find_model(str(run.final_dir)), config=config, sample=run.newest_sample())
 
 
 @contextmanager

@@ -22,13 +22,18 @@ from torch import nn
 
 from lowmem_db.memory.boundary_offload import BoundaryOffload
 from lowmem_db.memory.segments import Segment
+from lowmem_db.memory.weight_stream import WeightStream
 from lowmem_db.models.families.blocks import Block, Recomputing, Replacement
 
 PLACEMENTS = ("none", "layers", "segments", "nested")
 
 
 def apply(
-    blocks: Mapping[str, Block], placement: str | Mapping[str, str], *, offload: bool = False
+    blocks: Mapping[str, Block],
+    placement: str | Mapping[str, str],
+    *,
+    offload: bool = False,
+    stream: WeightStream | None = None,
 ) -> Callable[[], None]:
     """Make parts of models be recomputed in the backward pass.
 
@@ -37,6 +42,7 @@ def apply(
         placement: ``none``, ``layers``, ``segments`` or ``nested``; or one for each block name, with ``none`` for
             blocks left out.
         offload: Keep the inputs of segments in host memory, see :mod:`lowmem_db.memory.boundary_offload`.
+        stream: Brings the weights of segments to the device once it begins. Default: they are there.
 
     Returns:
         A function that restores the models.
@@ -54,7 +60,7 @@ def apply(
         replacement
         for name, block in blocks.items()
         if placements[name] != "none"
-        for replacement in _replacements(name, block, placements[name], keeping)
+        for replacement in _replacements(name, block, placements[name], keeping, stream)
     ]
     before = [(module, module.__dict__.get("forward")) for module, _ in replacements]
     for module, forward in replacements:
@@ -73,9 +79,12 @@ def _is_checkpointed(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("forward"), Segment | Recomputing)
 
 
-def _replacements(name: str, block: Block, placement: str, keeping: Callable[[], Any]) -> list[Replacement]:
+def _replacements(
+    name: str, block: Block, placement: str, keeping: Callable[[], Any], stream: WeightStream | None
+) -> list[Replacement]:
     def segment(function: Callable[..., Any], part: nn.Module, *, is_outer: bool = True) -> Segment:
-        return Segment(function, part, keeping) if is_outer else Segment(function, part)
+        residence = None if stream is None else stream.residence(part)
+        return Segment(function, part, keeping if is_outer else nullcontext, residence)
 
     found = block.replacements(placement, segment)
     if found is None:

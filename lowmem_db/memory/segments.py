@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lowmem_db.memory.weight_stream import Residence
+
 
 class Segment:
     """Calls a function so that backward recomputes what it needs.
@@ -20,6 +22,7 @@ class Segment:
         function: What the segment computes; it must be deterministic.
         part: The part of the model it runs; if this has dropout, the random numbers are repeated.
         keeping: The context in which the segment's inputs are kept.
+        residence: Brings the segment's weights to the device while they are needed. Default: they are there.
     """
 
     def __init__(
@@ -27,23 +30,34 @@ class Segment:
         function: Callable[..., Any],
         part: nn.Module,
         keeping: Callable[[], AbstractContextManager[object]] = nullcontext,
+        residence: Residence | None = None,
     ) -> None:
         self._function = function
         self._preserve_rng_state = _has_dropout(part)
         self._keeping = keeping
+        self._residence = residence
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the function."""
         if not torch.is_grad_enabled():
-            return self._function(*args, **kwargs)
-        # Recomputing stops once all tensors that backward needs exist, so the last layers are not computed again.
-        with _without_autocast_cache(), self._keeping():
-            return checkpoint(
-                partial(self._function, **kwargs),
-                *args,
-                use_reentrant=False,
-                preserve_rng_state=self._preserve_rng_state,
-            )
+            with nullcontext() if self._residence is None else self._residence.on_device():
+                return self._function(*args, **kwargs)
+
+        def checkpointed(function: Callable[..., Any]) -> Any:
+            # Recomputing stops once all tensors that backward needs exist, so the last layers are not computed again.
+            with _without_autocast_cache(), self._keeping():
+                return checkpoint(
+                    partial(function, **kwargs),
+                    *args,
+                    use_reentrant=False,
+                    preserve_rng_state=self._preserve_rng_state,
+                )
+
+        return (
+            checkpointed(self._function)
+            if self._residence is None
+            else self._residence.run(self._function, checkpointed)
+        )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import StrategyField
 from lowmem_db.errors import ConfigError
 from lowmem_db.memory import attention, channels_last, checkpointing, compiling, fused_layers
+from lowmem_db.memory.weight_stream import WeightStream
 from lowmem_db.models.denoiser import Denoiser
 
 Undo = Callable[[], None]
@@ -68,12 +69,21 @@ def _compiling(denoiser: Denoiser, config: Config, device: torch.device) -> Undo
 
 
 def _checkpointing(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
-    del device
     placement, offload = config.memory.checkpointing, bool(config.memory.offload_checkpoints)
+    stream = WeightStream(device, trained=config.trains_weights) if config.memory.stream_weights else None
     try:
-        return checkpointing.apply(denoiser.blocks(), placement or "none", offload=offload)
+        undo = checkpointing.apply(denoiser.blocks(), placement or "none", offload=offload, stream=stream)
     except ValueError as error:
         raise ConfigError(f"memory.checkpointing: {error}") from error
+    if stream is None:
+        return undo
+    stream.begin(denoiser.modules())
+
+    def undo_both() -> None:
+        stream.undo()
+        undo()
+
+    return undo_both
 
 
 def _in_sampling(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
@@ -103,7 +113,9 @@ TECHNIQUES: tuple[Technique, ...] = (
         apply=_compiling,
         check=lambda config, device: compiling.check(device) if config.training.compile else None,
     ),
-    Technique(fields=("memory.checkpointing", "memory.offload_checkpoints"), apply=_checkpointing),
+    Technique(
+        fields=("memory.checkpointing", "memory.offload_checkpoints", "memory.stream_weights"), apply=_checkpointing
+    ),
     Technique(fields=("memory.tiled_samples",), apply=_in_sampling),
 )
 """This package's techniques, in the order in which they are applied."""
@@ -139,7 +151,8 @@ def apply(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
     Args:
         denoiser: The model; its modules are changed in place.
         config: The configuration.
-        device: Device of its modules.
+        device: Device that it will run on. Its modules are on the host, or there already; those that stay on the host
+            are in pinned memory afterwards.
 
     Raises:
         ConfigError: A technique does not support the model.

@@ -8,6 +8,8 @@ from lowmem_db.errors import ModelError
 
 _TEXTS = {".json", ".txt", ".model", ".md"}
 _WEIGHTS = ".safetensors"
+SAMPLES_FILE = "samples.jpg"
+"""Pictures beside the card of a trained model."""
 
 
 def copy_known_files(source: Path, target: Path, *, root: Path, weights: bool = True) -> None:
@@ -27,7 +29,7 @@ def copy_known_files(source: Path, target: Path, *, root: Path, weights: bool = 
     for file in sorted(source.iterdir()):
         if file.is_dir() or file.name.startswith("."):
             continue
-        if file.suffix in _TEXTS:
+        if file.suffix in _TEXTS or file.name == SAMPLES_FILE:
             refuse_link_out(file, root)
             shutil.copyfile(file, target / file.name)
         elif file.suffix == _WEIGHTS and weights:

@@ -13,6 +13,7 @@ from lowmem_db_kernels import unpack_extra_bits_eager
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lowmem_db.config.sharing import public_name
 from lowmem_db.errors import NonFiniteError
 from lowmem_db.finite import is_finite
 from lowmem_db.models.copying import copy_known_files
@@ -21,6 +22,7 @@ from lowmem_db.models.loading import schedule_changes
 from lowmem_db.models.names import published_name
 
 _DDIM = "DDIMScheduler"
+_PLACES = ("_name_or_path", "name_or_path")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -59,6 +61,23 @@ def save_model(
     if changed := schedule_changes(prediction_type, zero_terminal_snr):
         index["scheduler"] = ["diffusers", _change_scheduler(folder / "scheduler" / "scheduler_config.json", changed)]
     _write_json(folder / "model_index.json", index)
+
+
+def forget_places(folder: Path) -> None:
+    """Remove from the configurations below a folder where on this machine their base lay, which libraries write there.
+
+    Names of models on the hub stay.
+    """
+    for file in folder.rglob("*.json"):
+        config = _read_json(file)
+        if isinstance(config, dict):
+            kept = {
+                name: value
+                for name, value in config.items()
+                if name not in _PLACES or not isinstance(value, str) or public_name(value) == value
+            }
+            if kept != config:
+                _write_json(file, kept)
 
 
 def _change_scheduler(file: Path, changed: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ is on the device.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lowmem_db.host_memory import pieces_on_host
 from lowmem_db.optimizers.states import StateLayout
-
-_Event = torch.cuda.Event | None  # None on the CPU, where copies are synchronous
+from lowmem_db.side_streams import Event, on, record, side_stream, wait
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class _Passage:
     name: str
     start: int
     stop: int
-    copied: _Event
+    copied: Event
 
     def overlaps(self, start: int, stop: int) -> bool:
         """Return whether it overlaps a range of bytes."""
@@ -60,16 +59,13 @@ class StreamedStates:
         self._ring = torch.empty(ring_bytes or 2 * max(sizes, default=0), dtype=torch.uint8, device=device)
         self._on_host = dict(zip(layouts, pieces_on_host(sizes, device=device), strict=True))
         self._device = device
-        self._inward = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._outward = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if self._inward is not None:
-            self._inward.wait_stream(torch.cuda.current_stream(device))  # the ring's memory may be in use until then
+        self._inward, self._outward = side_stream(device), side_stream(device)
         self._order: list[str] = []  # order in which the last step used the states, and in which they are fetched
         self._taken: list[str] = []  # so far in this step
         self._ahead: deque[str] = deque()  # still to be fetched in this step
         self._fetched: deque[_Passage] = deque()  # in the ring, not yet used
         self._leaving: list[_Passage] = []  # stepped, being copied back to the host
-        self._back: dict[str, _Event] = {}  # event after which the host has the current state of a parameter
+        self._back: dict[str, Event] = {}  # event after which the host has the current state of a parameter
         self._head = 0  # next free byte of the ring
 
     def begin_step(self) -> None:
@@ -128,36 +124,18 @@ class StreamedStates:
         if stop > self._ring.nbytes or any(passage.overlaps(start, stop) for passage in self._fetched):
             return None
         self._head = stop
-        with _on(self._inward):
+        with on(self._inward):
             overwritten = [passage for passage in self._leaving if passage.overlaps(start, stop)]
             self._leaving = [passage for passage in self._leaving if passage not in overwritten]
-            _wait(self._inward, *(passage.copied for passage in overwritten), self._back.get(name))
+            wait(self._inward, *(passage.copied for passage in overwritten), self._back.get(name))
             self._ring[start:stop].copy_(self._on_host[name], non_blocking=True)
-            return _Passage(name, start, stop, _record(self._inward))
+            return _Passage(name, start, stop, record(self._inward))
 
     def _send_back(self, passage: _Passage) -> None:
         if self._outward is not None:
             self._outward.wait_stream(torch.cuda.current_stream(self._device))
-        with _on(self._outward):
+        with on(self._outward):
             self._on_host[passage.name].copy_(self._ring[passage.start : passage.stop], non_blocking=True)
-            back = _record(self._outward)
+            back = record(self._outward)
         self._back[passage.name] = back
         self._leaving.append(_Passage(passage.name, passage.start, passage.stop, back))
-
-
-def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
-
-
-def _wait(stream: torch.cuda.Stream | None, *events: _Event) -> None:
-    for event in events:
-        if stream is not None and event is not None:
-            stream.wait_event(event)
-
-
-def _record(stream: torch.cuda.Stream | None) -> _Event:
-    if stream is None:
-        return None
-    event = torch.cuda.Event()
-    event.record(stream)
-    return event

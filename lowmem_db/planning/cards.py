@@ -8,6 +8,7 @@ told it to, so that a step takes as long as the slower of the two: on a fast car
 import difflib
 import re
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -172,20 +173,36 @@ def known_name(name: str) -> str:
     return name if known is None else known.name
 
 
-def seconds_per_step(costs: Costs, card: Card, *, again: np.ndarray | None = None, crossing_bytes: int = 0) -> float:
+class Crossing(NamedTuple):
+    """Bytes that cross PCIe beside a step; the two directions do not slow each other down.
+
+    Attributes:
+        forward: To the card, in the forward pass.
+        backward: To the card, in the backward pass.
+        back: To the host, in the backward pass.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    back: int = 0
+
+
+def seconds_per_step(
+    costs: Costs, card: Card, *, again: np.ndarray | None = None, crossing: Crossing | None = None
+) -> float:
     """Predict the seconds of a traced step on a card.
 
     Args:
         costs: The costs of its operators.
         card: The card.
         again: How many more times each operator runs in the backward pass. Default: 0 for all.
-        crossing_bytes: Bytes that cross PCIe in each direction beside the backward pass; the two directions do not slow
-            each other down.
+        crossing: Bytes that cross PCIe meanwhile. Default: none.
     """
     again = np.zeros(len(costs.flops)) if again is None else again
     on_card, is_backward = operator_seconds(costs, card), costs.in_backward == 1
-    backward = on_card[is_backward].sum() + (again * on_card).sum()
-    computing = on_card[~is_backward].sum() + max(backward, pcie_seconds(crossing_bytes, card))
+    forward, backward = on_card[~is_backward].sum(), on_card[is_backward].sum() + (again * on_card).sum()
+    copying = [pcie_seconds(num_bytes, card) for num_bytes in crossing or Crossing()]
+    computing = max(forward, copying[0]) + max(backward, *copying[1:])
     on_host = 0.0 if card.is_cpu else ((1.0 + again) * host_seconds(costs)).sum()
     return float(max(computing, on_host)) * calibration.SECONDS.get(known_name(card.name), 1.0)
 

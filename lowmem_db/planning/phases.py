@@ -44,6 +44,8 @@ class Traced:
         blocks: Figures of the blocks in a training step, in the order of the forward pass.
         trained_bytes: Bytes of the parameters that train.
         num_trained: How many parameters of each component train.
+        streamed_bytes: Bytes of the weights that are on the host.
+        streamed_trained_bytes: Bytes of those among them that train.
     """
 
     peak: MemoryParts
@@ -53,6 +55,8 @@ class Traced:
     blocks: Mapping[str, BlockFigures] = field(default_factory=dict)
     trained_bytes: int = 0
     num_trained: Mapping[str, int] = field(default_factory=dict)
+    streamed_bytes: int = 0
+    streamed_trained_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +108,11 @@ def trace_class_images(run: TracedRun) -> Traced:
     count = min(config.prior.sample_batch_size, config.prior.num_class_images)
     size = (config.data.resolution, config.data.resolution)
     with run.tracing() as (tracker, costs), torch.no_grad():
-        conditioning = Conditioning(tokens={}, embeds=model.family.blank_embeds(model, 2, META, dtype))
+        job = class_job(config, range(count), size)
+        told = model.family.blank_embeds(model, len(job.prompts) + 1, META, dtype)
+        conditioning = Conditioning(tokens={}, embeds=told)
         with tracker.new_tensors_are("weights"):
             denoiser = load_frozen_denoiser(config, model, META, dtype)
-        job = class_job(config, range(count), size)
         tracker.reset_peak()
         costs.clear()
         with tracker.new_tensors_are("activations"):
@@ -206,9 +211,16 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
                 optimizer = build_optimizer(strategy, denoiser.modules(), META)
             with tracker.new_tensors_are("other"):
                 ema = build_ema(strategy, denoiser, optimizer)
-            trained_bytes = sum(parameter.nbytes for parameter in optimizer.parameters())
-            num_trained = count_trained(denoiser.modules())
-            found.append(replace(_found(tracker, costs), trained_bytes=trained_bytes, num_trained=num_trained))
+            streamed = [weight for weight in weights_of(denoiser.modules().values()) if tracker.is_on_host(weight)]
+            found.append(
+                replace(
+                    _found(tracker, costs),
+                    trained_bytes=sum(parameter.nbytes for parameter in optimizer.parameters()),
+                    num_trained=count_trained(denoiser.modules()),
+                    streamed_bytes=sum(weight.nbytes for weight in streamed),
+                    streamed_trained_bytes=sum(weight.nbytes for weight in streamed if weight.requires_grad),
+                )
+            )
             del ema
     return found
 

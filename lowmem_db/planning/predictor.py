@@ -15,7 +15,7 @@ import numpy as np
 from lowmem_db.config.schema import Config, Placement
 from lowmem_db.config.strategy import Trace, changed, key_of, overhead_of
 from lowmem_db.planning.candidates import placement_of
-from lowmem_db.planning.cards import seconds_per_step
+from lowmem_db.planning.cards import Crossing, seconds_per_step
 from lowmem_db.planning.costs import Attention, Costs
 from lowmem_db.planning.phases import (
     Traced,
@@ -136,10 +136,20 @@ class Predictor:
 
         They do not depend on other traces, so that the order of strategies is the same for every budget.
         """
-        crossing = self.resident(strategy).host_bytes if strategy.memory.stream_optimizer_state else 0
         costs, again = self._costs(strategy)
-        seconds = seconds_per_step(costs, self.run.card, again=again, crossing_bytes=crossing)
+        seconds = seconds_per_step(costs, self.run.card, again=again, crossing=self._crossing(strategy))
         return seconds * (1.0 + overhead_of(strategy))
+
+    def _crossing(self, strategy: Config) -> Crossing:
+        """Return what streams beside a step: states both ways, and weights as often as their segments compute."""
+        kept = self.resident(strategy)
+        states = kept.host_bytes - kept.streamed_bytes
+        times = 2 if strategy.memory.checkpointing == "nested" else 1
+        return Crossing(
+            forward=kept.streamed_bytes,
+            backward=times * kept.streamed_bytes + states,
+            back=kept.streamed_trained_bytes + states,
+        )
 
     def _traced(self, phase: Trace, strategy: Config, trace: Callable[[TracedRun], Traced]) -> Traced:
         """Return the trace of a phase, which is shared by all strategies with the same key."""
@@ -174,6 +184,7 @@ class Predictor:
         uniform = {
             "memory.weights": "fp32" if strategy.memory.weights == "fp32" else first.weights,
             "memory.stream_optimizer_state": first.stream_optimizer_state,
+            "memory.stream_weights": first.stream_weights,
             "memory.checkpointing": placement,
         }
         return self.train(changed(strategy, uniform))

@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from lowmem_db.config.sharing import is_path, public_name, shareable
 from lowmem_db.reporting.charts import Curve, bar_chart, line_chart, smoothed
 from lowmem_db.reporting.pictures import thumbnail
 from lowmem_db.reporting.records import RunRecord, look_up, mappings, pictures_in
@@ -64,7 +65,7 @@ def view_of(run: RunRecord, name: str, *, share: bool) -> dict[str, Any]:
 def base_of(run: RunRecord, *, share: bool) -> str:
     """Return the base model; to share, only the last part of a path."""
     base = str(run.field("model.base", ""))
-    return Path(base).name if share and _is_path(base) else base
+    return public_name(base) if share else base
 
 
 def find_warnings(run: RunRecord) -> list[str]:
@@ -180,17 +181,16 @@ def _by_prompt(files: Sequence[Path], prompts: Sequence[str]) -> list[tuple[str,
 
 
 def settings_of(values: Any, prefix: str = "", *, share: bool) -> list[tuple[str, str]]:
-    """Return the fields of a configuration by dotted path; to share, without paths."""
+    """Return the fields of a configuration by dotted path; to share, without private ones and without paths."""
+    if share and not prefix:
+        values = shareable(values)
     if isinstance(values, Mapping):
         return [entry for key, value in values.items() for entry in settings_of(value, f"{prefix}{key}.", share=share)]
-    text = ", ".join(map(str, values)) if isinstance(values, list) else "" if values is None else str(values)
-    if share and (_is_path(text) or prefix[:-1].endswith(("_dir", "hub_model_id"))):
+    items = values if isinstance(values, list) else [] if values is None else [values]
+    if share and any(is_path(str(item)) for item in items):
         return []
+    text = ", ".join(map(str, items))
     return [(prefix[:-1], text)]
-
-
-def _is_path(text: str) -> bool:
-    return text.startswith(("/", "~", ".")) or "\\" in text or text[1:3] in (":/", ":\\") or text.count("/") > 1
 
 
 def _prompt(run: RunRecord) -> str:

@@ -11,6 +11,7 @@ import yaml
 
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
+from lowmem_db.models.copying import SAMPLES_FILE
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.storage.places import EMBEDDING_FILE
 
@@ -27,7 +28,7 @@ LICENSES = {
 _PACKAGES = ("lowmem-db", "torch", "diffusers", "transformers", "peft")
 
 
-def model_card(config: Config, model: ModelFolder, noun: str, step: int) -> str:
+def model_card(config: Config, model: ModelFolder, noun: str, step: int, *, has_samples: bool = False) -> str:
     """Return the card of a finished run.
 
     Args:
@@ -35,6 +36,7 @@ def model_card(config: Config, model: ModelFolder, noun: str, step: int) -> str:
         model: The base model.
         noun: What ``final/`` holds, in a word.
         step: The step that it was taken from.
+        has_samples: Whether there is a picture of samples beside it.
     """
     name = config.output_dir.absolute().name
     base = _base_name(config)
@@ -60,7 +62,7 @@ def model_card(config: Config, model: ModelFolder, noun: str, step: int) -> str:
         "```",
         *_for_other_programs(config, name),
         "",
-        *_prompts(config),
+        *_prompts(config, has_samples=has_samples),
         "## How it was made",
         "",
         *_settings(config, step),
@@ -186,10 +188,11 @@ def _for_other_programs(config: Config, name: str) -> list[str]:
     return ["", f"ComfyUI, AUTOMATIC1111 and others read `{name}-lora-kohya.safetensors`, not the other file."]
 
 
-def _prompts(config: Config) -> list[str]:
+def _prompts(config: Config, *, has_samples: bool) -> list[str]:
     if not config.sampling.prompts:
         return []
-    return ["## Prompts of its samples", "", *(f"* {prompt}" for prompt in config.sampling.prompts), ""]
+    picture = [f"![one row for each prompt below]({SAMPLES_FILE})", ""] if has_samples else []
+    return ["## Samples", "", *picture, *(f"* `{prompt}`" for prompt in config.sampling.prompts), ""]
 
 
 def _settings(config: Config, step: int) -> list[str]:

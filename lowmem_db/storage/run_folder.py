@@ -80,9 +80,16 @@ class RunFolder:
         """Return the folder of the samples of a step."""
         return self.root / "samples" / f"step-{step:06d}"
 
-    def newest_sample(self) -> Path | None:
-        """Return the first image of the newest samples, or None if the run has drawn none."""
-        files = sorted((self.root / "samples").glob("step-*/00-00.png"))
+    def newest_sample(self, name: str = "00-00.png", step: int | None = None) -> Path | None:
+        """Return an image of the newest samples, by default the first, or None if the run has drawn none.
+
+        Args:
+            name: The file.
+            step: The step whose samples are preferred.
+        """
+        if step is not None and (own := self.samples_dir(step) / name).is_file():
+            return own
+        files = sorted((self.root / "samples").glob(f"step-*/{name}"))
         return files[-1] if files else None
 
     def checkpoint_dir(self, step: int) -> Path:

@@ -19,6 +19,7 @@ PATHS = {"_name_or_path"}  # of the machine
 NEW_FILES = {"checksums.json"}
 NEW_METADATA = {
     "lowmem_db.config", "lowmem_db_base_key", "modelspec.predict_key", "ss_v2", "ss_clip_skip", "ssmd_cover_images",
+    "modelspec.thumbnail",
 }  # fmt: skip
 OF_THE_MACHINE = {"seconds", "peak_bytes"}
 
@@ -41,7 +42,7 @@ DRAWN = ("finished/full", "finished/lora", "finished/lora/final", "finished/lora
 
 
 FIELDS_OF_BASE = {"base", "revision", "variant", "allow_pickle"}
-LATER_IN_FINAL = ("README.md", "-lora-kohya.safetensors")
+LATER_IN_FINAL = ("README.md", "samples.jpg", "-lora-kohya.safetensors")
 
 
 def machine() -> dict[str, str]:

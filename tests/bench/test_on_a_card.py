@@ -24,7 +24,9 @@ def rows(stage: Stage, setting: Setting) -> dict[str, Row]:
 
 
 def test_every_kernel_is_compiled_and_agrees_with_its_twin(setting: Setting) -> None:
-    assert {row["backend"] for row in rows(kernels.STAGE, setting).values()} == {"triton"}
+    found = rows(kernels.STAGE, setting)
+    assert found.pop("contract tests")["passed"] > 0
+    assert {row["backend"] for row in found.values()} == {"triton"}
 
 
 def test_two_identical_steps_end_with_the_same_bits(setting: Setting) -> None:

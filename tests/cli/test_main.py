@@ -26,7 +26,20 @@ from lowmem_db.errors import (
 from tests.cli.conftest import Outcome, Run
 from tests.faults import ERRORS
 
-COMMANDS = ("train", "plan", "prepare", "generate", "evaluate", "export", "identifiers", "doctor", "bench", "configs")
+COMMANDS = (
+    "new",
+    "train",
+    "plan",
+    "publish",
+    "prepare",
+    "generate",
+    "evaluate",
+    "export",
+    "identifiers",
+    "doctor",
+    "bench",
+    "configs",
+)
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL")
 
 

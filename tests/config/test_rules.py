@@ -47,6 +47,21 @@ CASES = [
     ({"memory.techniques": {"toy": True}}, "memory.techniques", {"memory.techniques": {}}),
     ({"subject.class_prompt": None}, "prior.enabled", {"prior.enabled": False}),
     ({"subject.class_prompt": ""}, "prior.enabled", {"subject.class_prompt": "a dog"}),
+    (
+        {"prior.enabled": False, "prior.class_prompts": ["a cat"]},
+        "prior.class_prompts",
+        {"prior.class_prompts": []},
+    ),
+    (
+        {"prior.class_prompts": ["a cat"], "subject.concepts": [CAT]},
+        "prior.class_prompts",
+        {"subject.concepts": []},
+    ),
+    (
+        {"prior.class_prompts": ["a cat"], "prior.num_class_images": 1},
+        "prior.num_class_images",
+        {"prior.num_class_images": 2},
+    ),
     ({"subject.concepts": [CAT | {"class_prompt": None}]}, "subject.concepts", {"prior.enabled": False}),
     (
         {"subject.concepts": [CAT | {"instance_prompt": "a sks dog"}]},
@@ -123,6 +138,27 @@ CASES = [
         {"memory.stream_optimizer_state": True, "ema.enabled": True, "memory.weights": "bf16_extra_bits"},
         "ema.enabled",
         {"memory.weights": "fp32"},
+    ),
+    (
+        {"memory.stream_weights": True, "memory.checkpointing": "none"},
+        "memory.stream_weights",
+        {"memory.checkpointing": "segments"},
+    ),
+    (
+        {"memory.stream_weights": True, "memory.optimizer_in_backward": False},
+        "memory.stream_weights",
+        {"memory.optimizer_in_backward": True},
+    ),
+    (
+        {"memory.stream_weights": True, "memory.optimizer_in_backward": True, "ema.enabled": True},
+        "ema.enabled",
+        {"ema.enabled": False},
+    ),
+    ({"memory.stream_weights": True, "training.compile": True}, "training.compile", {"training.compile": False}),
+    (
+        {"memory.stream_weights": True, "lora.enabled": True, "lora.base_weights": "nf4"},
+        "lora.base_weights",
+        {"lora.base_weights": "bf16"},
     ),
     (
         {"memory.offload_checkpoints": True, "memory.checkpointing": {"unet.mid_block": "none"}},

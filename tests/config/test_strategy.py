@@ -100,6 +100,7 @@ def test_what_nobody_planned_is_plain():
     switches = (
         "optimizer_in_backward",
         "stream_optimizer_state",
+        "stream_weights",
         "offload_checkpoints",
         "fused_layers",
         "channels_last",

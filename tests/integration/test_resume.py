@@ -79,6 +79,14 @@ VARIANTS |= {
         "memory.checkpointing": "nested",
         "memory.offload_checkpoints": True,
     },
+    "24-bit weights, streamed with their states, text encoder stopped": _IN_BACKWARD
+    | {
+        "memory.weights": "bf16_extra_bits",
+        "memory.stream_optimizer_state": True,
+        "memory.stream_weights": True,
+        "memory.checkpointing": "nested",
+        "training.stop_text_encoder_training": 4,
+    },
     "adamw in backward": {"memory.optimizer_in_backward": True, "training.gradient_accumulation_steps": 1},
 }
 _LORA = {"lora.enabled": True, "lora.rank": 2, "lora.dropout": 0.2, "lora.targets": ["attention", "convolutions"]}

@@ -16,6 +16,8 @@ from lowmem_db.errors import LowmemDbError, ModelError
 from lowmem_db.models.configurations import check_values, own_fields
 from lowmem_db.models.finding import find_model
 
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+
 FILES = {
     "unet": "config.json", "text_encoder": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json",
 }  # fmt: skip
@@ -82,7 +84,6 @@ def check_one(component: str, key: str, value: Any, damaged: Path, tiny_model: P
         assert find_model(str(damaged)).load(component)
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_odd_values_are_refused(damaged: Path, tiny_model: Path) -> None:
     for component, key, value in QUICK:
         check_one(component, key, value, damaged, tiny_model)

@@ -7,6 +7,7 @@ from lowmem_db.errors import ConfigError
 from lowmem_db.planning.cards import (
     CARDS,
     CPU,
+    Crossing,
     card_of,
     find_card,
     is_known,
@@ -141,9 +142,9 @@ def test_states_cross_beside_the_backward_pass_alone():
     half = costs_of(100, moved_bytes=size, num_backward=50)
     alone, copied = seconds_per_step(half, card), pcie_seconds(3 << 30, card)
     assert alone == pytest.approx(0.1)
-    assert seconds_per_step(half, card, crossing_bytes=1 << 20) == alone
+    assert seconds_per_step(half, card, crossing=Crossing(backward=1 << 20, back=1 << 20)) == alone
     assert copied > 0.05
-    assert seconds_per_step(half, card, crossing_bytes=3 << 30) == pytest.approx(0.05 + copied)
+    assert seconds_per_step(half, card, crossing=Crossing(back=3 << 30)) == pytest.approx(0.05 + copied)
 
 
 def test_what_runs_again_counts_on_the_card_and_on_the_host():

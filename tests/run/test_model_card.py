@@ -48,7 +48,7 @@ def test_card_says_how_the_model_was_made_and_is_drawn_with(tiny_fields: dict[st
         "* Clip skip: 2",
         "* Prompts are read in 3 chunks of 75 tokens",
         "* What it predicts: `v_prediction`, with zero terminal SNR",
-        "* a zx dog on the moon",
+        "* `a zx dog on the moon`",
         "| seed | 0 |",
         "* Licence: that of the base model, which is not known here",
     ):

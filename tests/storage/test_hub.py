@@ -16,20 +16,20 @@ class FakeHub:
 
     logged_in = True
     full = False
-    uploaded: tuple[str, Path] | None = None
+    uploaded: tuple[str, set[str]] | None = None
 
     def whoami(self) -> dict[str, str]:
         if not self.logged_in:
             raise hub.LocalTokenNotFoundError("Token is required")
         return {"name": "someone"}
 
-    def create_repo(self, model_id: str, *, exist_ok: bool) -> RepoUrl:
+    def create_repo(self, model_id: str, *, private: bool, exist_ok: bool) -> RepoUrl:
         return RepoUrl(f"https://huggingface.co/{model_id if '/' in model_id else 'someone/' + model_id}")
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path) -> None:
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
         if self.full:
             raise OSError("no space on the hub")
-        FakeHub.uploaded = (repo_id, folder_path)
+        FakeHub.uploaded = (repo_id, {file.name for file in folder_path.iterdir()})
 
 
 @pytest.fixture
@@ -45,7 +45,10 @@ def arguments(fields: dict[str, object]) -> list[str]:
 
 def test_finished_model_is_uploaded(fake_hub: type[FakeHub], tiny_fields: dict[str, object], tmp_path: Path) -> None:
     train(arguments(tiny_fields))
-    assert fake_hub.uploaded == ("someone/run", tmp_path / "run" / "final")
+    assert fake_hub.uploaded is not None
+    repository, names = fake_hub.uploaded
+    assert repository == "someone/run"
+    assert names == {file.name for file in (tmp_path / "run" / "final").iterdir()} - {"checksums.json"}
 
 
 def test_missing_login_is_reported_before_the_run(

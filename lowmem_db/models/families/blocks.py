@@ -24,7 +24,7 @@ class MakeSegment(Protocol):
 
         Args:
             function: What the segment computes.
-            part: The part of the model it runs.
+            part: Everything in the model that it runs, and nothing else: its weights may be elsewhere otherwise.
             is_outer: Whether it runs outside any other segment, so that its inputs may be kept on the host.
         """
         ...

@@ -111,11 +111,12 @@ def _transformers(block: Any, placement: str, segment: MakeSegment) -> Iterator[
 
 def _transformer_of_many_blocks(transformer: Any, segment: MakeSegment) -> Callable[..., Any]:
     first, *middle, last = transformer.transformer_blocks
+    entrance = nn.ModuleList([transformer.norm, transformer.proj_in, first])
     segments = [
-        segment(partial(_first_transformer_block, transformer), first),
+        segment(partial(_first_transformer_block, transformer), entrance),
         *(segment(transformer_block, transformer_block) for transformer_block in middle),
     ]
-    ending = segment(partial(_last_transformer_block, transformer), last)
+    ending = segment(partial(_last_transformer_block, transformer), nn.ModuleList([last, transformer.proj_out]))
     return Recomputing(_transformer_forward, segments, ending)
 
 
