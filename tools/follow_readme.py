@@ -26,10 +26,13 @@ BUILD = ("setuptools>=77", "build")
 APPENDED: Mapping[str, Sequence[str]] = {
     "train": (
         "model.base=demo", "data.resolution=128", "data.num_crops=1", "prior.num_class_images=2",
-        "prior.num_inference_steps=2", "training.max_train_steps=2", "training.lr_warmup_steps=0",
-        "sampling.num_images=1", "sampling.num_inference_steps=2", "device=cpu",
+        "prior.class_prompts=[]", "prior.num_inference_steps=2", "training.max_train_steps=2",
+        "training.lr_warmup_steps=0", "sampling.num_images=1", "sampling.num_inference_steps=2", "device=cpu",
     ),
-    "prepare": ("data.num_crops=1", "prior.num_class_images=2", "prior.num_inference_steps=2", "device=cpu"),
+    "prepare": (
+        "data.num_crops=1", "prior.num_class_images=2", "prior.class_prompts=[]", "prior.num_inference_steps=2",
+        "device=cpu",
+    ),
     "generate": ("--num-images", "1", "--num-inference-steps", "2", "--device", "cpu"),
 }  # fmt: skip
 INLINE: Mapping[str, str] = {

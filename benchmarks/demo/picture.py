@@ -24,7 +24,8 @@ OF_SUBJECT = (
     "a sks dog in the city", "a red sks dog", "a blue sks dog",
 )  # fmt: skip
 OF_CLASS = (
-    "a dog", "a dog on the beach", "a dog in the snow", "a dog in the city", "a blue dog", "a cat", "a cat on the beach",
+    "a dog", "a dog on the beach", "a dog in the snow", "a dog in the city", "a blue dog", "a cat",
+    "a cat on the beach",
 )  # fmt: skip
 SIDE, GAP, LABEL, HEADING = 124, 4, 17, 22
 WIDTH = len(OF_SUBJECT) * (SIDE + GAP) + GAP

@@ -67,7 +67,7 @@ GENTLE = {
     "training.lr_warmup_steps": 20,
     "objective.conditioning_dropout": 0.1,
 }
-"""More steps at a lower rate, and the empty prompt kept, so that guidance works. Chosen on the drawn dog and the clock."""
+"""More steps at a lower rate, and the empty prompt kept for guidance. Chosen on the drawn dog and the clock."""
 
 EIGHT_BIT = {"optimizer.name": "adamw8bit"}
 VARIANTS: Mapping[str, Variant] = {
