@@ -3,7 +3,8 @@
     lowmem-db train configs/demo.yaml
     python -m benchmarks.demo.picture runs/demo --output runs/demo/demo.png
 
-Prompts and seed were fixed before the first picture of this list was drawn, and every image of the list is shown.
+Prompts and seeds were fixed before they were drawn, and every image of the list is shown. A column has one noise: what
+differs in it is the prompt.
 """
 
 import argparse
@@ -18,7 +19,8 @@ from lowmem_db.engine.generate import generate_images
 from lowmem_db.engine.source import find_source
 from lowmem_db.sampling.latents import SamplingSettings
 
-SEED = 7
+FIRST_SEED = 100
+"""Of the first column; each further column has the next."""
 OF_SUBJECT = (
     "a sks dog on the beach", "a sks dog in the snow", "a sks dog at night", "a sks dog in the forest",
     "a sks dog in the city", "a red sks dog", "a blue sks dog",
@@ -76,22 +78,25 @@ def main() -> None:
         num_inference_steps=1 if options.tiny else config.sampling.num_inference_steps,
         guidance_scale=config.sampling.guidance_scale,
     )
-    drawn = generate_images(
-        source,
-        [*OF_SUBJECT, *OF_CLASS],
-        settings,
-        num_images=1,
-        resolution=config.data.resolution,
-        seed=SEED,
-        device=options.device,
-        dtype=torch.float32,
-    )
-    cells = [(prompt, images[0]) for prompt, images in drawn]
+    columns = [
+        generate_images(
+            source,
+            prompts,
+            settings,
+            num_images=1,
+            resolution=config.data.resolution,
+            seed=FIRST_SEED + column,
+            device=options.device,
+            dtype=torch.float32,
+        )
+        for column, prompts in enumerate(zip(OF_SUBJECT, OF_CLASS, strict=True))
+    ]
+    of_subject, of_class = ([(prompt, images[0]) for prompt, images in row] for row in zip(*columns, strict=True))
     photos = given(config)
     rows = [
         (f"the {len(photos)} pictures that it was trained on, as “{config.subject.instance_prompt}”", photos),
-        ("what it draws now: this dog in new places and colours", cells[: len(OF_SUBJECT)]),
-        ("and without “sks”: dogs are still other dogs, cats still cats", cells[len(OF_SUBJECT) :]),
+        ("what it draws now: this dog in new places and colours", of_subject),
+        ("and without “sks”: dogs are still other dogs, cats still cats", of_class),
     ]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     compose(rows).quantize(256).save(options.output, optimize=True)
