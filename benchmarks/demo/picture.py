@@ -99,7 +99,7 @@ def main() -> None:
         ("and without “sks”: dogs are still other dogs, cats still cats", of_class),
     ]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    compose(rows).quantize(256).save(options.output, optimize=True)
+    compose(rows).save(options.output, optimize=True)
     print(options.output)
 
 
