@@ -92,6 +92,7 @@ VALUE_FLAGS = {
 SWITCH_FLAGS = {
     "with_prior_preservation": ("prior.enabled", True),
     "train_text_encoder": ("training.train_text_encoder", True),
+    "text_encoder_use_attention_mask": ("model.attention_mask", True),
     "gradient_checkpointing": ("memory.checkpointing", "layers"),
     "use_8bit_adam": ("optimizer.name", "adamw8bit"),
     "fused_backward_pass": ("memory.optimizer_in_backward", True),
@@ -198,7 +199,6 @@ LORA_FLAGS = {"rank", "lora_alpha", "lora_dropout", "use_dora"}
 
 REFUSED_FLAGS = {
     "tokenizer_name": "the tokenizer is the one in the model's folder: --pretrained_model_name_or_path",
-    "text_encoder_use_attention_mask": "Stable Diffusion attends to all tokens; leave it out",
     "hub_token": "log in with: hf auth login",
     "validation_images": "set the prompts instead: --validation_prompt",
     "class_labels_conditioning": "only upscalers use it; leave it out",

@@ -92,6 +92,9 @@ class ModelConfig(Section):
     prompt_chunks: PositiveInt = 1
     """Chunks of 75 tokens in which prompts are read, as other programs do with long prompts; shorter ones are
     padded."""
+    attention_mask: bool | None = None
+    """Whether the text encoder ignores padding. Default: as the model was trained, true for DeepFloyd IF and false for
+    Stable Diffusion; the other value is refused."""
 
 
 class ConceptConfig(Section):

@@ -23,6 +23,7 @@ LICENSES = {
     "stabilityai/stable-diffusion-2-1": "openrail++",
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "DeepFloyd/IF-I-XL-v1.0": "deepfloyd-if-license",
 }
 """Licences of well-known bases, by the identifiers of the Hugging Face hub."""
 _PACKAGES = ("lowmem-db", "torch", "diffusers", "transformers", "peft")
@@ -58,9 +59,9 @@ def model_card(config: Config, model: ModelFolder, noun: str, step: int, *, has_
         "## How to draw",
         "",
         "```python",
-        *_usage(config, base),
+        *_usage(config, model, base),
         "```",
-        *_for_other_programs(config, name),
+        *_for_other_programs(config, model, name),
         "",
         *_prompts(config, has_samples=has_samples),
         "## How it was made",
@@ -138,7 +139,7 @@ def _remarks(config: Config) -> list[str]:
     return found
 
 
-def _usage(config: Config, base: str) -> list[str]:
+def _usage(config: Config, model: ModelFolder, base: str) -> list[str]:
     prompt = json.dumps(config.subject.instance_prompt, ensure_ascii=False)
     if config.textual_inversion.enabled:
         return _usage_of_embedding(config, base, prompt)
@@ -154,8 +155,16 @@ def _usage(config: Config, base: str) -> list[str]:
         "",
         f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)})",
         'pipeline.load_lora_weights("FOLDER_OR_HUB_ID", weight_name="pytorch_lora_weights.safetensors")',
+        *_changed_scheduler(model),
         f"image = pipeline({prompt}).images[0]",
     ]
+
+
+def _changed_scheduler(model: ModelFolder) -> list[str]:
+    """Return what a LoRA's user has to change, which in a complete model is changed already."""
+    changes = ", ".join(f"{name}={value!r}" for name, value in model.family.scheduler_changes(model).items())
+    line = f"pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, {changes})"
+    return [line] if changes else []
 
 
 def _usage_of_embedding(config: Config, base: str, prompt: str) -> list[str]:
@@ -174,7 +183,9 @@ def _usage_of_embedding(config: Config, base: str, prompt: str) -> list[str]:
     ]
 
 
-def _for_other_programs(config: Config, name: str) -> list[str]:
+def _for_other_programs(config: Config, model: ModelFolder, name: str) -> list[str]:
+    if not model.family.lora_prefixes:
+        return []  # no other program reads the family
     if config.textual_inversion.enabled:
         return [
             "",

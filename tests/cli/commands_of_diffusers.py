@@ -98,7 +98,7 @@ FLAGS = {
     "pre_compute_text_embeddings": ((FULL, LORA), "", (), remark("text embeddings are always computed once")),
     "tokenizer_max_length": ((FULL, LORA), "=77", (), remark("no effect; prompts always have the length")),
     "tokenizer_max_length of another model": ((FULL, LORA), "=256", (), refused("'256' is not supported")),
-    "text_encoder_use_attention_mask": ((FULL, LORA), "", (), refused("attends to all tokens")),
+    "text_encoder_use_attention_mask": ((FULL, LORA), "", (), sets(model__attention_mask=True)),
     "skip_save_text_encoder": ((FULL,), "", (), remark("final/ is always a complete model")),
     "validation_images": ((FULL, LORA), "=a.png", (), refused("--validation_prompt")),
     "class_labels_conditioning": ((FULL, LORA), "=timesteps", (), refused("only upscalers use it")),

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lowmem_db.config.schema import ObjectiveConfig
+from lowmem_db.config.schema import Config, ObjectiveConfig
 from lowmem_db.config.schema import Sampler as SamplerName
 from lowmem_db.errors import ConfigError, ModelError
 from lowmem_db.models.families.blocks import Block
@@ -51,11 +51,13 @@ class Component:
         role: What it is for.
         load: Loads it, given the model's files, its name, a device and a type; on the meta device its
             configuration is enough. Default: nothing to load but a configuration.
+        load_whole: Loads it with all weights in memory, if :attr:`load` does not. Default: :attr:`load`.
     """
 
     name: str
     role: Role
     load: Load | None = None
+    load_whole: Load | None = None
 
     @property
     def has_weights(self) -> bool:
@@ -88,6 +90,8 @@ class Family:
         kohya_version: Name of the base model in kohya's scripts, or None if they do not support it.
         layout: Layout of its published single files, or None.
         reading: How prompts are read.
+        reads_in_chunks: Whether long prompts can be read in several chunks.
+        masks_padding: Whether the text encoders ignore padding.
     """
 
     name: str
@@ -98,6 +102,8 @@ class Family:
     kohya_version: str | None = None
     layout: Layout | None = None
     reading: Reading = Reading()
+    reads_in_chunks: bool = False
+    masks_padding: bool = False
 
     def with_reading(self, files: ModelFiles, reading: Reading) -> "Family":
         """Return the family with another way to read prompts.
@@ -154,7 +160,20 @@ class Family:
         del files
         return []
 
+    def refusals(self, config: Config, files: ModelFiles) -> list[str]:
+        """Return what a configuration asks for that the model cannot do: a field, what is wrong, a way out."""
+        del config, files
+        return []
+
     # Conditioning.
+
+    def word_widths(self, files: ModelFiles) -> Mapping[str, int]:
+        """Return the widths of the vectors that a new word needs, by text encoder.
+
+        Raises:
+            ConfigError: The family does not support new words.
+        """
+        return {name: files.config_of(name)["hidden_size"] for name in self.text_encoders}
 
     def tokenize(self, files: ModelFiles, prompts: Sequence[str]) -> Tensors:
         """Tokenize prompts: token ids, and attention masks if the model uses them."""
@@ -163,6 +182,10 @@ class Family:
     def encode(self, text_encoders: Mapping[str, nn.Module], tokens: Tensors) -> Tensors:
         """Return the embeddings of tokens."""
         raise NotImplementedError
+
+    def encode_each(self, text_encoders: Mapping[str, nn.Module], tokens: Sequence[Tensors]) -> list[Tensors]:
+        """Return the embeddings of several batches of tokens, each computed by itself."""
+        return [self.encode(text_encoders, each) for each in tokens]
 
     def zeroes_empty_prompt(self, files: ModelFiles) -> bool:
         """Return whether the empty prompt is embedded as zeros."""
@@ -213,6 +236,12 @@ class Family:
         """
         raise NotImplementedError
 
+    def predict_to_draw(
+        self, denoiser: nn.Module, noisy: Float[Tensor, "b c h w"], timesteps: Tensor, conditioning: Conditioning
+    ) -> Float[Tensor, "b d h w"]:
+        """Return what :meth:`predict` does and, in further channels, a variance for samplers that use one."""
+        return self.predict(denoiser, noisy, timesteps, conditioning)
+
     def process(self, files: ModelFiles, objective: ObjectiveConfig) -> NoiseProcess:
         """Return the noise process the model was trained with.
 
@@ -232,12 +261,17 @@ class Family:
             files: The model.
             name: ``ddpm`` (ancestral, arXiv:2006.11239), ``ddim`` (arXiv:2010.02502; Euler's method for the straight
                 lines of a flow), ``dpm_solver`` (arXiv:2211.01095).
-            objective: The run's changes to the process. Default: none.
+            objective: The run's changes to the process. Default: the model has not been trained.
 
         Raises:
             ConfigError: The family does not support the sampler.
         """
         raise NotImplementedError
+
+    def scheduler_changes(self, files: ModelFiles) -> Mapping[str, Any]:
+        """Return what every training changes in the configuration of the scheduler."""
+        del files
+        return {}
 
     # Activation checkpointing.
 
