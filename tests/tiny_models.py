@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
@@ -184,28 +185,49 @@ def write_tiny_if(folder: Path) -> Path:
     return folder
 
 
-def tiny_if_unet(*, width: int = 24) -> UNet2DConditionModel:
+def write_tiny_if_super_resolution(folder: Path) -> Path:
+    """Write a model in the layout of DeepFloyd IF's second stage: pictures of 16 px become pictures of 32 px."""
+    write_tiny_if(folder)
+    shutil.rmtree(folder / "unet")
+    torch.manual_seed(3)
+    unet = tiny_if_unet(
+        sample_size=2 * IF_RESOLUTION, in_channels=6, class_embed_type="timestep", time_embedding_act_fn="gelu",
+        only_cross_attention=True, resnet_skip_time_act=True, mid_block_scale_factor=1.414,
+        resnet_out_scale_factor=1.414,
+    )  # fmt: skip
+    save_component(folder / "unet", unet, dtype=torch.float32)
+    if_scheduler(sample_max_value=1.0).save_pretrained(folder / "scheduler")
+    noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    noising.save_pretrained(folder / "image_noising_scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "IFSuperResolutionPipeline", "image_noising_scheduler": ["diffusers", "DDPMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def tiny_if_unet(*, width: int = 24, **changes: Any) -> UNet2DConditionModel:
     """Return a UNet of IF's blocks, which differs from real ones in sizes alone, for text embeddings of some width."""
-    return UNet2DConditionModel(
-        sample_size=IF_RESOLUTION,
-        in_channels=3,
-        out_channels=6,
-        block_out_channels=(8, 32),
-        layers_per_block=1,
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        act_fn="gelu",
-        addition_embed_type="text",
-        addition_embed_type_num_heads=4,
-        attention_head_dim=8,
-        cross_attention_dim=32,  # a multiple of the groups of its norm
-        cross_attention_norm="group_norm",
-        encoder_hid_dim=width,
-        encoder_hid_dim_type="text_proj",
-        norm_num_groups=4,
-        resnet_time_scale_shift="scale_shift",
-    )
+    fields = {
+        "sample_size": IF_RESOLUTION,
+        "in_channels": 3,
+        "out_channels": 6,
+        "block_out_channels": (8, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "act_fn": "gelu",
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 4,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 32,  # a multiple of the groups of its norm
+        "cross_attention_norm": "group_norm",
+        "encoder_hid_dim": width,
+        "encoder_hid_dim_type": "text_proj",
+        "norm_num_groups": 4,
+        "resnet_time_scale_shift": "scale_shift",
+    }
+    return UNet2DConditionModel(**(fields | changes))
 
 
 def tiny_t5() -> T5EncoderModel:

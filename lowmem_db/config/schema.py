@@ -320,6 +320,16 @@ class TextualInversionConfig(Section):
     """Learning rate of the embedding."""
 
 
+class SuperResolutionConfig(Section):
+    """How a super-resolution model is fine-tuned: on photos and their low-resolution versions."""
+
+    noise_augmentation: Annotated[float, Field(ge=0.0, lt=1.0)] = 1e-5
+    """Variance of the noise on the low-resolution pictures, in their scale of [-1, 1]. The paper lowers it from 1e-3 to
+    1e-5 for fine details of the subject."""
+    low_resolution: Pixels | None = None
+    """Height and width of the low-resolution pictures. Default: a quarter of ``data.resolution``."""
+
+
 class EmaConfig(Section):
     """Exponential moving average of the weights, in fp32; samples and the final model use it."""
 
@@ -478,6 +488,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
     textual_inversion: TextualInversionConfig = TextualInversionConfig()
+    super_resolution: SuperResolutionConfig = SuperResolutionConfig()
     ema: EmaConfig = EmaConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpointing: CheckpointingConfig = CheckpointingConfig()

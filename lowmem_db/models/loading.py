@@ -193,6 +193,7 @@ def load_noise_schedule(
     zero_terminal_snr: bool | None = None,
     *,
     clips: bool = False,
+    component: str = "scheduler",
 ) -> DDPMScheduler:
     """Load the noise schedule the model was trained with, whichever sampler its folder names.
 
@@ -202,21 +203,22 @@ def load_noise_schedule(
         zero_terminal_snr: Whether the last timestep is pure noise. Default: the value in the model's folder.
         clips: Whether samples are clipped as the folder says, which is right for pixels. Default: never; some samplers'
             configurations leave it open.
+        component: Name of the schedule's folder.
     """
     changed = schedule_changes(prediction_type, zero_terminal_snr)
     if not clips:
         changed["clip_sample"] = False
     try:
-        schedule = DDPMScheduler.from_config(files.config_of("scheduler"), **changed)
+        schedule = DDPMScheduler.from_config(files.config_of(component), **changed)
     except NONSENSE as error:
         raise ConfigurationError(
-            f"{files.path / 'scheduler'}: scheduler_config.json does not describe a noise schedule "
+            f"{files.path / component}: scheduler_config.json does not describe a noise schedule "
             f"({_in_a_line(error)}); download the model again"
         ) from error
     schedule = cast("DDPMScheduler", schedule)
     if not is_finite(schedule.alphas_cumprod) or not bool((schedule.alphas_cumprod >= 0).all()):
         raise ModelError(
-            f"{files.path / 'scheduler'}: the noise schedule of scheduler_config.json has values that are no "
+            f"{files.path / component}: the noise schedule of scheduler_config.json has values that are no "
             "probabilities; download the model again"
         )
     return schedule

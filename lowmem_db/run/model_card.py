@@ -54,7 +54,7 @@ def model_card(config: Config, model: ModelFolder, noun: str, step: int, *, has_
         f"* Licence: {license_name or 'that of the base model, which is not known here'}",
         f"* What it predicts: {_prediction(config, model)}",
         f"* Size: {config.data.resolution} px",
-        *_remarks(config),
+        *_remarks(config, model),
         "",
         "## How to draw",
         "",
@@ -127,8 +127,14 @@ def _prediction(config: Config, model: ModelFolder) -> str:
     return f"`{kind}`" + (", with zero terminal SNR" if is_zero else "")
 
 
-def _remarks(config: Config) -> list[str]:
+def _remarks(config: Config, model: ModelFolder) -> list[str]:
     found = []
+    if (low_resolution := model.family.low_resolution(model, config)) is not None:
+        found.append(
+            f"* Enlarges pictures of {low_resolution.resolution} px; trained with noise of variance "
+            f"{low_resolution.variance:g} on them, whose nearest level in diffusers is {low_resolution.level}; the "
+            "default of its pipeline, 250, is a level that the model was not trained with"
+        )
     if config.model.clip_skip is not None:
         found.append(f"* Clip skip: {config.model.clip_skip}")
     if config.model.prompt_chunks > 1:
@@ -143,12 +149,13 @@ def _usage(config: Config, model: ModelFolder, base: str) -> list[str]:
     prompt = json.dumps(config.subject.instance_prompt, ensure_ascii=False)
     if config.textual_inversion.enabled:
         return _usage_of_embedding(config, base, prompt)
+    call = f"image = pipeline({prompt}{_given(config, model)}).images[0]"
     if not config.lora.enabled:
         return [
             "from diffusers import DiffusionPipeline",
             "",
             'pipeline = DiffusionPipeline.from_pretrained("FOLDER_OR_HUB_ID")',
-            f"image = pipeline({prompt}).images[0]",
+            call,
         ]
     return [
         "from diffusers import DiffusionPipeline",
@@ -156,8 +163,14 @@ def _usage(config: Config, model: ModelFolder, base: str) -> list[str]:
         f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)})",
         'pipeline.load_lora_weights("FOLDER_OR_HUB_ID", weight_name="pytorch_lora_weights.safetensors")',
         *_changed_scheduler(model),
-        f"image = pipeline({prompt}).images[0]",
+        call,
     ]
+
+
+def _given(config: Config, model: ModelFolder) -> str:
+    """Return the further arguments of a super-resolution pipeline, whose defaults are not those of the training."""
+    low_resolution = model.family.low_resolution(model, config)
+    return "" if low_resolution is None else f", image=small_picture, noise_level={low_resolution.level}"
 
 
 def _changed_scheduler(model: ModelFolder) -> list[str]:

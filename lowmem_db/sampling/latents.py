@@ -1,6 +1,6 @@
 """From conditioning to latents: the sampling loop with classifier-free guidance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +40,7 @@ def sample_latents(
     *,
     shape: tuple[int, int, int],
     generators: Sequence[torch.Generator],
+    tell: Callable[[Sequence[torch.Generator]], Mapping[str, Tensor]] | None = None,
 ) -> Float[Tensor, "b c x y"]:
     """Draw the latents of one image for each generator.
 
@@ -51,6 +52,7 @@ def sample_latents(
             the empty prompt at the end.
         shape: Channels, height and width of an image, in the space of the denoiser.
         generators: One CPU generator for each image, so that an image does not depend on the rest of its batch.
+        tell: Returns further conditioning, a row for each image, given the generators after the first noise is drawn.
     """
     on_meta = denoiser.device.type == "meta"
     sampler.set_timesteps(settings.num_inference_steps, device="cpu" if on_meta else denoiser.device)
@@ -58,6 +60,10 @@ def sample_latents(
     shape_of_all, channels = (len(generators), *shape), shape[0]
     uses_variance = vars(sampler).get("variance_type") in _LEARNED_VARIANCES
     latents = randn_tensor(shape_of_all, generator=list(generators), device=denoiser.device, dtype=torch.float32)
+    if tell is not None:
+        rows = {name: row.to(denoiser.device) for name, row in tell(generators).items()}
+        both = {name: torch.cat([row, row]) for name, row in rows.items()}
+        guided = replace(guided, picture={**guided.picture, **both})
     for timestep in sampler.timesteps:
         inputs = torch.cat([latents, latents]).to(denoiser.dtype)
         predicted = denoiser.family.predict_to_draw(denoiser.module, inputs, timestep, guided)

@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lowmem_db.config.schema import Config, ObjectiveConfig
+from lowmem_db.config.schema import Config, ObjectiveConfig, SuperResolutionConfig
 from lowmem_db.config.schema import Sampler as SamplerName
 from lowmem_db.errors import ConfigError, ModelError
 from lowmem_db.models.families.blocks import Block
 from lowmem_db.models.families.original_layout import Layout
 from lowmem_db.models.families.spaces import Space
 from lowmem_db.models.files import ModelFiles
+from lowmem_db.objective.low_resolution import LowResolution
 from lowmem_db.objective.process import NoiseProcess
 from lowmem_db.records import Conditioning
 
@@ -92,6 +93,7 @@ class Family:
         reading: How prompts are read.
         reads_in_chunks: Whether long prompts can be read in several chunks.
         masks_padding: Whether the text encoders ignore padding.
+        enlarges: Whether it enlarges pictures instead of drawing from a prompt alone.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Family:
     reading: Reading = Reading()
     reads_in_chunks: bool = False
     masks_padding: bool = False
+    enlarges: bool = False
 
     def with_reading(self, files: ModelFiles, reading: Reading) -> "Family":
         """Return the family with another way to read prompts.
@@ -162,8 +165,10 @@ class Family:
 
     def refusals(self, config: Config, files: ModelFiles) -> list[str]:
         """Return what a configuration asks for that the model cannot do: a field, what is wrong, a way out."""
-        del config, files
-        return []
+        del files
+        if self.enlarges or config.super_resolution == SuperResolutionConfig():
+            return []
+        return [f"super_resolution: has no effect on {self.name}, which draws from a prompt alone; leave it out"]
 
     # Conditioning.
 
@@ -214,6 +219,16 @@ class Family:
     def space(self, files: ModelFiles) -> Space:
         """Return the space it works in: latents or pixels."""
         raise NotImplementedError
+
+    def low_resolution(self, files: ModelFiles, config: Config | None = None) -> LowResolution | None:
+        """Return how a super-resolution model is told of the pictures that it enlarges; None for other models.
+
+        Args:
+            files: The model.
+            config: The run. Default: the usual fields of ``super_resolution``.
+        """
+        del files, config
+        return None
 
     def resolution(self, files: ModelFiles) -> int:
         """Return the side length, in pixels, that it was trained for."""

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from lowmem_db.config.schema import Config, ObjectiveConfig
+from lowmem_db.config.schema import Config, ObjectiveConfig, SuperResolutionConfig
 from lowmem_db.config.schema import Sampler as SamplerName
 from lowmem_db.errors import ConfigError
 from lowmem_db.models.families import t5
@@ -25,6 +25,7 @@ from lowmem_db.models.families.stable_diffusion import SAMPLERS, without_extras
 from lowmem_db.models.families.unet_blocks import find_blocks
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.loading import load_module, load_noise_schedule
+from lowmem_db.objective.low_resolution import LowResolution, level_of
 from lowmem_db.objective.process import Diffusion
 from lowmem_db.records import Conditioning
 
@@ -90,7 +91,7 @@ class DeepFloydIF(Family):
 
     def refusals(self, config: Config, files: ModelFiles) -> list[str]:
         """Refuse another resolution or diffusion than the model's, and a text encoder that trains."""
-        found, resolution = [], self.resolution(files)
+        found, resolution = super().refusals(config, files), self.resolution(files)
         if config.data.resolution != resolution:
             found.append(
                 f"data.resolution: {config.data.resolution}, but {self.name} draws pictures of {resolution} px; set "
@@ -182,4 +183,69 @@ class DeepFloydIF(Family):
         return without_extras(index, "watermarker") | {"requires_safety_checker": False}
 
 
+class IFSuperResolution(DeepFloydIF):
+    """A later stage of the cascade, which enlarges pictures; it is told the prompt and the picture to enlarge.
+
+    The paper fine-tunes it too, on photos and their low-resolution versions: else it invents the details.
+    """
+
+    components = (*DeepFloydIF.components, Component("image_noising_scheduler", "scheduler"))
+    pipelines = ("IFSuperResolutionPipeline",)
+    enlarges = True
+
+    def recognises(self, files: ModelFiles) -> bool:
+        """Return whether the UNet takes two pictures, and the level of the noise on one of them."""
+        unet = files.config_of("unet")
+        return unet.get("in_channels") == 2 * self.channels and unet.get("class_embed_type") == "timestep"
+
+    def refusals(self, config: Config, files: ModelFiles) -> list[str]:
+        """Refuse, besides what the first stage does, whatever would draw from a prompt alone."""
+        found, prior = super().refusals(config, files), config.prior
+        if prior.enabled and (prior.class_dir is None or not prior.class_dir.is_dir()):
+            found.append(
+                f"prior.enabled: true, but {self.name} cannot draw class images from a prompt; set prior.class_dir to "
+                "a folder of pictures of the class, or prior.enabled=false"
+            )
+        drawing = {"sampling.prompts": config.sampling.prompts, "evaluation.every": config.evaluation.every}
+        found += [
+            f"{field}: {self.name} enlarges pictures, and draws none while it trains; leave it out, and draw "
+            "afterwards with lowmem-db generate FIRST_STAGE --upscale RUN"
+            for field, value in drawing.items()
+            if value
+        ]
+        if config.data.aspect_ratio_buckets:
+            found.append(f"data.aspect_ratio_buckets: true, but {self.name} enlarges squares; leave it out")
+        small = config.super_resolution.low_resolution
+        if small is not None and small >= config.data.resolution:
+            found.append(
+                f"super_resolution.low_resolution: {small} is not smaller than data.resolution, "
+                f"{config.data.resolution}; leave it out for a quarter of that"
+            )
+        return found
+
+    def low_resolution(self, files: ModelFiles, config: Config | None = None) -> LowResolution:
+        """Return how pictures are reduced for training, and how much noise those to enlarge have."""
+        chosen = SuperResolutionConfig() if config is None else config.super_resolution
+        schedule = load_noise_schedule(files, component="image_noising_scheduler")
+        return LowResolution(
+            resolution=chosen.low_resolution or self.resolution(files) // 4,
+            variance=chosen.noise_augmentation,
+            level=level_of(chosen.noise_augmentation, schedule.alphas_cumprod),
+            seed=0 if config is None else config.seed,
+        )
+
+    def predict_to_draw(
+        self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Float[Tensor, "b c h w"]:
+        """Return the predicted noise and variance, for the picture to enlarge and the level of the noise on it."""
+        beside = conditioning.picture["low_resolution"].to(noisy.dtype)
+        return denoiser(
+            torch.cat([noisy, beside], dim=1),
+            timesteps,
+            encoder_hidden_states=conditioning.embeds["embeds"],
+            class_labels=conditioning.picture["noise_level"],
+        ).sample
+
+
 IF_STAGE_1 = DeepFloydIF("DeepFloyd IF, stage I", {"DeepFloyd/IF-I-XL-v1.0": "if_i_xl"})
+IF_SUPER_RESOLUTION = IFSuperResolution("DeepFloyd IF, super-resolution")
