@@ -39,7 +39,7 @@ format: $(INSTALLED)
 
 # The documentation as a site, in build/site; a broken link is an error.
 site: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
 # Pictures of the page for the documentation, from a finished run of the demo; needs Chromium.
 screenshots: $(INSTALLED)
