@@ -304,7 +304,7 @@ class WeightStream:
         """Put the weights of a group on the device until :meth:`let_go`, or the end of the backward pass."""
         if self._pass != _BACKWARD:
             self._start(_BACKWARD)
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+            _after_backward(self._end_backward)
         self._held.append(group)
         self.enter(group)
 
@@ -431,6 +431,11 @@ class WeightStream:
             parameter.data = weight
         self._slots.remove(slot)  # which makes it the last to be used again
         self._slots.append(slot)
+
+
+def _after_backward(callback: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass that is running."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def _is_nested(parts: Sequence[nn.Module]) -> bool:
