@@ -9,7 +9,10 @@ from lowmem_db.planning.phases import trace_class_images, trace_residents, trace
 from tests.config.test_strategy import CHOICES
 from tests.planning.conftest import make_config, make_run
 
-OTHERS = {"memory.offload_checkpoints": {"memory.checkpointing": "segments"}}
+OTHERS = {
+    "memory.offload_checkpoints": {"memory.checkpointing": "segments"},
+    "memory.stream_weights": {"memory.checkpointing": "segments", "memory.optimizer_in_backward": True},
+}
 
 
 def measure(trace, config):
