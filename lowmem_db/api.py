@@ -180,6 +180,7 @@ def generate(
     step: "Step | None" = None,
     steps: "Sequence[Step]" = (),
     base: PathLike | None = None,
+    upscale: Sequence[PathLike] = (),
     output: PathLike | None = None,
 ) -> "list[tuple[str, Sequence[Image]]]":
     """Draw images for prompts; image ``i`` of every prompt starts from the same noise.
@@ -203,6 +204,8 @@ def generate(
         step: A checkpoint of the run, or ``"final"``. Default: the final model, or else the newest checkpoint.
         steps: Several checkpoints to compare: each prompt is drawn with each of them.
         base: Where the model is that a run or a LoRA was trained on, if it has moved.
+        upscale: Super-resolution models, such as DeepFloyd IF's second stage or runs of one, that enlarge the images
+            one after the other.
         output: Folder for the images, a grid of them, and ``images.json`` with the settings and seeds.
 
     Returns:
@@ -242,6 +245,7 @@ def generate(
             guidance_scale=guidance_scale,
             width=width or resolution,
             height=height or resolution,
+            upscale=[str(each) for each in upscale],
         ),
         where,
         DTYPES[precision or environment.drawing_precision(where)],

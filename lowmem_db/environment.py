@@ -67,6 +67,12 @@ OPTIONAL_LIBRARIES = (
         "only the paper's encoders",
         'pip install "lowmem-db[evaluation]"',
     ),
+    OptionalLibrary(
+        "sentencepiece",
+        "T5's tokenizer where a model has spiece.model alone (DeepFloyd IF)",
+        "models with tokenizer.json",
+        'pip install "lowmem-db[t5]"',
+    ),
     OptionalLibrary("peft", "LoRA and DoRA", "all weights train", 'pip install "lowmem-db[lora]"'),
     OptionalLibrary("tensorboard", "live curves", "only metrics.jsonl", 'pip install "lowmem-db[tensorboard]"'),
     OptionalLibrary("wandb", "curves at Weights & Biases", "only metrics.jsonl", 'pip install "lowmem-db[wandb]"'),

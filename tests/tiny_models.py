@@ -4,16 +4,26 @@ import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 from lowmem_db.models.saving import save_component
 
 RESOLUTION = 32
+IF_RESOLUTION = 16
 NUM_TOKENS = 16
+T5_TOKENIZER = Path(__file__).parent / "assets" / "t5_tokenizer"
 
 
 def write_tiny_model(folder: Path, *, prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32) -> Path:
@@ -152,3 +162,103 @@ def tiny_text_encoder_2() -> CLIPTextModelWithProjection:
     config.projection_dim = 16
     config.architectures = ["CLIPTextModelWithProjection"]
     return CLIPTextModelWithProjection(config)
+
+
+def write_tiny_if(folder: Path) -> Path:
+    """Write a model in the layout of DeepFloyd IF's first stage: 16 px pictures, and T5's real tokens."""
+    torch.manual_seed(2)
+    save_component(folder / "unet", tiny_if_unet(), dtype=torch.float32)
+    save_component(folder / "text_encoder", tiny_t5(), dtype=torch.float32)
+    if_scheduler(sample_max_value=1.5).save_pretrained(folder / "scheduler")
+    write_t5_tokenizer(folder / "tokenizer")
+    index = {
+        "_class_name": "IFPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "safety_checker": ["deepfloyd_if", "IFSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "watermarker": ["deepfloyd_if", "IFWatermarker"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_tiny_if_super_resolution(folder: Path) -> Path:
+    """Write a model in the layout of DeepFloyd IF's second stage: pictures of 16 px become pictures of 32 px."""
+    write_tiny_if(folder)
+    shutil.rmtree(folder / "unet")
+    torch.manual_seed(3)
+    unet = tiny_if_unet(
+        sample_size=2 * IF_RESOLUTION, in_channels=6, class_embed_type="timestep", time_embedding_act_fn="gelu",
+        only_cross_attention=True, resnet_skip_time_act=True, mid_block_scale_factor=1.414,
+        resnet_out_scale_factor=1.414,
+    )  # fmt: skip
+    save_component(folder / "unet", unet, dtype=torch.float32)
+    if_scheduler(sample_max_value=1.0).save_pretrained(folder / "scheduler")
+    noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    noising.save_pretrained(folder / "image_noising_scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "IFSuperResolutionPipeline", "image_noising_scheduler": ["diffusers", "DDPMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def tiny_if_unet(*, width: int = 24, **changes: Any) -> UNet2DConditionModel:
+    """Return a UNet of IF's blocks, which differs from real ones in sizes alone, for text embeddings of some width."""
+    fields = {
+        "sample_size": IF_RESOLUTION,
+        "in_channels": 3,
+        "out_channels": 6,
+        "block_out_channels": (8, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "act_fn": "gelu",
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 4,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 32,  # a multiple of the groups of its norm
+        "cross_attention_norm": "group_norm",
+        "encoder_hid_dim": width,
+        "encoder_hid_dim_type": "text_proj",
+        "norm_num_groups": 4,
+        "resnet_time_scale_shift": "scale_shift",
+    }
+    return UNet2DConditionModel(**(fields | changes))
+
+
+def tiny_t5() -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=32128,
+        d_model=24,
+        d_kv=8,
+        d_ff=48,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    encoder = T5EncoderModel(config).eval()
+    with torch.no_grad():  # T5 begins with position biases that are all alike
+        encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_()
+    return encoder
+
+
+def if_scheduler(sample_max_value: float) -> DDPMScheduler:
+    return DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        variance_type="learned_range",
+        thresholding=True,
+        dynamic_thresholding_ratio=0.95,
+        sample_max_value=sample_max_value,
+    )
+
+
+def write_t5_tokenizer(folder: Path) -> None:
+    folder.mkdir()
+    shutil.copyfile(T5_TOKENIZER / "tokenizer.json", folder / "tokenizer.json")
+    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 100}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", **special}))

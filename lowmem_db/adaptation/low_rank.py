@@ -19,7 +19,18 @@ from lowmem_db.models.names import published_name
 from lowmem_db.randomness import generator
 
 _KINDS = {
-    "attention": (".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj"),
+    "attention": (
+        ".to_q",
+        ".to_k",
+        ".to_v",
+        ".to_out.0",
+        ".add_k_proj",
+        ".add_v_proj",
+        ".q_proj",
+        ".k_proj",
+        ".v_proj",
+        ".out_proj",
+    ),
     "feed_forward": (".ff.net.0.proj", ".ff.net.2", ".mlp.fc1", ".mlp.fc2"),
 }
 _CONVOLUTIONS = "convolutions"

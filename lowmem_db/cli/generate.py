@@ -60,6 +60,13 @@ def generate(
         Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Default: fp16 on CUDA devices, fp32 on the CPU.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    upscale: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN_OR_MODEL",
+            help="A super-resolution model that enlarges the images; several are used one after the other.",
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images and a grid of them.")] = Path(
         "images"
     ),
@@ -105,6 +112,7 @@ def generate(
         step=None if step is None else parse_step(step),
         steps=parse_steps(steps),
         base=base,
+        upscale=upscale or (),
         output=output,
     )
     typer.echo(output / "grid.png")

@@ -92,6 +92,7 @@ VALUE_FLAGS = {
 SWITCH_FLAGS = {
     "with_prior_preservation": ("prior.enabled", True),
     "train_text_encoder": ("training.train_text_encoder", True),
+    "text_encoder_use_attention_mask": ("model.attention_mask", True),
     "gradient_checkpointing": ("memory.checkpointing", "layers"),
     "use_8bit_adam": ("optimizer.name", "adamw8bit"),
     "fused_backward_pass": ("memory.optimizer_in_backward", True),
@@ -163,6 +164,11 @@ CHANGES_NOTHING = {
     "tokenizer_max_length": Harmless(
         "prompts always have the length of the model's tokenizer", ("77",), "leave it out"
     ),
+    "class_labels_conditioning": Harmless(
+        "a super-resolution model is told the level of the noise on the pictures that it enlarges",
+        ("timesteps",),
+        "a super-resolution model is told the level of the noise on the pictures that it enlarges; leave it out",
+    ),
     "local_rank": Harmless("training uses one device", ("-1", "0"), "training uses one device: device=cuda:1"),
     "image_interpolation_mode": Harmless(
         "photos are always resized with a Lanczos filter",
@@ -198,10 +204,7 @@ LORA_FLAGS = {"rank", "lora_alpha", "lora_dropout", "use_dora"}
 
 REFUSED_FLAGS = {
     "tokenizer_name": "the tokenizer is the one in the model's folder: --pretrained_model_name_or_path",
-    "text_encoder_use_attention_mask": "Stable Diffusion attends to all tokens; leave it out",
     "hub_token": "log in with: hf auth login",
-    "validation_images": "set the prompts instead: --validation_prompt",
-    "class_labels_conditioning": "only upscalers use it; leave it out",
     "train_text_encoder_frac": "give the step instead: --stop_text_encoder_training",
     "dataset_name": "photos come from a folder: --instance_data_dir",
     "dataset_config_name": "photos come from a folder: --instance_data_dir",

@@ -42,7 +42,8 @@ from lowmem_db.errors import ConfigError
 KNOWN_FLAGS = frozenset(
     (
         *VALUE_FLAGS, *SWITCH_FLAGS, *CHOICE_FLAGS, *ALWAYS_SO, *CHANGES_NOTHING, *COUNTS, *REFUSED_FLAGS,
-        "validation_prompt", "save_sample_prompt", "save_steps", "concepts_list", "resume_from_checkpoint", "resume",
+        "validation_prompt", "validation_images", "save_sample_prompt", "save_steps", "concepts_list",
+        "resume_from_checkpoint", "resume",
     )
 )  # fmt: skip
 _CHECKPOINT = re.compile(r"(?:checkpoint|step)-0*(\d+)")
@@ -182,6 +183,8 @@ def _count_for_a_word(parsed: Arguments, script: Script) -> None:
 
 
 def _drop_what_has_no_effect(parsed: Arguments, script: Script) -> None:
+    if "validation_images" in parsed.flags:
+        parsed.overrides = [pair for pair in parsed.overrides if pair[0] != "sampling.prompts"]
     values = {**script.defaults, **dict(parsed.overrides)}
     for paths, has_effect, needed in _HAVE_NO_EFFECT:
         given = {flag: path for flag, path in _PATHS.items() if flag in parsed.flags and path in paths}
@@ -270,6 +273,12 @@ def _read_flag(argument: str, rest: list[str], parsed: Arguments) -> None:
         parsed.overrides.append(SWITCH_FLAGS[name])
     elif name == "resume":
         parsed.resume = True
+    elif name == "validation_images":
+        _skip_values(separator, rest)
+        parsed.notes.append(
+            "--validation_images: no effect, nor has --validation_prompt beside it; a super-resolution model draws "
+            "nothing while it trains, and afterwards with lowmem-db generate FIRST_STAGE --upscale RUN"
+        )
     elif name in KNOWN_FLAGS:
         _read_value_flag(name, inline if separator else _value(name, rest), parsed)
     else:

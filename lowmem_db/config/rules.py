@@ -110,6 +110,17 @@ RULES = (
         "subject.concepts: prior.enabled: true needs the class_prompt of every subject, and one of them has none; "
         "write it (class_prompt: a cat), or set prior.enabled=false",
     ),
+    _no_effect("prior.class_prompts", lambda c: not c.prior.enabled, "while prior.enabled is false; set it to true"),
+    Rule(
+        lambda c: bool(c.prior.class_prompts and c.subject.concepts),
+        "prior.class_prompts: belongs to a run of one subject, and subject.concepts has more; leave it out, or give "
+        "each subject a class_dir of pictures with text files that hold their prompts",
+    ),
+    Rule(
+        lambda c: c.prior.enabled and len(c.prior.class_prompts) >= c.prior.num_class_images,
+        "prior.num_class_images: {config.prior.num_class_images} is too few for one image of every prompt of "
+        "prior.class_prompts and of the class prompt; set it to eight for each, or name fewer prompts",
+    ),
     Rule(
         lambda c: len({subject.instance_prompt for subject in c.subjects}) < len(c.subjects),
         "subject.concepts: two subjects have the same instance_prompt, so the model could not tell them apart; give "

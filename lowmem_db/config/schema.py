@@ -92,6 +92,9 @@ class ModelConfig(Section):
     prompt_chunks: PositiveInt = 1
     """Chunks of 75 tokens in which prompts are read, as other programs do with long prompts; shorter ones are
     padded."""
+    attention_mask: bool | None = None
+    """Whether the text encoder ignores padding. Default: as the model was trained, true for DeepFloyd IF and false for
+    Stable Diffusion; the other value is refused."""
 
 
 class ConceptConfig(Section):
@@ -164,6 +167,9 @@ class PriorConfig(Section):
     """Lambda of Equation 2."""
     num_class_images: NumImages = 200
     """Number of class images; the paper draws about 1000."""
+    class_prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Further prompts of class images, in turn with ``subject.class_prompt``; each image trains with its own, so that
+    other nouns (``a cat``) stay themselves. What stands here twice is drawn twice as often."""
     class_dir: LocalPath | None = None
     """Folder of class images. A folder with your own pictures is used as it is. Default: in the cache, by content."""
     sampler: Sampler = "ddpm"
@@ -312,6 +318,16 @@ class TextualInversionConfig(Section):
     or ``prompt``, always ``subject.instance_prompt``. A photo with its own caption keeps that."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
     """Learning rate of the embedding."""
+
+
+class SuperResolutionConfig(Section):
+    """How a super-resolution model is fine-tuned: on photos and their low-resolution versions."""
+
+    noise_augmentation: Annotated[float, Field(ge=0.0, lt=1.0)] = 1e-5
+    """Variance of the noise on the low-resolution pictures, in their scale of [-1, 1]. The paper lowers it from 1e-3 to
+    1e-5 for fine details of the subject."""
+    low_resolution: Pixels | None = None
+    """Height and width of the low-resolution pictures. Default: a quarter of ``data.resolution``."""
 
 
 class EmaConfig(Section):
@@ -475,6 +491,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
     textual_inversion: TextualInversionConfig = TextualInversionConfig()
+    super_resolution: SuperResolutionConfig = SuperResolutionConfig()
     ema: EmaConfig = EmaConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpointing: CheckpointingConfig = CheckpointingConfig()

@@ -66,7 +66,8 @@ def rare_identifiers(
         tokenizer: The model's tokenizer.
         count: How many identifiers to draw; a longer list starts with the shorter one.
         seed: The same seed gives the same identifiers.
-        num_tokens: Tokens per identifier, 1 to 3. Default: each length equally often.
+        num_tokens: Tokens per identifier, 1 to 3. Default: each length equally often; for T5 not 1, because its single
+            tokens of these ranks are words that people use ("las", "try").
         rank_range: First rank, and the one after the last. Default: :func:`default_rank_range`.
 
     Raises:
@@ -76,7 +77,7 @@ def rare_identifiers(
     """
     ranks = rank_range or default_rank_range(tokenizer)
     tokens = rare_tokens(tokenizer, ranks)
-    lengths = _lengths(num_tokens)
+    lengths = _lengths(num_tokens, shortest=2 if _is_sentencepiece(tokenizer) else 1)
     found: dict[str, Identifier] = {}
     for place in range(count):
         draws = _draws(tokens, lengths, generator(seed, "identifiers", place))
@@ -100,9 +101,11 @@ def default_rank_range(tokenizer: Tokenizer) -> tuple[int, int]:
     row hardly ever are. A fifth also suits the demo model, whose vocabulary is a prefix of CLIP's.
     """
     size = len(tokenizer)
-    if _SENTENCEPIECE_SPACE in tokenizer.get_vocab() and size > 10_000:
-        return 5_000, 10_001
-    return size * 4 // 5, size
+    return (5_000, 10_001) if _is_sentencepiece(tokenizer) else (size * 4 // 5, size)
+
+
+def _is_sentencepiece(tokenizer: Tokenizer) -> bool:
+    return _SENTENCEPIECE_SPACE in tokenizer.get_vocab() and len(tokenizer) > 10_000
 
 
 def rare_tokens(tokenizer: Tokenizer, rank_range: tuple[int, int]) -> list[int]:
@@ -147,10 +150,10 @@ def identifier_warnings(prompt: str, class_prompt: str | None, tokenizer: Tokeni
     return [_common_warning(prompt, common) if common and class_prompt else _missing_warning(prompt, class_prompt)]
 
 
-def _lengths(num_tokens: int | None) -> tuple[int, ...]:
+def _lengths(num_tokens: int | None, *, shortest: int = 1) -> tuple[int, ...]:
     allowed = tuple(range(1, MAX_TOKENS + 1))
     if num_tokens is None:
-        return allowed
+        return allowed[shortest - 1 :]
     if num_tokens not in allowed:
         raise ConfigError(
             f"num_tokens: {num_tokens} is not possible; allowed: 1 to {MAX_TOKENS}, or None for all lengths"

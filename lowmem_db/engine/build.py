@@ -114,6 +114,7 @@ def _build_objective(config: Config, model: ModelFolder, device: torch.device) -
         prior_loss_weight=config.prior.loss_weight,
         seed=config.seed,
         device=device,
+        tell=model.family.low_resolution(model, config),
     )
 
 

@@ -21,12 +21,13 @@ from lowmem_db.config.schema import ObjectiveConfig
 from lowmem_db.console import track
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.data.crops import whole_picture_facts
-from lowmem_db.errors import NonFiniteError
+from lowmem_db.errors import ConfigError, NonFiniteError
 from lowmem_db.finite import is_finite
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.families.spaces import Codec
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
+from lowmem_db.objective.low_resolution import LowResolution
 from lowmem_db.out_of_memory import first_that_fits
 from lowmem_db.records import Conditioning, Size
 from lowmem_db.sampling.images import to_images
@@ -39,6 +40,23 @@ Lend = Callable[[], AbstractContextManager[_Lent]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Given:
+    """Pictures to enlarge.
+
+    Attributes:
+        pictures: The pictures in [-1, 1].
+        low_resolution: How the model is told of them.
+    """
+
+    pictures: Float[Tensor, "b 3 h w"]
+    low_resolution: LowResolution
+
+    def told(self, first: int, size: Size, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """Return what the model is told of as many pictures as there are generators, from number ``first`` on."""
+        return self.low_resolution.told(self.pictures[first : first + len(generators)], size, generators)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """Images that are drawn together.
 
@@ -48,6 +66,7 @@ class Job:
         generators: One for each image.
         at_once: Batch size. Default: all images, which is faster and needs more memory.
         negative: The prompt that guidance leads away from. Default: the empty one.
+        given: The pictures to enlarge, one for each image, for a model that does that.
     """
 
     prompts: Sequence[str]
@@ -55,6 +74,7 @@ class Job:
     generators: Sequence[torch.Generator]
     at_once: int | None = None
     negative: str = ""
+    given: Given | None = None
 
 
 @dataclass(kw_only=True)
@@ -108,10 +128,16 @@ class Artist:
             job: The images to draw.
 
         Raises:
+            ConfigError: The model enlarges pictures, and the job has none.
             NonFiniteError: They are infinite or NaN.
         """
         space, (height, width) = self.model.space, job.size
         picture = denoiser.family.describe_pictures(whole_picture_facts(job.size, len(job.prompts) + 1))
+        if denoiser.family.enlarges and job.given is None:
+            raise ConfigError(
+                f"{self.model.name}: enlarges pictures, and there are none to enlarge; draw with "
+                f"lowmem-db generate FIRST_STAGE --upscale {self.model.name}"
+            )
         count = job.at_once or len(job.generators)
         with denoiser.autocast():
             told = denoiser.told(replace(conditioning, picture=picture))
@@ -120,9 +146,10 @@ class Artist:
                     denoiser,
                     self.model.family.sampler(self.model, self.settings.sampler, self.objective),
                     self.settings,
-                    told,
+                    _rows_for(job, told, first, count),
                     shape=(space.channels, height // space.cell, width // space.cell),
                     generators=job.generators[first : first + count],
+                    tell=None if job.given is None else partial(job.given.told, first, job.size),
                 )
                 for first in range(0, len(job.generators), count)
             ]
@@ -192,6 +219,23 @@ def _latents(artist: Artist, denoiser: Denoiser, conditioning: Conditioning, job
         "drawing",
         ((f"with {size} image{'s' * (size > 1)} at a time", partial(attempt, size)) for size in sizes),
         _WAY_OUT,
+    )
+
+
+def _rows_for(job: Job, told: Conditioning, first: int, count: int) -> Conditioning:
+    """Return the rows for some images of a job and for its negative prompt; one prompt serves all images."""
+    if len(job.prompts) == 1:
+        return told
+
+    def some(rows: Tensor) -> Tensor:
+        return torch.cat([rows[:-1][first : first + count], rows[-1:]])
+
+    return replace(
+        told,
+        tokens={name: some(rows) for name, rows in told.tokens.items()},
+        embeds={name: some(rows) for name, rows in told.embeds.items()},
+        picture={name: some(rows) for name, rows in told.picture.items()},
+        has_prompt=None if told.has_prompt is None else some(told.has_prompt),
     )
 
 

@@ -7,7 +7,7 @@ from lowmem_db.models.folder import ModelFolder
 
 
 def check_fits(config: Config, model: ModelFolder) -> None:
-    """Refuse sampling steps that the model's noise schedule does not have.
+    """Refuse what the model's family cannot do, and sampling steps that its noise schedule does not have.
 
     Args:
         config: The configuration.
@@ -22,7 +22,8 @@ def check_fits(config: Config, model: ModelFolder) -> None:
         asked.append(("prior", prior.sampler, prior.num_inference_steps, None))
     if config.prompts_drawn:
         asked.append(("sampling", sampling.sampler, sampling.num_inference_steps, config.objective))
-    problems = [
+    problems = model.family.refusals(config, model)
+    problems += [
         problem
         for section, sampler, steps, objective in asked
         if (problem := too_many_steps(f"{section}.num_inference_steps", model, sampler, steps, objective))

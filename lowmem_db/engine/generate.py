@@ -12,6 +12,7 @@ from PIL import Image
 from lowmem_db.config.schema import Sampler
 from lowmem_db.console import say, warn
 from lowmem_db.engine.draw import Artist, Job, draw, loaded_for_use
+from lowmem_db.engine.enlarging import find_stages
 from lowmem_db.engine.fitting import too_many_steps
 from lowmem_db.engine.source import ImageSource, Step, find_source
 from lowmem_db.errors import DataError
@@ -40,6 +41,7 @@ class Wishes:
         guidance_scale: Default: that of the run's samples, or 7.5.
         width: In pixels. Default: the resolution of the run, or the model's own.
         height: In pixels. Default: as for the width.
+        upscale: Super-resolution models, as in :func:`find_source`, that enlarge the images one after the other.
     """
 
     prompts: Sequence[str] = ()
@@ -51,6 +53,7 @@ class Wishes:
     guidance_scale: float | None = None
     width: int | None = None
     height: int | None = None
+    upscale: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,7 @@ def generate_at(
         ModelError: The model does not exist.
     """
     sources = [find_source(source, step=step, base=base) for step in steps]
+    stages = find_stages(wishes.upscale)
     work = _with_defaults(sources[0], wishes)
     for found in sources:
         _check(found, work)
@@ -130,6 +134,9 @@ def generate_at(
         if len(steps) > 1:
             say(f"drawing with {_in_words(step)}")
         drawn = _draw(found, work, device, dtype)
+        for number, stage in enumerate(stages, 1):
+            prompts = stage.prompts(work.prompts, sources[0].run_config)
+            drawn = stage.enlarge(drawn, prompts, seed=work.seed, number=number, device=device, dtype=dtype)
         by_step.append(
             [
                 Row(number=number, prompt=prompt, step=step, images=images)
@@ -137,7 +144,8 @@ def generate_at(
             ]
         )
     rows = [row for of_prompt in zip(*by_step, strict=True) for row in of_prompt]
-    return rows, work.as_json() | {"precision": str(dtype).removeprefix("torch.")}
+    told = {"upscale": [stage.as_json() for stage in stages]} if stages else {}
+    return rows, work.as_json() | {"precision": str(dtype).removeprefix("torch.")} | told
 
 
 def generate_images(
@@ -243,6 +251,11 @@ def _check(source: ImageSource, work: Work) -> None:
     height, width = work.size
     fields = ("--resolution", "--resolution") if width == height else ("--height", "--width")
     check_size(source, work.size, fields)
+    if source.model.family.enlarges:
+        raise DataError(
+            f"{source.model.name}: enlarges pictures and draws none from a prompt alone; name the model that draws "
+            f"them, and this one as --upscale {source.model.name}"
+        )
     steps, sampler = work.settings.num_inference_steps, work.settings.sampler
     if problem := too_many_steps("--num-inference-steps", source.model, sampler, steps, source.objective):
         raise DataError(problem)

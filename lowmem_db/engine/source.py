@@ -59,8 +59,10 @@ class ImageSource:
 
     @property
     def objective(self) -> ObjectiveConfig | None:
-        """The run's changes to the noise process and the prediction, or None."""
-        return None if self.run_config is None else self.run_config.objective
+        """The run's changes to the noise process and the prediction, or None if the model has not been trained."""
+        if self.run_config is None:
+            return None if self.lora is None else ObjectiveConfig()
+        return self.run_config.objective
 
     def load(self, component: str, device: torch.device, dtype: torch.dtype) -> Any:
         """Load a component with its trained weights or adapters."""

@@ -33,7 +33,8 @@ def train_step(
     losses: list[DiffusionLoss] = []
     for batch in batches:
         noised = objective.noise(batch, step)
-        prediction = denoiser.predict(noised.noisy_latents, noised.timesteps, batch.conditioning)
+        conditioning = objective.conditioning(batch, step)
+        prediction = denoiser.predict(noised.noisy_latents, noised.timesteps, conditioning)
         loss = objective.loss(prediction, noised)
         if not optimizer.withstands_non_finite_loss:
             _refuse_non_finite_loss(optimizer.read(loss.packed), batch)

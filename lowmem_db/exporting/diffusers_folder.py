@@ -8,7 +8,7 @@ from lowmem_db.exporting.casting import cast, stored_dtype
 from lowmem_db.exporting.source import ExportSource, refuse_existing
 from lowmem_db.models.copying import copy_known_files
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.stored_weights import read_header
+from lowmem_db.models.stored_tensor import read_header
 from lowmem_db.storage.atomic import write_folder
 from lowmem_db.storage.checksums import MANIFEST, check_folder
 from lowmem_db.storage.tensor_stream import StreamedTensor, write_streamed

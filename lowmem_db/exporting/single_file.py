@@ -17,7 +17,8 @@ from lowmem_db.exporting.source import ExportSource, refuse_existing
 from lowmem_db.models.families.original_layout import Entry, Layout
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.prediction import V_PREDICTION, ZERO_TERMINAL_SNR
-from lowmem_db.models.stored_weights import StoredTensor, stored_weights
+from lowmem_db.models.stored_tensor import StoredTensor
+from lowmem_db.models.stored_weights import stored_weights
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.tensor_stream import StreamedTensor, write_streamed
 

@@ -61,6 +61,8 @@ class _TracedXformers:
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *_: Any, **__: Any
     ) -> Tensor:
+        if attn.add_k_proj is not None:
+            return self._with_added_keys(attn, hidden_states, encoder_hidden_states)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         query, key, value = (attn.head_to_batch_dim(each).contiguous().unsqueeze(1) for each in projected)
@@ -68,3 +70,18 @@ class _TracedXformers:
         attended = functional.scaled_dot_product_attention(query, key, value, scale=attn.scale).squeeze(1)
         made: Tensor = attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(attended)))
         return made / attn.rescale_output_factor
+
+    def _with_added_keys(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
+        """Do the same for attention with keys and values of its own for the prompt."""
+        tokens = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)
+        context = tokens if encoder_hidden_states is None else encoder_hidden_states
+        if attn.norm_cross and encoder_hidden_states is not None:
+            context = attn.norm_encoder_hidden_states(context)
+        query = attn.head_to_batch_dim(attn.to_q(tokens))
+        key, value = (attn.head_to_batch_dim(project(context)) for project in (attn.add_k_proj, attn.add_v_proj))
+        if not attn.only_cross_attention:
+            key = torch.cat([key, attn.head_to_batch_dim(attn.to_k(tokens))], dim=1)
+            value = torch.cat([value, attn.head_to_batch_dim(attn.to_v(tokens))], dim=1)
+        attended = functional.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
+        made = attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(attended.squeeze(1))))
+        return made.transpose(-1, -2).reshape(hidden_states.shape) + hidden_states

@@ -32,7 +32,12 @@ def load_all(
     if not streamed:
         return {name: load(name, device) for name in names}
     modules = {name: load(name, device if device.type == "meta" else CPU) for name in names}
-    stream(family.blocks(modules), modules, device)
+    placements = {name: _placements(family.blocks({name: module})) for name, module in modules.items()}
+    whole = [name for name, placement in placements.items() if set(placement.values()) == {"none"}]
+    modules |= {name: load(name, device) for name in whole}  # such as a T5 that reads its layers from the file
+    streamed_modules = {name: module for name, module in modules.items() if name not in whole}
+    if streamed_modules:
+        stream(family.blocks(streamed_modules), streamed_modules, device)
     return modules
 
 
@@ -45,10 +50,14 @@ def stream(blocks: Mapping[str, Block], modules: Mapping[str, nn.Module], device
         device: The device that they compute on.
     """
     weights = WeightStream(device, trained=True)
-    checkpointing.apply(blocks, {name: _finest(block) for name, block in blocks.items()}, stream=weights)
+    checkpointing.apply(blocks, _placements(blocks), stream=weights)
     weights.begin(modules)
     for module in modules.values():
         to_device(module, device)
+
+
+def _placements(blocks: Mapping[str, Block]) -> dict[str, str]:
+    return {name: _finest(block) for name, block in blocks.items()}
 
 
 def _finest(block: Block) -> str:

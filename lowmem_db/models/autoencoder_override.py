@@ -14,7 +14,8 @@ from lowmem_db.errors import ModelError
 from lowmem_db.models.families.original_layout import SD1, VAE_PREFIX
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.reading import same_shape
-from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, read_header
+from lowmem_db.models.stored_tensor import StoredTensor, read_header
+from lowmem_db.models.stored_weights import expected_shapes
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.checksums import write_checked_folder
 from lowmem_db.storage.locks import locked

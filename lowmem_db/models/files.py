@@ -54,7 +54,7 @@ class ModelFiles:
 
     def config_of(self, component: str) -> dict[str, Any]:
         """Return the JSON configuration of a component."""
-        kind = component.partition("_")[0]
+        kind = "scheduler" if component.endswith("scheduler") else component.partition("_")[0]
         file = self.folder_of(component) / _CONFIG_FILES.get(kind, "config.json")
         config = read_json(file)
         if kind != "tokenizer":

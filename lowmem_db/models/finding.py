@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from lowmem_db.config.schema import Config, ModelConfig
 from lowmem_db.console import say, warn
 from lowmem_db.environment import without_downloads
-from lowmem_db.errors import ModelError
+from lowmem_db.errors import ConfigError, ModelError
 from lowmem_db.models.autoencoder_override import AUTOENCODER_FILE, with_autoencoder
 from lowmem_db.models.checking import check_model
 from lowmem_db.models.embedding_file import read_embedding
@@ -51,6 +51,7 @@ def find_model(
     vae: str | None = None,
     clip_skip: int | None = None,
     prompt_chunks: int = 1,
+    attention_mask: bool | None = None,
     cache_dir: Path | None = None,
     weights: bool = True,
     fetch: bool = True,
@@ -67,6 +68,7 @@ def find_model(
         vae: Another autoencoder: a folder, a single file or a hub id.
         clip_skip: Layer of the text encoders that is read, counted from the end. Default: the family's.
         prompt_chunks: Chunks in which prompts are read.
+        attention_mask: Whether text encoders ignore padding. Default: as the model was trained; the other is refused.
         cache_dir: Where the folders of single files are kept. Default: the usual cache.
         weights: Whether weights are needed. If not, nothing is downloaded or written: the configuration files are
             enough, and those of well-known models are in this package.
@@ -92,6 +94,12 @@ def find_model(
     if weights:
         check_files(model)
     check_model(model, weights=weights)
+    if attention_mask not in (None, model.family.masks_padding):
+        does = "ignores padding" if model.family.masks_padding else "attends to all tokens"
+        raise ConfigError(
+            f"model.attention_mask: {str(attention_mask).lower()}, but {model.family.name} {does}, as when it was "
+            "trained; leave it out"
+        )
     model = replace(model, family=model.family.with_reading(model, Reading(clip_skip, prompt_chunks)))
     return with_words(model, words)
 
@@ -102,7 +110,7 @@ def with_words(model: ModelFolder, words: Sequence[NewWord]) -> ModelFolder:
     Raises:
         ConfigError: A word was learned on another kind of model.
     """
-    widths = {name: model.config_of(name)["hidden_size"] for name in model.family.text_encoders} if words else {}
+    widths = model.family.word_widths(model) if words else {}
     for word in words:
         check_widths(word, widths)
     return replace(model, words=(*model.words, *words)) if words else model

@@ -8,6 +8,7 @@ import torch
 
 from lowmem_db.environment import without_downloads
 from lowmem_db.models.families import Family
+from lowmem_db.models.families.base import Load
 from lowmem_db.models.families.spaces import Space
 from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.loading import CPU, META
@@ -39,16 +40,23 @@ class ModelFolder(ModelFiles):
             ModelError: It is damaged.
             StorageError: A file has changed since this program wrote it.
         """
-        if device.type != "meta":
-            self.verify(component)
-        load = self.family.component(component).load
-        assert load is not None, f"{component} of {self.family.name} has only a configuration"
-        with without_downloads():
-            loaded = load(self, component, device, dtype)
+        loaded = self._load(self.family.component(component).load, component, device, dtype)
         if self.words and component in self.family.text_encoders:
             tokenizer = None if device.type == "meta" else self.load(self.tokenizer_of(component))
             extend(loaded, component, tokenizer, self.words)
         return loaded
+
+    def load_whole(self, component: str, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Any:
+        """Load a module with all of its weights in memory, without new words; otherwise as :meth:`load`."""
+        found = self.family.component(component)
+        return self._load(found.load_whole or found.load, component, device, dtype)
+
+    def _load(self, load: Load | None, component: str, device: torch.device, dtype: torch.dtype) -> Any:
+        if device.type != "meta":
+            self.verify(component)
+        assert load is not None, f"{component} of {self.family.name} has only a configuration"
+        with without_downloads():
+            return load(self, component, device, dtype)
 
     def tokenizer_of(self, text_encoder: str) -> str:
         """Return the component name of the tokenizer of a text encoder."""
@@ -71,7 +79,7 @@ class ModelFolder(ModelFiles):
         if self.has_weights(component):
             return super().num_parameters(component)
         if component not in self._counted:
-            self._counted[component] = sum(weight.numel() for weight in self.load(component, META).parameters())
+            self._counted[component] = sum(weight.numel() for weight in self.load_whole(component, META).parameters())
         return self._counted[component]
 
     @cached_property

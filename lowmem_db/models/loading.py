@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -30,7 +30,6 @@ Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderTAEF2
 _AUTOENCODERS: dict[str, type[ModelMixin]] = {
     kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, AutoencoderTAEF2)
 }
-_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 CPU = torch.device("cpu")
 META = torch.device("meta")
 # Tensors that published files have although no component uses them: CLIP's positions and its unused head.
@@ -158,18 +157,30 @@ def load_autoencoder(files: ModelFiles, component: str, device: torch.device, dt
     return cast("Autoencoder", load_module(_AUTOENCODERS[name], files, component, device, dtype))
 
 
-def load_tokenizer(files: ModelFiles, component: str) -> CLIPTokenizer:
-    """Load a CLIP tokenizer, with the model's new words.
+def load_tokenizer(
+    files: ModelFiles,
+    component: str,
+    kind: Any = CLIPTokenizer,
+    enough: Sequence[Sequence[str]] = (("tokenizer.json",), ("vocab.json", "merges.txt")),
+) -> Any:
+    """Load a tokenizer, with the model's new words.
+
+    Args:
+        files: The model.
+        component: Name of its folder.
+        kind: Its class. Default: CLIP's.
+        enough: Files that are enough, in several ways.
 
     Raises:
         ConfigError: A new word cannot be added.
         ModelError: Its files are missing; transformers would silently make an empty one.
     """
     path = files.folder_of(component)
-    if not any(all((path / name).is_file() for name in names) for names in _TOKENIZER_FILES):
-        raise ModelError(f"{path}: has neither tokenizer.json nor vocab.json and merges.txt; download the model again")
+    if not any(all((path / name).is_file() for name in names) for names in enough):
+        needed = " nor ".join(" and ".join(names) for names in enough)
+        raise ModelError(f"{path}: has neither {needed}; download the model again")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = kind.from_pretrained(path, local_files_only=True)
     except _DAMAGED as error:
         _refuse_damaged(path, error)
     add_to_tokenizer(tokenizer, files.words)
@@ -177,29 +188,37 @@ def load_tokenizer(files: ModelFiles, component: str) -> CLIPTokenizer:
 
 
 def load_noise_schedule(
-    files: ModelFiles, prediction_type: str | None = None, zero_terminal_snr: bool | None = None
+    files: ModelFiles,
+    prediction_type: str | None = None,
+    zero_terminal_snr: bool | None = None,
+    *,
+    clips: bool = False,
+    component: str = "scheduler",
 ) -> DDPMScheduler:
     """Load the noise schedule the model was trained with, whichever sampler its folder names.
-
-    Samples are never clipped to [-1, 1] as pixels would be; some samplers' configurations leave that open.
 
     Args:
         files: The model.
         prediction_type: What a fine-tuned denoiser predicts instead. Default: the value in the model's folder.
         zero_terminal_snr: Whether the last timestep is pure noise. Default: the value in the model's folder.
+        clips: Whether samples are clipped as the folder says, which is right for pixels. Default: never; some samplers'
+            configurations leave it open.
+        component: Name of the schedule's folder.
     """
     changed = schedule_changes(prediction_type, zero_terminal_snr)
+    if not clips:
+        changed["clip_sample"] = False
     try:
-        schedule = DDPMScheduler.from_config(files.config_of("scheduler"), clip_sample=False, **changed)
+        schedule = DDPMScheduler.from_config(files.config_of(component), **changed)
     except NONSENSE as error:
         raise ConfigurationError(
-            f"{files.path / 'scheduler'}: scheduler_config.json does not describe a noise schedule "
+            f"{files.path / component}: scheduler_config.json does not describe a noise schedule "
             f"({_in_a_line(error)}); download the model again"
         ) from error
     schedule = cast("DDPMScheduler", schedule)
     if not is_finite(schedule.alphas_cumprod) or not bool((schedule.alphas_cumprod >= 0).all()):
         raise ModelError(
-            f"{files.path / 'scheduler'}: the noise schedule of scheduler_config.json has values that are no "
+            f"{files.path / component}: the noise schedule of scheduler_config.json has values that are no "
             "probabilities; download the model again"
         )
     return schedule
@@ -224,11 +243,25 @@ def _build_on_meta(kind: Any, files: ModelFiles, component: str) -> Any:
 
 
 def _build(kind: Any, files: ModelFiles, component: str) -> Any:
+    if issubclass(kind, PreTrainedModel):
+        config = configuration_of(kind, files, component)
+        return _making_sense(kind, files, component, lambda: kind(config))
+    return _making_sense(kind, files, component, lambda: kind.from_config(files.config_of(component)))
+
+
+def configuration_of(kind: Any, files: ModelFiles, component: str) -> Any:
+    """Return the configuration of a network of transformers, without fields that are not the network's.
+
+    Raises:
+        ConfigurationError: It describes none.
+    """
     config = files.config_of(component)
+    return _making_sense(kind, files, component, lambda: kind.config_class(**own_fields(kind.config_class, config)))
+
+
+def _making_sense(kind: Any, files: ModelFiles, component: str, build: Callable[[], Any]) -> Any:
     try:
-        if issubclass(kind, PreTrainedModel):
-            return kind(cast("Any", kind.config_class)(**own_fields(kind.config_class, config)))
-        return kind.from_config(config)
+        return build()
     except NONSENSE as error:
         raise ConfigurationError(
             f"{files.folder_of(component)}: config.json does not describe a {kind.__name__} ({_in_a_line(error)}); "

@@ -2,6 +2,8 @@
 
 import re
 
+from torch import nn
+
 _OF_CLIP = re.compile(r"(embeddings|encoder\.layers|final_layer_norm)\b")
 _PREFIX = "text_model."
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -21,3 +23,10 @@ def published_name(component: str, path: str) -> str:
 def current_name(path: str) -> str:
     """Return the name that diffusers now has for a tensor of an autoencoder's attention; others keep theirs."""
     return _OLD_NAME.sub(lambda match: f"{match[1]}.{_OLD_ATTENTION[match[2]]}.", path)
+
+
+def second_names(module: nn.Module) -> dict[str, str]:
+    """Return the further names of parameters that a module has in two places, each with its first name."""
+    first: dict[nn.Parameter, str] = {}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: first[parameter] for name, parameter in named if first.setdefault(parameter, name) != name}

@@ -16,7 +16,7 @@ import yaml
 
 from lowmem_db.errors import ModelError
 from lowmem_db.models.families.original_layout import UNET_PREFIX, Layout
-from lowmem_db.models.stored_weights import StoredTensor
+from lowmem_db.models.stored_tensor import StoredTensor
 
 CONFIGS_KEY = "lowmem_db.components"
 """Metadata key of files written by this program: the configuration of every component, as JSON."""

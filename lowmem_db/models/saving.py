@@ -19,7 +19,7 @@ from lowmem_db.finite import is_finite
 from lowmem_db.models.copying import copy_known_files
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import schedule_changes
-from lowmem_db.models.names import published_name
+from lowmem_db.models.names import published_name, second_names
 
 _DDIM = "DDIMScheduler"
 _PLACES = ("_name_or_path", "name_or_path")
@@ -54,11 +54,11 @@ def save_model(
             own = {name.removeprefix(f"{component}."): bits for name, bits in (extra_bits or {}).items()}
             save_component(folder / component, trained[component], dtype=dtype, extra_bits=own)
         elif has_weights and not _has_usual_weights(source, component):
-            save_component(folder / component, source.load(component), dtype=torch.float32)
+            save_component(folder / component, source.load_whole(component), dtype=torch.float32)
         else:
             copy_known_files(source.folder_of(component), folder / component, root=source.folder_of(component).parent)
     index = {"_diffusers_version": diffusers.__version__} | source.family.finished_index(source.index)
-    if changed := schedule_changes(prediction_type, zero_terminal_snr):
+    if changed := {**schedule_changes(prediction_type, zero_terminal_snr), **source.family.scheduler_changes(source)}:
         index["scheduler"] = ["diffusers", _change_scheduler(folder / "scheduler" / "scheduler_config.json", changed)]
     _write_json(folder / "model_index.json", index)
 
@@ -127,8 +127,10 @@ def published_state(
     Raises:
         NonFiniteError: One is infinite or NaN.
     """
-    state = {}
+    state, second = {}, second_names(module)
     for name, tensor in module.state_dict().items():
+        if name in second:
+            continue
         published = published_name(component, name)
         if not is_finite(tensor):
             raise NonFiniteError(f"{component}: {published} has values that are infinite or NaN, so nothing is written")

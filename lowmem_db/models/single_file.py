@@ -19,7 +19,8 @@ from lowmem_db.models.files import ModelFiles
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import ConfigurationError, load_noise_schedule
 from lowmem_db.models.prediction import CONFIGS_KEY, ZERO_TERMINAL_SNR, Prediction, find_prediction
-from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, read_header
+from lowmem_db.models.stored_tensor import StoredTensor, read_header
+from lowmem_db.models.stored_weights import expected_shapes
 from lowmem_db.storage.tensor_stream import FLOAT8
 
 CONFIGS_DIR = Path(__file__).parent / "configs"

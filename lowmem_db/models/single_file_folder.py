@@ -15,7 +15,8 @@ from lowmem_db.config.schema import default_cache_dir
 from lowmem_db.console import say
 from lowmem_db.models.families.original_layout import Entry
 from lowmem_db.models.single_file import CONFIGS_DIR, SingleFile, recognise
-from lowmem_db.models.stored_weights import StoredTensor, expected_shapes, weights_name
+from lowmem_db.models.stored_tensor import StoredTensor
+from lowmem_db.models.stored_weights import expected_shapes, weights_name
 from lowmem_db.storage.checksums import write_checked_folder
 from lowmem_db.storage.locks import locked
 from lowmem_db.storage.tensor_stream import FLOAT8, StreamedTensor, write_streamed

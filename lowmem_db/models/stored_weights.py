@@ -1,60 +1,16 @@
-"""The weights of a component on disk in diffusers' layout: all names and shapes at once, tensors one by one."""
+"""The weights of a component on disk in diffusers' layout, checked against its configuration."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import nn
 
 from lowmem_db.errors import ModelError
-from lowmem_db.models.files import damaged, safetensors_of
+from lowmem_db.models.files import safetensors_of
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import META, check_names
-from lowmem_db.models.names import current_name, published_name
+from lowmem_db.models.names import current_name, published_name, second_names
 from lowmem_db.models.reading import same_shape
-from lowmem_db.storage.tensor_stream import dtype_of_name
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a safetensors file, described by the header.
-
-    Attributes:
-        file: The file.
-        name: Its name there.
-        shape: Its shape.
-        dtype: Its type.
-    """
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def read(self) -> Tensor:
-        """Return the tensor, memory-mapped rather than copied."""
-        with safe_open(self.file, framework="pt") as weights:
-            return weights.get_tensor(self.name)
-
-
-def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file from its header, without reading weights.
-
-    Raises:
-        ModelError: It is truncated, or not a safetensors file.
-    """
-    try:
-        with safe_open(file, framework="pt") as weights:
-            metadata = weights.metadata() or {}
-            tensors = {}
-            for name in weights.keys():  # noqa: SIM118
-                part = weights.get_slice(name)
-                dtype = dtype_of_name(part.get_dtype(), file)
-                tensors[name] = StoredTensor(file, name, tuple(part.get_shape()), dtype)
-            return tensors, metadata
-    except (SafetensorError, OSError) as error:
-        raise damaged(file, error) from error
+from lowmem_db.models.stored_tensor import StoredTensor, read_header
 
 
 def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor]:
@@ -64,10 +20,14 @@ def stored_weights(model: ModelFolder, component: str) -> dict[str, StoredTensor
         ModelError: There are no safetensors, or they do not match the component's configuration.
     """
     folder = model.folder_of(component)
+    whole = model.load_whole(component, META)
+    expected = _shapes(model, component, whole)
     found: dict[str, StoredTensor] = {}
     for file in _files(model, component):
         found |= {_published(model, component, name): tensor for name, tensor in read_header(file)[0].items()}
-    expected = expected_shapes(model, component)
+    for alias, name in second_names(whole).items():  # a file may hold either of them, or both
+        if (stored := found.pop(_published(model, component, alias), None)) is not None:
+            found.setdefault(_published(model, component, name), stored)
     check_names(folder, missing=expected.keys() - found.keys(), unexpected=sorted(found.keys() - expected.keys()))
     for name, shape in expected.items():
         if not same_shape(found[name].shape, shape):
@@ -86,7 +46,12 @@ def weights_name(model: ModelFolder, component: str) -> str:
 
 def expected_shapes(model: ModelFolder, component: str) -> dict[str, tuple[int, ...]]:
     """Return the published names and the shapes of a component's tensors, from its configuration."""
-    state = model.load(component, META).state_dict()
+    return _shapes(model, component, model.load_whole(component, META))
+
+
+def _shapes(model: ModelFolder, component: str, whole: nn.Module) -> dict[str, tuple[int, ...]]:
+    second = second_names(whole)
+    state = {name: tensor for name, tensor in whole.state_dict().items() if name not in second}
     return {_published(model, component, name): tuple(tensor.shape) for name, tensor in state.items()}
 
 

@@ -37,7 +37,11 @@ def read_otherwise(model: ModelFolder) -> list[list[int | None]]:
 def num_cut_tokens(tokenizer: Any, prompt: str, num_chunks: int = 1) -> int:
     """Return how many tokens of a prompt are cut off if it is read in some number of chunks."""
     words = tokenizer(expanded(tokenizer, prompt), add_special_tokens=False, verbose=False).input_ids
-    return max(0, len(words) - num_chunks * (tokenizer.model_max_length - 2))
+    return max(0, len(words) - num_chunks * _words_in_chunk(tokenizer))
+
+
+def _words_in_chunk(tokenizer: Any) -> int:
+    return tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
 
 
 def cut_prompt_warnings(model: ModelFolder, prompts: Iterable[str]) -> list[str]:
@@ -48,10 +52,11 @@ def cut_prompt_warnings(model: ModelFolder, prompts: Iterable[str]) -> list[str]
         for prompt in sorted(set(prompts)):
             chunks = model.family.reading.num_chunks
             if cut := num_cut_tokens(tokenizer, prompt, chunks):
-                needed = chunks - (-cut // (tokenizer.model_max_length - 2))
+                needed = chunks - (-cut // _words_in_chunk(tokenizer))
+                reads_all = f"to read all of it, set model.prompt_chunks={needed}"
                 warnings.append(
                     f"the model reads {tokenizer.model_max_length * chunks} tokens and ignores the last {cut} of "
-                    f"{prompt!r}; to read all of it, set model.prompt_chunks={needed}"
+                    f"{prompt!r}; {reads_all if model.family.reads_in_chunks else 'shorten it'}"
                 )
     return warnings
 

@@ -1,5 +1,6 @@
 """DreamBooth's Equation 2 (arXiv:2208.12242) on one batch of instance and prior samples."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 from lowmem_db.config.schema import ObjectiveConfig
 from lowmem_db.objective.process import NoiseProcess
 from lowmem_db.randomness import generator
-from lowmem_db.records import Batch
+from lowmem_db.records import Batch, Conditioning
+
+Tell = Callable[[Batch, int, torch.device], Conditioning]
+"""Returns the conditioning of a batch at a step, on a device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,7 @@ class Objective:
         prior_loss_weight: Lambda of Equation 2.
         seed: The run's seed.
         device: Device of the model.
+        tell: Adds to the conditioning of a batch what the model is told of its pictures. Default: nothing.
 
     Raises:
         ConfigError: The process does not support the configured weights; see :meth:`NoiseProcess.weighting`.
@@ -45,12 +50,14 @@ class Objective:
         prior_loss_weight: float,
         seed: int,
         device: torch.device,
+        tell: Tell | None = None,
     ) -> None:
         self.config = config
         self.process = process.to(device)
         self.prior_loss_weight = prior_loss_weight
         self.seed = seed
         self.device = device
+        self._tell = tell
         self._weights_of = self.process.weighting(snr_gamma=config.snr_gamma, debiased=config.debiased)
 
     def timesteps(self, step: int, sample_ids: Int[Tensor, " b"]) -> Real[Tensor, " b"]:
@@ -79,6 +86,10 @@ class Objective:
         return NoisedBatch(
             noisy_latents=noisy_latents, target=target, timesteps=timesteps, num_instance=batch.num_instance
         )
+
+    def conditioning(self, batch: Batch, step: int) -> Conditioning:
+        """Return what the model is told of a batch: its prompts and, for some models, its pictures."""
+        return batch.conditioning if self._tell is None else self._tell(batch, step, self.device)
 
     def loss(self, prediction: Float[Tensor, "b c h w"], noised: NoisedBatch) -> DiffusionLoss:
         """Return Equation 2: each term is the mean over its own samples, and the gradient flows through ``total``."""

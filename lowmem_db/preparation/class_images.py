@@ -57,7 +57,8 @@ class ClassImages:
     Attributes:
         folder: Their folder.
         size: Height and width in pixels.
-        files: The files to use. None if the folder is the user's own and all of its files are used.
+        files: The files to use, in the order of their prompts. None if the folder is the user's own and all of its
+            files are used.
     """
 
     folder: Path
@@ -120,6 +121,17 @@ def prepare_class_images(
     ]
 
 
+def class_prompts(config: Config) -> tuple[str, ...]:
+    """Return the prompts that class images have in turn, the class prompt first."""
+    return (str(config.subject.class_prompt), *config.prior.class_prompts)
+
+
+def class_prompt_of(config: Config, index: int) -> str:
+    """Return the prompt of the class image with this number."""
+    prompts = class_prompts(config)
+    return prompts[index % len(prompts)]
+
+
 def _set(config: Config, model: ModelFolder, device: torch.device, size: Size, count: int) -> _Set:
     is_square = size == (config.data.resolution, config.data.resolution)
     wanted = _manifest(config, model, device, size[0] if is_square else list(size))
@@ -136,7 +148,7 @@ def _manifest(config: Config, model: ModelFolder, device: torch.device, resoluti
     return {
         "format_version": _FORMAT_VERSION,
         "model": model.whole_key,
-        "prompt": config.subject.class_prompt,
+        "prompt": list(class_prompts(config)) if config.prior.class_prompts else config.subject.class_prompt,
         **asdict(_settings(config)),
         "resolution": resolution,
         "precision": _precision(config, device),
@@ -287,7 +299,8 @@ def class_job(config: Config, indices: Sequence[int], size: Size, *, seed: int |
     height, width = size
     stream = "class_images" if height == width else f"class_images {width}x{height}"
     generators = [generator(config.seed if seed is None else seed, stream, index) for index in indices]
-    return Job(prompts=[str(config.subject.class_prompt)], size=size, generators=generators)
+    prompts = [class_prompt_of(config, index) for index in indices]
+    return Job(prompts=prompts if config.prior.class_prompts else prompts[:1], size=size, generators=generators)
 
 
 def _save_missing(group: _Set, indices: Sequence[int], images: Sequence[Image]) -> None:
@@ -334,11 +347,11 @@ def _remove_damaged(group: _Set) -> None:
 
 
 def _embed(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> PromptTable:
-    """Return the embeddings of the class prompt and of the empty prompt; the CPU computes them in fp32."""
+    """Return the embeddings of the class prompts and of the empty prompt; the CPU computes them in fp32."""
 
     def on(where: torch.device, in_dtype: torch.dtype) -> PromptTable:
         text_encoders = load_class_text_encoders(config, model, where, in_dtype)
-        return embed_prompts(model, text_encoders, [str(config.subject.class_prompt), ""])
+        return embed_prompts(model, text_encoders, [*class_prompts(config), ""])
 
     places = [(device, dtype)] if device.type == "cpu" else [(device, dtype), (CPU, torch.float32)]
     attempts = [(f"on {where}", partial(on, where, in_dtype)) for where, in_dtype in places]

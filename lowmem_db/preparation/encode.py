@@ -24,12 +24,14 @@ from lowmem_db.models.families.spaces import Codec
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.text_encoders import check_embeds, read_otherwise, tokenize_prompts
 from lowmem_db.records import ImageRecord, Size
+from lowmem_db.storage.locks import locked
 from lowmem_db.storage.run_folder import read_json, write_json
 from lowmem_db.storage.tensors import TensorStore
 
 _FORMAT_VERSION = 2
 _PROMPT_FORMAT_VERSION = 1
 _EMBEDS_IN_MEMORY = 64
+_PROMPTS_AT_ONCE = 64
 _Loaded = TypeVar("_Loaded")
 
 
@@ -96,18 +98,28 @@ def encode_prompts(config: Config, model: ModelFolder, device: torch.device, pro
     store = TensorStore(config.cache_dir / "prompts")
     encoder_key = model.content_key(*model.family.names_of("text_encoder", "tokenizer"))
     text_encoders = _lazily(lambda: load_encoders_of_text(config, model, device))
-    keys: dict[str, str] = {}
-    for prompt in unique:
-        key = fingerprint.of_values("prompt", _PROMPT_FORMAT_VERSION, encoder_key, prompt, *read_otherwise(model))
+    keys = {
+        prompt: fingerprint.of_values("prompt", _PROMPT_FORMAT_VERSION, encoder_key, prompt, *read_otherwise(model))
+        for prompt in unique
+    }
 
-        def make(prompt: str = prompt) -> dict[str, Tensor]:
+    def missing() -> list[str]:
+        return [prompt for prompt in unique if store.read(keys[prompt]) is None]
+
+    def encode_missing() -> None:
+        found = missing()  # another process may have encoded some in the meantime
+        for first in range(0, len(found), _PROMPTS_AT_ONCE):
+            together = found[first : first + _PROMPTS_AT_ONCE]
+            told = [tokens.conditioning([prompt]).tokens for prompt in together]
             with torch.no_grad():
-                made = model.family.encode(text_encoders(), tokens.conditioning([prompt]).tokens)
-            check_embeds(model, made, [prompt])
-            return {name: rows[0].cpu() for name, rows in made.items()}
+                encoded = model.family.encode_each(text_encoders(), told)
+            for prompt, made in zip(together, encoded, strict=True):
+                check_embeds(model, made, [prompt])
+                store.write(keys[prompt], {name: rows[0].cpu() for name, rows in made.items()})
 
-        store.read_or_make(key, make)
-        keys[prompt] = key
+    if missing():
+        with locked(config.cache_dir / ".locks" / f"prompts-{encoder_key[:16]}.lock"):
+            encode_missing()
     return replace(tokens, embeds=StoredEmbeds(store, keys))
 
 

@@ -1,6 +1,7 @@
 """The phases before training, one after the other, and their results."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from lowmem_db.models.loading import CPU
 from lowmem_db.models.new_words import initial_id
 from lowmem_db.models.text_encoders import cut_prompt_warnings
 from lowmem_db.out_of_memory import first_that_fits
-from lowmem_db.preparation.class_images import ClassImages, prepare_class_images
+from lowmem_db.preparation.class_images import ClassImages, class_prompt_of, prepare_class_images
 from lowmem_db.preparation.encode import encode_images, encode_prompts
 from lowmem_db.records import ImageRecord, Size
 
@@ -70,7 +71,7 @@ def check_prompts(config: Config, model: ModelFolder, photos: list[ImageRecord])
             if word.initializer is not None:
                 initial_id(model.load(name), word.initializer)
     prompts = {photo.prompt for photo in photos} | {subject.class_prompt or "" for subject in config.subjects}
-    prompts |= config.prompts_drawn
+    prompts |= config.prompts_drawn | set(config.prior.class_prompts)
     for message in cut_prompt_warnings(model, prompts):
         warn(message)
     if config.textual_inversion.enabled:
@@ -192,7 +193,8 @@ def _class_records(config: Config, images: ClassImages) -> list[ImageRecord]:
         if len(records) < config.prior.num_class_images:
             say(f"class images: {images.folder} holds only {len(records)} of {config.prior.num_class_images} asked for")
         return records[: config.prior.num_class_images]
-    return [record for record in records if record.path in set(images.files)]
+    prompts = {path: class_prompt_of(config, index) for index, path in enumerate(images.files)}
+    return [replace(record, prompt=prompts[record.path]) for record in records if record.path in prompts]
 
 
 def _check_overlap(photos: list[ImageRecord], class_records: list[ImageRecord], class_dir: Path | None) -> None:

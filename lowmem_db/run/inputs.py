@@ -27,6 +27,12 @@ def check_inputs(config: Config) -> None:
         if config.prior.enabled and subject.class_dir is not None:
             for other in config.subjects:
                 check_class_dir(subject.class_dir, other.instance_dir)
+    class_dir = config.prior.class_dir
+    if config.prior.class_prompts and class_dir is not None and is_users_own(class_dir):
+        raise ConfigError(
+            f"prior.class_prompts: {class_dir} holds your own pictures, so no class images are drawn; leave it out, "
+            "and write the prompt of a picture into a text file of the same name beside it"
+        )
     folders = [subject.instance_dir.resolve() for subject in config.subjects]
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise DataError(

@@ -23,6 +23,7 @@ LICENSES = {
     "stabilityai/stable-diffusion-2-1": "openrail++",
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "DeepFloyd/IF-I-XL-v1.0": "deepfloyd-if-license",
 }
 """Licences of well-known bases, by the identifiers of the Hugging Face hub."""
 _PACKAGES = ("lowmem-db", "torch", "diffusers", "transformers", "peft")
@@ -53,14 +54,14 @@ def model_card(config: Config, model: ModelFolder, noun: str, step: int, *, has_
         f"* Licence: {license_name or 'that of the base model, which is not known here'}",
         f"* What it predicts: {_prediction(config, model)}",
         f"* Size: {config.data.resolution} px",
-        *_remarks(config),
+        *_remarks(config, model),
         "",
         "## How to draw",
         "",
         "```python",
-        *_usage(config, base),
+        *_usage(config, model, base),
         "```",
-        *_for_other_programs(config, name),
+        *_for_other_programs(config, model, name),
         "",
         *_prompts(config, has_samples=has_samples),
         "## How it was made",
@@ -126,8 +127,14 @@ def _prediction(config: Config, model: ModelFolder) -> str:
     return f"`{kind}`" + (", with zero terminal SNR" if is_zero else "")
 
 
-def _remarks(config: Config) -> list[str]:
+def _remarks(config: Config, model: ModelFolder) -> list[str]:
     found = []
+    if (low_resolution := model.family.low_resolution(model, config)) is not None:
+        found.append(
+            f"* Enlarges pictures of {low_resolution.resolution} px; trained with noise of variance "
+            f"{low_resolution.variance:g} on them, whose nearest level in diffusers is {low_resolution.level}; the "
+            "default of its pipeline, 250, is a level that the model was not trained with"
+        )
     if config.model.clip_skip is not None:
         found.append(f"* Clip skip: {config.model.clip_skip}")
     if config.model.prompt_chunks > 1:
@@ -138,24 +145,39 @@ def _remarks(config: Config) -> list[str]:
     return found
 
 
-def _usage(config: Config, base: str) -> list[str]:
+def _usage(config: Config, model: ModelFolder, base: str) -> list[str]:
     prompt = json.dumps(config.subject.instance_prompt, ensure_ascii=False)
     if config.textual_inversion.enabled:
         return _usage_of_embedding(config, base, prompt)
+    call = f"image = pipeline({prompt}{_given(config, model)}).images[0]"
     if not config.lora.enabled:
         return [
             "from diffusers import DiffusionPipeline",
             "",
             'pipeline = DiffusionPipeline.from_pretrained("FOLDER_OR_HUB_ID")',
-            f"image = pipeline({prompt}).images[0]",
+            call,
         ]
     return [
         "from diffusers import DiffusionPipeline",
         "",
         f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)})",
         'pipeline.load_lora_weights("FOLDER_OR_HUB_ID", weight_name="pytorch_lora_weights.safetensors")',
-        f"image = pipeline({prompt}).images[0]",
+        *_changed_scheduler(model),
+        call,
     ]
+
+
+def _given(config: Config, model: ModelFolder) -> str:
+    """Return the further arguments of a super-resolution pipeline, whose defaults are not those of the training."""
+    low_resolution = model.family.low_resolution(model, config)
+    return "" if low_resolution is None else f", image=small_picture, noise_level={low_resolution.level}"
+
+
+def _changed_scheduler(model: ModelFolder) -> list[str]:
+    """Return what a LoRA's user has to change, which in a complete model is changed already."""
+    changes = ", ".join(f"{name}={value!r}" for name, value in model.family.scheduler_changes(model).items())
+    line = f"pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, {changes})"
+    return [line] if changes else []
 
 
 def _usage_of_embedding(config: Config, base: str, prompt: str) -> list[str]:
@@ -174,7 +196,9 @@ def _usage_of_embedding(config: Config, base: str, prompt: str) -> list[str]:
     ]
 
 
-def _for_other_programs(config: Config, name: str) -> list[str]:
+def _for_other_programs(config: Config, model: ModelFolder, name: str) -> list[str]:
+    if not model.family.lora_prefixes:
+        return []  # no other program reads the family
     if config.textual_inversion.enabled:
         return [
             "",

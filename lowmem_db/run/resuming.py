@@ -31,6 +31,8 @@ FIXED_FIELDS = (
     "lora.targets",
     "lora.base_weights",
     "model.embeddings",
+    "super_resolution.noise_augmentation",
+    "super_resolution.low_resolution",
     "textual_inversion.enabled",
     "textual_inversion.token",
     "textual_inversion.num_vectors",

@@ -4,6 +4,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -21,6 +23,12 @@ def to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     """Return 8-bit pictures from values in [-1, 1]."""
     scaled = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in scaled]
+
+
+def to_pixels(images: Sequence[Image.Image]) -> Float[Tensor, "b 3 h w"]:
+    """Return values in [-1, 1] from 8-bit pictures of one size."""
+    stacked = torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images]))
+    return stacked.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
 def is_black(image: Image.Image) -> bool:

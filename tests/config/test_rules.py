@@ -47,6 +47,21 @@ CASES = [
     ({"memory.techniques": {"toy": True}}, "memory.techniques", {"memory.techniques": {}}),
     ({"subject.class_prompt": None}, "prior.enabled", {"prior.enabled": False}),
     ({"subject.class_prompt": ""}, "prior.enabled", {"subject.class_prompt": "a dog"}),
+    (
+        {"prior.enabled": False, "prior.class_prompts": ["a cat"]},
+        "prior.class_prompts",
+        {"prior.class_prompts": []},
+    ),
+    (
+        {"prior.class_prompts": ["a cat"], "subject.concepts": [CAT]},
+        "prior.class_prompts",
+        {"subject.concepts": []},
+    ),
+    (
+        {"prior.class_prompts": ["a cat"], "prior.num_class_images": 1},
+        "prior.num_class_images",
+        {"prior.num_class_images": 2},
+    ),
     ({"subject.concepts": [CAT | {"class_prompt": None}]}, "subject.concepts", {"prior.enabled": False}),
     (
         {"subject.concepts": [CAT | {"instance_prompt": "a sks dog"}]},

@@ -90,6 +90,18 @@ def test_images_one_at_a_time_are_those_of_a_batch(model: ModelFolder, table: Pr
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
 
 
+def test_batch_that_is_cut_keeps_the_prompt_of_each_image(model: ModelFolder, table: PromptTable) -> None:
+    (job,) = jobs()[:1]
+    one_each = replace(job, prompts=["a dog", "a cat"])
+    told = table.conditioning([*one_each.prompts, ""])
+    together = artist(model).latents(load(model), told, one_each)
+    cut = artist(model).latents(load(model), told, replace(jobs(at_once=1)[0], prompts=one_each.prompts))
+    torch.testing.assert_close(cut, together, rtol=1e-4, atol=1e-4)
+    one_for_all = artist(model).latents(load(model), table.conditioning(["a dog", ""]), jobs()[0])
+    assert torch.allclose(one_for_all[0], together[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(one_for_all[1], together[1])
+
+
 def test_what_a_phase_leaves_in_the_allocator_is_given_back_before_the_next(
     model: ModelFolder, table: PromptTable, monkeypatch: pytest.MonkeyPatch, tiny_config: Config
 ) -> None:

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import lowmem_db.models
-from tests.tiny_models import NUM_TOKENS, tiny_text_encoder, tiny_unet
+from tests.tiny_models import NUM_TOKENS, tiny_if_unet, tiny_text_encoder, tiny_unet
 
 DEMO_BASE = Path(lowmem_db.models.__file__).parent / "demo" / "base"
 
@@ -42,6 +42,7 @@ UNETS: Mapping[str, Callable[[], UNet2DConditionModel]] = {
     "tiny": tiny_unet,
     "sdxl_like": sdxl_like_unet,
     "demo": demo_unet,
+    "deepfloyd_if": lambda: tiny_if_unet(width=32),
 }
 
 
@@ -67,7 +68,8 @@ def loss_of(modules: Mapping[str, nn.Module], step: int = 0, size: tuple[int, in
     latents = draw(2, unet.config["in_channels"], *size)
     input_ids = torch.randint(0, 512, (2, NUM_TOKENS), generator=generator).to(device)
     text = text_encoder(input_ids).last_hidden_state
-    text = text.repeat(1, 1, unet.config["cross_attention_dim"] // text.shape[-1])
+    width = unet.config["encoder_hid_dim"] or unet.config["cross_attention_dim"]
+    text = text.repeat(1, 1, width // text.shape[-1])
     added = None
     if unet.config["addition_embed_type"] == "text_time":
         added = {"text_embeds": text.mean(dim=1), "time_ids": draw(2, 6)}

@@ -273,8 +273,8 @@ def test_an_unknown_placement_is_refused(placement: str | dict[str, str]) -> Non
 
 @pytest.mark.parametrize("placement", ["segments", "nested"])
 def test_a_block_of_another_kind_is_refused_and_nothing_is_changed(placement: str) -> None:
-    unet = sdxl_like_unet(down_block_types=("DownBlock2D", "SimpleCrossAttnDownBlock2D"))
-    refusal = f"unet.down_blocks.1: '{placement}' does not support SimpleCrossAttnDownBlock2D; choose another placement"
+    unet = sdxl_like_unet(down_block_types=("DownBlock2D", "AttnDownBlock2D"))
+    refusal = f"unet.down_blocks.1: '{placement}' does not support AttnDownBlock2D; choose another placement"
     with pytest.raises(ValueError, match=refusal):
         checkpointing.apply(find_blocks({"unet": unet}), placement)
     assert not any("forward" in part.__dict__ for part in unet.modules())

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from lowmem_db.errors import ModelError
 from lowmem_db.models.families.original_layout import SD1, SD2, SDXL, Layout
 from lowmem_db.models.prediction import Prediction, find_prediction
-from lowmem_db.models.stored_weights import read_header
+from lowmem_db.models.stored_tensor import read_header
 
 SPREAD = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 SGM = (

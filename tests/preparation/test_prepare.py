@@ -12,10 +12,11 @@ from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.data.batches import BatchSource
 from lowmem_db.engine import draw
-from lowmem_db.errors import DataError
+from lowmem_db.errors import ConfigError, DataError
 from lowmem_db.models.finding import find_model, model_of
 from lowmem_db.preparation import encode
 from lowmem_db.preparation.prepare import check_photos, check_prompts, prepare
+from lowmem_db.run.inputs import check_inputs
 
 CPU = torch.device("cpu")
 
@@ -174,6 +175,33 @@ def test_fewer_class_images_use_the_first_ones(tiny_fields: dict[str, object]) -
     run(with_fields(tiny_fields))
     batches = run(with_fields(tiny_fields, prior__num_class_images=3))
     assert [image.record.path.name for image in batches.class_images] == ["00000.png", "00001.png", "00002.png"]
+
+
+def test_class_images_of_several_prompts_train_with_their_own(tiny_fields: dict[str, object], tmp_path: Path) -> None:
+    plain = run(with_fields(tiny_fields))
+    several = with_fields(
+        tiny_fields, prior__class_prompts=["a cat", "a dog on the beach"], cache_dir=str(tmp_path / "other")
+    )
+    batches = run(several)
+    prompts = [image.record.prompt for image in batches.class_images]
+    assert prompts == ["a dog", "a cat", "a dog on the beach", "a dog", "a cat"]
+    assert [
+        one.record.content_key == other.record.content_key
+        for one, other in zip(batches.class_images, plain.class_images, strict=True)
+    ] == [True, False, False, True, False]
+    (class_dir(several) / "00001.png").unlink()
+    again = run(several)
+    assert [image.record for image in again.class_images] == [image.record for image in batches.class_images]
+    other = with_fields(tiny_fields, prior__class_dir=str(class_dir(several)))
+    with pytest.raises(DataError, match=r"prior\.class_dir: .*prompt is \['a dog', 'a cat', 'a dog on the beach'\]"):
+        run(other)
+
+
+def test_prompts_for_ones_own_pictures_are_refused(tiny_fields: dict[str, object], tmp_path: Path) -> None:
+    Image.new("RGB", (96, 96)).save(tmp_path / "own.png")
+    config = with_fields(tiny_fields, prior__class_dir=str(tmp_path), prior__class_prompts=["a cat"])
+    with pytest.raises(ConfigError, match=r"prior\.class_prompts: .* own pictures.* text file"):
+        check_inputs(config)
 
 
 def test_folder_of_ones_own_pictures_is_used_as_it_is(

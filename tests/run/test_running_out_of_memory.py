@@ -210,6 +210,7 @@ def test_full_card_is_described_in_a_file_that_the_message_names(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # a whole run for each site
 @pytest.mark.parametrize("kind", KINDS)
 def test_sweep(runs: Callable[[str], Runs], kind: str) -> None:
     """Sites spread over every phase."""

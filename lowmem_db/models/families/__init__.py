@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from lowmem_db.errors import ModelError
 from lowmem_db.models.configurations import NONSENSE
 from lowmem_db.models.families.base import Component, Family
+from lowmem_db.models.families.deepfloyd_if import IF_STAGE_1, IF_SUPER_RESOLUTION
 from lowmem_db.models.families.stable_diffusion import SD_1, SD_2, SD_OF_ANY_WIDTH
 from lowmem_db.models.families.stable_diffusion_xl import SD_XL, SD_XL_OF_ANY_WIDTH
 from lowmem_db.models.files import ModelFiles
 
 __all__ = ["FAMILIES", "Component", "Family", "families_of", "find_family", "find_lora_prefixes", "register"]
 
-FAMILIES: list[Family] = [SD_1, SD_2, SD_XL, SD_OF_ANY_WIDTH, SD_XL_OF_ANY_WIDTH]
+FAMILIES: list[Family] = [SD_1, SD_2, SD_XL, SD_OF_ANY_WIDTH, SD_XL_OF_ANY_WIDTH, IF_STAGE_1, IF_SUPER_RESOLUTION]
 """All families; a model belongs to the first one that recognises it."""
 
 
@@ -37,7 +38,7 @@ def families_of(files: ModelFiles) -> list[Family]:
     pipeline = files.index.get("_class_name")
     found = [family for family in FAMILIES if pipeline in family.pipelines]
     if not found:
-        allowed = sorted({name for family in FAMILIES for name in family.pipelines})
+        allowed = dict.fromkeys(name for family in FAMILIES for name in family.pipelines)
         raise ModelError(f"is a {pipeline}; allowed: {', '.join(allowed)}")
     return found
 

@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lowmem_db.config.schema import ObjectiveConfig
+from lowmem_db.config.schema import Config, ObjectiveConfig, SuperResolutionConfig
 from lowmem_db.config.schema import Sampler as SamplerName
 from lowmem_db.errors import ConfigError, ModelError
 from lowmem_db.models.families.blocks import Block
 from lowmem_db.models.families.original_layout import Layout
 from lowmem_db.models.families.spaces import Space
 from lowmem_db.models.files import ModelFiles
+from lowmem_db.objective.low_resolution import LowResolution
 from lowmem_db.objective.process import NoiseProcess
 from lowmem_db.records import Conditioning
 
@@ -51,11 +52,13 @@ class Component:
         role: What it is for.
         load: Loads it, given the model's files, its name, a device and a type; on the meta device its
             configuration is enough. Default: nothing to load but a configuration.
+        load_whole: Loads it with all weights in memory, if :attr:`load` does not. Default: :attr:`load`.
     """
 
     name: str
     role: Role
     load: Load | None = None
+    load_whole: Load | None = None
 
     @property
     def has_weights(self) -> bool:
@@ -88,6 +91,9 @@ class Family:
         kohya_version: Name of the base model in kohya's scripts, or None if they do not support it.
         layout: Layout of its published single files, or None.
         reading: How prompts are read.
+        reads_in_chunks: Whether long prompts can be read in several chunks.
+        masks_padding: Whether the text encoders ignore padding.
+        enlarges: Whether it enlarges pictures instead of drawing from a prompt alone.
     """
 
     name: str
@@ -98,6 +104,9 @@ class Family:
     kohya_version: str | None = None
     layout: Layout | None = None
     reading: Reading = Reading()
+    reads_in_chunks: bool = False
+    masks_padding: bool = False
+    enlarges: bool = False
 
     def with_reading(self, files: ModelFiles, reading: Reading) -> "Family":
         """Return the family with another way to read prompts.
@@ -154,7 +163,22 @@ class Family:
         del files
         return []
 
+    def refusals(self, config: Config, files: ModelFiles) -> list[str]:
+        """Return what a configuration asks for that the model cannot do: a field, what is wrong, a way out."""
+        del files
+        if self.enlarges or config.super_resolution == SuperResolutionConfig():
+            return []
+        return [f"super_resolution: has no effect on {self.name}, which draws from a prompt alone; leave it out"]
+
     # Conditioning.
+
+    def word_widths(self, files: ModelFiles) -> Mapping[str, int]:
+        """Return the widths of the vectors that a new word needs, by text encoder.
+
+        Raises:
+            ConfigError: The family does not support new words.
+        """
+        return {name: files.config_of(name)["hidden_size"] for name in self.text_encoders}
 
     def tokenize(self, files: ModelFiles, prompts: Sequence[str]) -> Tensors:
         """Tokenize prompts: token ids, and attention masks if the model uses them."""
@@ -163,6 +187,10 @@ class Family:
     def encode(self, text_encoders: Mapping[str, nn.Module], tokens: Tensors) -> Tensors:
         """Return the embeddings of tokens."""
         raise NotImplementedError
+
+    def encode_each(self, text_encoders: Mapping[str, nn.Module], tokens: Sequence[Tensors]) -> list[Tensors]:
+        """Return the embeddings of several batches of tokens, each computed by itself."""
+        return [self.encode(text_encoders, each) for each in tokens]
 
     def zeroes_empty_prompt(self, files: ModelFiles) -> bool:
         """Return whether the empty prompt is embedded as zeros."""
@@ -192,6 +220,16 @@ class Family:
         """Return the space it works in: latents or pixels."""
         raise NotImplementedError
 
+    def low_resolution(self, files: ModelFiles, config: Config | None = None) -> LowResolution | None:
+        """Return how a super-resolution model is told of the pictures that it enlarges; None for other models.
+
+        Args:
+            files: The model.
+            config: The run. Default: the usual fields of ``super_resolution``.
+        """
+        del files, config
+        return None
+
     def resolution(self, files: ModelFiles) -> int:
         """Return the side length, in pixels, that it was trained for."""
         return self.space(files).cell * files.config_of(self.denoiser)["sample_size"]
@@ -213,6 +251,12 @@ class Family:
         """
         raise NotImplementedError
 
+    def predict_to_draw(
+        self, denoiser: nn.Module, noisy: Float[Tensor, "b c h w"], timesteps: Tensor, conditioning: Conditioning
+    ) -> Float[Tensor, "b d h w"]:
+        """Return what :meth:`predict` does and, in further channels, a variance for samplers that use one."""
+        return self.predict(denoiser, noisy, timesteps, conditioning)
+
     def process(self, files: ModelFiles, objective: ObjectiveConfig) -> NoiseProcess:
         """Return the noise process the model was trained with.
 
@@ -232,12 +276,17 @@ class Family:
             files: The model.
             name: ``ddpm`` (ancestral, arXiv:2006.11239), ``ddim`` (arXiv:2010.02502; Euler's method for the straight
                 lines of a flow), ``dpm_solver`` (arXiv:2211.01095).
-            objective: The run's changes to the process. Default: none.
+            objective: The run's changes to the process. Default: the model has not been trained.
 
         Raises:
             ConfigError: The family does not support the sampler.
         """
         raise NotImplementedError
+
+    def scheduler_changes(self, files: ModelFiles) -> Mapping[str, Any]:
+        """Return what every training changes in the configuration of the scheduler."""
+        del files
+        return {}
 
     # Activation checkpointing.
 

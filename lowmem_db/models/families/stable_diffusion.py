@@ -27,7 +27,7 @@ from lowmem_db.objective.process import Diffusion
 from lowmem_db.records import Conditioning
 
 CLIP_VOCABULARY = 49408
-_SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm_solver": DPMSolverMultistepScheduler}
+SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm_solver": DPMSolverMultistepScheduler}
 _TO_K = re.compile(r"^model(_ema)?\.diffusion_model.*attn2\.?to_k\.?weight$")
 _OTHER_PROCESSES = ("EDM", "FlowMatch")
 _EXTRAS = ("safety_checker", "feature_extractor", "image_encoder")
@@ -55,6 +55,7 @@ class StableDiffusion(Family):
     )
     pipelines = ("StableDiffusionPipeline",)
     lora_prefixes: Mapping[str, str] = {"unet": "lora_unet", "text_encoder": "lora_te"}
+    reads_in_chunks = True
 
     def __init__(
         self,
@@ -176,7 +177,7 @@ class StableDiffusion(Family):
         Raises:
             ConfigError: The model predicts epsilon and the last timestep is pure noise.
         """
-        return _SAMPLERS[name].from_config(_schedule(files, objective).config)
+        return SAMPLERS[name].from_config(_schedule(files, objective).config)
 
     def blocks(self, modules: Mapping[str, nn.Module]) -> dict[str, Block]:
         """Return the blocks of the UNet, and each text encoder as one block."""
@@ -235,9 +236,9 @@ def text_width(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     return next((shape[1] for name, shape in shapes.items() if _TO_K.match(name)), None)
 
 
-def without_extras(index: dict[str, Any]) -> dict[str, Any]:
-    """Set the optional parts of a pipeline to null."""
-    return index | {name: [None, None] for name in _EXTRAS if name in index}
+def without_extras(index: dict[str, Any], *others: str) -> dict[str, Any]:
+    """Set the optional parts of a pipeline to null, and those that only some pipelines have."""
+    return index | {name: [None, None] for name in (*_EXTRAS, *others) if name in index}
 
 
 SD_1 = StableDiffusion(

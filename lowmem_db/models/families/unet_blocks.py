@@ -100,7 +100,9 @@ def _resnets(block: Any, segment: MakeSegment) -> Iterator[Replacement]:
 
 def _transformers(block: Any, placement: str, segment: MakeSegment) -> Iterator[Replacement]:
     for transformer in getattr(block, "attentions", ()):
-        if placement == "nested":
+        if _is_attention(transformer):
+            yield _outer(transformer, segment)
+        elif placement == "nested":
             yield _outer(transformer, segment)
             yield from (_inner(part, segment) for part in _parts(transformer))
         elif len(transformer.transformer_blocks) == 1:
@@ -147,13 +149,23 @@ def _up_block_forward(
 ) -> Tensor:
     """Compute an up block of a UNet, with each concatenation inside the segment of its resnet."""
     skips = list(res_hidden_states_tuple)
-    for resnet, transformer in zip_longest(resnets, getattr(block, "attentions", ())):
+    for resnet, attention in zip_longest(resnets, getattr(block, "attentions", ())):
         hidden_states = resnet(hidden_states, skips.pop(), temb)
-        if transformer is not None:
-            hidden_states = transformer(hidden_states, **conditioning, return_dict=False)[0]
+        if attention is not None:
+            hidden_states = _attend(attention, hidden_states, conditioning)
     for upsampler in block.upsamplers or ():
-        hidden_states = upsampler(hidden_states, upsample_size)
+        hidden_states = upsampler(hidden_states, temb if _is_resnet(upsampler) else upsample_size)
     return hidden_states
+
+
+def _attend(attention: Any, hidden_states: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+    """Call a transformer, or an attention by itself, as its block does."""
+    if not _is_attention(attention):
+        return attention(hidden_states, **conditioning, return_dict=False)[0]
+    embeds, mask = conditioning.get("encoder_hidden_states"), conditioning.get("attention_mask")
+    if mask is None and embeds is not None:
+        mask = conditioning.get("encoder_attention_mask")
+    return attention(hidden_states, encoder_hidden_states=embeds, attention_mask=mask)
 
 
 def _transformer_forward(
@@ -191,7 +203,7 @@ def _is_unet_block(block: Any) -> bool:
     return (
         "resnets" in names <= {"resnets", "attentions", "downsamplers", "upsamplers"}
         and all(map(_is_resnet, block.resnets))
-        and all(map(_is_transformer, getattr(block, "attentions", ())))
+        and all(_is_transformer(part) or _is_attention(part) for part in getattr(block, "attentions", ()))
     )
 
 
@@ -209,6 +221,11 @@ def _is_transformer(module: Any) -> bool:
         and len(module.transformer_blocks) > 0
         and all(map(_is_transformer_block, module.transformer_blocks))
     )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Return whether a module is an attention with keys and values of its own for the prompt."""
+    return all(getattr(module, name, None) is not None for name in ("group_norm", "add_k_proj", "add_v_proj"))
 
 
 def _is_transformer_block(module: nn.Module) -> bool:
