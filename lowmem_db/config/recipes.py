@@ -101,8 +101,7 @@ def fields_for(wish: Wish) -> Tree:
         "instance_prompt": prompt,
         "class_prompt": class_prompt,
     }
-    if "class_prompts" in tree.get("prior", {}):
-        tree["prior"]["class_prompts"] = [_named(each, wish) for each in tree["prior"]["class_prompts"]]
+    tree.get("prior", {}).pop("class_prompts", None)  # of other nouns than the demo's dog
     if "textual_inversion" in tree:
         tree["textual_inversion"] |= {"initializer": wish.noun.split()[-1]}
     tree["sampling"] |= {"prompts": [prompt, f"{prompt} on the beach" if wish.recipe != "demo" else class_prompt]}
