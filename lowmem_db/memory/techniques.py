@@ -86,8 +86,8 @@ def _checkpointing(denoiser: Denoiser, config: Config, device: torch.device) -> 
     return undo_both
 
 
-def _in_sampling(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
-    """Change nothing in the model: the code that draws samples reads the field."""
+def _elsewhere(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
+    """Change nothing in the model: the code that draws samples or prepares data reads the field."""
     del denoiser, config, device
     return _leave
 
@@ -116,7 +116,7 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique(
         fields=("memory.checkpointing", "memory.offload_checkpoints", "memory.stream_weights"), apply=_checkpointing
     ),
-    Technique(fields=("memory.tiled_samples",), apply=_in_sampling),
+    Technique(fields=("memory.tiled_samples", "memory.tiled_preparation"), apply=_elsewhere),
 )
 """This package's techniques, in the order in which they are applied."""
 _registered: list[Technique] = []

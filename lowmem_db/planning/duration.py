@@ -3,7 +3,7 @@
 import numpy as np
 
 from lowmem_db.config.schema import Config
-from lowmem_db.planning.cards import Card, host_seconds, operator_seconds
+from lowmem_db.planning.cards import Card, host_seconds, operator_seconds, pcie_seconds
 from lowmem_db.planning.costs import DECODER, Costs
 from lowmem_db.planning.disk import num_class_images, num_encoded
 from lowmem_db.planning.predictor import Predictor
@@ -38,7 +38,8 @@ def _drawing(costs: Costs, card: Card, num_inference_steps: int) -> float:
     decodes = costs.block == costs.block_names.index(DECODER)
     on_card, on_host = operator_seconds(costs, card), 0.0 if card.is_cpu else host_seconds(costs)
     seconds = np.maximum(on_card, on_host)
-    return num_inference_steps * float(seconds[~decodes].sum()) + float(seconds[decodes].sum())
+    drawing = max(float(seconds[~decodes].sum()), pcie_seconds(costs.host_to_device_bytes, card))  # weights may stream
+    return num_inference_steps * drawing + float(seconds[decodes].sum())
 
 
 def _num_prompts_drawn(config: Config) -> int:
