@@ -223,7 +223,7 @@ FIELDS: tuple[StrategyField, ...] = (
         "memory.stream_weights",
         "streamed weights",
         overhead=0.03,
-        traced=("weights", "resident", "train", "sample"),
+        traced=("weights", "resident", "train", "sample", "class_images"),
         is_exact=True,
     ),
     switch(

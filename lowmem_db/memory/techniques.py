@@ -68,7 +68,14 @@ def _compiling(denoiser: Denoiser, config: Config, device: torch.device) -> Undo
         raise ConfigError(f"training.compile: {error}; set training.compile=false") from error
 
 
-def _checkpointing(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
+def checkpoint_and_stream(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
+    """Recompute activations, and stream the weights of what is recomputed, as a resolved configuration says.
+
+    Where nothing is recomputed because nothing trains, streaming still holds.
+
+    Raises:
+        ConfigError: The placement does not support the model.
+    """
     placement, offload = config.memory.checkpointing, bool(config.memory.offload_checkpoints)
     stream = WeightStream(device, trained=config.trains_weights) if config.memory.stream_weights else None
     try:
@@ -114,7 +121,8 @@ TECHNIQUES: tuple[Technique, ...] = (
         check=lambda config, device: compiling.check(device) if config.training.compile else None,
     ),
     Technique(
-        fields=("memory.checkpointing", "memory.offload_checkpoints", "memory.stream_weights"), apply=_checkpointing
+        fields=("memory.checkpointing", "memory.offload_checkpoints", "memory.stream_weights"),
+        apply=checkpoint_and_stream,
     ),
     Technique(fields=("memory.tiled_samples",), apply=_in_sampling),
 )

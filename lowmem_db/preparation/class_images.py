@@ -21,12 +21,15 @@ from torch import nn
 from lowmem_db import environment, fingerprint
 from lowmem_db.adaptation.quantized import quantize
 from lowmem_db.config.schema import Config
+from lowmem_db.config.strategy import changed
 from lowmem_db.console import say, warn
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.data.folder import MANIFEST, is_negligible
 from lowmem_db.engine.draw import Artist, Job, Thrift, draw, loaded_for_use
 from lowmem_db.engine.manifest import differences, write_manifest
 from lowmem_db.errors import DataError, NonFiniteError
+from lowmem_db.host_memory import to_device
+from lowmem_db.memory.techniques import checkpoint_and_stream
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
@@ -246,8 +249,18 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequen
 
 
 def load_frozen_denoiser(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> Denoiser:
-    """Load the denoiser that draws class images, in 8 or 4 bits if a LoRA run quantizes its frozen weights."""
+    """Load the denoiser that draws class images.
+
+    It is in 8 or 4 bits if a LoRA run quantizes its frozen weights, and its weights stream if those of the run do.
+    """
     family, kind = model.family, config.lora.base_weights
+    if config.memory.stream_weights:
+        module = model.load(family.denoiser, device if device.type == "meta" else CPU, dtype)
+        denoiser = Denoiser(family, {family.denoiser: module})
+        in_segments = changed(config, {"memory.checkpointing": "segments", "memory.offload_checkpoints": False})
+        checkpoint_and_stream(denoiser, in_segments, device)
+        to_device(module, device)
+        return denoiser
     if kind == "int8" or kind == "nf4":
         module = model.load(family.denoiser, device if device.type == "meta" else CPU, dtype)
         quantize([module], kind, dtype)

@@ -4,10 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowmem_db.cli.train import train
+from lowmem_db.config.loading import load_config
+from lowmem_db.config.strategy import resolve
 from lowmem_db.memory import weight_stream
+from lowmem_db.models.finding import model_of
+from lowmem_db.models.loading import CPU
 from lowmem_db.optimizers import build
+from lowmem_db.preparation.class_images import load_frozen_denoiser, prepare_class_images
 from tests.integration.test_resume import final_bytes, metric_rows
 
 FULL = {
@@ -108,3 +114,17 @@ def test_a_run_may_go_on_with_weights_that_stay(tiny_fields: dict[str, object], 
         found = run(parts | {"memory.stream_weights": not first}, resume=True)
         assert final_bytes(found) == final_bytes(whole)
         assert metric_rows(found) == metric_rows(whole)
+
+
+def test_class_images_are_those_of_weights_that_stay(tiny_fields: dict[str, object], tmp_path: Path) -> None:
+    drawn = []
+    for streams in (True, False):
+        own = {"cache_dir": str(tmp_path / str(streams)), "memory.stream_weights": streams, "prior.num_class_images": 2}
+        config = load_config(None, list((tiny_fields | FULL | own).items()))
+        config, model = resolve(config), model_of(config)
+        denoiser = load_frozen_denoiser(config, model, CPU, torch.float32)
+        assert hasattr(denoiser.module, weight_stream.SLOTS) == streams
+        (images,) = prepare_class_images(config, model, CPU, {(32, 32): 2})
+        assert images.files is not None
+        drawn.append([file.read_bytes() for file in images.files])
+    assert drawn[0] == drawn[1]
