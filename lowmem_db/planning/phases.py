@@ -113,6 +113,7 @@ def trace_class_images(run: TracedRun) -> Traced:
         conditioning = Conditioning(tokens={}, embeds=told)
         with tracker.new_tensors_are("weights"):
             denoiser = load_frozen_denoiser(config, model, META, dtype)
+        streamed_bytes = _streamed_bytes(tracker, denoiser)
         tracker.reset_peak()
         costs.clear()
         with tracker.new_tensors_are("activations"):
@@ -124,7 +125,7 @@ def trace_class_images(run: TracedRun) -> Traced:
         with tracker.new_tensors_are("activations"):
             pixels = codec.decode(latents)
         del pixels
-        return _found(tracker, costs)
+        return replace(_found(tracker, costs), streamed_bytes=streamed_bytes)
 
 
 def trace_encode_images(run: TracedRun) -> Traced:
@@ -233,6 +234,7 @@ def trace_sample(run: TracedRun) -> Traced:
         denoiser = build_step(config, model, META, copy_of(prepared))[0]
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         conditioning = _conditioning(model, denoiser, 2)
+        streamed_bytes = _streamed_bytes(tracker, denoiser)
         tracker.reset_peak()
         costs.clear()
         with tracker.new_tensors_are("activations"):
@@ -243,7 +245,12 @@ def trace_sample(run: TracedRun) -> Traced:
                 codec = load_decoder(config, model, denoiser)
             pixels = codec.decode(latents)
         del latents, pixels, codec
-        return _found(tracker, costs)
+        return replace(_found(tracker, costs), streamed_bytes=streamed_bytes)
+
+
+def _streamed_bytes(tracker: AllocationTracker, denoiser: Denoiser) -> int:
+    """Return the bytes of weights that are on the host."""
+    return sum(weight.nbytes for weight in weights_of(denoiser.modules().values()) if tracker.is_on_host(weight))
 
 
 def _stepping_after_backward(config: Config) -> Config:
