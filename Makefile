@@ -9,9 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 demo: $(INSTALLED)
 	$(RUN)/lowmem-db train configs/demo.yaml --resume
-	$(RUN)/lowmem-db generate runs/demo --prompt "a sks dog" --prompt "a dog" --prompt "a cat" \
-		--num-images 6 --guidance-scale 1 --output runs/demo/pictures
-	@echo "The pictures are in runs/demo/pictures/grid.png"
+	$(RUN)/python -m benchmarks.demo.picture runs/demo --output runs/demo/demo.png
 
 test: $(INSTALLED)
 	$(RUN)/python -m pytest -n 2 --dist worksteal

@@ -10,11 +10,23 @@ Importing the package loads neither torch nor diffusers.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowmem_db.api import evaluate, export, generate, load_config, new, plan, publish, report, train
+    from lowmem_db.api import ask, evaluate, export, generate, load_config, new, plan, publish, report, train
     from lowmem_db.config.schema import Config
 
 __version__ = "0.1.0"
-__all__ = ["Config", "evaluate", "export", "generate", "load_config", "new", "plan", "publish", "report", "train"]
+__all__ = [
+    "Config",
+    "ask",
+    "evaluate",
+    "export",
+    "generate",
+    "load_config",
+    "new",
+    "plan",
+    "publish",
+    "report",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

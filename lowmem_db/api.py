@@ -14,7 +14,7 @@ from lowmem_db.config.loading import load_config as _load_config
 from lowmem_db.config.recipes import IDENTIFIER
 from lowmem_db.config.schema import Config, Precision, Sampler
 from lowmem_db.config.sizes import parse_bytes
-from lowmem_db.errors import ConfigError
+from lowmem_db.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lowmem_db.data.inspection import Inspection
     from lowmem_db.engine.source import Step
     from lowmem_db.planning.plan import Plan
+    from lowmem_db.storage.asking import Request
     from lowmem_db.storage.run_folder import RunFolder
     from lowmem_db.training.observers import Observer
 
@@ -495,3 +496,26 @@ def publish(run: PathLike, model_id: str, *, private: bool = False) -> str:
     from lowmem_db.run.publishing import publish as send
 
     return send(Path(run), model_id, private=private)
+
+
+def ask(run: PathLike, request: "Request") -> None:
+    """Ask a run that trains, in whatever process, for something; it does it after the step in progress.
+
+    Args:
+        run: Its folder.
+        request: ``"save"`` a checkpoint and go on; save, draw a ``"sample"`` of each prompt and go on; save and
+            ``"stop"``. A run that is still prepared stops before its first step.
+
+    Raises:
+        CheckpointError: No run trains there.
+        StorageError: The folder cannot be written.
+    """
+    from lowmem_db.storage import asking
+    from lowmem_db.storage.run_folder import RunFolder
+
+    if request not in asking.REQUESTS:
+        raise ConfigError(f"request: {request!r} is not possible; allowed: {', '.join(asking.REQUESTS)}")
+    folder = RunFolder(Path(run))
+    if not folder.is_in_use():
+        raise CheckpointError(f"RUN: nothing trains in {run}, so it cannot {request}; start it with lowmem-db train")
+    asking.ask(folder, request)

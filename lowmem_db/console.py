@@ -8,7 +8,8 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 _Item = TypeVar("_Item")
+_listeners: list[Callable[[str, int, int], None]] = []
 _TERMINAL_IS_GONE = {errno.EIO, errno.EPIPE, errno.EBADF, errno.ESHUTDOWN}
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]")
 
@@ -115,9 +117,22 @@ def bar_of(fraction: float, width: int, encoding: str) -> str:
 
 
 def track(items: Iterable[_Item], description: str, total: int) -> Iterable[_Item]:
-    """Yield items under a progress bar, which is shown only on a terminal."""
+    """Yield items under a progress bar, which is shown only on a terminal; listeners hear of it everywhere."""
     with progress() as bar:
-        yield from bar.track(items, total=total, description=description)
+        for done, item in enumerate(bar.track(items, total=total, description=description)):
+            for listener in _listeners:
+                listener(description, done, total)
+            yield item
+
+
+@contextmanager
+def listening(listener: Callable[[str, int, int], None]) -> Iterator[None]:
+    """Return a context in which a function hears of each item under a progress bar: label, items done, all items."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 class TwoLines(Progress):

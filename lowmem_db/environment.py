@@ -74,6 +74,11 @@ OPTIONAL_LIBRARIES = (
         'pip install "lowmem-db[t5]"',
     ),
     OptionalLibrary("peft", "LoRA and DoRA", "all weights train", 'pip install "lowmem-db[lora]"'),
+    OptionalLibrary("starlette", "the local page (lowmem-db ui)", "the command line", 'pip install "lowmem-db[ui]"'),
+    OptionalLibrary("uvicorn", "the local page (lowmem-db ui)", "the command line", 'pip install "lowmem-db[ui]"'),
+    OptionalLibrary(
+        "python_multipart", "the local page (lowmem-db ui)", "the command line", 'pip install "lowmem-db[ui]"'
+    ),
     OptionalLibrary("tensorboard", "live curves", "only metrics.jsonl", 'pip install "lowmem-db[tensorboard]"'),
     OptionalLibrary("wandb", "curves at Weights & Biases", "only metrics.jsonl", 'pip install "lowmem-db[wandb]"'),
 )

@@ -22,6 +22,7 @@ def test_importing_is_light_and_offers_what_all_says() -> None:
     assert heavy == ""
     assert offered.split() == [
         "Config",
+        "ask",
         "evaluate",
         "export",
         "generate",

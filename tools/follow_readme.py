@@ -26,10 +26,13 @@ BUILD = ("setuptools>=77", "build")
 APPENDED: Mapping[str, Sequence[str]] = {
     "train": (
         "model.base=demo", "data.resolution=128", "data.num_crops=1", "prior.num_class_images=2",
-        "prior.num_inference_steps=2", "training.max_train_steps=2", "training.lr_warmup_steps=0",
-        "sampling.num_images=1", "sampling.num_inference_steps=2", "device=cpu",
+        "prior.class_prompts=[]", "prior.num_inference_steps=2", "training.max_train_steps=2",
+        "training.lr_warmup_steps=0", "sampling.num_images=1", "sampling.num_inference_steps=2", "device=cpu",
     ),
-    "prepare": ("data.num_crops=1", "prior.num_class_images=2", "prior.num_inference_steps=2", "device=cpu"),
+    "prepare": (
+        "data.num_crops=1", "prior.num_class_images=2", "prior.class_prompts=[]", "prior.num_inference_steps=2",
+        "device=cpu",
+    ),
     "generate": ("--num-images", "1", "--num-inference-steps", "2", "--device", "cpu"),
 }  # fmt: skip
 INLINE: Mapping[str, str] = {
@@ -201,7 +204,7 @@ def check_package(follower: Follower) -> None:
     if follower.venv.resolve() not in where.resolve().parents:
         raise SystemExit(f"{where}: is not the installed package")
     follower.run(["lowmem-db", "configs", "demo", "--output", "copied"])
-    shutil.copytree(follower.home / "copied" / "examples" / "dog3", follower.home / "photos" / "teapot")
+    shutil.copytree(follower.home / "copied" / "examples" / "drawn_dog", follower.home / "photos" / "teapot")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from lowmem_db.sampling.latents import SamplingSettings
 CPU = torch.device("cpu")
 SAMPLING = SamplingSettings(sampler="ddim", num_inference_steps=14, guidance_scale=1.0)
 NUM_IMAGES = 4
-CONTEXT = "in the snow"
+CONTEXT, BACKGROUND = "in the snow", "snow"
 LAST_STEPS = 25
 """Steps at the end whose mean is called the final loss."""
 
@@ -78,8 +78,13 @@ def recipe_of(variant: Variant) -> dict[str, Any]:
         "num_images": variant.num_images,
         "trained": variant.trained,
         "last_steps": LAST_STEPS,
-        "samples": {**asdict(SAMPLING), "num_images": NUM_IMAGES, "context": CONTEXT},
+        "samples": {**asdict(sampling_of(variant)), "num_images": NUM_IMAGES, "context": CONTEXT},
     }
+
+
+def sampling_of(variant: Variant) -> SamplingSettings:
+    """Return how the images of a variant are drawn."""
+    return replace(SAMPLING, guidance_scale=variant.guidance_scale)
 
 
 def config_of(variant: Variant, subject: Subject, seed: int, pictures: Path, work: Path) -> Config:
@@ -114,6 +119,8 @@ def run(variant: Variant, subject: Subject, seed: int, work: Path) -> tuple[dict
         denoiser, losses = _train(config, model) if variant.trained else (_untrained(config, model), {})
     drawn = draw(denoiser, model, config, variant, subject, seed)
     scores = score(_encoder(), drawn, _embed_photos(subject), _embed_class(subject, work))
+    named = _classifier().name_images(drawn.context)
+    scores["CAP-BG"] = sum(one.background == BACKGROUND for one in named) / len(named)
     seconds = round(time.perf_counter() - started, 1)
     return {**{name: round(value, 5) for name, value in {**scores, **losses}.items()}, "seconds": seconds}, drawn
 
@@ -160,7 +167,7 @@ def draw(
         size=(config.data.resolution, config.data.resolution),
         generators=[generator(seed, "samples", index) for _ in prompts for index in range(NUM_IMAGES)],
     )
-    artist = Artist(model=model, settings=SAMPLING)
+    artist = Artist(model=model, settings=sampling_of(variant))
     (images,) = engine_draw(artist, table, [job], kept(frozen), kept(model.space.load(CPU)))
     plain, context, of_class = (images[first : first + NUM_IMAGES] for first in range(0, len(images), NUM_IMAGES))
     return Drawn(plain=plain, context=context, of_class=of_class)
@@ -199,6 +206,11 @@ def _untrained(config: Config, model: ModelFolder) -> Denoiser:
 @cache
 def _encoder() -> Encoder:
     return load_encoder(find_encoders(["en0"])[0], CPU)
+
+
+@cache
+def _classifier() -> Encoder:
+    return load_encoder(find_encoders(["captions"])[0], CPU)
 
 
 @cache

@@ -21,6 +21,7 @@ from lowmem_db.cli import (
     publish,
     report,
     train,
+    ui,
 )
 from lowmem_db.console import warn
 
@@ -44,6 +45,7 @@ app.command("export")(export.export)
 app.command("identifiers")(identifiers.identifiers)
 app.command("publish")(publish.publish)
 app.command("report")(report.report)
+app.command("ui")(ui.ui)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 app.command("configs")(configs.configs)

@@ -12,7 +12,13 @@ _LARGEST_SIDE = 20_000
 
 
 def thumbnail(path: Path, pixels: int) -> str | None:
-    """Return a small copy as a ``data:`` address, without EXIF or other metadata; None if it cannot be read.
+    """Return a small copy as a ``data:`` address; arguments and result as for :func:`thumbnail_bytes`."""
+    content = thumbnail_bytes(path, pixels)
+    return None if content is None else "data:image/jpeg;base64," + base64.b64encode(content).decode()
+
+
+def thumbnail_bytes(path: Path, pixels: int) -> bytes | None:
+    """Return a small copy as JPEG, without EXIF or other metadata; None if it cannot be read.
 
     Args:
         path: A picture.
@@ -30,4 +36,4 @@ def thumbnail(path: Path, pixels: int) -> str | None:
         return None
     buffer = io.BytesIO()
     Image.frombytes("RGB", image.size, image.tobytes()).save(buffer, format="JPEG", quality=_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()

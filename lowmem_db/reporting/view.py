@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from lowmem_db.reporting.charts import Curve, bar_chart, line_chart, smoothed
 from lowmem_db.reporting.pictures import thumbnail
 from lowmem_db.reporting.records import RunRecord, look_up, mappings, pictures_in
 
+ShowPicture = Callable[[Path, int], str | None]
 _GIB = 1 << 30
 _PHOTO_PIXELS, _SAMPLE_PIXELS = 160, 256
 _MAX_PHOTOS, _MAX_SAMPLES, _MAX_STEPS = 24, 16, 12
@@ -35,8 +36,15 @@ class SampleStep:
     prompts: list[tuple[str, list[str]]]
 
 
-def view_of(run: RunRecord, name: str, *, share: bool) -> dict[str, Any]:
-    """Return what the template shows of one run."""
+def view_of(run: RunRecord, name: str, *, share: bool, show: ShowPicture = thumbnail) -> dict[str, Any]:
+    """Return what the template shows of one run.
+
+    Args:
+        run: The run.
+        name: What it is called.
+        share: Leave out what is private.
+        show: Returns the address of a small copy of a picture, or None if it cannot be read.
+    """
     total = run.field("training.max_train_steps")
     return {
         "name": name,
@@ -45,8 +53,8 @@ def view_of(run: RunRecord, name: str, *, share: bool) -> dict[str, Any]:
         "status": "finished" if run.is_finished else f"step {run.last_step:,} of {total}",
         "facts": facts_of(run),
         "warnings": find_warnings(run),
-        "photos": [] if share else _photos(run),
-        "samples": samples_of(run),
+        "photos": [] if share else _photos(run, show),
+        "samples": samples_of(run, show),
         "charts": [chart for chart in _charts(run) if chart],
         "memory": _memory(run),
         "memory_in_words": _memory_in_words(run),
@@ -99,7 +107,7 @@ def facts_of(run: RunRecord) -> list[tuple[str, str]]:
     facts = [
         ("steps", f"{run.last_step:,}"),
         ("per step", f"{pace[len(pace) // 2]:.2f} s" if pace else None),
-        ("training", _duration(sum(pace)) if pace else None),
+        ("training", duration(sum(pace)) if pace else None),
         ("memory, predicted", f"{predicted / _GIB:.2f} GiB" if isinstance(predicted, int) else None),
         ("memory, measured", f"{measured / _GIB:.2f} GiB" if measured is not None else None),
         ("trained parameters", f"{trained / 1e6:,.1f} M" if isinstance(trained, int) else None),
@@ -154,28 +162,28 @@ def _memory_in_words(run: RunRecord) -> str:
     )
 
 
-def _photos(run: RunRecord) -> list[str]:
+def _photos(run: RunRecord, show: ShowPicture) -> list[str]:
     folder = Path(str(run.field("subject.instance_dir", "")))
-    shown = (thumbnail(path, _PHOTO_PIXELS) for path in pictures_in(folder)[:_MAX_PHOTOS])
+    shown = (show(path, _PHOTO_PIXELS) for path in pictures_in(folder)[:_MAX_PHOTOS])
     return [picture for picture in shown if picture]
 
 
-def samples_of(run: RunRecord) -> list[SampleStep]:
+def samples_of(run: RunRecord, show: ShowPicture = thumbnail) -> list[SampleStep]:
     """Return the samples, of at most so many steps, spread evenly from the first to the last."""
     prompts = run.field("sampling.prompts")
     prompts = prompts if isinstance(prompts, list) else []
     steps = sorted(run.samples)
     if len(steps) > _MAX_STEPS:
         steps = [steps[round(index * (len(steps) - 1) / (_MAX_STEPS - 1))] for index in range(_MAX_STEPS)]
-    return [SampleStep(step, _by_prompt(run.samples[step][:_MAX_SAMPLES], prompts)) for step in steps]
+    return [SampleStep(step, _by_prompt(run.samples[step][:_MAX_SAMPLES], prompts, show)) for step in steps]
 
 
-def _by_prompt(files: Sequence[Path], prompts: Sequence[str]) -> list[tuple[str, list[str]]]:
+def _by_prompt(files: Sequence[Path], prompts: Sequence[str], show: ShowPicture) -> list[tuple[str, list[str]]]:
     rows: dict[str, list[str]] = {}
     for file in files:
         number = file.stem.split("-")[0]
         prompt = prompts[int(number)] if number.isdecimal() and int(number) < len(prompts) else file.stem
-        if (picture := thumbnail(file, _SAMPLE_PIXELS)) is not None:
+        if (picture := show(file, _SAMPLE_PIXELS)) is not None:
             rows.setdefault(str(prompt), []).append(picture)
     return list(rows.items())
 
@@ -216,6 +224,7 @@ def _largest(rows: Sequence[Mapping[str, Any]], key: str) -> int | None:
     return max((row[key] for row in rows if isinstance(row.get(key), int)), default=None)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time for people."""
     minutes = round(seconds / 60)
     return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -37,7 +37,7 @@ from lowmem_db.run.final import write_final
 from lowmem_db.run.page import ReportPage, write_page
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.run_folder import RunFolder
-from lowmem_db.training.observers import ConsoleBar, MetricsFiles, Observer, RunCopy, Samples, ScoreKeeper
+from lowmem_db.training.observers import ConsoleBar, MetricsFiles, Observer, Requests, RunCopy, Samples, ScoreKeeper
 from lowmem_db.training.rescue import write_memory_summary
 from lowmem_db.training.spill import SpillWatch
 from lowmem_db.training.trainer import Trainer
@@ -212,7 +212,8 @@ class Attempts:
         yield SpillWatch(trainer.denoiser.device)
         if uses_wandb(config):
             yield WeightsAndBiases()
-        yield Samples(config, run, draw)
+        samples = Samples(config, run, draw)
+        yield samples
         if config.checkpointing.copy_to is not None:
             yield RunCopy(run, RunFolder(config.checkpointing.copy_to))
         yield ReportPage(run)
@@ -220,6 +221,7 @@ class Attempts:
             scored = sorted(config.prompts_scored)
             drawn = partial(draw_images, config, model, trainer.denoiser, prompts, scored, thrift)
             yield ScoreKeeper(config, run, lambda: dict(drawn()), scorer)
+        yield Requests(run, samples.draw_now)
 
     def _note_thrift(self) -> None:
         """Let a resumed run draw samples with little memory from the start if memory ran out here."""

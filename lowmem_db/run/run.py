@@ -29,6 +29,7 @@ from lowmem_db.run.attempts import Attempts, PreparedRun
 from lowmem_db.run.base import find_base_of
 from lowmem_db.run.checks import check_disk, check_folders, check_machine
 from lowmem_db.run.resuming import check_run_folder, chosen_paths, with_choices_of_run
+from lowmem_db.storage.asking import progress_told, take
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.leftovers import sweep
 from lowmem_db.storage.run_copy import restore_run
@@ -56,7 +57,8 @@ def train(
         RunInterrupted: The run was asked to stop; a checkpoint was saved.
     """
     run, resume = RunFolder(config.output_dir), resume or step is not None
-    with run.locked():
+    with run.locked(), progress_told(run):
+        take(run)  # what an earlier run was asked for
         planned = _check_and_plan(run, config, resume=resume)
         if step is not None:
             run.forget_after(step)

@@ -22,6 +22,7 @@ from lowmem_db.storage.disk import check_path, flush_file
 from lowmem_db.storage.leftovers import sweep
 
 MARKER = "COMPLETE"
+_LOOKING_SECONDS = 0.3  # longer than somebody holds the lock who only looks whether it is free
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -58,7 +59,7 @@ class RunFolder:
             raise as_storage_error(error, self.root) from error
         lock = FileLock(self.root / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=_LOOKING_SECONDS, poll_interval=0.05)
         except Timeout:
             raise CheckpointError(
                 f"output_dir: {self.root} is in use by another run; wait for it, or choose another output_dir"
@@ -75,6 +76,18 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    def is_in_use(self) -> bool:
+        """Return whether a run is writing to the folder now."""
+        if not (self.root / ".lock").exists():
+            return False
+        lock = FileLock(self.root / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError, NotImplementedError):
+            return True
+        lock.release()
+        return False
 
     def samples_dir(self, step: int) -> Path:
         """Return the folder of the samples of a step."""

@@ -16,8 +16,9 @@ from rich.progress import TaskID
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
 from lowmem_db.console import progress, say, warn
-from lowmem_db.errors import StorageError
+from lowmem_db.errors import RunInterrupted, StorageError
 from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.storage import asking
 from lowmem_db.storage.run_copy import copy_run
 from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.metrics import MetricsWriter
@@ -216,6 +217,10 @@ class Samples(Observer):
         """Draw the samples, unless they exist."""
         self._draw_if_missing(step, self.wants_checkpoint(step))
 
+    def draw_now(self) -> None:
+        """Draw the samples of the last step, which has a checkpoint, unless they exist."""
+        self._draw_if_missing(self._trainer.step, bool(self._config.sampling.prompts))
+
     def _draw_if_missing(self, step: int, is_due: bool) -> None:
         folder = self._run.samples_dir(step)
         if is_due and not folder.is_dir():
@@ -223,6 +228,45 @@ class Samples(Observer):
                 self._draw(step)
             environment.reset_peak_bytes(self._trainer.denoiser.device)
             self._trainer.tell("samples", step, folder)
+
+
+class Requests(Observer):
+    """Does what the run is asked for in its folder (:mod:`lowmem_db.storage.asking`): save, draw samples, stop.
+
+    Args:
+        run: The run folder.
+        draw: Draws samples of the last step.
+    """
+
+    def __init__(self, run: RunFolder, draw: Callable[[], None]) -> None:
+        self._run, self._draw = run, draw
+
+    def start(self, trainer: Training) -> None:
+        """Stop at once if that was asked for while the run was prepared."""
+        self._trainer = trainer
+        if "stop" in asking.asked(self._run):
+            self._stop()
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether anything is asked for; all of it begins with a checkpoint."""
+        return bool(asking.asked(self._run))
+
+    def checkpoint(self, step: int) -> None:
+        """Do what is asked for, now that the checkpoint is saved.
+
+        Raises:
+            RunInterrupted: The run is asked to stop.
+        """
+        requests = asking.asked(self._run)
+        if "sample" in requests:
+            self._draw()
+        if "stop" in requests and step < self._trainer.config.training.max_train_steps:
+            self._stop()
+        asking.take(self._run)
+
+    def _stop(self) -> None:
+        asking.take(self._run)
+        raise RunInterrupted(f"asked to stop: stopped after step {self._trainer.step}; continue with --resume")
 
 
 class ScoreKeeper(Observer):

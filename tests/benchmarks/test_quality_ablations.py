@@ -67,6 +67,8 @@ def test_every_variant_is_a_configuration(variant: str, tmp_path: Path) -> None:
     prompts = {
         "wrong_noun": ("a sks cat", "a cat"),
         "wrong_noun_with_prior": ("a sks cat", "a cat"),
+        "gentle_wrong_noun": ("a sks cat", "a cat"),
+        "gentle_no_noun": ("a sks", "a robot"),
         "no_noun": ("a sks", "a robot"),
         "no_noun_with_prior": ("a sks", "a robot"),
         "common_word": ("a pink robot", "a robot"),

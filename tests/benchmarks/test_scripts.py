@@ -14,7 +14,7 @@ TRIED = {
     "speed/step_overhead": ["--rounds", "1"],
     "memory_ladder": [],
 }
-MEASURING = (*TRIED, "memory/prediction", "memory/sd15_step", "memory/sdxl_lora_step", "quality/prior_figure")
+MEASURING = (*TRIED, "memory/prediction", "memory/sd15_step", "memory/sdxl_lora_step", "demo/picture")
 
 
 def run(script: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

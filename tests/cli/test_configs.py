@@ -21,9 +21,9 @@ def test_list_has_every_file_with_what_it_trains(run: Run) -> None:
 
 def test_copy_of_the_demo_brings_its_photos_and_overwrites_nothing(run: Run, tmp_path: Path) -> None:
     outcome = run("configs", "demo", "--output", "mine")
-    assert (outcome.code, outcome.out) == (0, f"{Path('mine/demo.yaml')}\n{Path('mine/examples/dog3')}\n")
+    assert (outcome.code, outcome.out) == (0, f"{Path('mine/demo.yaml')}\n{Path('mine/examples/drawn_dog')}\n")
     assert (tmp_path / "mine/demo.yaml").read_bytes() == (FOLDER / "demo.yaml").read_bytes()
-    assert (tmp_path / "mine/examples/dog3/LICENSE.md").is_file()
+    assert (tmp_path / "mine/examples/drawn_dog/LICENSE.md").is_file()
     again = run("configs", "demo", "--output", "mine")
     assert (again.code, again.out) == (2, "")
     assert "exists already" in again.err
@@ -43,7 +43,7 @@ def test_name_is_found_from_an_empty_folder_with_its_photos(
     monkeypatch.chdir(tmp_path)
     config = load_config(Path(given))
     assert config.model.base == "demo"
-    assert sorted(file.name for file in config.subject.instance_dir.glob("*.jpg"))[0] == "00.jpg"
+    assert sorted(file.name for file in config.subject.instance_dir.glob("*.png"))[0] == "00.png"
 
 
 def test_files_of_the_user_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,4 +59,4 @@ def test_files_of_the_user_come_first(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_photos_of_other_files_stay_relative(tmp_path: Path) -> None:
     shipped.copy("demo", tmp_path)
-    assert load_config(tmp_path / "demo.yaml").subject.instance_dir == Path("examples/dog3")
+    assert load_config(tmp_path / "demo.yaml").subject.instance_dir == Path("examples/drawn_dog")

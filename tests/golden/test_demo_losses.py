@@ -20,7 +20,8 @@ def first_steps(work: Path) -> list[dict[str, float]]:
     train(
         [
             str(ROOT / "configs" / "demo.yaml"),
-            f"subject.instance_dir={ROOT / 'examples' / 'dog3'}",
+            f"subject.instance_dir={ROOT / 'examples' / 'drawn_dog'}",
+            "prior.class_prompts=[a cat]",
             f"output_dir={work / 'run'}",
             f"cache_dir={work / 'cache'}",
             "device=cpu",

@@ -17,7 +17,8 @@ REPOSITORY = Path(__file__).parents[2]
 NOTEBOOK = REPOSITORY / "notebooks" / "lowmem_db_colab.ipynb"
 QUICK_DEMO = [
     "training.lr_warmup_steps=0",
-    "training.max_train_steps=2", "prior.num_class_images=2", "prior.num_inference_steps=2", "sampling.num_images=1",
+    "training.max_train_steps=2", "prior.num_class_images=2", "prior.class_prompts=[]",
+    "prior.num_inference_steps=2", "sampling.num_images=1",
     "sampling.num_inference_steps=2", "data.num_crops=1",
 ]  # fmt: skip
 STOP_WHERE_A_COMMAND_FAILS = """

@@ -91,7 +91,8 @@ def long_run(folder: Path, num_steps: int) -> dict[str, Any]:
     every = max(50, num_steps // 40)
     config = api.load_config(_BASE / "configs" / "demo.yaml", {
         "subject.instance_dir": str(_BASE / "examples" / "dog3"), "output_dir": str(folder / "run"),
-        "cache_dir": str(folder / "cache"), "device": "cpu", "data.resolution": 64, "prior.num_class_images": 6,
+        "cache_dir": str(folder / "cache"), "device": "cpu", "data.resolution": 64,
+        "prior.num_class_images": 6, "prior.class_prompts": [],
         "prior.num_inference_steps": 4, "training.max_train_steps": num_steps, "training.train_batch_size": 1,
         "checkpointing.every": every, "sampling.num_images": 1, "sampling.num_inference_steps": 4,
         "evaluation.every": 2 * every, "logging.tensorboard": True,

@@ -1,0 +1,1 @@
+"""The picture that `make demo` ends with."""

@@ -1,0 +1,108 @@
+"""The whole way in a real browser, from photos to a picture, while pages are reloaded and the server is killed."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.cli.conftest import REPOSITORY, environment_of_commands  # noqa: F401
+from tests.ui.browser import Server
+from tests.ui.conftest import CHROMIUM, PHOTOS, quick_recipes
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+PATIENCE = 240_000  # ms; a machine that does other things too is slow
+NOUN = "<b>dog</b>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    """Start servers, and end them after the test."""
+    servers: list[Server] = []
+
+    def start_server(*arguments: Any) -> Server:
+        servers.append(Server(*arguments))
+        return servers[-1]
+
+    yield start_server
+    for server in servers:
+        server.kill()
+
+
+def accessible(page: Page) -> None:
+    """Check contrast, names, labels and landmarks."""
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+
+
+def test_from_photos_to_a_picture(  # noqa: PLR0915
+    browser: Browser,
+    start: Callable[..., Server],
+    tmp_path: Path,
+    environment_of_commands: dict[str, str],  # noqa: F811
+) -> None:
+    configs = quick_recipes(tmp_path / "configs")
+    environment = environment_of_commands | {"LOWMEM_DB_CACHE": str(tmp_path / "cache")}
+    server = start(tmp_path / "runs", configs, environment)
+    context = browser.new_context(viewport={"width": 390, "height": 800})
+    page = context.new_page()
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("dialog", lambda dialog: problems.append("a dialog"))
+    page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+    page.goto(server.address)
+    assert "token" not in page.url
+    accessible(page)
+
+    page.get_by_label("What do the photos show?").fill(NOUN)
+    page.get_by_role("button", name="Begin").click()
+    page.set_input_files("#files", PHOTOS)
+    expect(page.locator(".photos-edit li")).to_have_count(len(PHOTOS))
+    page.get_by_label("Caption of 00.jpg").fill("a sks dog on <i>grass</i>")
+    page.get_by_label("Caption of 00.jpg").blur()
+    expect(page.locator(".photos-edit output").first).to_have_text("saved")
+    page.reload()
+    expect(page.get_by_label("Caption of 00.jpg")).to_have_value("a sks dog on <i>grass</i>")
+    page.wait_for_selector("#train:enabled, #plan .warning", timeout=PATIENCE)
+    train = page.get_by_role("button", name="Train")
+    expect(train).to_be_enabled()
+    expect(page.locator("#plan")).to_contain_text("GiB")
+    accessible(page)
+    train.click()
+
+    other = context.new_page()  # a second tab on the same run
+    other.goto(page.url)
+    expect(page.locator("#status .state")).to_contain_text("training", timeout=PATIENCE)
+    page.reload()
+    server.kill()  # the run goes on
+    expect(page.locator("#gone")).to_be_visible(timeout=20_000)
+    server = start(tmp_path / "runs", configs, environment, server.port)
+    for tab in (page, other):
+        tab.goto(server.address)
+        tab.get_by_role("link", name="b-dog-b").click()
+        problems.clear()  # a server that is gone is told on the console
+        expect(tab.locator("#status .state")).to_contain_text("finished", timeout=PATIENCE)
+    expect(page.locator("#report [data-step]").last).to_be_visible(timeout=20_000)
+    accessible(page)
+
+    page.reload()
+    page.get_by_label("Prompts, one per line").fill("a sks <u>dog</u>")
+    page.get_by_label("Images of each").fill("1")
+    page.get_by_role("button", name="Draw").click()
+    expect(page.locator("#drawn .pictures img")).to_have_count(1, timeout=PATIENCE)
+    expect(other.locator("#drawn .pictures img")).to_have_count(1, timeout=20_000)
+    assert page.locator("#drawn .pictures img").evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+    accessible(page)
+    assert page.locator("main b, main i, main u").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert problems == []
