@@ -37,6 +37,7 @@ RUNGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("+ 24-bit weights", {"memory.weights": "bf16_extra_bits"}),
     ("+ streamed states", {"memory.stream_optimizer_state": True}),
     ("+ checkpoints on the host", {"memory.offload_checkpoints": True}),
+    ("+ streamed weights", {"memory.stream_weights": True}),
 )
 MODELS = {
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),

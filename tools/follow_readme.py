@@ -38,6 +38,7 @@ APPENDED: Mapping[str, Sequence[str]] = {
 INLINE: Mapping[str, str] = {
     "lowmem-db doctor": "lowmem-db doctor",
     "lowmem-db configs": "lowmem-db configs",
+    "lowmem-db new photos/teapot": "lowmem-db new photos/teapot --what teapot --base demo --yes",
     "lowmem-db identifiers MODEL": "lowmem-db identifiers demo",
     # The demo's decoder has no place in the single file of Stable Diffusion.
     "lowmem-db export runs/teapot --precision fp16": (

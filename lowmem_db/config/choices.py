@@ -119,6 +119,19 @@ def offload_checkpoints(config: Config, where: Situation) -> Iterator[bool]:
         yield True
 
 
+def stream_weights(config: Config, where: Situation) -> Iterator[bool]:
+    """Yield whether weights go to the host too, last of all; not with what cannot be combined with it."""
+    yield False
+    memory, placement = config.memory, config.memory.checkpointing
+    if where.card.is_cpu or not isinstance(placement, str) or placement not in {"segments", "nested"}:
+        return
+    streams_states = memory.stream_optimizer_state or "memory.stream_optimizer_state" not in where.open_paths
+    can_train = not config.trains_weights or (memory.optimizer_in_backward and streams_states)
+    is_quantized = config.lora.base_weights in {"int8", "nf4"}
+    if can_train and not (is_quantized or config.training.compile):
+        yield True
+
+
 def fused_layers(config: Config, where: Situation) -> Iterator[bool]:
     """Yield whether layers are fused; not on the CPU, where the eager twins are slower."""
     del config

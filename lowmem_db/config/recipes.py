@@ -101,6 +101,7 @@ def fields_for(wish: Wish) -> Tree:
         "instance_prompt": prompt,
         "class_prompt": class_prompt,
     }
+    tree.get("prior", {}).pop("class_prompts", None)  # of other nouns than the demo's dog
     if "textual_inversion" in tree:
         tree["textual_inversion"] |= {"initializer": wish.noun.split()[-1]}
     tree["sampling"] |= {"prompts": [prompt, f"{prompt} on the beach" if wish.recipe != "demo" else class_prompt]}

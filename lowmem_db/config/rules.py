@@ -90,11 +90,6 @@ _STREAMED_WEIGHTS = (
         "stepped; set memory.optimizer_in_backward=true, or leave stream_weights out",
     ),
     Rule(
-        _streams(lambda c: c.ema.enabled),
-        "ema.enabled: true averages weights on the device, but memory.stream_weights keeps them on the host; set "
-        "ema.enabled=false, or memory.stream_weights=false",
-    ),
-    Rule(
         _streams(lambda c: c.training.compile),
         "training.compile: true has not been tested with memory.stream_weights; set one of them to false",
     ),
@@ -253,7 +248,12 @@ RULES = (
         "memory.optimizer_in_backward=false",
     ),
     Rule(
-        lambda c: bool(c.memory.stream_optimizer_state) and c.ema.enabled and c.memory.weights == "bf16_extra_bits",
+        lambda c: (
+            bool(c.memory.stream_optimizer_state)
+            and not c.memory.stream_weights  # with which the average is on the host too
+            and c.ema.enabled
+            and c.memory.weights == "bf16_extra_bits"
+        ),
         "ema.enabled: true averages complete weights, but memory.stream_optimizer_state keeps their extra bits on the "
         "host; set ema.enabled=false, memory.stream_optimizer_state=false, or memory.weights=fp32",
     ),

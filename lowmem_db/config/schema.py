@@ -371,6 +371,9 @@ class MemoryConfig(Section):
     been measured on a card yet."""
     tiled_samples: bool | None = None
     """Draw samples during training one at a time, and decode them in tiles in the type of the weights."""
+    tiled_preparation: bool | None = None
+    """Before training, encode pictures and decode class images in tiles, which are blended. Latents and class images
+    differ a little from those in one piece, and a run cannot change it later."""
     micro_batches: Annotated[int, Field(ge=0)] | None = None
     """Compute each batch in so many parts, one after the other, and step on the mean of their gradients, with the noise
     that the whole batch would have. Results differ only by rounding. Default: 0, batches as a whole, until memory runs

@@ -222,8 +222,10 @@ FIELDS: tuple[StrategyField, ...] = (
     switch(
         "memory.stream_weights",
         "streamed weights",
+        choices=choices.stream_weights,
+        rank=5,
         overhead=0.03,
-        traced=("weights", "resident", "train", "sample", "class_images"),
+        traced=("weights", "resident", "class_images", "encode_images", "encode_text", "train", "sample"),
         is_exact=True,
     ),
     switch(
@@ -234,6 +236,7 @@ FIELDS: tuple[StrategyField, ...] = (
         is_exact=True,
     ),
     switch("memory.tiled_samples", "tiled samples", traced=("sample",), is_exact=True),
+    switch("memory.tiled_preparation", "tiled preparation", traced=("class_images", "encode_images")),
     StrategyField(
         path="memory.micro_batches",
         choices=choices.whole_batches,

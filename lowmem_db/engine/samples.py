@@ -12,6 +12,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.engine.draw import Artist, Job, Thrift, draw, loaded_for_use
+from lowmem_db.memory import weight_stream
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.families.spaces import Codec
 from lowmem_db.models.folder import ModelFolder
@@ -79,10 +80,12 @@ def load_decoder(config: Config, model: ModelFolder, denoiser: Denoiser) -> Code
 
     An autoencoder that must compute in fp32 does so for tiled samples too.
     """
-    if not config.memory.tiled_samples:
-        return model.space.load(denoiser.device)
-    codec = model.space.load(denoiser.device, denoiser.dtype)
-    codec.decode_in_tiles(config.data.resolution)
+    tiled = bool(config.memory.tiled_samples)
+    codec = model.space.load(denoiser.device, denoiser.dtype) if tiled else model.space.load(denoiser.device)
+    if config.memory.stream_weights:
+        codec.drop_encoder()
+    if tiled:
+        codec.decode_in_tiles(config.data.resolution)
     return codec
 
 
@@ -99,6 +102,7 @@ def evaluating(denoiser: Denoiser) -> Iterator[Denoiser]:
     try:
         yield denoiser
     finally:
+        weight_stream.rest(modules)
         for module in modules:
             module.train()
         environment.release_memory(denoiser.device)

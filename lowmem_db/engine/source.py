@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.engine.checkpoint_weights import checkpoint_weights, trained_components
 from lowmem_db.errors import CheckpointError, DataError
+from lowmem_db.memory.drawing import load_all
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.embedding_file import read_base, read_embedding
 from lowmem_db.models.finding import final_model_of, find_base, find_model, find_suggested, with_words
@@ -68,15 +70,24 @@ class ImageSource:
         self._take_trained(module, component)
         return module
 
+    @property
+    def streams_weights(self) -> bool:
+        """Whether its weights stream through the device, as they did in its run."""
+        return self.run_config is not None and bool(self.run_config.memory.stream_weights)
+
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> Denoiser:
         """Load the denoiser, without text encoders."""
         family = self.model.family
-        return Denoiser(family, {family.denoiser: self.load(family.denoiser, device, dtype)})
+        return Denoiser(family, self._load_all((family.denoiser,), device, dtype))
 
     def embed(self, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> PromptTable:
         """Return the text encoders' embeddings of prompts."""
-        text_encoders = {name: self.load(name, device, dtype) for name in self.model.family.text_encoders}
+        text_encoders = self._load_all(self.model.family.text_encoders, device, dtype)
         return embed_prompts(self.model, text_encoders, prompts)
+
+    def _load_all(self, names: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+        load, streamed = partial(self.load, dtype=dtype), self.streams_weights
+        return load_all(self.model.family, names, load, device, streamed=streamed)
 
     def _take_trained(self, module: nn.Module, component: str) -> None:
         """Put what a run has trained into a component: adapters, or the weights of its checkpoint.

@@ -68,14 +68,7 @@ def _compiling(denoiser: Denoiser, config: Config, device: torch.device) -> Undo
         raise ConfigError(f"training.compile: {error}; set training.compile=false") from error
 
 
-def checkpoint_and_stream(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
-    """Recompute activations, and stream the weights of what is recomputed, as a resolved configuration says.
-
-    Where nothing is recomputed because nothing trains, streaming still holds.
-
-    Raises:
-        ConfigError: The placement does not support the model.
-    """
+def _checkpointing(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
     placement, offload = config.memory.checkpointing, bool(config.memory.offload_checkpoints)
     stream = WeightStream(device, trained=config.trains_weights) if config.memory.stream_weights else None
     try:
@@ -93,8 +86,8 @@ def checkpoint_and_stream(denoiser: Denoiser, config: Config, device: torch.devi
     return undo_both
 
 
-def _in_sampling(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
-    """Change nothing in the model: the code that draws samples reads the field."""
+def _elsewhere(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
+    """Change nothing in the model: the code that draws samples or prepares data reads the field."""
     del denoiser, config, device
     return _leave
 
@@ -121,10 +114,9 @@ TECHNIQUES: tuple[Technique, ...] = (
         check=lambda config, device: compiling.check(device) if config.training.compile else None,
     ),
     Technique(
-        fields=("memory.checkpointing", "memory.offload_checkpoints", "memory.stream_weights"),
-        apply=checkpoint_and_stream,
+        fields=("memory.checkpointing", "memory.offload_checkpoints", "memory.stream_weights"), apply=_checkpointing
     ),
-    Technique(fields=("memory.tiled_samples",), apply=_in_sampling),
+    Technique(fields=("memory.tiled_samples", "memory.tiled_preparation"), apply=_elsewhere),
 )
 """This package's techniques, in the order in which they are applied."""
 _registered: list[Technique] = []

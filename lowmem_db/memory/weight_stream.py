@@ -14,7 +14,7 @@ maps) and arXiv:2104.07857 (weights and states of language models).
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -29,6 +29,7 @@ from lowmem_db.side_streams import Event, computation, on, record, side_stream, 
 MIN_NUMEL = 4096  # elements; smaller weights stay on the device, where they are stepped together
 SLOTS = "slots_of_streamed_weights"
 """The buffer of the denoiser that is the slots' memory; it is not in its state dict."""
+_STREAM = "stream_of_weights"
 _ALIGNMENT = 512
 _BACKWARD = "backward"
 _NUM_SLOTS = 3  # one computes, one arrives, one leaves
@@ -206,6 +207,13 @@ def _after(before: Tensor, made: Any) -> Any:
     return values if isinstance(made, tuple) else values[0]
 
 
+def rest(modules: Iterable[nn.Module]) -> None:
+    """Free the slots that weights of some components stream through, until their next pass."""
+    for module in modules:
+        if (stream := getattr(module, _STREAM, None)) is not None:
+            stream.rest()
+
+
 class WeightStream:
     """The large weights of segments, in host memory.
 
@@ -233,6 +241,8 @@ class WeightStream:
         self._awaited: deque[_Group] = deque()  # fetched, and not used yet
         self._held: list[_Group] = []  # for the rest of their segment's backward pass
         self._undo: list[Callable[[], None]] = []
+        self._num_slots = 0
+        self._owner: nn.Module | None = None  # of the slots' memory
 
     def residence(self, part: nn.Module) -> Residence:
         """Return the residence of a segment that runs a part of the model."""
@@ -257,8 +267,10 @@ class WeightStream:
         self._build([owners[residence] for residence in self._residences if residence in owners])
         for residence, group in zip((each for each in self._residences if each in owners), self._groups, strict=True):
             residence.group = group
-        runs = self._make_slots(_NUM_SLOTS + _is_nested([residence.part for residence in owners]))
-        self._show(next(iter(modules.values())), runs)
+        self._num_slots = min(_NUM_SLOTS + _is_nested([each.part for each in owners]), len(owners))
+        self._owner = next(iter(modules.values()))
+        self._make_slots()
+        object.__setattr__(self._owner, _STREAM, self)
         for name, module in modules.items():
             handle = module.register_forward_pre_hook(lambda *_, name=name: self.begin_pass(name))
             self._undo.append(handle.remove)
@@ -276,10 +288,23 @@ class WeightStream:
             residence.group = None
         self._groups.clear()
         self._slots.clear()
+        if self._owner is not None:
+            delattr(self._owner, SLOTS)
+            delattr(self._owner, _STREAM)
+
+    def rest(self) -> None:
+        """Free the slots until the next pass."""
+        self._reset()
+        arriving = [slot.copied for slot in self._slots]
+        wait(computation(self._inward, self.device), *arriving, *(group.back for group in self._groups))
+        self._slots.clear()
+        self._show(torch.empty(0, dtype=torch.uint8, device=self.device))
 
     def begin_pass(self, name: str) -> None:
         """Begin the forward pass of a component: what is on the device now may be older than what is on the host."""
         self._reset()
+        if not self._slots:
+            self._make_slots()
         self._start(name)
 
     def enter(self, group: _Group) -> None:
@@ -304,7 +329,7 @@ class WeightStream:
         """Put the weights of a group on the device until :meth:`let_go`, or the end of the backward pass."""
         if self._pass != _BACKWARD:
             self._start(_BACKWARD)
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+            _after_backward(self._end_backward)
         self._held.append(group)
         self.enter(group)
 
@@ -314,11 +339,6 @@ class WeightStream:
         if group.num_users == 1 and group.trains:
             self._send_back(group)
         self.leave(group)
-
-    def _show(self, module: nn.Module, runs: Tensor) -> None:
-        """Make the slots' memory a buffer of a module, for those who count a model's memory."""
-        module.register_buffer(SLOTS, runs, persistent=False)
-        self._undo.append(lambda: delattr(module, SLOTS))
 
     def _streams(self, weight: nn.Parameter) -> bool:
         return weight.numel() >= MIN_NUMEL and (self._trained or not weight.requires_grad)
@@ -334,13 +354,18 @@ class WeightStream:
                 parameter.data = weight
             self._groups.append(made)
 
-    def _make_slots(self, count: int) -> Tensor:
-        """Make slots for the largest group, in one piece of memory; return it."""
+    def _make_slots(self) -> None:
+        """Make slots for the largest group, in one piece of memory."""
         size = max((len(group.on_host) for group in self._groups), default=0)
-        runs = torch.empty(min(count, len(self._groups)), size, dtype=torch.uint8, device=self.device)
+        runs = torch.empty(self._num_slots, size, dtype=torch.uint8, device=self.device)
         self._slots = [_Slot(run) for run in runs]
-        self._inward = self._inward and side_stream(self.device)  # whose work comes after that on the slots' memory
-        return runs
+        self._show(runs)
+        wait(self._inward, record(computation(self._inward, self.device)))  # which may still use that memory
+
+    def _show(self, runs: Tensor) -> None:
+        """Make the slots' memory a buffer of a component, for those who count a model's memory."""
+        if self._owner is not None:
+            self._owner.register_buffer(SLOTS, runs, persistent=False)
 
     def _start(self, name: str) -> None:
         """Start fetching in the order of the last pass of the same kind."""
@@ -431,6 +456,11 @@ class WeightStream:
             parameter.data = weight
         self._slots.remove(slot)  # which makes it the last to be used again
         self._slots.append(slot)
+
+
+def _after_backward(callback: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass that is running."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def _is_nested(parts: Sequence[nn.Module]) -> bool:

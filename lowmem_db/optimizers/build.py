@@ -16,7 +16,7 @@ from lowmem_db.optimizers.clipping import GradientClipping, LossScale
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.optimizers.in_backward import InBackwardHandle
 from lowmem_db.optimizers.rules import UpdateRule
-from lowmem_db.optimizers.states import ResidentStates, StateLayout, like
+from lowmem_db.optimizers.states import ResidentStates, StateLayout, States, like
 from lowmem_db.optimizers.streaming import StreamedStates
 from lowmem_db.optimizers.units import LargeParameter, SmallParameterRow, StepUnit
 from lowmem_db.optimizers.weights import EXTRA_BITS, named_parameters
@@ -66,14 +66,21 @@ def _units(config: Config, rule: UpdateRule, modules: Mapping[str, nn.Module], d
     large = {name: parameter for name, parameter in trained.items() if parameter.numel() > _LARGEST_SMALL}
     rows = _rows({name: parameter for name, parameter in trained.items() if name not in large})
     layout = partial(_layout, rule, extra_bits=config.memory.weights == "bf16_extra_bits")
-    of_large = StreamedStates if config.memory.stream_optimizer_state else ResidentStates
-    large_states = of_large({name: layout(parameter, small=False) for name, parameter in large.items()}, device)
+    large_states = _states({name: layout(parameter, small=False) for name, parameter in large.items()}, config, device)
     row_states = ResidentStates({name: layout(_in_a_row(row), small=True) for name, row in rows.items()}, device)
     seed = partial(_rounding_seed, config.seed, config.memory.weights)
     return [
         *(LargeParameter(name, parameter, large_states, seed(name)) for name, parameter in large.items()),
         *(SmallParameterRow(name, row, row_states, seed(name)) for name, row in rows.items()),
     ]
+
+
+def _states(layouts: Mapping[str, StateLayout], config: Config, device: torch.device) -> States:
+    """Return the states of large parameters; where weights stream too, the smallest ring will do."""
+    if not config.memory.stream_optimizer_state:
+        return ResidentStates(layouts, device)
+    largest = max((layout.nbytes for layout in layouts.values()), default=0)
+    return StreamedStates(layouts, device, ring_bytes=largest if config.memory.stream_weights else None)
 
 
 def _trained_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:

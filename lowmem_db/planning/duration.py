@@ -4,9 +4,8 @@ import numpy as np
 
 from lowmem_db.config.schema import Config
 from lowmem_db.planning.cards import Card, host_seconds, operator_seconds, pcie_seconds
-from lowmem_db.planning.costs import DECODER
+from lowmem_db.planning.costs import DECODER, Costs
 from lowmem_db.planning.disk import num_class_images, num_encoded
-from lowmem_db.planning.phases import Traced
 from lowmem_db.planning.predictor import Predictor
 
 
@@ -21,7 +20,7 @@ def seconds_of_phases(predictor: Predictor, strategy: Config) -> dict[str, float
     if count := num_class_images(strategy):
         traced, prior = predictor.class_images(strategy), strategy.prior
         at_once = min(prior.sample_batch_size, prior.num_class_images)
-        found["class_images"] = -(-count // at_once) * _drawing(traced, card, prior.num_inference_steps)
+        found["class_images"] = -(-count // at_once) * _drawing(traced.costs, card, prior.num_inference_steps)
     encoding = operator_seconds(predictor.encode_images(strategy).costs, card).sum()
     found["encode_images"] = float(encoding) * num_encoded(strategy)
     steps, accumulated = strategy.training.max_train_steps, strategy.training.gradient_accumulation_steps
@@ -29,22 +28,18 @@ def seconds_of_phases(predictor: Predictor, strategy: Config) -> dict[str, float
     if count := _num_prompts_drawn(strategy):
         num_images = strategy.sampling.num_images
         traced_images = min(num_images, 2) if strategy.memory.tiled_samples else num_images
-        seconds = _drawing(predictor.samples(strategy), card, strategy.sampling.num_inference_steps)
+        seconds = _drawing(predictor.samples(strategy).costs, card, strategy.sampling.num_inference_steps)
         found["sample"] = count * seconds * num_images / traced_images
     return found
 
 
-def _drawing(traced: Traced, card: Card, num_inference_steps: int) -> float:
-    """Return the seconds of drawing a batch, from a trace with one sampling step.
-
-    A step takes as long as its slower part: computing, or bringing streamed weights to the card.
-    """
-    costs = traced.costs
+def _drawing(costs: Costs, card: Card, num_inference_steps: int) -> float:
+    """Return the seconds of drawing a batch, from a trace with one sampling step."""
     decodes = costs.block == costs.block_names.index(DECODER)
     on_card, on_host = operator_seconds(costs, card), 0.0 if card.is_cpu else host_seconds(costs)
     seconds = np.maximum(on_card, on_host)
-    copying = pcie_seconds(traced.streamed_bytes, card)
-    return num_inference_steps * max(float(seconds[~decodes].sum()), copying) + float(seconds[decodes].sum())
+    drawing = max(float(seconds[~decodes].sum()), pcie_seconds(costs.host_to_device_bytes, card))  # weights may stream
+    return num_inference_steps * drawing + float(seconds[decodes].sum())
 
 
 def _num_prompts_drawn(config: Config) -> int:

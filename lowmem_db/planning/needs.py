@@ -40,7 +40,14 @@ class Needs:
         """Return what phases on a card need of the host beside it: models while they load, and what stays there."""
         if self._card.is_cpu:
             return 0
-        return max(max(phase.host_bytes, _loaded(strategy, phase)) + _HOST_REST for phase in phases)
+        needed = [max(phase.host_bytes, _loaded(strategy, phase)) for phase in phases]
+        return max(*needed, self._while_built(strategy)) + _HOST_REST
+
+    def _while_built(self, strategy: Config) -> int:
+        """Return the bytes on the host before the first step if weights stream: extra bits are there twice."""
+        kept = self._predictor.resident(strategy)
+        has_extra_bits = strategy.memory.weights == "bf16_extra_bits" and strategy.memory.stream_weights
+        return kept.host_bytes + (kept.trained_bytes // 2 if has_extra_bits else 0)
 
     def before_training(self, strategy: Config) -> int:
         """Return what preparation needs."""

@@ -19,7 +19,6 @@ from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU, META
 from lowmem_db.models.saving import DTYPES
-from lowmem_db.models.text_encoders import load_text_encoders
 from lowmem_db.optimizers.build import build_optimizer
 from lowmem_db.planning.caching_allocator import Event
 from lowmem_db.planning.cards import Card
@@ -28,7 +27,14 @@ from lowmem_db.planning.costs import DECODER, CostRecorder, Costs
 from lowmem_db.planning.timeline import BlockFigures, Timeline
 from lowmem_db.planning.tracing import real_paths
 from lowmem_db.planning.tracker import CUDA_ROUNDING, AllocationTracker
-from lowmem_db.preparation.class_images import class_artist, class_job, load_frozen_denoiser
+from lowmem_db.preparation.class_images import (
+    class_artist,
+    class_job,
+    load_class_decoder,
+    load_class_text_encoders,
+    load_frozen_denoiser,
+)
+from lowmem_db.preparation.encode import load_encoder, load_encoders_of_text
 from lowmem_db.records import Batch, Conditioning, MemoryParts
 
 
@@ -102,9 +108,21 @@ class TracedRun:
 
 
 def trace_class_images(run: TracedRun) -> Traced:
-    """Trace the drawing of one batch of class images: first the denoiser, then the decoder."""
+    """Trace the drawing of one batch of class images: first the denoiser, then the decoder.
+
+    Resident text encoders need less than the denoiser after them; streamed ones may need more.
+    """
+    drawn = _trace_class_drawing(run)
+    if not run.config.memory.stream_weights:
+        return drawn
+    text = _trace_class_text(run)
+    host_bytes = max(drawn.host_bytes, text.host_bytes)
+    return replace(drawn, peak=max(drawn.peak, text.peak, key=lambda parts: parts.total), host_bytes=host_bytes)
+
+
+def _trace_class_drawing(run: TracedRun) -> Traced:
     config, model = _short(run.config), run.model
-    dtype = DTYPES[config.prior.precision or ("fp32" if run.card.is_cpu else "fp16")]
+    dtype = _class_dtype(run)
     count = min(config.prior.sample_batch_size, config.prior.num_class_images)
     size = (config.data.resolution, config.data.resolution)
     with run.tracing() as (tracker, costs), torch.no_grad():
@@ -113,19 +131,36 @@ def trace_class_images(run: TracedRun) -> Traced:
         conditioning = Conditioning(tokens={}, embeds=told)
         with tracker.new_tensors_are("weights"):
             denoiser = load_frozen_denoiser(config, model, META, dtype)
-        streamed_bytes = _streamed_bytes(tracker, denoiser)
         tracker.reset_peak()
         costs.clear()
         with tracker.new_tensors_are("activations"):
             latents = class_artist(config, model).latents(denoiser, conditioning, job)
         del denoiser
+        gc.collect()  # a streamed model refers to itself
         costs.start_block(DECODER)
         with tracker.new_tensors_are("weights"):
-            codec = model.space.load(META, dtype)
+            codec = load_class_decoder(config, model, META, dtype)
         with tracker.new_tensors_are("activations"):
             pixels = codec.decode(latents)
         del pixels
-        return replace(_found(tracker, costs), streamed_bytes=streamed_bytes)
+        return _found(tracker, costs)
+
+
+def _class_dtype(run: TracedRun) -> torch.dtype:
+    return DTYPES[run.config.prior.precision or ("fp32" if run.card.is_cpu else "fp16")]
+
+
+def _trace_class_text(run: TracedRun) -> Traced:
+    """Trace the text encoders on the class prompt and the empty one."""
+    model = run.model
+    with run.tracing() as (tracker, costs), torch.no_grad():
+        with tracker.new_tensors_are("weights"):
+            text_encoders = load_class_text_encoders(run.config, model, META, _class_dtype(run))
+        tracker.reset_peak()
+        with tracker.new_tensors_are("activations"):
+            made = model.family.encode(text_encoders, model.family.blank_tokens(model, 2))
+        del made
+        return _found(tracker, costs)
 
 
 def trace_encode_images(run: TracedRun) -> Traced:
@@ -133,7 +168,7 @@ def trace_encode_images(run: TracedRun) -> Traced:
     resolution = run.config.data.resolution
     with run.tracing() as (tracker, costs):
         with tracker.new_tensors_are("weights"):
-            codec = run.model.space.load(META)
+            codec = load_encoder(run.config, run.model, META)
         tracker.reset_peak()
         costs.clear()
         with tracker.new_tensors_are("activations"):
@@ -148,7 +183,7 @@ def trace_encode_text(run: TracedRun) -> Traced:
     tokens = model.family.blank_tokens(model, 1)
     with run.tracing() as (tracker, costs), torch.no_grad():
         with tracker.new_tensors_are("weights"):
-            text_encoders = load_text_encoders(model, META)
+            text_encoders = load_encoders_of_text(run.config, model, META)
         tracker.reset_peak()
         with tracker.new_tensors_are("activations"):
             made = model.family.encode(text_encoders, tokens)
@@ -234,7 +269,6 @@ def trace_sample(run: TracedRun) -> Traced:
         denoiser = build_step(config, model, META, copy_of(prepared))[0]
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         conditioning = _conditioning(model, denoiser, 2)
-        streamed_bytes = _streamed_bytes(tracker, denoiser)
         tracker.reset_peak()
         costs.clear()
         with tracker.new_tensors_are("activations"):
@@ -245,12 +279,7 @@ def trace_sample(run: TracedRun) -> Traced:
                 codec = load_decoder(config, model, denoiser)
             pixels = codec.decode(latents)
         del latents, pixels, codec
-        return replace(_found(tracker, costs), streamed_bytes=streamed_bytes)
-
-
-def _streamed_bytes(tracker: AllocationTracker, denoiser: Denoiser) -> int:
-    """Return the bytes of weights that are on the host."""
-    return sum(weight.nbytes for weight in weights_of(denoiser.modules().values()) if tracker.is_on_host(weight))
+        return _found(tracker, costs)
 
 
 def _stepping_after_backward(config: Config) -> Config:

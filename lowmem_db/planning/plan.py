@@ -101,11 +101,19 @@ class Planner:
     def smallest(self) -> Smallest:
         """Find the strategy that needs the least memory."""
         kept, _ = self.candidates()
-        return find_smallest(self.needs, [tiled for strategy in kept for tiled in self.with_tiled_samples(strategy)])
+        prepared = [tiled for strategy in kept for tiled in self.with_tiled_preparation(strategy)]
+        return find_smallest(
+            self.needs, [tiled for strategy in prepared for tiled in self.with_tiled_samples(strategy)]
+        )
 
     def preference(self, strategy: Config) -> tuple[object, ...]:
-        """Return the sort key of strategies: exact weights first, then speed; a tie is broken by the least effort."""
-        return _is_rounded(strategy), round(self.predictor.seconds(strategy), 4), effort_of(strategy)
+        """Return the sort key of strategies: weights that stay first, then exact ones, then speed, then effort."""
+        return *_last_resorts(strategy), round(self.predictor.seconds(strategy), 4), effort_of(strategy)
+
+    def with_tiled_preparation(self, strategy: Config) -> list[Config]:
+        """Return a strategy, and also the same with tiles before training if that is open."""
+        is_open = "memory.tiled_preparation" in open_paths(self.run.config)
+        return [strategy, *([changed(strategy, {"memory.tiled_preparation": True})] if is_open else [])]
 
     def with_tiled_samples(self, strategy: Config) -> list[Config]:
         """Return a strategy, and also the same with tiled samples if that is open and samples are drawn."""
@@ -129,9 +137,7 @@ class _Search:
     def run(self) -> Plan | None:
         kept, refused = self._planner.candidates()
         too_large: set[str] = set()
-        rounded = [strategy for strategy in kept if _is_rounded(strategy)]
-        exact = [strategy for strategy in kept if not _is_rounded(strategy)]
-        for strategy in chain(self._sorted(exact), self._sorted(rounded)):
+        for strategy in chain.from_iterable(map(self._sorted, _by_last_resort(kept))):
             family = _name_without_activations(strategy)
             if family in too_large:
                 continue
@@ -178,9 +184,12 @@ class _Search:
     def _predict(self, strategy: Config) -> tuple[Refusal | None, Config]:
         """Return why a strategy does not fit, checking cheap reasons first, and the strategy.
 
-        Samples are tiled if they would not fit otherwise and the configuration leaves that open.
+        Samples, and pictures before training, are tiled where they would not fit otherwise and the configuration leaves
+        that open.
         """
         needs, budget = self._needs, self._budget_bytes
+        prepared = self._planner.with_tiled_preparation(strategy)
+        strategy = next((each for each in prepared if needs.before_training(each) <= budget), prepared[-1])
         if (needed := needs.before_training(strategy)) > budget:
             return self._refusal(_name_without_activations(strategy), needed, ", before training"), strategy
         if (needed := needs.between_steps(strategy)) > budget:
@@ -263,9 +272,23 @@ def _is_rounded(strategy: Config) -> bool:
     return strategy.memory.weights == "bf16_stochastic" or strategy.lora.base_weights in {"int8", "nf4"}
 
 
+def _last_resorts(strategy: Config) -> tuple[bool, bool]:
+    """Return what a strategy does that others, whatever they cost, are preferred to."""
+    return bool(strategy.memory.stream_weights), _is_rounded(strategy)
+
+
+def _by_last_resort(strategies: Sequence[Config]) -> list[list[Config]]:
+    """Return strategies in groups; a later one is for when nothing in those before it fits."""
+    groups: dict[tuple[bool, bool], list[Config]] = {}
+    for strategy in strategies:
+        groups.setdefault(_last_resorts(strategy), []).append(strategy)
+    return [groups[key] for key in sorted(groups)]
+
+
 def _name_without_activations(strategy: Config) -> str:
     """Return the common name of a strategy and those that differ only in activations."""
-    alike = {"memory.checkpointing": "none", "memory.offload_checkpoints": False, "memory.fused_layers": False}
+    alike: dict[str, object] = {"memory.checkpointing": "none"}
+    alike |= dict.fromkeys(("memory.offload_checkpoints", "memory.fused_layers", "memory.tiled_preparation"), False)
     return describe(changed(strategy, alike)).replace("no checkpointing", "any checkpointing")
 
 

@@ -1,8 +1,8 @@
 """Counts the bytes of all tensors that are alive while code runs, on the meta device or on a real one.
 
 A dispatch mode sees each operator's outputs. A storage counts from the operator that made it until nothing refers to
-it, as in CUDA's caching allocator. Allocations inside an operator are not seen, except in the eager twins of
-``lowmem_db_kernels``.
+it, as in CUDA's caching allocator. What is made from tensors on the host alone is there too. Allocations inside an
+operator are not seen, except in the eager twins of ``lowmem_db_kernels``.
 """
 
 import weakref
@@ -170,10 +170,10 @@ class AllocationTracker(TorchDispatchMode):
             self._follow(torch.empty(temporary_bytes(args[0].numel()), dtype=torch.uint8, device=self.device_type))
         if self.device_type != "meta":
             made = func(*args, **kwargs)
-            self._follow_all(made)
+            self._follow_made(made, args)
             return made
         made, row = meta_results.run(func, args, kwargs)
-        is_new = self._follow_all(made)
+        is_new = self._follow_made(made, args)
         if row is not None and (is_new or func._schema.is_mutable):
             self._record(func, args, row)
         return made
@@ -253,6 +253,20 @@ class AllocationTracker(TorchDispatchMode):
         storage.on_host = True
         self._host_bytes += storage.num_bytes
         self._peak_host_bytes = max(self._peak_host_bytes, self._host_bytes)
+
+    @no_type_check
+    def _follow_made(self, made: Any, args: tuple[Any, ...]) -> bool:
+        """Follow what an operator made of its arguments; return whether it is new."""
+        is_new = self._follow_all(made)
+        if is_new and self._host_bytes and isinstance(made, Tensor) and self._are_on_host(args):
+            self._is_on_host(made)
+        return is_new
+
+    @no_type_check
+    def _are_on_host(self, args: tuple[Any, ...]) -> bool:
+        """Return whether an operator's tensors are on the host, where it computes then."""
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        return bool(tensors) and all(map(self.is_on_host, tensors))
 
     @no_type_check
     def is_on_host(self, tensor: Tensor) -> bool:

@@ -21,20 +21,19 @@ from torch import nn
 from lowmem_db import environment, fingerprint
 from lowmem_db.adaptation.quantized import quantize
 from lowmem_db.config.schema import Config
-from lowmem_db.config.strategy import changed
 from lowmem_db.console import say, warn
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.data.folder import MANIFEST, is_negligible
 from lowmem_db.engine.draw import Artist, Job, Thrift, draw, loaded_for_use
 from lowmem_db.engine.manifest import differences, write_manifest
 from lowmem_db.errors import DataError, NonFiniteError
-from lowmem_db.host_memory import to_device
-from lowmem_db.memory.techniques import checkpoint_and_stream
+from lowmem_db.memory.drawing import load_all
 from lowmem_db.models.denoiser import Denoiser
+from lowmem_db.models.families.spaces import Codec
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
 from lowmem_db.models.saving import DTYPES
-from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders, read_otherwise
+from lowmem_db.models.text_encoders import embed_prompts, read_otherwise
 from lowmem_db.out_of_memory import first_that_fits
 from lowmem_db.randomness import generator
 from lowmem_db.records import Size
@@ -156,6 +155,7 @@ def _manifest(config: Config, model: ModelFolder, device: torch.device, resoluti
         "sample_batch_size": config.prior.sample_batch_size,
         "seed": config.seed,
         **({"clip_skip_and_chunks": read} if read else {}),
+        **({"decoded_in_tiles": True} if config.memory.tiled_preparation else {}),
     }
 
 
@@ -207,6 +207,8 @@ def _is_alike(name: str, before: object, now: object) -> bool:
     """Return whether images that differ in a setting are still of the same kind."""
     if name == "precision":
         return {before, now} <= DTYPES.keys()
+    if name == "decoded_in_tiles":
+        return {before, now} <= {True, None}
     return name in {"seed", "sample_batch_size"} and type(before) is int
 
 
@@ -233,7 +235,7 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequen
             table,
             [class_job(config, indices, group.size, seed=group.seed) for indices in batches],
             loaded_for_use(partial(load_frozen_denoiser, config, model, device, dtype), device),
-            loaded_for_use(partial(model.space.load, device, dtype), device),
+            loaded_for_use(partial(load_class_decoder, config, model, device, dtype), device),
             progress=f"class images {first} to {min(first + per_part, group.count) - 1}",
             thrift=thrift,
         )
@@ -249,25 +251,35 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequen
 
 
 def load_frozen_denoiser(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> Denoiser:
-    """Load the denoiser that draws class images.
-
-    It is in 8 or 4 bits if a LoRA run quantizes its frozen weights, and its weights stream if those of the run do.
-    """
+    """Load the denoiser that draws class images, in 8 or 4 bits if a LoRA run quantizes its frozen weights."""
     family, kind = model.family, config.lora.base_weights
-    if config.memory.stream_weights:
-        module = model.load(family.denoiser, device if device.type == "meta" else CPU, dtype)
-        denoiser = Denoiser(family, {family.denoiser: module})
-        in_segments = changed(config, {"memory.checkpointing": "segments", "memory.offload_checkpoints": False})
-        checkpoint_and_stream(denoiser, in_segments, device)
-        to_device(module, device)
-        return denoiser
     if kind == "int8" or kind == "nf4":
         module = model.load(family.denoiser, device if device.type == "meta" else CPU, dtype)
         quantize([module], kind, dtype)
         nn.Module.to(module, device)
-    else:
-        module = model.load(family.denoiser, device, dtype)
-    return Denoiser(family, {family.denoiser: module})
+        return Denoiser(family, {family.denoiser: module})
+    streamed = bool(config.memory.stream_weights)
+    load = partial(model.load, dtype=dtype)
+    return Denoiser(family, load_all(family, (family.denoiser,), load, device, streamed=streamed))
+
+
+def load_class_decoder(config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype) -> Codec:
+    """Load the decoder of class images."""
+    codec = model.space.load(device, dtype)
+    if config.memory.stream_weights:
+        codec.drop_encoder()
+    if config.memory.tiled_preparation:
+        codec.decode_in_tiles(config.data.resolution)
+    return codec
+
+
+def load_class_text_encoders(
+    config: Config, model: ModelFolder, device: torch.device, dtype: torch.dtype
+) -> Mapping[str, nn.Module]:
+    """Load the text encoders that embed the class prompt."""
+    streamed = bool(config.memory.stream_weights)
+    load = partial(model.load, dtype=dtype)
+    return load_all(model.family, model.family.text_encoders, load, device, streamed=streamed)
 
 
 def class_artist(config: Config, model: ModelFolder) -> Artist:
@@ -338,7 +350,7 @@ def _embed(config: Config, model: ModelFolder, device: torch.device, dtype: torc
     """Return the embeddings of the class prompts and of the empty prompt; the CPU computes them in fp32."""
 
     def on(where: torch.device, in_dtype: torch.dtype) -> PromptTable:
-        text_encoders = load_text_encoders(model, device=where, dtype=in_dtype)
+        text_encoders = load_class_text_encoders(config, model, where, in_dtype)
         return embed_prompts(model, text_encoders, [*class_prompts(config), ""])
 
     places = [(device, dtype)] if device.type == "cpu" else [(device, dtype), (CPU, torch.float32)]

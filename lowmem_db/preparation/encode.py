@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem_db import fingerprint
 from lowmem_db.config.schema import Config, DataConfig
@@ -19,9 +19,10 @@ from lowmem_db.console import say, track
 from lowmem_db.data.batches import EncodedImage, PromptTable
 from lowmem_db.data.crops import crop_facts, load_pixels, num_distinct_crops
 from lowmem_db.errors import NonFiniteError, StorageError
+from lowmem_db.memory.drawing import load_all
 from lowmem_db.models.families.spaces import Codec
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.models.text_encoders import check_embeds, load_text_encoders, read_otherwise, tokenize_prompts
+from lowmem_db.models.text_encoders import check_embeds, read_otherwise, tokenize_prompts
 from lowmem_db.records import ImageRecord, Size
 from lowmem_db.storage.locks import locked
 from lowmem_db.storage.run_folder import read_json, write_json
@@ -50,6 +51,8 @@ def encode_images(
     """
     store = TensorStore(config.cache_dir / "latents", needed={"mean", "std", "time_ids"})
     space_key = model.space.content_key()
+    if config.memory.tiled_preparation:
+        space_key = fingerprint.of_values(space_key, "tiles")
     sides = (False, True) if config.data.random_flip else (False,)
     crops = [
         _Crops(record, size, config.data, mirrored)
@@ -59,12 +62,28 @@ def encode_images(
     keys = [picture.key(space_key) for picture in crops]
     missing = [picture for picture, key in zip(crops, keys, strict=True) if store.read(key) is None]
     index = _say_reused(config, crops, keys, missing)
-    codec = _lazily(lambda: model.space.load(device))
+    codec = _lazily(lambda: load_encoder(config, model, device))
     for picture in track(missing, "encoding pictures", len(missing)):
         store.read_or_make(picture.key(space_key), partial(_encode, codec, picture))
     write_json(_index_file(config, crops), index)
     found = [keys[first : first + len(sides)] for first in range(0, len(keys), len(sides))]
     return [_encoded(model, store, record, own) for record, own in zip(records, found, strict=True)]
+
+
+def load_encoder(config: Config, model: ModelFolder, device: torch.device) -> Codec:
+    """Load what encodes pictures, in fp32; where weights stream, without the decoder."""
+    codec = model.space.load(device)
+    if config.memory.stream_weights:
+        codec.drop_decoder()
+    if config.memory.tiled_preparation:
+        codec.encode_in_tiles(config.data.resolution)
+    return codec
+
+
+def load_encoders_of_text(config: Config, model: ModelFolder, device: torch.device) -> Mapping[str, nn.Module]:
+    """Load the text encoders, in fp32."""
+    family, streamed = model.family, bool(config.memory.stream_weights)
+    return load_all(family, family.text_encoders, model.load, device, streamed=streamed)
 
 
 def encode_prompts(config: Config, model: ModelFolder, device: torch.device, prompts: Iterable[str]) -> PromptTable:
@@ -78,7 +97,7 @@ def encode_prompts(config: Config, model: ModelFolder, device: torch.device, pro
         return tokens
     store = TensorStore(config.cache_dir / "prompts")
     encoder_key = model.content_key(*model.family.names_of("text_encoder", "tokenizer"))
-    text_encoders = _lazily(lambda: load_text_encoders(model, device=device))
+    text_encoders = _lazily(lambda: load_encoders_of_text(config, model, device))
     keys = {
         prompt: fingerprint.of_values("prompt", _PROMPT_FORMAT_VERSION, encoder_key, prompt, *read_otherwise(model))
         for prompt in unique

@@ -40,6 +40,7 @@ FIXED_FIELDS = (
     "optimizer.name",
     "memory.weights",
     "memory.channels_last",
+    "memory.tiled_preparation",
     "ema.enabled",
     "data.resolution",
     "data.aspect_ratio_buckets",
@@ -48,7 +49,7 @@ FIXED_FIELDS = (
     "evaluation.keep_best",
 )
 """Fields that cannot change during a run."""
-_BEFORE_IT_EXISTED = {"memory.channels_last": False}
+_BEFORE_IT_EXISTED = {"memory.channels_last": False, "memory.tiled_preparation": False}
 """What runs did that older versions started, where it is a fixed field that they do not know."""
 
 

@@ -32,6 +32,11 @@ def test_a_recipe_differs_from_its_configuration_only_in_the_subject():
     assert made.model_dump(exclude={"subject", "output_dir", "sampling"}) == own
 
 
+def test_prompts_of_the_demos_class_images_are_not_taken_over():
+    assert load_config(Path("configs/demo.yaml")).prior.class_prompts
+    assert "class_prompts" not in fields_for(_wish(recipe="demo"))["prior"]
+
+
 def _flat(tree):
     return [
         (f"{name}.{inner}", each)

@@ -140,6 +140,11 @@ CASES = [
         {"memory.weights": "fp32"},
     ),
     (
+        {"memory.stream_optimizer_state": True, "ema.enabled": True, "memory.weights": "bf16_extra_bits"},
+        "ema.enabled",
+        {"memory.stream_weights": True},
+    ),
+    (
         {"memory.stream_weights": True, "memory.checkpointing": "none"},
         "memory.stream_weights",
         {"memory.checkpointing": "segments"},
@@ -148,11 +153,6 @@ CASES = [
         {"memory.stream_weights": True, "memory.optimizer_in_backward": False},
         "memory.stream_weights",
         {"memory.optimizer_in_backward": True},
-    ),
-    (
-        {"memory.stream_weights": True, "memory.optimizer_in_backward": True, "ema.enabled": True},
-        "ema.enabled",
-        {"ema.enabled": False},
     ),
     ({"memory.stream_weights": True, "training.compile": True}, "training.compile", {"training.compile": False}),
     (

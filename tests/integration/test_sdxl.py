@@ -118,7 +118,7 @@ def test_embeddings_of_frozen_text_encoders_are_made_once(
 ) -> None:
     config = load_config(None, list(fields.items()))
     first = prepare(config, model, CPU, check_photos(config)).prompts
-    monkeypatch.setattr(encode, "load_text_encoders", lambda *_: pytest.fail("the text encoders were loaded again"))
+    monkeypatch.setattr(encode, "load_encoders_of_text", lambda *_: pytest.fail("the text encoders were loaded again"))
     second = prepare(config, model, CPU, check_photos(config)).prompts
     assert first.embeds is not None
     assert second.embeds is not None

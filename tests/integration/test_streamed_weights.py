@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from lowmem_db.cli.train import train
-from lowmem_db.config.loading import load_config
-from lowmem_db.config.strategy import resolve
+from lowmem_db.engine.generate import generate_images
+from lowmem_db.engine.source import find_source
 from lowmem_db.memory import weight_stream
-from lowmem_db.models.finding import model_of
-from lowmem_db.models.loading import CPU
 from lowmem_db.optimizers import build
-from lowmem_db.preparation.class_images import load_frozen_denoiser, prepare_class_images
+from lowmem_db.sampling.latents import SamplingSettings
 from tests.integration.test_resume import final_bytes, metric_rows
 
+CPU = torch.device("cpu")
 FULL = {
     "optimizer.name": "adamw8bit",
     "memory.weights": "bf16_extra_bits",
@@ -35,6 +34,9 @@ LORA = {
 }
 VARIANTS = {
     "24-bit weights, samples": FULL | SAMPLES,
+    "the average of 24-bit weights, samples of it": FULL
+    | SAMPLES
+    | {"ema.enabled": True, "memory.stream_optimizer_state": False},
     "LoRA, dropout, two batches a step": LORA | SAMPLES,
     "buckets, stochastic rounding, nested checkpoints on the host, text encoder stopped": FULL
     | {
@@ -85,23 +87,55 @@ def checkpoint_bytes(output_dir: Path) -> dict[str, bytes]:
     return {str(file.relative_to(output_dir)): file.read_bytes() for file in files}
 
 
-def assert_same(one: Path, other: Path, fields: dict[str, object]) -> None:
+def cache_bytes(output_dir: Path) -> dict[str, bytes]:
+    """Return the class images, latents and embeddings of a run with a cache of its own."""
+    cache = output_dir.parent / "cache"
+    files = [file for file in sorted(cache.rglob("*")) if file.suffix in {".png", ".safetensors"}]
+    return {str(file.relative_to(cache)): file.read_bytes() for file in files}
+
+
+def drawn(output_dir: Path) -> list[bytes]:
+    settings = SamplingSettings(sampler="ddim", num_inference_steps=2, guidance_scale=3.0)
+    source = find_source(str(output_dir))
+    assert source.streams_weights == ("streamed" in output_dir.parts)
+    rows = generate_images(
+        source, ["a zx dog"], settings, num_images=2, resolution=32, seed=1, device=CPU, dtype=torch.float32
+    )
+    return [image.tobytes() for _, images in rows for image in images]
+
+
+def assert_same(one: Path, other: Path) -> None:
     assert metric_rows(one) == metric_rows(other)
+    assert cache_bytes(one) == cache_bytes(other) != {}
     assert checkpoint_bytes(one) == checkpoint_bytes(other) != {}
     assert final_bytes(one) == final_bytes(other) != {}
-    if fields.get("sampling.prompts"):
-        grid = "samples/step-000004/grid.png"
-        assert (one / grid).read_bytes() == (other / grid).read_bytes()
+    for grid in (one / "samples").glob("*/grid.png"):
+        assert grid.read_bytes() == (other / grid.relative_to(one)).read_bytes()
+
+
+def own_places(folder: Path) -> dict[str, object]:
+    return {"output_dir": str(folder / "run"), "cache_dir": str(folder / "cache")}
 
 
 @pytest.mark.parametrize(
     "variant", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in VARIANTS]
 )
 def test_runs_are_those_with_weights_that_stay(variant: str, tiny_fields: dict[str, object], tmp_path: Path) -> None:
-    fields = tiny_fields | {"checkpointing.every": 2} | VARIANTS[variant]
-    streamed = run(fields | {"memory.stream_weights": True, "output_dir": str(tmp_path / "streamed" / "run")})
-    resident = run(fields | {"output_dir": str(tmp_path / "resident" / "run")})
-    assert_same(streamed, resident, fields)
+    fields = tiny_fields | {"checkpointing.every": 2, "prior.num_class_images": 2} | VARIANTS[variant]
+    streamed = run(fields | {"memory.stream_weights": True} | own_places(tmp_path / "streamed"))
+    resident = run(fields | own_places(tmp_path / "resident"))
+    assert_same(streamed, resident)
+    if "samples" in variant:
+        assert (streamed / "samples" / "step-000004" / "grid.png").is_file()
+        assert drawn(streamed) == drawn(resident)
+
+
+@pytest.mark.parametrize("trains", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_sdxl_too(trains: bool, tiny_fields: dict[str, object], tiny_sdxl: Path, tmp_path: Path) -> None:
+    fields = tiny_fields | FULL | {"model.base": str(tiny_sdxl), "training.train_text_encoder": trains}
+    fields |= {"training.max_train_steps": 2, "prior.num_class_images": 2}
+    streamed = run(fields | {"memory.stream_weights": True} | own_places(tmp_path / "streamed"))
+    assert_same(streamed, run(fields | own_places(tmp_path / "resident")))
 
 
 @pytest.mark.long
@@ -116,15 +150,8 @@ def test_a_run_may_go_on_with_weights_that_stay(tiny_fields: dict[str, object], 
         assert metric_rows(found) == metric_rows(whole)
 
 
-def test_class_images_are_those_of_weights_that_stay(tiny_fields: dict[str, object], tmp_path: Path) -> None:
-    drawn = []
-    for streams in (True, False):
-        own = {"cache_dir": str(tmp_path / str(streams)), "memory.stream_weights": streams, "prior.num_class_images": 2}
-        config = load_config(None, list((tiny_fields | FULL | own).items()))
-        config, model = resolve(config), model_of(config)
-        denoiser = load_frozen_denoiser(config, model, CPU, torch.float32)
-        assert hasattr(denoiser.module, weight_stream.SLOTS) == streams
-        (images,) = prepare_class_images(config, model, CPU, {(32, 32): 2})
-        assert images.files is not None
-        drawn.append([file.read_bytes() for file in images.files])
-    assert drawn[0] == drawn[1]
+def test_tiles_before_training_have_latents_of_their_own(tiny_fields: dict[str, object], tmp_path: Path) -> None:
+    fields = tiny_fields | FULL | {"training.max_train_steps": 1, "prior.num_class_images": 1}
+    tiled = run(fields | {"memory.tiled_preparation": True} | own_places(tmp_path / "tiled"))
+    whole = run(fields | own_places(tmp_path / "whole"))
+    assert not cache_bytes(tiled).keys() & cache_bytes(whole).keys(), "keys differ"

@@ -50,7 +50,7 @@ def test_peak_is_that_of_real_tensors(name):
     config = make_config(
         prior__enabled=False, training__train_text_encoder=True, training__train_batch_size=4,
         optimizer__name=optimizer,
-        ema__enabled=name in {"plain", "segments"},
+        ema__enabled=name in {"plain", "segments", "streamed weights"},
     )  # fmt: skip
     config = resolved(config, STRATEGIES[name])
     predicted = trace_train(make_run(config, CPU))
@@ -67,7 +67,7 @@ def test_peak_is_that_of_real_tensors(name):
 def test_peak_of_adapters_is_that_of_real_tensors(fields):
     config = make_config(
         prior__enabled=False, training__train_text_encoder=True, training__train_batch_size=4, lora__enabled=True,
-        lora__targets=["attention", "feed_forward", "convolutions"], ema__enabled=fields is not STREAMED, **fields,
+        lora__targets=["attention", "feed_forward", "convolutions"], ema__enabled=True, **fields,
     )  # fmt: skip
     config = resolve(config)
     predicted = trace_train(make_run(config, CPU))

@@ -142,7 +142,7 @@ def test_accumulation_rules_the_backward_pass_out():
 
 def test_rule_that_refuses_every_strategy_is_an_error():
     fields = {"memory__stream_optimizer_state": True, "memory__optimizer_in_backward": True}
-    config = make_config(ema__enabled=True, **fields)
+    config = make_config(ema__enabled=True, memory__stream_weights=False, **fields)
     memory = config.memory.model_copy(update={"weights": "bf16_extra_bits"})  # what load_config refuses by itself
     with pytest.raises(ConfigError, match=r"ema\.enabled: true averages complete weights"):
         plan(config.model_copy(update={"memory": memory}), Target(card=ASSUMED, budget_bytes=GIB))
@@ -269,3 +269,22 @@ def test_what_the_card_cannot_compute_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         open_choices(make_config(**fields), find_card("t4"))
     assert open_choices(make_config(**fields), find_card("rtx 3060"))
+
+
+def test_weights_stream_where_nothing_else_fits_and_the_host_is_large_enough():
+    config = make_config(
+        training__train_text_encoder=True, optimizer__name="adamw8bit", prior__enabled=False,
+        memory__weights="bf16_extra_bits", memory__optimizer_in_backward=True, memory__stream_optimizer_state=True,
+        memory__checkpointing="segments", memory__offload_checkpoints=False, memory__fused_layers=False,
+    )  # fmt: skip
+    planner = Planner(make_run(config))
+    by_place = {bool(each.memory.stream_weights): each for each in planner.candidates()[0]}
+    needed = {streams: planner.needs.whole_run(each) for streams, each in by_place.items()}
+    assert needed[True] < needed[False]
+    assert planner.plan(needed[False]).config.memory.stream_weights is False
+    found = planner.plan(needed[False] - 1)
+    assert found.config.memory.stream_weights is True
+    assert found.host_peak_bytes > max(phase.host_bytes for phase in found.phases)
+    assert planner.predictor.seconds(by_place[True]) > planner.predictor.seconds(by_place[False])
+    with pytest.raises(BudgetError, match="memory of the host"):
+        planner.find(needed[False] - 1, host_bytes=1 << 20)

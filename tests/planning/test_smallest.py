@@ -109,6 +109,7 @@ def test_class_images_are_planned_with_the_frozen_weights_that_are_chosen(monkey
     """What is left open is open before training too: nf4 where bf16 does not fit class images."""
     monkeypatch.setattr(environment, "is_installed", lambda name: True)
     fields = {"lora__enabled": True, "lora__rank": 1, "memory__checkpointing": "nested", "data__resolution": 32}
+    fields |= {"memory__stream_weights": False}
     planner = Planner(make_run(make_config(**fields, prior__sample_batch_size=256)))
     needed = {each.lora.base_weights: planner.needs.before_training(each) for each in planner.candidates()[0]}
     assert needed["nf4"] < needed["bf16"]

@@ -277,7 +277,7 @@ def test_embeddings_are_cached_while_the_text_encoder_is_frozen(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(tiny_config).prompts.embeds
-    monkeypatch.setattr(encode, "load_text_encoders", lambda *_: pytest.fail("the text encoder was loaded again"))
+    monkeypatch.setattr(encode, "load_encoders_of_text", lambda *_: pytest.fail("the text encoder was loaded again"))
     second = run(tiny_config).prompts.embeds
     assert first is not None
     assert second is not None

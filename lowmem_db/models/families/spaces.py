@@ -33,6 +33,18 @@ class Codec(Protocol):
         """From now on, decode pictures with sides of ``num_pixels`` in tiles if that saves memory."""
         ...
 
+    def encode_in_tiles(self, num_pixels: int) -> None:
+        """From now on, encode pictures with sides of ``num_pixels`` in tiles if that saves memory."""
+        ...
+
+    def drop_decoder(self) -> None:
+        """Free the weights that only decode."""
+        ...
+
+    def drop_encoder(self) -> None:
+        """Free the weights that only encode."""
+        ...
+
 
 @runtime_checkable
 class Space(Protocol):
@@ -145,6 +157,20 @@ class LatentCodec:
             self.autoencoder.tile_sample_min_size = num_pixels // 2
             self.autoencoder.tile_latent_min_size = num_pixels // 2 // self.cell
 
+    def encode_in_tiles(self, num_pixels: int) -> None:
+        """Encode tiles of half a picture's side, as in :meth:`decode_in_tiles`; the latents are blended."""
+        self.decode_in_tiles(num_pixels)
+
+    def drop_decoder(self) -> None:
+        """Free the weights that only decode, of an ``AutoencoderKL``."""
+        if isinstance(self.autoencoder, AutoencoderKL):
+            del self.autoencoder.decoder, self.autoencoder.post_quant_conv
+
+    def drop_encoder(self) -> None:
+        """Free the weights that only encode, of an ``AutoencoderKL``."""
+        if isinstance(self.autoencoder, AutoencoderKL):
+            del self.autoencoder.encoder, self.autoencoder.quant_conv
+
     def _check(self, made: dict[str, Tensor], what: str) -> None:
         """Refuse infinite values and NaN, which would become black pictures, or spoil the training.
 
@@ -196,3 +222,12 @@ class PixelCodec:
 
     def decode_in_tiles(self, num_pixels: int) -> None:
         """Do nothing: there is nothing to decode."""
+
+    def encode_in_tiles(self, num_pixels: int) -> None:
+        """Do nothing: there is nothing to encode."""
+
+    def drop_decoder(self) -> None:
+        """Do nothing: there is no decoder."""
+
+    def drop_encoder(self) -> None:
+        """Do nothing: there is no encoder."""
