@@ -241,10 +241,10 @@ def _signed(score: Score) -> str:
 
 
 def write_sheets(pictures: Path, sheets: Path) -> None:
-    """Make a contact sheet for each ablation from the pictures of a drawn and a photographed subject."""
+    """Make a contact sheet for each ablation from the pictures of a drawn and a photographed subject, or of two."""
     for name, ablation in ABLATIONS.items():
         rows = []
-        for subject in SHEET_SUBJECTS:
+        for subject in [one for one in SHEET_SUBJECTS if one in ablation.subjects] or ablation.subjects[:2]:
             for variant, label in ablation.labels.items():
                 strip = pictures / f"{variant}-{subject}-0.png"
                 if strip.is_file():

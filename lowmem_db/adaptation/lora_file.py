@@ -29,6 +29,7 @@ _SETTINGS: dict[str, tuple[tuple[type, ...], float]] = {  # types, and least val
     "use_rslora": ((bool,), 0),
     "use_dora": ((bool,), 0),
 }
+_WANTED = {"rank_pattern": {}}  # diffusers 0.35 loads no file whose metadata lack it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def write_lora(file: Path, lora: LoraFile) -> None:
     fields = {
         f"{component}.{name}": value
         for component, settings in lora.settings.items()
-        for name, value in {**settings, "target_modules": _targets(lora.of_component(component))}.items()
+        for name, value in (_WANTED | {**settings, "target_modules": _targets(lora.of_component(component))}).items()
     }
     metadata = {"format": "pt", _ADAPTER_METADATA: json.dumps(fields, indent=2, sort_keys=True)}
     write_tensors(file, lora.state, {**lora.metadata, **metadata, **lora.base.metadata()})

@@ -23,6 +23,7 @@ def test_every_recipe_is_a_configuration_for_the_new_subject(recipe, tmp_path):
     assert "kettle" in config.subject.class_prompt
     assert "sks" not in file.read_text()
     assert not {"dog", "zx"} & {*config.subject.class_prompt.split()}
+    assert not any("dog" in prompt for prompt in config.prior.class_prompts)
     assert config.subject.instance_prompt in config.sampling.prompts
 
 
@@ -30,6 +31,11 @@ def test_a_recipe_differs_from_its_configuration_only_in_the_subject():
     own = load_config(Path("configs/sdxl_lora.yaml")).model_dump(exclude={"subject", "output_dir", "sampling"})
     made = load_config(None, _flat(fields_for(_wish(recipe="sdxl_lora"))))
     assert made.model_dump(exclude={"subject", "output_dir", "sampling"}) == own
+
+
+def test_prompts_of_the_demos_class_images_are_not_taken_over():
+    assert load_config(Path("configs/demo.yaml")).prior.class_prompts
+    assert "class_prompts" not in fields_for(_wish(recipe="demo"))["prior"]
 
 
 def _flat(tree):

@@ -25,6 +25,11 @@ BLOCKS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_bloc
 RECOMPUTING = ("layers", "segments", "nested")
 
 
+def layers_of(text_encoder):
+    """Return CLIP's layers; transformers 4 has them one level deeper."""
+    return getattr(text_encoder, "text_model", text_encoder).encoder.layers
+
+
 @pytest.fixture(autouse=True)
 def _tiny_tensors_go_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(boundary_offload, "MIN_BYTES", 4096)
@@ -114,7 +119,7 @@ def test_dropout_draws_the_same_numbers_again(placement: str) -> None:
     for module in modules["unet"].modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.3
-    for layer in modules["text_encoder"].encoder.layers:
+    for layer in layers_of(modules["text_encoder"]):
         layer.self_attn.dropout = 0.3
     torch.manual_seed(1)
     plain = loss_and_gradients(modules)
@@ -159,7 +164,7 @@ def test_what_each_placement_recomputes() -> None:
         "attention": transformer.transformer_blocks[0].attn1.to_q,
         "projection": transformer.proj_out,
         "upsampler": modules["unet"].up_blocks[0].upsamplers[0].conv,
-        "text": modules["text_encoder"].encoder.layers[0].mlp,
+        "text": layers_of(modules["text_encoder"])[0].mlp,
         "output": modules["unet"].conv_out,
     }
     counts = {}
@@ -194,7 +199,7 @@ def test_a_placement_per_block() -> None:
     checkpointing.apply(find_blocks(modules), chosen | {"text_encoder": "none"}, offload=True)
     recomputed = {name: calls_per_step(modules, unet.get_submodule(name).resnets[0].norm1) == 2 for name in BLOCKS}
     assert recomputed == {name: f"unet.{name}" in chosen for name in BLOCKS}
-    assert calls_per_step(modules, modules["text_encoder"].encoder.layers[0].mlp) == 1
+    assert calls_per_step(modules, layers_of(modules["text_encoder"])[0].mlp) == 1
     for module in modules.values():
         module.zero_grad()
     assert_same_bits(loss_and_gradients(modules), expected("tiny"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizerFast
 
 from lowmem_db.errors import ModelError
 from lowmem_db.models.finding import find_model
@@ -58,7 +59,10 @@ def test_tokenizer_that_knows_one_token_more(model_copy: Path, file: str) -> Non
 
 def test_tokenizer_that_grew_in_its_fast_file(model_copy: Path) -> None:
     added = {"id": 514, "content": "<dog>", "special": False}
-    edit(model_copy / "tokenizer" / "tokenizer.json", lambda content: content["added_tokens"].append(added))
+    file = model_copy / "tokenizer" / "tokenizer.json"
+    if not file.is_file():  # before version 5 transformers writes it for fast tokenizers alone
+        CLIPTokenizerFast.from_pretrained(file.parent).save_pretrained(file.parent)
+    edit(file, lambda content: content["added_tokens"].append(added))
     assert "its token '<dog>' has the number 514" in refusal(model_copy)
 
 

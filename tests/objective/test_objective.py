@@ -11,6 +11,7 @@ from lowmem_db.config.schema import ObjectiveConfig
 from lowmem_db.errors import ConfigError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.families.stable_diffusion import SD_OF_ANY_WIDTH
+from lowmem_db.models.names import published_name
 from lowmem_db.objective.objective import NoisedBatch, Objective
 from lowmem_db.objective.process import Diffusion
 from lowmem_db.objective.weights import timestep_weights
@@ -27,11 +28,11 @@ NAMED_PARAMETERS = (
     "conv_out.bias",
 )
 TEXT_ENCODER_PARAMETERS = (
-    "embeddings.token_embedding.weight",
-    "embeddings.position_embedding.weight",
-    "encoder.layers.0.self_attn.q_proj.weight",
-    "encoder.layers.1.mlp.fc2.weight",
-    "final_layer_norm.bias",
+    "text_model.embeddings.token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight",
+    "text_model.encoder.layers.0.self_attn.q_proj.weight",
+    "text_model.encoder.layers.1.mlp.fc2.weight",
+    "text_model.final_layer_norm.bias",
 )
 
 
@@ -100,7 +101,8 @@ def test_loss_and_gradients_equal_a_plain_reference(
     else:
         conditioning, modules = batch.conditioning, {"unet": unet, "text_encoder": text_encoder}
         names = (*NAMED_PARAMETERS, *TEXT_ENCODER_PARAMETERS)
-    parameters = dict(unet.named_parameters()) | dict(text_encoder.named_parameters())
+    parameters = dict(unet.named_parameters())
+    parameters |= {published_name("text_encoder", name): value for name, value in text_encoder.named_parameters()}
 
     loss = objective.loss(
         Denoiser(SD_OF_ANY_WIDTH, modules).predict(noised.noisy_latents, noised.timesteps, conditioning), noised
