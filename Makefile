@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test long slow gpu lint types format kernels-contract kernels-static audit torture readme clean
+.PHONY: demo test long slow gpu lint types site screenshots format kernels-contract kernels-static audit torture readme clean
 
 demo: $(INSTALLED)
 	$(RUN)/lowmem-db train configs/demo.yaml --resume
@@ -36,6 +36,14 @@ types: $(INSTALLED)
 format: $(INSTALLED)
 	$(RUN)/ruff format .
 	$(RUN)/ruff check --fix .
+
+# The documentation as a site, in build/site; a broken link is an error.
+site: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+
+# Pictures of the page for the documentation, from a finished run of the demo; needs Chromium.
+screenshots: $(INSTALLED)
+	$(RUN)/python -m tools.screenshots runs/demo docs/images
 
 # All contract tests of the kernels in Triton's interpreter; `make test` runs those that take it a few seconds.
 kernels-contract: $(INSTALLED)

@@ -29,17 +29,11 @@ APPENDED: Mapping[str, Sequence[str]] = {
         "prior.class_prompts=[]", "prior.num_inference_steps=2", "training.max_train_steps=2",
         "training.lr_warmup_steps=0", "sampling.num_images=1", "sampling.num_inference_steps=2", "device=cpu",
     ),
-    "prepare": (
-        "data.num_crops=1", "prior.num_class_images=2", "prior.class_prompts=[]", "prior.num_inference_steps=2",
-        "device=cpu",
-    ),
     "generate": ("--num-images", "1", "--num-inference-steps", "2", "--device", "cpu"),
 }  # fmt: skip
 INLINE: Mapping[str, str] = {
     "lowmem-db doctor": "lowmem-db doctor",
     "lowmem-db configs": "lowmem-db configs",
-    "lowmem-db new photos/teapot": "lowmem-db new photos/teapot --what teapot --base demo --yes",
-    "lowmem-db identifiers MODEL": "lowmem-db identifiers demo",
     # The demo's decoder has no place in the single file of Stable Diffusion.
     "lowmem-db export runs/teapot --precision fp16": (
         "lowmem-db export runs/teapot --precision fp16 --format diffusers"
@@ -48,20 +42,21 @@ INLINE: Mapping[str, str] = {
         "lowmem-db train accelerate launch train_dreambooth.py --pretrained_model_name_or_path=demo "
         '--instance_data_dir=photos/teapot --instance_prompt="a sks dog" --output_dir=runs/pasted'
     ),
-    "lowmem-db evaluate runs/teapot": (
-        "lowmem-db evaluate runs/teapot --prompts 1 --images 1 --num-class-images 2 --num-inference-steps 2"
-    ),
-    "lowmem-db prepare": "lowmem-db prepare demo output_dir=runs/prepared",
 }
 """What is run for a command within a sentence."""
 SKIPPED: Mapping[str, str] = {
     "pip install torch --index-url https://download.pytorch.org/whl/cu128": "is for Windows with an NVIDIA card",
     "lowmem-db plan sdxl_lora --all-gpus": "takes minutes; tests/planning/test_survey.py has a small one",
     "lowmem-db bench --share": "measures a card",
+    "lowmem-db ui": "serves until it is ended; tests/ui drives it",
 }
 """Why a command within a sentence is not run."""
 AFTERWARDS = (
     "lowmem-db --version",
+    "lowmem-db identifiers demo",
+    "lowmem-db prepare demo output_dir=runs/prepared data.num_crops=1 prior.num_class_images=2 prior.class_prompts=[] "
+    "prior.num_inference_steps=2 device=cpu",
+    "lowmem-db evaluate runs/teapot --prompts 1 --images 1 --num-class-images 2 --num-inference-steps 2",
     'lowmem-db train sdxl_lora subject.instance_dir=photos/teapot subject.class_prompt="a photo of teapot" '
     "output_dir=runs/lora",
     "lowmem-db generate runs/lora",

@@ -21,7 +21,7 @@ from lowmem_db.ui.server import listen
 from lowmem_db.ui.workplace import Workplace
 
 ROOT = Path(__file__).parents[1]
-PHOTOS = sorted((ROOT / "examples" / "dog3").glob("*.jpg"))
+PHOTOS = sorted((ROOT / "examples" / "drawn_dog").glob("*.png"))
 WIDTHS = (1280, 390)
 _PATIENCE = 600_000
 _QUALITY = 82
@@ -66,10 +66,10 @@ def _draft(browser: Browser, address: str) -> str:
     """Begin a draft; return its path."""
     page = browser.new_page()
     page.goto(address)
-    page.get_by_label("What do the photos show?").fill("white dog")
+    page.get_by_label("What do the photos show?").fill("dog")
     page.get_by_role("button", name="Begin").click()
     page.set_input_files("#files", PHOTOS)
-    page.get_by_label(f"Caption of {PHOTOS[1].name}").fill("a sks dog on a rock")
+    page.get_by_label(f"Caption of {PHOTOS[1].name}").fill("a sks dog, sitting")
     page.get_by_label(f"Caption of {PHOTOS[1].name}").blur()
     page.wait_for_selector("#train:enabled", timeout=_PATIENCE)
     return page.url.removeprefix(address)
@@ -80,7 +80,6 @@ def _drawn(browser: Browser, address: str) -> str:
     page = browser.new_page()
     page.goto(f"{address}/run/dog")
     page.get_by_label("Prompts, one per line").fill("a sks dog\na dog")
-    page.get_by_label("Guidance").fill("1")
     page.get_by_role("button", name="Draw").click()
     page.wait_for_selector("#drawn .pictures img", timeout=_PATIENCE)
     return "/run/dog"

@@ -119,13 +119,16 @@ def text_of(fields: Tree, header: list[str]) -> str:
     for name, value in fields.items():
         if name in _COMMENTS:
             lines.append(f"# {_COMMENTS[name]}")
-        lines += _dump({name: value}, is_block=name == "subject" or not isinstance(value, dict)).splitlines()
+        lines += _dump(name, value).splitlines()
     return "\n".join(lines) + "\n"
 
 
-def _dump(tree: dict[str, Any], *, is_block: bool) -> str:
-    flow = False if is_block else None
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=flow, width=_WIDTH, allow_unicode=True)
+def _dump(name: str, value: Any) -> str:
+    """Return a field or a section; only the section of the subject has a line for each field."""
+    if name == "subject" or not isinstance(value, dict):
+        return yaml.safe_dump({name: value}, sort_keys=False, width=_WIDTH, allow_unicode=True)
+    section = yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=_WIDTH, allow_unicode=True)
+    return f"{name}: {section}"
 
 
 def _named(prompt: str, wish: Wish) -> str:

@@ -23,6 +23,7 @@ def test_every_recipe_is_a_configuration_for_the_new_subject(recipe, tmp_path):
     assert "kettle" in config.subject.class_prompt
     assert "sks" not in file.read_text()
     assert not {"dog", "zx"} & {*config.subject.class_prompt.split()}
+    assert not any("dog" in prompt for prompt in config.prior.class_prompts)
     assert config.subject.instance_prompt in config.sampling.prompts
 
 

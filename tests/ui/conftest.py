@@ -39,6 +39,7 @@ def quick_recipes(folder: Path) -> Path:
     tree["prior"] |= {"num_class_images": 2, "num_inference_steps": 1, "sample_batch_size": 2}
     tree["training"] = {"max_train_steps": 6, "train_batch_size": 1, "learning_rate": 0.001}
     tree["sampling"] |= {"num_images": 1, "num_inference_steps": 1}
+    tree["prior"].pop("class_prompts")
     tree["data"] |= {"num_crops": 1}
     tree["checkpointing"] = {"every": 3}
     (folder / "demo.yaml").write_text(text.split("output_dir")[0] + yaml.safe_dump(tree, sort_keys=False))
