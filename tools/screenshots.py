@@ -24,6 +24,10 @@ ROOT = Path(__file__).parents[1]
 PHOTOS = sorted((ROOT / "examples" / "drawn_dog").glob("*.png"))
 WIDTHS = (1280, 390)
 _PATIENCE = 600_000
+_WITHOUT_FOLDERS = """folder => {
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) texts.currentNode.data = texts.currentNode.data.replaceAll(folder + "/", "");
+}"""
 _QUALITY = 82
 
 
@@ -36,7 +40,7 @@ def main(run: Path, folder: Path) -> None:
         with _served(runs) as address:
             pages = {"home": "/", "draft": _draft(browser, address), "run": _drawn(browser, address)}
             for name, path in pages.items():
-                for file in _taken(browser, address + path, folder / f"ui_{name}"):
+                for file in _taken(browser, address + path, folder / f"ui_{name}", runs.parent):
                     print(file)
         browser.close()
 
@@ -85,7 +89,8 @@ def _drawn(browser: Browser, address: str) -> str:
     return "/run/dog"
 
 
-def _taken(browser: Browser, address: str, stem: Path) -> Iterator[Path]:
+def _taken(browser: Browser, address: str, stem: Path, hidden: Path) -> Iterator[Path]:
+    """Take the versions of a picture, without the name of a folder of this machine."""
     for width in WIDTHS:
         for scheme in ("light", "dark"):
             page: Page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
@@ -93,6 +98,7 @@ def _taken(browser: Browser, address: str, stem: Path) -> Iterator[Path]:
             page.wait_for_load_state("load")
             page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
             page.wait_for_timeout(1500)
+            page.evaluate(_WITHOUT_FOLDERS, str(hidden))
             file = stem.with_name(f"{stem.name}_{width}_{scheme}.jpg")
             page.screenshot(path=file, full_page=True, type="jpeg", quality=_QUALITY)
             page.close()

@@ -30,12 +30,14 @@ TECHNIQUES: dict[str, Fields] = {
     "stochastic": _TRAINED_24_BITS | {"memory.weights": "bf16_stochastic"},
     "layers": _TRAINED_24_BITS | {"memory.checkpointing": "layers"},
     "nested": _TRAINED_24_BITS | {"memory.checkpointing": "nested"},
+    "streamed_weights": _STREAMED | {"memory.stream_weights": True},
     "offloaded": _STREAMED | {"memory.offload_checkpoints": True},
     "fp32": FP32,
     "lora": {"lora.enabled": True, "memory.checkpointing": "none"},
 }
 """By name; the first ones matter most."""
 _SDXL: dict[str, Fields] = {
+    "sdxl_4gb": _STREAMED | {"memory.stream_weights": True},
     "sdxl_8gb": _STREAMED | {"memory.offload_checkpoints": True, "training.train_text_encoder": False},
     "sdxl_12gb": _STREAMED | {"training.train_text_encoder": False},
     "sdxl_24gb": _TRAINED_24_BITS | {"memory.checkpointing": "segments"},

@@ -94,13 +94,16 @@ def kohya_state(lora: LoraFile) -> dict[str, Tensor]:
     Each layer gets an ``alpha`` for which ``alpha / rank`` is the adapter's scale, rank-stabilised or not.
 
     Raises:
-        ModelError: It is a DoRA. Programs read ``dora_scale`` in different ways, none of them as it was trained.
+        ModelError: It is a DoRA, whose ``dora_scale`` programs read in different ways, none of them as it was trained;
+            or the layout has no names for its family.
     """
     if is_dora(lora):
         raise ModelError(
             "lora.dora: true, but kohya's layout has no norms that programs agree on; bake it into a LoRA with "
             "export --format lora-kohya, or into the model with export --merge"
         )
+    if (family := _family_of(lora)) is not None and not family.lora_prefixes:
+        raise ModelError(f"kohya's layout has no names for adapters of {family.name}; export --format lora-diffusers")
     prefixes = find_lora_prefixes(lora.settings)
     state: dict[str, Tensor] = {}
     for name, tensor in lora.state.items():

@@ -171,6 +171,14 @@ class _Search:
             reason = f"needs {gib(pinned)} of pinned memory{self._note_of_pinned()}"
         return Refusal(strategy=describe(strategy), reason=reason)
 
+    def _note_of_streams(self, strategy: Config, phases: Sequence[PhaseMemory]) -> Iterator[str]:
+        """Yield what streamed weights need beside the card."""
+        if not strategy.memory.stream_weights:
+            return
+        crossing, pinned = self._predictor.crossing(strategy), max(phase.host_bytes for phase in phases)
+        inward, outward = gib(crossing.forward + crossing.backward), gib(crossing.back)
+        yield f"each step brings {inward} to the card and {outward} back; {gib(pinned)} of the host are pinned"
+
     def _note_of_pinned(self) -> str:
         is_less = self._pinnable_bytes < self._host_bytes
         return f"; Windows lets programs pin {gib(self._pinnable_bytes)} here" if is_less else ""
@@ -215,6 +223,7 @@ class _Search:
         peak = max(phases, key=lambda phase: phase.parts.total)
         needed = self._needs.of_phases(phases)
         notes = [] if peak.name == "train" else [f"the peak of the run is in the phase {peak.name}, not in train"]
+        notes += self._note_of_streams(strategy, phases)
         return MemoryPlan(
             device=self._card.name,
             config=strategy,

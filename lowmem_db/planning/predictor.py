@@ -137,10 +137,10 @@ class Predictor:
         They do not depend on other traces, so that the order of strategies is the same for every budget.
         """
         costs, again = self._costs(strategy)
-        seconds = seconds_per_step(costs, self.run.card, again=again, crossing=self._crossing(strategy))
+        seconds = seconds_per_step(costs, self.run.card, again=again, crossing=self.crossing(strategy))
         return seconds * (1.0 + overhead_of(strategy))
 
-    def _crossing(self, strategy: Config) -> Crossing:
+    def crossing(self, strategy: Config) -> Crossing:
         """Return what streams beside a step: states both ways, and weights as often as their segments compute."""
         kept = self.resident(strategy)
         states = kept.host_bytes - kept.streamed_bytes

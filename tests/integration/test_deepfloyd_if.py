@@ -219,6 +219,8 @@ def test_adapters_load_in_diffusers(run: Run, fields: dict[str, object], tmp_pat
     assert any(".add_k_proj." in name for name in state), "diffusers' script adapts the prompt's keys too"
     assert "variance_type='fixed_small'" in (final / "README.md").read_text()
     assert "kohya" not in (final / "README.md").read_text()
+    refused = run("export", tmp_path / "run", "--format", "lora-kohya", "--out", tmp_path / "one.safetensors")
+    assert (refused.code, "no names for adapters of DeepFloyd IF" in refused.err) == (2, True)
     pipeline = pipeline_of(
         tiny_if, scheduler=DDPMScheduler.from_pretrained(tiny_if / "scheduler", variance_type="fixed_small")
     )

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem_db.host_memory import to_device
 from lowmem_db.memory import boundary_offload, checkpointing, weight_stream
-from lowmem_db.memory.weight_stream import WeightStream
+from lowmem_db.memory.weight_stream import SLOTS, WeightStream
 from lowmem_db.models.families.unet_blocks import find_blocks
 from tests.memory.models import assert_same_bits, build, clones, loss_and_gradients, loss_of, step_in_backward
 
@@ -156,6 +157,23 @@ def test_after_an_error_the_next_pass_begins_anew() -> None:
         assert_same_bits(module.state_dict(), plain[component].state_dict())
 
 
+def test_slots_are_free_until_the_next_pass() -> None:
+    modules = build("tiny")
+    plain = clones(modules)
+    stream = stream_of(modules)
+    step_in_backward(modules)
+    step_in_backward(plain)
+    for step in range(2):
+        for either in (modules, plain):
+            loss_of(either, step).backward()
+        assert modules["unet"].get_buffer(SLOTS).nbytes > 0
+        weight_stream.rest(modules.values())
+        assert modules["unet"].get_buffer(SLOTS).nbytes == 0
+    assert not stream._slots
+    for component, module in modules.items():
+        assert_same_bits(module.state_dict(), plain[component].state_dict())
+
+
 def test_undone() -> None:
     modules = build("tiny")
     plain = clones(modules)
@@ -168,3 +186,37 @@ def test_undone() -> None:
     assert torch.equal(loss_of(modules), loss_of(plain))
     undo()
     assert_same_bits(loss_and_gradients(modules), loss_and_gradients(plain))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("placement", ["layers", "segments", "nested"])
+def test_the_same_weights_on_a_gpu(
+    placement: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    torch.use_deterministic_algorithms(True)
+    device, modules = torch.device("cuda"), build("sdxl_like")
+    plain = {name: module.to(device) for name, module in clones(modules).items()}
+    checkpointing.apply(find_blocks(plain), placement)
+    stream = WeightStream(device, trained=True)
+    checkpointing.apply(find_blocks(modules), placement, stream=stream)
+    stream.begin(modules)
+    for module in modules.values():
+        to_device(module, device)
+    assert all(weight.is_pinned() for weight in streamed(stream))
+    for either in (modules, plain):
+        step_in_backward(either)
+    for step in range(6):
+        losses = [loss_of(either, step) for either in (modules, plain)]
+        assert torch.equal(*losses)
+        for loss in losses:
+            loss.backward()
+        if step == 3:
+            stream.rest()
+        torch.cuda.current_stream().synchronize()  # no more than a step's report waits for
+        for component, module in modules.items():
+            expected = {name: weight.cpu() for name, weight in plain[component].state_dict().items()}
+            assert_same_bits({name: weight.cpu() for name, weight in module.state_dict().items()}, expected)

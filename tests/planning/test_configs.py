@@ -33,6 +33,7 @@ LIMITS = {
     "sdxl_lora_6gb": 4.0,
     "sd15_lora_4gb": 2.6,
     "if_i_xl_full_12gb": 9.4,
+    "if_i_xl_full_6gb": 2.6,
 }
 
 QUICK = "sd15_full_4gb"

@@ -284,6 +284,7 @@ def test_weights_stream_where_nothing_else_fits_and_the_host_is_large_enough():
     assert planner.plan(needed[False]).config.memory.stream_weights is False
     found = planner.plan(needed[False] - 1)
     assert found.config.memory.stream_weights is True
+    assert "of the host are pinned" in found.notes[-1]
     assert found.host_peak_bytes > max(phase.host_bytes for phase in found.phases)
     assert planner.predictor.seconds(by_place[True]) > planner.predictor.seconds(by_place[False])
     with pytest.raises(BudgetError, match="memory of the host"):

@@ -30,6 +30,7 @@ from lowmem_db.objective.process import Diffusion
 from lowmem_db.records import Conditioning
 
 _LEARNED = ("learned", "learned_range")
+_OWN_LAYERS = (".add_k_proj.", ".add_v_proj.", "samplers.0.conv1.", "samplers.0.conv2.")
 
 
 class DeepFloydIF(Family):
@@ -61,6 +62,10 @@ class DeepFloydIF(Family):
     def recognises(self, files: ModelFiles) -> bool:
         """Return whether the UNet takes pixels alone."""
         return files.config_of("unet").get("in_channels") == self.channels
+
+    def recognises_lora(self, state: Tensors) -> bool:
+        """Return whether the adapters belong to blocks that only such a UNet has."""
+        return any(part in name for name in state for part in _OWN_LAYERS)
 
     def problems(self, files: ModelFiles) -> list[str]:
         """Return where UNet and text encoder do not fit each other."""

@@ -1,0 +1,1 @@
+"""The recipe of a small pixel cascade in the layout of DeepFloyd IF."""

@@ -1,0 +1,161 @@
+"""Trains a stage of the small cascade on stored pictures, for a given time; resumable. The end of a piece is exported.
+
+The first stage trains the text encoder too; the second takes it as it is.
+"""
+
+import argparse
+import copy
+import math
+import random
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from benchmarks.demo_base.captions import compose_caption
+from benchmarks.demo_base.train import LatentStore
+from benchmarks.demo_cascade.parts import SIZES, build_scheduler, build_text_encoder, build_unet, write_stage
+from lowmem_db.models.families.t5 import load_t5_tokenizer, tokenize
+from lowmem_db.models.files import ModelFiles
+from lowmem_db.objective.low_resolution import enlarged, level_of, reduced
+
+LEAST, MOST = 1e-5, 1e-1
+"""Variances of the noise on the pictures that the second stage enlarges; each is drawn between them, in logarithms."""
+_DROPOUT = 0.1
+
+
+class Trainer:
+    """A stage, its optimizer and its moving average, with one method per step."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        self.args = args
+        self.scheduler = build_scheduler(args.stage)
+        self.tokenizer = load_t5_tokenizer(ModelFiles(path=args.tokenizer.parent), args.tokenizer.name)
+        self.text_encoder = build_text_encoder(len(self.tokenizer))
+        parts: dict[str, nn.Module] = {"unet": build_unet(args.stage, args.channels)}
+        if args.stage == 1:
+            parts["text_encoder"] = self.text_encoder
+        else:
+            state = torch.load(args.first / "state.pt")["ema"]
+            own = {name.removeprefix("text_encoder."): rows for name, rows in state.items() if "text_encoder." in name}
+            self.text_encoder.load_state_dict(own)
+        self.model = nn.ModuleDict(parts)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, weight_decay=0.01, fused=True)
+        self.step, self.seconds = 0, 0.0
+        if (args.out / "state.pt").exists():
+            self.load()
+        torch.manual_seed(args.seed + self.step)
+        self.rng = random.Random(args.seed + self.step)
+        self.store = LatentStore(args.pictures, self.rng)
+
+    def load(self) -> None:
+        """Continues from a saved state."""
+        state = torch.load(self.args.out / "state.pt")
+        for name in ("model", "ema", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def save(self) -> None:
+        """Writes the state, replacing the last one only when complete."""
+        state = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
+        partial = self.args.out / "state.tmp"
+        torch.save(state | {"step": self.step, "seconds": self.seconds}, partial)
+        partial.rename(self.args.out / "state.pt")
+
+    def loss(self) -> Tensor:
+        """Returns the loss of one batch: the error of the noise; the variance has none."""
+        stored, shown = self.store.batch(self.args.batch)
+        pictures = stored / 127.5 - 1
+        captions = ["" if self.rng.random() < _DROPOUT else compose_caption(each, self.rng) for each in shown]
+        tokens = tokenize(self.tokenizer, captions)
+        embeds = self.text_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        small = reduced(pictures, SIZES[1])
+        clean = small if self.args.stage == 1 else pictures
+        noise, timesteps = torch.randn_like(clean), torch.randint(1000, (len(clean),))
+        noisy, levels = self.scheduler.add_noise(clean, noise, timesteps), None
+        if self.args.stage == 2:
+            beside, levels = self.beside(small)
+            noisy = torch.cat([noisy, beside], dim=1)
+        predicted = self.model["unet"](noisy, timesteps, encoder_hidden_states=embeds, class_labels=levels).sample
+        return mse_loss(predicted[:, :3], noise)
+
+    def beside(self, small: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the pictures to enlarge, each with noise of its own variance, and the levels of these."""
+        powers = torch.rand(len(small)) * math.log(MOST / LEAST) + math.log(LEAST)
+        variances, large = powers.exp(), enlarged(small, (SIZES[2], SIZES[2]))
+        levels = [level_of(variance, self.scheduler.alphas_cumprod) for variance in variances.tolist()]
+        rows = variances.view(-1, 1, 1, 1)
+        return (1 - rows).sqrt() * large + rows.sqrt() * torch.randn_like(large), torch.tensor(levels)
+
+    def update(self, progress: float) -> float:
+        """Takes one optimizer step at the given share of the planned time and returns the loss."""
+        rate = self.args.lr * min(1.0, (self.step + 1) / 200) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * progress))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = self.loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        return loss.item()
+
+    def run(self) -> None:
+        """Trains until the planned minutes, counted over all runs, are used up; then writes the average."""
+        start, earlier, recent, saved = time.perf_counter(), self.seconds, [], time.perf_counter()
+        while self.seconds < 60 * self.args.minutes:
+            recent.append(self.update(self.seconds / (60 * self.args.minutes)))
+            self.seconds = earlier + time.perf_counter() - start
+            if self.step % 50 == 0:
+                print(
+                    f"{self.seconds / 60:.1f} min, step {self.step}, loss {sum(recent) / len(recent):.4f}", flush=True
+                )
+                recent.clear()
+            if time.perf_counter() - saved > self.args.save_every:
+                self.save()
+                saved = time.perf_counter()
+        self.save()
+        self.export()
+
+    def export(self) -> None:
+        """Writes the stage as a model, with the averaged weights."""
+        folder = self.args.out / "base"
+        shutil.rmtree(folder, ignore_errors=True)
+        text_encoder = self.ema["text_encoder"] if self.args.stage == 1 else self.text_encoder
+        write_stage(folder, self.args.stage, self.ema["unet"], text_encoder, self.args.tokenizer)
+
+
+def main() -> None:
+    """Parses the arguments and trains."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
+    parser.add_argument("--pictures", type=Path, required=True, help="folder of shards written by render.py")
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--first", type=Path, help="--out of the first stage, whose text encoder the second takes")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the state, and of the model in base/")
+    parser.add_argument("--minutes", type=float, required=True, help="planned time, over all runs; sets the decay")
+    parser.add_argument("--channels", type=int, nargs="+")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ema", type=float, default=0.9995)
+    parser.add_argument("--save-every", type=float, default=120.0, help="seconds")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.channels = tuple(args.channels) if args.channels else None
+    if args.stage == 2 and args.first is None:
+        parser.error("--stage 2 needs --first, the --out of the first stage")
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    Trainer(args).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The recipe of the small cascade: steps of both stages, resumed, and the models that they write, chained."""
+
+import argparse
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.demo_base.captions import Attributes
+from benchmarks.demo_cascade.parts import ENTRIES, SIZES, build_text_encoder, build_unet, write_tokenizer
+from benchmarks.demo_cascade.train import LEAST, MOST, Trainer
+from lowmem_db.engine.enlarging import find_stages
+from lowmem_db.models.finding import find_model
+
+T5 = Path(__file__).parents[1] / "assets" / "t5_tokenizer" / "tokenizer.json"
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> argparse.Namespace:
+    generator = np.random.default_rng(0)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    np.save(pictures / "0000.npy", generator.integers(0, 256, (8, 3, 64, 64), dtype=np.uint8))
+    shown = [asdict(Attributes(random.Random(index).choice(("dog", "cat")))) for index in range(8)]
+    (pictures / "0000.json").write_text(json.dumps(shown))
+    write_tokenizer(T5, tmp_path / "tokenizer")
+    return argparse.Namespace(
+        stage=1, pictures=pictures, tokenizer=tmp_path / "tokenizer", first=None, out=tmp_path / "one", minutes=0.0,
+        channels=(32, 32), batch=2, lr=1e-3, ema=0.9, save_every=100.0, threads=1, seed=0,
+    )  # fmt: skip
+
+
+def test_stages_train_go_on_and_are_models_of_a_cascade(arguments: argparse.Namespace, tmp_path: Path) -> None:
+    found = []
+    for stage, name in ((1, "one"), (2, "two")):
+        own = argparse.Namespace(
+            **vars(arguments) | {"stage": stage, "out": tmp_path / name, "first": tmp_path / "one"}
+        )
+        own.out.mkdir()
+        trainer = Trainer(own)
+        assert all(np.isfinite(trainer.update(0.0)) for _ in range(2))
+        trainer.save()
+        resumed = Trainer(own)
+        assert resumed.step == 2
+        assert all(map(torch.equal, trainer.model.state_dict().values(), resumed.model.state_dict().values()))
+        resumed.run()  # the planned time is over: it writes the model
+        found.append(find_model(str(own.out / "base")))
+    assert [(model.family.enlarges, model.resolution) for model in found] == [(False, SIZES[1]), (True, SIZES[2])]
+    encoders = [model.load_whole("text_encoder").state_dict() for model in found]
+    assert all(map(torch.equal, encoders[0].values(), encoders[1].values()))
+    (stage,) = find_stages([str(found[1].path)])
+    assert stage.low_resolution.resolution == SIZES[1]
+
+
+def test_noise_of_the_second_stage_covers_what_the_paper_compares(arguments: argparse.Namespace) -> None:
+    arguments.out.mkdir()
+    _, levels = Trainer(arguments).beside(torch.zeros(500, 3, 16, 16))
+    assert LEAST <= 1e-5 < 1e-2 <= MOST
+    assert levels.min() == 0
+    assert levels.max() > 150
+
+
+def test_sizes_are_those_of_the_recipe() -> None:
+    sizes = [sum(weight.numel() for weight in build_unet(stage).parameters()) for stage in (1, 2)]
+    assert [round(size / 1e6, 1) for size in sizes] == [5.0, 4.7]
+    assert sum(weight.numel() for weight in build_text_encoder().parameters()) == pytest.approx(1.6e6, rel=0.02)
+    assert ENTRIES > 10_000
