@@ -154,6 +154,7 @@ ABLATIONS: Mapping[str, Ablation] = {
         reference="gentle",
         metrics=(FIDELITY, "EN0-I plain", "EN0-I context", PLACE, PRESERVATION, DIVERSITY, CLASS_KEPT),
         paper={
+            (FIDELITY, "gentle_without_prior"): 1,
             (PRESERVATION, "gentle_without_prior"): 1,
             (DIVERSITY, "gentle_without_prior"): -1,
             (FIDELITY, "gentle_wrong_noun"): -1,

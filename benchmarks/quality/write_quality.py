@@ -19,6 +19,8 @@ from lowmem_db.evaluation.metrics import Score
 
 RESULTS = Path("benchmarks/results/quality")
 CONTROL = "nearly_the_reference"
+FEW = 5
+"""With fewer subjects an interval is hardly more than the spread between them, and no direction is called shown."""
 WORDS = {1: "higher", -1: "lower", 0: "no difference shown", None: "not measured"}
 CEILING = "metric_ceiling.json"
 NOTES = Path(__file__).parent / "notes.md"
@@ -121,6 +123,8 @@ def _summary(rows: Sequence[Row]) -> str:
 
 
 def _verdict(difference: Score) -> str:
+    if difference.value is not None and difference.num_subjects < FEW:
+        return f"{difference.num_subjects} subjects, too few to tell: {_signed(difference)}"
     found = direction(difference)
     return f"{WORDS[found] if found in (0, None) else f'**{WORDS[found]}**'}: {_signed(difference)}"
 
@@ -130,9 +134,9 @@ def _section(name: str, ablation: Ablation, rows: Sequence[Row], sheets: Path | 
     parts += _table(ablation, rows)
     parts += ["", f"Against “{ablation.labels[ablation.reference]}”:", ""]
     for variant, label in ablation.labels.items():
-        if variant not in (ablation.reference, "untrained"):
+        if variant != ablation.reference and VARIANTS[variant].trained:
             parts += [
-                f"* {sentence(metric, f'“{label}”', _difference(rows, ablation, variant, metric))}"
+                f"* {_sentence(metric, label, _difference(rows, ablation, variant, metric))}"
                 for metric in ablation.metrics
             ]
     parts += _against_control(ablation, rows)
@@ -147,6 +151,12 @@ def _section(name: str, ablation: Ablation, rows: Sequence[Row], sheets: Path | 
             "",
         ]
     return "\n".join(parts)
+
+
+def _sentence(metric: str, label: str, difference: Score) -> str:
+    if difference.interval is None or not 1 < difference.num_subjects < FEW:
+        return sentence(metric, f"“{label}”", difference)
+    return f"{metric} with “{label}”: {_signed(difference)} ({difference.num_subjects} subjects, too few to tell)."
 
 
 def _against_control(ablation: Ablation, rows: Sequence[Row]) -> list[str]:

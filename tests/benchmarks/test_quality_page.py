@@ -66,6 +66,18 @@ def test_the_sentence_follows_the_interval(shift: tuple[float, float], found: in
     assert words in sentence("M", "x", difference)
 
 
+@pytest.fixture
+def few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.quality.write_quality.FEW", 2)
+
+
+def test_few_subjects_show_no_direction(rows: list[dict[str, Any]]) -> None:
+    text = page(rows, "")
+    assert "EN0-PRES with “on (λ = 1)”: -0.110 [-0.120, -0.100] (3 subjects, too few to tell)." in text
+    assert "| lower | 3 subjects, too few to tell: -0.110 [-0.120, -0.100] |" in text
+
+
+@pytest.mark.usefixtures("few_are_enough")
 def test_tables_hold_the_means_computed_by_hand(rows: list[dict[str, Any]]) -> None:
     text = page(rows, "## Notes\n\nBy hand.")
     assert "| on (λ = 1) | 0.600 [0.500, 0.700] | 0.400 [0.400, 0.400] |" in text
@@ -82,6 +94,7 @@ def test_variants_are_compared_on_the_same_runs(rows: list[dict[str, Any]]) -> N
     assert "| on (λ = 1) | 0.600 [0.500, 0.700] | 0.400 [0.400, 0.400] |" in text
 
 
+@pytest.mark.usefixtures("few_are_enough")
 def test_a_second_run_of_the_reference_shows_chance(rows: list[dict[str, Any]]) -> None:
     controls = [row("nearly_the_reference", subject, 0, 0.55, 0.4) for subject in ("drawn_dog", "dog3")]
     variants = [row("lambda_3", subject, 0, 0.45, 0.4) for subject in ("drawn_dog", "dog3")]
