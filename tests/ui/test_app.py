@@ -43,7 +43,7 @@ def test_runs_are_listed_and_their_names_are_no_markup(client: TestClient, shown
 
 def test_page_of_a_run_shows_its_report_with_addresses_of_pictures(client: TestClient, shown: RunFolder) -> None:
     page = client.get("/run/my%20%3Cb%3Edog").text
-    for said in ("finished after", "per step", 'data-step="20"', "step 10", "the final model"):
+    for said in ("finished</strong> after 30 steps", "per step", 'data-step="20"', "step 10", "the final model"):
         assert said in page
     assert MARKUP not in page
     assert "<script>alert" not in page

@@ -14,6 +14,7 @@ from tests.ui.conftest import CHROMIUM, PHOTOS, quick_recipes
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 PATIENCE = 240_000  # ms; a machine that does other things too is slow
+expect.set_options(timeout=30_000)
 NOUN = "<b>dog</b>"
 
 
@@ -73,6 +74,7 @@ def test_from_photos_to_a_picture(  # noqa: PLR0915
     page.get_by_role("button", name="Begin").click()
     page.set_input_files("#files", PHOTOS)
     expect(page.locator(".photos-edit li")).to_have_count(len(PHOTOS))
+    page.wait_for_load_state("load")  # with htmx, which saves captions
     page.get_by_label("Caption of 00.jpg").fill("a sks dog on <i>grass</i>")
     page.get_by_label("Caption of 00.jpg").blur()
     expect(page.locator(".photos-edit output").first).to_have_text("saved")
