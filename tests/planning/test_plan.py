@@ -183,7 +183,7 @@ def test_samples_are_tiled_where_they_would_be_the_peak(plan_for):
         "sampling__prompts": ["a dog"], "sampling__num_images": 64, "training__train_batch_size": 1,
         "memory__optimizer_in_backward": True, "memory__stream_optimizer_state": True,
         "memory__checkpointing": "nested", "memory__weights": "bf16_stochastic", "memory__offload_checkpoints": False,
-        "memory__fused_layers": False,
+        "memory__fused_layers": False, "memory__stream_weights": False,
     }  # fmt: skip
     roomy = plan_for(8 * GIB, **fields)
     tight = plan_for(roomy.peak_bytes - 1, **fields)
