@@ -115,6 +115,8 @@ def _read_metadata(metadata: dict[str, str]) -> dict[str, Any]:
             read[name] = json.loads(value)
         except ValueError:
             read[name] = value
+    if isinstance(settings := read.get("lora_adapter_metadata"), dict):  # later versions say more to diffusers
+        read["lora_adapter_metadata"] = {key: said for key, said in settings.items() if "rank_pattern" not in key}
     return _without_versions(read)
 
 

@@ -82,8 +82,10 @@ def test_container_is_named_where_it_is_too_small(tiny) -> None:
 @pytest.mark.parametrize(
     ("base", "name", "factor"), [(None, "encode_images", 1), ("nf4", "train", 4), ("int8", "class_images", 2)]
 )
-def test_weights_are_on_the_host_before_they_are_packed(planner: Planner, base, name: str, factor: int) -> None:
-    strategy = planner.run.config
+def test_weights_are_on_the_host_before_they_are_packed(
+    planner: Planner, streamed: Plan, base, name: str, factor: int
+) -> None:
+    strategy = streamed.config
     strategy = strategy.model_copy(
         update={
             "lora": strategy.lora.model_copy(update={"base_weights": base}),
