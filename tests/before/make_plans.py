@@ -2,8 +2,8 @@
 
 ``python -m tests.before.make_plans`` from the repository's root. The table was written by the code of commit 3706736;
 where a plan is meant to change, the table changes with it in the same commit. Once it did so late: since 21995ed a step
-reads once from the device, for which one more tensor of 512 bytes lives through the backward pass. Configurations that came later are in it as they were
-first planned, and the demo with its new batch size.
+reads once from the device, for which one more tensor of 512 bytes lives through the backward pass. Configurations that
+came later stand in it as they were first planned, and the demo with its new batch size.
 """
 
 import json

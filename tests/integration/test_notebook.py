@@ -35,9 +35,9 @@ def settings(folder: Path, model: Path) -> str:
     """A cell after the notebook's own settings, as for a user who wants a tiny model on a CPU."""
     overrides = [
         "training.lr_warmup_steps=0",
-        f"model.base={model}", "training.max_train_steps=2", "prior.num_class_images=2", "prior.class_prompts=[]", "sampling.num_images=1",
-        "prior.num_inference_steps=2", "sampling.num_inference_steps=2", "data.resolution=32", "data.num_crops=1",
-        "device=cpu",
+        f"model.base={model}", "training.max_train_steps=2", "prior.num_class_images=2", "prior.class_prompts=[]",
+        "sampling.num_images=1", "prior.num_inference_steps=2", "sampling.num_inference_steps=2",
+        "data.resolution=32", "data.num_crops=1", "device=cpu",
     ]  # fmt: skip
     values = {
         "FOLDER": str(folder),
