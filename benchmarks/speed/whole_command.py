@@ -13,6 +13,7 @@ processor time, time by the clock, the largest resident memory and the bytes giv
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path("examples/dreambooth/train_dreambooth.py")
 CHILD = """
-import json, os, resource, sys, time
+import json, resource, sys, time
 from pathlib import Path
 started = time.time()
 sys.path.insert(0, {root!r})
@@ -66,7 +67,8 @@ def run(who: str, script: Path, model: Path, work: Path, resolution: int, steps:
     end = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, env=environment, cwd=work)
     if end.returncode:
         raise SystemExit(f"{who} ended with {end.returncode}:\n{end.stderr[-2000:]}")
-    subprocess.run(["rm", "-rf", str(work / "out"), str(work / "cache")], check=True)
+    for name in ("out", "cache"):
+        shutil.rmtree(work / name, ignore_errors=True)
     return json.loads(report.read_text())
 
 

@@ -18,7 +18,7 @@ def contract_tests(setting: Setting) -> Row:
     """Run them in a process of their own: a kernel that faults takes its card's context with it.
 
     Raises:
-        AssertionError: Tests failed; the message names them.
+        AssertionError: Tests failed, and the message names them; or none was run.
     """
     if (reason := _why_not(setting)) is not None:
         return {"skipped": reason}
@@ -32,9 +32,10 @@ def contract_tests(setting: Setting) -> Row:
             "skipped": f"not done after {_LIMIT_SECONDS:.0f} s; run: python -m pytest -m gpu tests/kernels/contract"
         }
     if run.returncode != 0:
-        raise AssertionError(_failures(run.stdout) or (run.stdout + run.stderr).strip()[-200:])
-    passed = re.search(r"(\d+) passed", run.stdout)
-    return {"passed": int(passed[1]) if passed else 0}
+        raise AssertionError(_failures(run.stdout) or _in_a_line(run.stdout + run.stderr))
+    if (passed := re.search(r"(\d+) passed", run.stdout)) is None:
+        raise AssertionError(f"no test was run: {_in_a_line(run.stdout)}")
+    return {"passed": int(passed[1])}
 
 
 def _why_not(setting: Setting) -> str | None:
@@ -53,3 +54,7 @@ def _environment() -> dict[str, str]:
 
 def _failures(output: str) -> str:
     return ", ".join(re.findall(r"^(?:FAILED|ERROR) \S*?(?:::)?([^\s:]+)(?: - .*)?$", output, flags=re.MULTILINE))
+
+
+def _in_a_line(output: str) -> str:
+    return " ".join(output.split())[-200:]

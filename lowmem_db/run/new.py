@@ -59,7 +59,7 @@ def check_wish(wish: Wish) -> None:
     """
     check_words(wish.noun, wish.identifier)
     check_recipe(wish.recipe)
-    look_into(wish.photos, "--photos")
+    look_into(wish.photos, "PHOTOS")
     if wish.base is not None:
         place_of(wish.base)
 
@@ -128,7 +128,7 @@ def answer_of(plan: "Plan") -> list[str]:
 
 
 def _header(wish: Wish, file: Path) -> list[str]:
-    count = len(look_into(wish.photos, "--photos").photos)
+    count = len(look_into(wish.photos, "PHOTOS").photos)
     photos = "1 photo" if count == 1 else f"{count} photos"
     return [
         f"{wish.noun}, {photos}; made from `lowmem-db configs {wish.recipe}`, all fields: docs/configuration.md",

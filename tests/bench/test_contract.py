@@ -38,6 +38,12 @@ def test_tests_that_cannot_be_collected_fail(folder: Path) -> None:
         contract_tests(CARD)
 
 
+def test_a_run_without_a_test_is_no_success(folder: Path) -> None:
+    (folder / "test_noise.py").write_text("import pytest\n@pytest.mark.skip\ndef test_one(): pass\n")
+    with pytest.raises(AssertionError, match="no test was run: .*1 skipped"):
+        contract_tests(CARD)
+
+
 def test_too_slow_is_not_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contract, "_LIMIT_SECONDS", 0.01)
     (folder / "test_noise.py").write_text("import time\ndef test_one(): time.sleep(60)\n")
