@@ -40,7 +40,7 @@ def test_tests_that_cannot_be_collected_fail(folder: Path) -> None:
 
 def test_a_run_without_a_test_is_no_success(folder: Path) -> None:
     (folder / "test_noise.py").write_text("import pytest\n@pytest.mark.skip\ndef test_one(): pass\n")
-    with pytest.raises(AssertionError, match="no test was run: .*1 skipped"):
+    with pytest.raises(AssertionError, match=r"no test was run: .*1 skipped"):
         contract_tests(CARD)
 
 
