@@ -232,11 +232,11 @@ def _check_letters(path: Path, script: Script) -> None:
             "seen from the folder of the script, or the name of one of the system, such as DejaVuSans.ttf"
         ) from error
     texts = [script.title, *(text for panel in script.panels for text in (panel.words, panel.caption))]
-    unknown = bytes(font.getmask(_NO_CHARACTER))
+    no_letters = (_shape(font, _NO_CHARACTER), _shape(font, " "))
     missing = [
         letter
         for letter in dict.fromkeys("".join(texts))
-        if not letter.isspace() and bytes(font.getmask(letter)) in (unknown, b"")
+        if not letter.isspace() and _shape(font, letter) in no_letters
     ]
     if missing:
         named = "Pillow's own font" if script.font is None else script.font
@@ -244,6 +244,12 @@ def _check_letters(path: Path, script: Script) -> None:
             f"--comic: {path}: {named} has no {' '.join(map(ascii, missing[:8]))}; name one that has, in the script: "
             "font: DejaVuSans.ttf, or arial.ttf on Windows and macOS"
         )
+
+
+def _shape(font: Font, letter: str) -> bytes:
+    image = Image.new("L", (40, 40))
+    ImageDraw.Draw(image).text((4, 4), letter, fill="white", font=font)
+    return image.tobytes()
 
 
 def _problem(path: Path, error: Any) -> str:

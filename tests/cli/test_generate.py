@@ -150,8 +150,8 @@ def test_comic_is_drawn_from_its_script_as_a_picture_and_a_page(run: Run, config
     ):
         refused = run(*comic, *options)
         assert (refused.code, message in refused.err) == (2, True), refused.err
-    (tmp_path / "story.yaml").write_text(STORY.replace("with a fork", "with a fork").replace("panels", "pannels"))
-    assert "pannels: is no field; allowed: title, columns, font, panels" in run(*comic).err
+    (tmp_path / "story.yaml").write_text(STORY.replace("panels", "pictures"))
+    assert "pictures: is no field; allowed: title, columns, font, panels" in run(*comic).err
 
 
 def test_comic_of_a_model_needs_the_names_of_its_subject(run: Run, tiny_model: Path, tmp_path: Path) -> None:
