@@ -103,7 +103,8 @@ RULES = (
     Rule(
         lambda c: c.prior.enabled and not c.subject.class_prompt,
         "prior.enabled: true needs subject.class_prompt, which is missing; "
-        'set subject.class_prompt="a dog" (your class noun), or prior.enabled=false',
+        'set subject.class_prompt="a dog" (your class noun: lowmem-db identifiers --class-noun '
+        "{config.subject.instance_dir} looks for it), or prior.enabled=false",
     ),
     Rule(
         lambda c: c.prior.enabled and not all(concept.class_prompt for concept in c.subject.concepts),
