@@ -164,6 +164,19 @@ RULES = (
         "objective.prediction_type=v_prediction, or objective.zero_terminal_snr=false",
     ),
     Rule(
+        lambda c: c.objective.vlb_weight != 1e-3 and c.objective.variance != "hybrid",
+        "objective.vlb_weight: {config.objective.vlb_weight} has no effect without objective.variance=hybrid; set "
+        "that, or leave it out",
+    ),
+    *(
+        Rule(
+            lambda c, name=name: c.objective.variance == "hybrid" and getattr(c.objective, name) > 0,
+            f"objective.{name}: changes the noise, and objective.variance=hybrid holds for plain noise alone; set "
+            f"objective.{name}=0, or objective.variance=frozen",
+        )
+        for name in ("noise_offset", "input_perturbation")
+    ),
+    Rule(
         lambda c: c.objective.snr_gamma is not None and c.objective.debiased,
         "objective.debiased: true and objective.snr_gamma: {config.objective.snr_gamma} are two weightings of the same "
         "loss; leave one of them out",
