@@ -24,6 +24,7 @@ LICENSES = {
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "DeepFloyd/IF-I-XL-v1.0": "deepfloyd-if-license",
+    "DeepFloyd/IF-II-M-v1.0": "deepfloyd-if-license",
 }
 """Licences of well-known bases, by the identifiers of the Hugging Face hub."""
 _PACKAGES = ("lowmem-db", "torch", "diffusers", "transformers", "peft")

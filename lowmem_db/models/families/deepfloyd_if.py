@@ -259,4 +259,4 @@ class IFSuperResolution(DeepFloydIF):
 
 
 IF_STAGE_1 = DeepFloydIF("DeepFloyd IF, stage I", {"DeepFloyd/IF-I-XL-v1.0": "if_i_xl"})
-IF_SUPER_RESOLUTION = IFSuperResolution("DeepFloyd IF, super-resolution")
+IF_SUPER_RESOLUTION = IFSuperResolution("DeepFloyd IF, super-resolution", {"DeepFloyd/IF-II-M-v1.0": "if_ii_m"})
