@@ -182,6 +182,7 @@ def generate(
     steps: "Sequence[Step]" = (),
     base: PathLike | None = None,
     upscale: Sequence[PathLike] = (),
+    stream_weights: bool | None = None,
     output: PathLike | None = None,
 ) -> "list[tuple[str, Sequence[Image]]]":
     """Draw images for prompts; image ``i`` of every prompt starts from the same noise.
@@ -207,6 +208,8 @@ def generate(
         base: Where the model is that a run or a LoRA was trained on, if it has moved.
         upscale: Super-resolution models, such as DeepFloyd IF's second stage or runs of one, that enlarge the images
             one after the other.
+        stream_weights: Whether weights stay on the host and pass through the device part by part, which changes no
+            image. Default: as in the run, and where they do not fit a card otherwise.
         output: Folder for the images, a grid of them, and ``images.json`` with the settings and seeds.
 
     Returns:
@@ -247,6 +250,7 @@ def generate(
             width=width or resolution,
             height=height or resolution,
             upscale=[str(each) for each in upscale],
+            stream_weights=stream_weights,
         ),
         where,
         DTYPES[precision or environment.drawing_precision(where)],
