@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sync_playwright
 
 from tests.cli.conftest import REPOSITORY, environment_of_commands  # noqa: F401
 from tests.ui.browser import Server
@@ -74,7 +74,6 @@ def test_from_photos_to_a_picture(  # noqa: PLR0915
     page.get_by_role("button", name="Begin").click()
     page.set_input_files("#files", PHOTOS)
     expect(page.locator(".photos-edit li")).to_have_count(len(PHOTOS))
-    page.wait_for_load_state("load")  # with htmx, which saves captions
     page.get_by_label("Caption of 00.jpg").fill("a sks dog on <i>grass</i>")
     page.get_by_label("Caption of 00.jpg").blur()
     expect(page.locator(".photos-edit output").first).to_have_text("saved")
@@ -113,3 +112,34 @@ def test_from_photos_to_a_picture(  # noqa: PLR0915
     assert page.locator("main b, main i, main u").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert problems == []
+
+
+def test_what_is_entered_before_the_scripts_have_loaded_is_kept(
+    browser: Browser,
+    start: Callable[..., Server],
+    tmp_path: Path,
+    environment_of_commands: dict[str, str],  # noqa: F811
+) -> None:
+    server = start(tmp_path / "runs", quick_recipes(tmp_path / "configs"), environment_of_commands)
+    page = browser.new_context().new_page()
+    held: list[Route] = []
+
+    def let_go() -> None:
+        for script in held:
+            script.continue_()
+        held.clear()
+
+    page.goto(server.address)
+    page.get_by_label("What do the photos show?").fill("dog")
+    page.route("**/*.js", lambda route: held.append(route))
+    page.get_by_role("button", name="Begin").click(no_wait_after=True)
+    page.set_input_files("#files", PHOTOS[:1])
+    let_go()
+    expect(page.locator(".photos-edit li")).to_have_count(1)
+    let_go()
+    page.goto(page.url, wait_until="commit")
+    page.get_by_label("Caption of 00.jpg").fill("a dog on grass")
+    page.get_by_label("Rare word for it").fill("zwx")
+    let_go()
+    expect(page.locator(".photos-edit output")).to_have_text("saved")
+    expect(page.locator("#plan code").first).to_have_text("a zwx dog")
