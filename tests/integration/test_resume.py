@@ -152,21 +152,7 @@ VARIANTS |= {
 }
 KILLS_PER_VARIANT = int(os.environ.get("LOWMEM_DB_KILLS", "2"))
 # Most of these is in another variant too; `make long` runs them.
-LONG = {
-    "adamw",
-    "gradient checkpointing, fp16 autocast",
-    "in backward, clipped by past norms",
-    "24-bit weights and their average, text encoder stopped",
-    "adamw in backward",
-    "adafactor, nested checkpoints on the host",
-    "LoRA beside fp16, 8-bit in backward",
-    "DoRA, text encoder stopped",
-    "LoRA beside streamed weights, samples",
-    "evaluation, best checkpoint, average",
-    "ema, text encoder stopped",
-    "stochastic rounding, streamed, text encoder stopped",
-    "fp16 autocast, finite check per parameter",
-}
+QUICK = ("adamw8bit", "24-bit weights, streamed", "textual inversion, average, samples")
 
 
 def die(variant: str, place: str) -> None:
@@ -246,7 +232,7 @@ def metric_rows(output_dir: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in VARIANTS]
+    "variant", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in VARIANTS]
 )
 def test_killed_runs_end_bit_for_bit_as_uninterrupted_ones(
     variant: str, tiny_fields: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
