@@ -183,6 +183,7 @@ def generate(
     steps: "Sequence[Step]" = (),
     base: PathLike | None = None,
     upscale: Sequence[PathLike] = (),
+    stream_weights: bool | None = None,
     comic: PathLike | None = None,
     identifier: str | None = None,
     class_noun: str | None = None,
@@ -211,6 +212,8 @@ def generate(
         base: Where the model is that a run or a LoRA was trained on, if it has moved.
         upscale: Super-resolution models, such as DeepFloyd IF's second stage or runs of one, that enlarge the images
             one after the other.
+        stream_weights: Whether weights stay on the host and pass through the device part by part, which changes no
+            image. Default: as in the run, and where they do not fit a card otherwise.
         comic: A script of panels, each with a prompt and words, to be drawn instead of prompts; the words are drawn
             into ``comic.png`` and ``comic.html`` in the output folder.
         identifier: Rare token of the subject, for the prompts of a comic. Default: that of the run.
@@ -267,6 +270,7 @@ def generate(
             width=width or resolution,
             height=height or resolution,
             upscale=[str(each) for each in upscale],
+            stream_weights=stream_weights,
         ),
         where,
         DTYPES[precision or environment.drawing_precision(where)],

@@ -75,6 +75,14 @@ def generate(
             help="A super-resolution model that enlarges the images; several are used one after the other.",
         ),
     ] = None,
+    stream_weights: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream-weights/--no-stream-weights",
+            help="Keep weights on the host and bring them to the card part by part; the images are the same. "
+            "Default: as in the run, and where they do not fit the card otherwise.",
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images and a grid of them.")] = Path(
         "images"
     ),
@@ -124,6 +132,7 @@ def generate(
         steps=parse_steps(steps),
         base=base,
         upscale=upscale or (),
+        stream_weights=stream_weights,
         output=output,
     )
     typer.echo(output / ("grid.png" if comic is None else "comic.png"))

@@ -372,8 +372,8 @@ class MemoryConfig(Section):
     nothing fits without it."""
     channels_last: bool | None = None
     """Keep the convolutions of the UNet in channels_last, together with ``fused_layers`` the layout that tensor cores
-    compute in. Results differ only by rounding. A run cannot change it later. Default: off, because its gain has not
-    been measured on a card yet."""
+    compute in. Results differ only by rounding. A run cannot change it later. Default: with fused layers on cards that
+    ``lowmem-db bench`` measured to be faster with it, of which there is none yet."""
     tiled_samples: bool | None = None
     """Draw samples during training one at a time, and decode them in tiles in the type of the weights."""
     tiled_preparation: bool | None = None

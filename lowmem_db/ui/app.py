@@ -43,6 +43,7 @@ def build_app(place: Workplace) -> Starlette:
             get("/run/{name}", run_pages.show_run),
             get("/run/{name}/status", run_pages.show_status),
             get("/run/{name}/report", run_pages.show_report),
+            get("/run/{name}/forms", run_pages.show_forms),
             get("/run/{name}/drawn", run_pages.show_drawn),
             post("/run/{name}/ask", run_pages.ask_run),
             post("/run/{name}/resume", run_pages.resume_run),

@@ -64,7 +64,7 @@ class Page:
         Args:
             part_id: Its id.
             address: Where it asks.
-            seconds: How often.
+            seconds: How often; 0 for never again.
             template: Its template.
             **values: What that shows.
         """

@@ -25,19 +25,14 @@ _SIZES = (256, 512)
 def show_run(page: Page, request: Request, form: FormData) -> Response:
     """Show a run: what it does, its report, drawing, export."""
     run, name = page.run(request), request.path_params["name"]
-    config = config_of(run)
-    subject, lora = config.get("subject", {}), config.get("lora", {})
     return page.render(
         "run_page.html",
         name=name,
         status=_status_part(page, name, run).html,
         report=_report_part(page, name, run).html,
+        forms=_forms_part(page, name, run).html,
         drawn=_drawn_part(page, name, run).html,
-        prompt=subject.get("instance_prompt", "") if isinstance(subject, dict) else "",
-        steps=run.complete_steps(),
-        is_finished=run.final_dir.is_dir(),
-        is_lora=bool(lora.get("enabled")) if isinstance(lora, dict) else False,
-        suites=suite_names(),
+        prompt=_prompt(run),
         folder=run.root,
     )
 
@@ -50,6 +45,11 @@ def show_status(page: Page, request: Request, form: FormData) -> Response:
 def show_report(page: Page, request: Request, form: FormData) -> Response:
     """Show the report as it is now."""
     return _report_part(page, request.path_params["name"], page.run(request)).answer(request)
+
+
+def show_forms(page: Page, request: Request, form: FormData) -> Response:
+    """Show the forms of drawing and export, once there is a checkpoint."""
+    return _forms_part(page, request.path_params["name"], page.run(request)).answer(request)
 
 
 def show_drawn(page: Page, request: Request, form: FormData) -> Response:
@@ -156,6 +156,27 @@ def _status_part(page: Page, name: str, run: RunFolder) -> Part:
 def _report_part(page: Page, name: str, run: RunFolder) -> Part:
     address = f"/run/{segment(name)}/report"
     return page.part("report", address, 3, "report.html", run=_report(name, run), compared=False)
+
+
+def _forms_part(page: Page, name: str, run: RunFolder) -> Part:
+    steps, is_finished = run.complete_steps(), run.final_dir.is_dir()
+    lora = config_of(run).get("lora", {})
+    values = {
+        "name": name,
+        "prompt": _prompt(run),
+        "steps": steps,
+        "is_finished": is_finished,
+        "is_lora": bool(lora.get("enabled")) if isinstance(lora, dict) else False,
+        "suites": suite_names(),
+    }
+    # They ask for themselves until they can be used: what is typed into them stays.
+    seconds = 0 if steps or is_finished else 3
+    return page.part("forms", f"/run/{segment(name)}/forms", seconds, "forms.html", **values)
+
+
+def _prompt(run: RunFolder) -> str:
+    subject = config_of(run).get("subject", {})
+    return str(subject.get("instance_prompt", "")) if isinstance(subject, dict) else ""
 
 
 def _drawn_part(page: Page, name: str, run: RunFolder) -> Part:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lowmem_db.memory import drawing, weight_stream
 from lowmem_db.storage.run_folder import RunFolder
 from tests.cli.conftest import Run
 
@@ -75,6 +76,19 @@ def test_model_folder_draws_what_its_seed_says(run: Run, tiny_model: Path, tmp_p
     assert drawn["a"] == drawn["b"]
     assert drawn["a"]["00-00.png"] != drawn["c"]["00-00.png"]
     assert drawn["a"]["00-00.png"] != drawn["a"]["00-01.png"]
+
+
+def test_model_draws_the_same_with_streamed_weights(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed: list[object] = []
+    monkeypatch.setattr(weight_stream, "MIN_NUMEL", 64)
+    whole = drawing.stream
+    monkeypatch.setattr(drawing, "stream", lambda *arguments: (streamed.append(arguments), whole(*arguments)))
+    for name, option in [("a", ()), ("b", ("--stream-weights",)), ("c", ("--no-stream-weights",))]:
+        assert run("generate", tiny_model, *QUICK, *option, "-o", tmp_path / name).code == 0
+        assert len(streamed) == (0 if name == "a" else 2), "the text encoder and the denoiser"
+    assert pictures(tmp_path / "a") == pictures(tmp_path / "b") == pictures(tmp_path / "c")
 
 
 def test_size_is_that_of_the_model_or_the_one_asked_for(run: Run, tiny_model: Path, tmp_path: Path) -> None:

@@ -241,6 +241,7 @@ def test_final_model_loads_in_diffusers_and_draws_what_it_drew_here(
     assert (refused.code, "--format diffusers" in refused.err) == (2, True)
 
 
+@pytest.mark.long
 def test_adapters_load_in_diffusers(run: Run, fields: dict[str, object], tmp_path: Path, tiny_if: Path) -> None:
     lora = {"lora.enabled": True, "lora.rank": 2, "training.learning_rate": 0.1, "prior.enabled": False}
     assert run("train", *(f"{field}={json.dumps(value)}" for field, value in (fields | lora).items())).code == 0
@@ -277,9 +278,8 @@ OF_BOTH = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "script", ["train_dreambooth.py", pytest.param("train_dreambooth_lora.py", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["train_dreambooth.py", "train_dreambooth_lora.py"])
 def test_commands_of_diffusers_documentation_run(
     run: Run, tiny_if: Path, photos_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
 ) -> None:
