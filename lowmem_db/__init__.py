@@ -10,7 +10,7 @@ Importing the package loads neither torch nor diffusers.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowmem_db.api import ask, evaluate, export, generate, load_config, new, plan, publish, report, train
+    from lowmem_db.api import ask, evaluate, export, gallery, generate, load_config, new, plan, publish, report, train
     from lowmem_db.config.schema import Config
 
 __version__ = "0.1.0"
@@ -19,6 +19,7 @@ __all__ = [
     "ask",
     "evaluate",
     "export",
+    "gallery",
     "generate",
     "load_config",
     "new",

@@ -14,13 +14,14 @@ from lowmem_db.config.loading import load_config as _load_config
 from lowmem_db.config.recipes import IDENTIFIER
 from lowmem_db.config.schema import Config, Precision, Sampler
 from lowmem_db.config.sizes import parse_bytes
-from lowmem_db.errors import CheckpointError, ConfigError
+from lowmem_db.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from lowmem_db.data.inspection import Inspection
     from lowmem_db.engine.source import Step
+    from lowmem_db.evaluation.class_noun import ClassNoun
     from lowmem_db.planning.plan import Plan
     from lowmem_db.storage.asking import Request
     from lowmem_db.storage.run_folder import RunFolder
@@ -167,7 +168,7 @@ def generate(
     source: PathLike,
     prompts: Sequence[str] = (),
     *,
-    num_images: int = 4,
+    num_images: int | None = None,
     seed: int = 0,
     negative_prompt: str | None = None,
     sampler: Sampler | None = None,
@@ -182,6 +183,10 @@ def generate(
     steps: "Sequence[Step]" = (),
     base: PathLike | None = None,
     upscale: Sequence[PathLike] = (),
+    stream_weights: bool | None = None,
+    comic: PathLike | None = None,
+    identifier: str | None = None,
+    class_noun: str | None = None,
     output: PathLike | None = None,
 ) -> "list[tuple[str, Sequence[Image]]]":
     """Draw images for prompts; image ``i`` of every prompt starts from the same noise.
@@ -191,7 +196,7 @@ def generate(
     Args:
         source: A run folder, a folder with a LoRA, or a model as ``model.base`` names it.
         prompts: What to draw. Default: the instance prompt of the run.
-        num_images: Images per prompt.
+        num_images: Images per prompt. Default: 4; for a comic those that it shows.
         seed: Seed of the noise.
         negative_prompt: What guidance leads away from.
         sampler: ``"ddim"``, ``"dpm_solver"``, or ``"ddpm"``, the ancestral sampler. Default without a run: ``"ddim"``.
@@ -207,6 +212,12 @@ def generate(
         base: Where the model is that a run or a LoRA was trained on, if it has moved.
         upscale: Super-resolution models, such as DeepFloyd IF's second stage or runs of one, that enlarge the images
             one after the other.
+        stream_weights: Whether weights stay on the host and pass through the device part by part, which changes no
+            image. Default: as in the run, and where they do not fit a card otherwise.
+        comic: A script of panels, each with a prompt and words, to be drawn instead of prompts; the words are drawn
+            into ``comic.png`` and ``comic.html`` in the output folder.
+        identifier: Rare token of the subject, for the prompts of a comic. Default: that of the run.
+        class_noun: Class of the subject, for the same.
         output: Folder for the images, a grid of them, and ``images.json`` with the settings and seeds.
 
     Returns:
@@ -227,8 +238,20 @@ def generate(
     from lowmem_db import environment
     from lowmem_db.engine.generate import Wishes, generate_at, save
     from lowmem_db.models.saving import DTYPES
+    from lowmem_db.run.comic import Comic
     from lowmem_db.sampling.images import make_folder
 
+    story = None
+    if comic is not None:
+        _refuse_both({"--comic": comic, "--steps": steps or None})
+        _refuse_both({"--comic": comic, "--prompt": prompts or None})
+        if output is None:
+            raise DataError("output: is needed for a comic; allowed: the folder to write it to")
+        story = Comic(Path(comic), str(source), identifier, class_noun)
+        prompts = story.prompts
+        num_images = story.num_images(num_images)
+    elif identifier is not None or class_noun is not None:
+        raise ConfigError("identifier, class_noun: are for the prompts of a comic; leave them out, or add comic=SCRIPT")
     if output is not None:
         make_folder(Path(output))
     where = environment.resolve_device(device)
@@ -239,7 +262,7 @@ def generate(
         Wishes(
             prompts=prompts,
             negative_prompt=negative_prompt,
-            num_images=num_images,
+            num_images=num_images or 4,
             seed=seed,
             sampler=sampler,
             num_inference_steps=num_inference_steps,
@@ -247,12 +270,15 @@ def generate(
             width=width or resolution,
             height=height or resolution,
             upscale=[str(each) for each in upscale],
+            stream_weights=stream_weights,
         ),
         where,
         DTYPES[precision or environment.drawing_precision(where)],
     )
     if output is not None:
         save(Path(output), rows, settings)
+        if story is not None:
+            story.write(Path(output), [row.images for row in rows])
     return [(row.label if steps else row.prompt, row.images) for row in rows]
 
 
@@ -462,6 +488,70 @@ def report(runs: Sequence[PathLike] | PathLike, output: PathLike | None = None, 
     path = Path(output) if output is not None else folders[0] / name if len(folders) == 1 else Path(name)
     write_report(folders, path, share=share)
     return path
+
+
+def gallery(
+    images: Sequence[PathLike],
+    real: PathLike | None = None,
+    *,
+    names: Sequence[str] = (),
+    subjects: str | None = None,
+    num_prompts: int | None = None,
+    num_images: int | None = None,
+    output: PathLike = "gallery.html",
+) -> Path:
+    """Write one self-contained HTML page: real photos beside the images of several methods, prompt by prompt.
+
+    Args:
+        images: A folder of images for each method, as for :func:`evaluate`.
+        real: Photos of the subject, or a folder with one folder of photos per subject.
+        names: Name of each method. Default: the names of the folders.
+        subjects: How many subjects to show, or their names separated by commas.
+        num_prompts: Show only the first so many prompts.
+        num_images: Images per prompt. Default: all.
+        output: The HTML file.
+
+    Returns:
+        The file.
+
+    Raises:
+        DataError: Something to be shown cannot be found or read.
+        StorageError: The file cannot be written.
+    """
+    from lowmem_db.evaluation.beside import find_methods, match_prompts, name_methods
+    from lowmem_db.evaluation.folders import Limits, parse_subjects
+    from lowmem_db.reporting.gallery import Cell, GallerySubject, write_gallery
+
+    folders = [Path(each) for each in ([images] if isinstance(images, str | Path) else images)]
+    methods = name_methods(folders, names)
+    limits = Limits(subjects=parse_subjects(subjects), num_prompts=num_prompts, num_images=num_images)
+    shown = []
+    for of_methods in find_methods(folders, _path(real), limits):
+        rows = [
+            (prompt, tuple(Cell(images=files, prompt=None if own == prompt else own) for own, files in cells))
+            for prompt, cells in match_prompts(of_methods)
+        ]
+        shown.append(GallerySubject(name=of_methods[0].name, photos=of_methods[0].photos, rows=tuple(rows)))
+    write_gallery(Path(output), methods, shown)
+    return Path(output)
+
+
+def class_noun(photos: PathLike) -> "ClassNoun":
+    """Name what photos show by a word such as "dog", with a classifier, as in section 3.2 of arXiv:2208.12242.
+
+    Args:
+        photos: Folder of the photos.
+
+    Returns:
+        The noun, or None where the classifier is not sure, and the likeliest nouns.
+
+    Raises:
+        DataError: The folder does not exist, or holds no picture.
+        DependencyError: The extra ``evaluation`` is not installed.
+    """
+    from lowmem_db.evaluation.class_noun import find_class_noun
+
+    return find_class_noun(Path(photos))
 
 
 def files_to_publish(run: PathLike) -> dict[str, int]:

@@ -25,6 +25,7 @@ def test_importing_is_light_and_offers_what_all_says() -> None:
         "ask",
         "evaluate",
         "export",
+        "gallery",
         "generate",
         "load_config",
         "new",

@@ -12,9 +12,10 @@ from transformers import T5Config, T5EncoderModel
 
 from lowmem_db.models.saving import save_component
 
-WIDTH, ENTRIES = 128, 10_112  # ranks 5000 to 10000, where the paper takes identifiers from, are among these entries
+WIDTH, ENTRIES = 48, 10_112  # ranks 5000 to 10000, where the paper takes identifiers from, are among these entries
 SIZES = {1: 16, 2: 64}
-CHANNELS = {1: (64, 96, 128), 2: (32, 64, 96, 128)}
+CHANNELS = {1: (32, 48, 80), 2: (16, 32, 48, 64)}
+_CROSS_ATTENTION = 64
 _GROUPS = 16
 _PIPELINES = {1: "IFPipeline", 2: "IFSuperResolutionPipeline"}
 
@@ -67,7 +68,7 @@ def build_unet(stage: int, channels: tuple[int, ...] | None = None) -> UNet2DCon
         "addition_embed_type": "text",
         "addition_embed_type_num_heads": 4,
         "attention_head_dim": 16,
-        "cross_attention_dim": 32 * (WIDTH // 32),
+        "cross_attention_dim": _CROSS_ATTENTION,
         "cross_attention_norm": "group_norm",
         "encoder_hid_dim": WIDTH,
         "encoder_hid_dim_type": "text_proj",

@@ -1,4 +1,4 @@
-"""Trains a stage of the small cascade on stored pictures, for a given time; resumable. The end of a piece is exported.
+"""Trains a stage of the small cascade on stored pictures, for a given processor time; resumable in pieces.
 
 The first stage trains the text encoder too; the second takes it as it is.
 """
@@ -108,11 +108,16 @@ class Trainer:
         return loss.item()
 
     def run(self) -> None:
-        """Trains until the planned minutes, counted over all runs, are used up; then writes the average."""
-        start, earlier, recent, saved = time.perf_counter(), self.seconds, [], time.perf_counter()
-        while self.seconds < 60 * self.args.minutes:
-            recent.append(self.update(self.seconds / (60 * self.args.minutes)))
-            self.seconds = earlier + time.perf_counter() - start
+        """Trains until the planned minutes, counted over all runs, or those of this piece are used up.
+
+        The state is saved and the average written as a model, also after a piece.
+        """
+        planned = 60 * self.args.minutes
+        end = planned if self.args.piece is None else min(planned, self.seconds + 60 * self.args.piece)
+        start, earlier, recent, saved = time.process_time(), self.seconds, [], time.perf_counter()
+        while self.seconds < end:
+            recent.append(self.update(self.seconds / planned))
+            self.seconds = earlier + time.process_time() - start
             if self.step % 50 == 0:
                 print(
                     f"{self.seconds / 60:.1f} min, step {self.step}, loss {sum(recent) / len(recent):.4f}", flush=True
@@ -140,7 +145,10 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--first", type=Path, help="--out of the first stage, whose text encoder the second takes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the state, and of the model in base/")
-    parser.add_argument("--minutes", type=float, required=True, help="planned time, over all runs; sets the decay")
+    parser.add_argument(
+        "--minutes", type=float, required=True, help="planned processor time, over all runs; sets the decay"
+    )
+    parser.add_argument("--piece", type=float, help="minutes of processor time after which this run stops")
     parser.add_argument("--channels", type=int, nargs="+")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)

@@ -1,16 +1,16 @@
-"""The stage ``bits``: a step that is done twice from one saved state ends bit for bit alike, under each technique.
+"""The stage ``bits``: what ends bit for bit alike under each technique.
 
-Last, a process that trains the small model of this package is killed (SIGKILL), and what goes on from its checkpoint
-ends as what was never interrupted.
+First, a process that trains the small model of this package is killed (SIGKILL), and what goes on from its checkpoint
+ends as what was never interrupted. Then a step of the large model is done twice from one saved state.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lowmem_db.bench.killed import kill_in_its_steps
+from lowmem_db.bench.killed import Process, kill_in_its_steps, started_ahead
 from lowmem_db.bench.setting import Setting
 from lowmem_db.bench.stage import Measurement, Row, Stage
 from lowmem_db.bench.steps import Steps, first_difference
@@ -18,14 +18,15 @@ from lowmem_db.bench.strategies import TECHNIQUES, strategy, techniques
 from lowmem_db.storage.run_folder import RunFolder
 
 _RESOLUTION = 256
-_KILLED = ("in_backward", "streamed", "offloaded")
 
 
 def _measurements(setting: Setting) -> Iterator[Measurement]:
+    killed = techniques(setting)[: 1 if setting.tiny else None]
+    with started_ahead(len(killed)) as process:
+        for name in killed:
+            yield f"{name}, killed", partial(_resumed, replace(setting, tiny=True), name, process)
     for name in techniques(setting):
         yield name, partial(_repeated, setting, name)
-    for name in _KILLED[:1] if setting.is_small else _KILLED:
-        yield f"{name}, killed", partial(_resumed, replace(setting, tiny=True), name)
 
 
 def _repeated(setting: Setting, name: str) -> Row:
@@ -49,7 +50,7 @@ def _repeated(setting: Setting, name: str) -> Row:
     return {"same_bits": True}
 
 
-def _resumed(setting: Setting, name: str = _KILLED[0]) -> Row:
+def _resumed(setting: Setting, name: str, process: Callable[[], Process]) -> Row:
     """Kill a process in its steps, go on from its newest checkpoint, and do as many steps without a break.
 
     Raises:
@@ -57,14 +58,14 @@ def _resumed(setting: Setting, name: str = _KILLED[0]) -> Row:
         ValueError: A tensor differs; the message names the first.
     """
     make = partial(Steps, strategy(setting, name, TECHNIQUES[name]), setting.device)
-    unbroken = make()
     with TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
-        kill_in_its_steps(setting, name, run)
+        kill_in_its_steps(process(), setting, name, run)
         resumed = make()
         resumed.resume(run)
     saved = resumed.number
     resumed()
+    unbroken = make()
     while unbroken.number < resumed.number:
         unbroken()
     if (differs := first_difference(unbroken.state(), resumed.state())) is not None:
@@ -72,4 +73,4 @@ def _resumed(setting: Setting, name: str = _KILLED[0]) -> Row:
     return {"same_bits": True, "killed_behind_step": saved}
 
 
-STAGE = Stage(name="bits", rows="strategies", limit_seconds=70.0, measurements=_measurements)
+STAGE = Stage(name="bits", rows="strategies", limit_seconds=90.0, measurements=_measurements)

@@ -1,8 +1,16 @@
-"""A process that trains until it is killed: ``python -m lowmem_db.bench.killed DEVICE TECHNIQUE FOLDER``."""
+"""Processes that train until they are killed: ``python -m lowmem_db.bench.killed``.
 
+To import what they need takes longer than their steps, so they are started ahead and wait for a line that says what to
+train.
+"""
+
+import json
 import subprocess
 import sys
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -12,15 +20,54 @@ from lowmem_db.bench.steps import Steps
 from lowmem_db.bench.strategies import TECHNIQUES, strategy
 from lowmem_db.storage.run_folder import RunFolder
 
+Process = subprocess.Popen[str]
+_NUM_AHEAD = 2
 _NUM_SAVED = 2  # checkpoints before the kill
 _MOST_STEPS = 100  # by which it ends if nobody kills it
 _POLL_SECONDS = 0.02
 
 
-def kill_in_its_steps(setting: Setting, technique: str, run: RunFolder) -> None:
-    """Start such a process, and kill it when it has saved two checkpoints and goes on.
+@contextmanager
+def started_ahead(count: int) -> Iterator[Callable[[], Process]]:
+    """Return a context with a function that hands out processes which wait for work; those left over are killed.
 
     Args:
+        count: How many can be asked for; two of those to come are started ahead.
+    """
+    waiting: deque[Process] = deque()
+    num_started = 0
+
+    def take() -> Process:
+        nonlocal num_started
+        while num_started < count and len(waiting) <= _NUM_AHEAD:
+            waiting.append(_start())
+            num_started += 1
+        return waiting.popleft()
+
+    try:
+        yield take
+    finally:
+        for process in waiting:
+            _end(process)
+
+
+def _start() -> Process:
+    command, pipe = [sys.executable, "-m", __name__], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
+
+
+def _end(process: Process) -> str:
+    """Kill a process, and return its last words."""
+    process.kill()
+    _, said = process.communicate()
+    return (said.strip().splitlines() or ["nothing"])[-1]
+
+
+def kill_in_its_steps(process: Process, setting: Setting, technique: str, run: RunFolder) -> None:
+    """Let a process that waits train, and kill it when it has saved two checkpoints and goes on.
+
+    Args:
+        process: From :func:`started_ahead`.
         setting: Where it steps.
         technique: The name of a technique.
         run: Its checkpoints.
@@ -28,17 +75,17 @@ def kill_in_its_steps(setting: Setting, technique: str, run: RunFolder) -> None:
     Raises:
         RuntimeError: It ended before; the message has its last words.
     """
-    command = [sys.executable, "-m", __name__, str(setting.device), technique, str(run.root)]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        while len(run.complete_steps()) < _NUM_SAVED and child.poll() is None:
+        with suppress(BrokenPipeError):  # it has ended already, and says why below
+            assert process.stdin is not None, "it is told through its standard input"
+            process.stdin.write(json.dumps([str(setting.device), technique, str(run.root)]) + "\n")
+            process.stdin.flush()
+        while len(run.complete_steps()) < _NUM_SAVED and process.poll() is None:
             time.sleep(_POLL_SECONDS)
-        ended = child.poll()
+        ended = process.poll()
     finally:
-        child.kill()
-        _, said = child.communicate()
+        last = _end(process)
     if ended is not None:
-        last = (said.strip().splitlines() or ["nothing"])[-1]
         raise RuntimeError(f"the process to be killed ended by itself with exit code {ended}, and said: {last}")
 
 
@@ -51,4 +98,5 @@ def _step_and_save(device: str, technique: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    _step_and_save(*sys.argv[1:])
+    if line := sys.stdin.readline():  # nothing comes if who started it is gone
+        _step_and_save(*json.loads(line))

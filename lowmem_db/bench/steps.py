@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem_db import environment
 from lowmem_db.adaptation.base import Stateful
 from lowmem_db.adaptation.finding import find_adaptation
 from lowmem_db.adaptation.layers import that_train
@@ -20,6 +21,7 @@ from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.checkpoint import restore_checkpoint, save_checkpoint
 
 LEARNING_RATE = 1e-5
+_ROOM_FOR_COPIES = 4
 
 
 class Steps:
@@ -31,7 +33,7 @@ class Steps:
     """
 
     def __init__(self, strategy: Strategy, device: torch.device) -> None:
-        config = strategy.config
+        config, self._device = strategy.config, device
         set_arithmetic(config, device)
         self.denoiser, self.objective, self.optimizer = build_step(config, strategy.model, device)
         self.optimizer.set_learning_rates(dict.fromkeys(self.denoiser.modules(), LEARNING_RATE))
@@ -45,8 +47,11 @@ class Steps:
         self.number += 1
 
     def state(self) -> dict[str, Any]:
-        """Return a copy of what the next step depends on, on the host."""
-        return {"number": self.number} | {name: _copy(each.state_dict()) for name, each in self._stateful().items()}
+        """Return a copy of what the next step depends on; on the host, unless the device has room for several."""
+        found: dict[str, Any] = {name: each.state_dict() for name, each in self._stateful().items()}
+        free, num_bytes = environment.free_bytes(self._device), _num_bytes(found)
+        has_room = free is not None and free > _ROOM_FOR_COPIES * num_bytes
+        return {"number": self.number} | _copied(found, None if has_room else torch.device("cpu"))
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a state that :meth:`state` returned."""
@@ -74,7 +79,7 @@ def first_difference(state: Any, other: Any, name: str = "") -> str | None:
     if isinstance(state, Mapping):
         below = (first_difference(value, other[key], f"{name}.{key}".strip(".")) for key, value in state.items())
         return next((found for found in below if found is not None), None)
-    same = torch.equal(state, other) if isinstance(state, Tensor) else state == other
+    same = torch.equal(state, other.to(state.device)) if isinstance(state, Tensor) else state == other
     return None if same else name
 
 
@@ -101,7 +106,18 @@ def seconds_in_turn(
     return {name: statistics.median(taken[num_warm:]) for name, taken in seconds.items()}
 
 
-def _copy(state: Any) -> Any:
-    if isinstance(state, Mapping):
-        return {key: _copy(value) for key, value in state.items()}
-    return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state
+def _copied(state: Mapping[str, Any], device: torch.device | None) -> dict[str, Any]:
+    """Return a copy of a tree on a device. Default: each tensor stays where it is."""
+    return {key: _copy(value, device) for key, value in state.items()}
+
+
+def _copy(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, Mapping):
+        return _copied(value, device)
+    return value.detach().to(device or value.device, copy=True) if isinstance(value, Tensor) else value
+
+
+def _num_bytes(value: Any) -> int:
+    if isinstance(value, Mapping):
+        return sum(_num_bytes(each) for each in value.values())
+    return value.nbytes if isinstance(value, Tensor) else 0

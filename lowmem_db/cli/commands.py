@@ -12,6 +12,7 @@ from lowmem_db.cli import (
     doctor,
     evaluate,
     export,
+    gallery,
     generate,
     identifiers,
     new,
@@ -43,6 +44,7 @@ app.command("photos", context_settings=_FREE_ARGUMENTS)(photos.photos)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("gallery")(gallery.gallery)
 app.command("identifiers")(identifiers.identifiers)
 app.command("publish")(publish.publish)
 app.command("report")(report.report)

@@ -30,6 +30,12 @@ def generate(
     suite: Annotated[
         list[str] | None, typer.Option(help="A suite of the paper's prompts; --list-suites lists them.")
     ] = None,
+    comic: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SCRIPT", help="A comic: a YAML file with panels, each with a prompt and the words drawn into it."
+        ),
+    ] = None,
     list_suites: Annotated[bool, typer.Option("--list-suites", help="Print the names of the suites and exit.")] = False,
     identifier: Annotated[
         str | None, typer.Option(help="Rare token of the subject, for suites. Default: that of the run.")
@@ -37,7 +43,9 @@ def generate(
     class_noun: Annotated[
         str | None, typer.Option(help="Class of the subject, for suites. Default: that of the run.")
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
+    num_images: Annotated[
+        int | None, typer.Option(min=1, help="Images per prompt. Default: 4; for a comic those that are shown.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed; image i of every prompt starts from the same noise.")] = 0,
     sampler: Annotated[
         Literal["ddim", "dpm_solver", "ddpm"] | None,
@@ -65,6 +73,14 @@ def generate(
         typer.Option(
             metavar="RUN_OR_MODEL",
             help="A super-resolution model that enlarges the images; several are used one after the other.",
+        ),
+    ] = None,
+    stream_weights: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream-weights/--no-stream-weights",
+            help="Keep weights on the host and bring them to the card part by part; the images are the same. "
+            "Default: as in the run, and where they do not fit the card otherwise.",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images and a grid of them.")] = Path(
@@ -99,6 +115,9 @@ def generate(
         source,
         prompts,
         num_images=num_images,
+        comic=comic,
+        identifier=None if comic is None else identifier,
+        class_noun=None if comic is None else class_noun,
         seed=seed,
         negative_prompt=negative_prompt,
         sampler=sampler,
@@ -113,6 +132,7 @@ def generate(
         steps=parse_steps(steps),
         base=base,
         upscale=upscale or (),
+        stream_weights=stream_weights,
         output=output,
     )
-    typer.echo(output / "grid.png")
+    typer.echo(output / ("grid.png" if comic is None else "comic.png"))

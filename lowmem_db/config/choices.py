@@ -4,7 +4,7 @@ The functions are called in the order of :data:`lowmem_db.config.strategy.FIELDS
 gets, the earlier fields are already chosen.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -25,6 +25,11 @@ class Device(Protocol):
     @property
     def has_bf16(self) -> bool:
         """Whether it computes in bf16."""
+        ...
+
+    @property
+    def faster_with(self) -> Collection[str]:
+        """Fields of techniques that were measured to make its steps faster."""
         ...
 
 
@@ -137,6 +142,13 @@ def fused_layers(config: Config, where: Situation) -> Iterator[bool]:
     del config
     yield False
     if not where.card.is_cpu:
+        yield True
+
+
+def channels_last(config: Config, where: Situation) -> Iterator[bool]:
+    """Yield whether convolutions are in channels_last: with fused layers, on cards that were measured to gain by it."""
+    yield False
+    if config.trains_weights and config.memory.fused_layers and "memory.channels_last" in where.card.faster_with:
         yield True
 
 

@@ -258,6 +258,11 @@ class ObjectiveConfig(Section):
     """Strength of noise that is added to the input but not to the target (arXiv:2301.11706)."""
     conditioning_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Fraction of samples trained with the empty prompt."""
+    variance: Literal["frozen", "hybrid"] = "frozen"
+    """Whether the variance that DeepFloyd IF predicts trains too, with the hybrid loss (arXiv:2102.09672, Eq. 16);
+    without a loss of its own it drifts, and a trained model is drawn with a fixed one."""
+    vlb_weight: Annotated[float, Field(gt=0)] = 1e-3
+    """Lambda of the hybrid loss: the weight of the variational lower bound."""
 
 
 class OptimizerConfig(Section):
@@ -367,8 +372,8 @@ class MemoryConfig(Section):
     nothing fits without it."""
     channels_last: bool | None = None
     """Keep the convolutions of the UNet in channels_last, together with ``fused_layers`` the layout that tensor cores
-    compute in. Results differ only by rounding. A run cannot change it later. Default: off, because its gain has not
-    been measured on a card yet."""
+    compute in. Results differ only by rounding. A run cannot change it later. Default: with fused layers on cards that
+    ``lowmem-db bench`` measured to be faster with it, of which there is none yet."""
     tiled_samples: bool | None = None
     """Draw samples during training one at a time, and decode them in tiles in the type of the weights."""
     tiled_preparation: bool | None = None

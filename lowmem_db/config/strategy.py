@@ -209,7 +209,7 @@ FIELDS: tuple[StrategyField, ...] = (
         rank=2,
         traced=("train", "sample"),
     ),
-    switch("memory.channels_last", "channels_last", rank=2, traced=("train", "sample")),
+    switch("memory.channels_last", "channels_last", choices=choices.channels_last, rank=2, traced=("train", "sample")),
     switch("memory.optimizer_in_backward", "optimizer in backward", choices=choices.gradients, is_exact=True),
     switch(
         "memory.stream_optimizer_state",

@@ -2,7 +2,7 @@
 
 import string
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from PIL import Image
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.engine.draw import Artist, Given, Job, draw, loaded_for_use
-from lowmem_db.engine.source import ImageSource, find_source
+from lowmem_db.engine.source import ImageSource, find_source, streamed_if_needed
 from lowmem_db.errors import DataError
 from lowmem_db.objective.low_resolution import LowResolution
 from lowmem_db.randomness import generator
@@ -78,10 +78,21 @@ class Stage:
             device: Device to compute on.
             dtype: Type to compute in.
         """
-        model = self.source.model
-        table = self.source.embed([*prompts, ""], device, dtype)
-        artist = Artist(model=model, settings=_SETTINGS, objective=self.source.objective)
-        jobs = [
+
+        def enlarged(source: ImageSource) -> list[list[Image.Image]]:
+            table = source.embed([*prompts, ""], device, dtype)
+            denoiser = loaded_for_use(partial(source.load_denoiser, device, dtype), device)
+            codec = loaded_for_use(partial(source.model.space.load, device), device)
+            jobs = self._jobs(images, prompts, seed, number)
+            return list(draw(artist, table, jobs, denoiser, codec, progress=f"enlarging to {self.size} px"))
+
+        artist = Artist(model=self.source.model, settings=_SETTINGS, objective=self.source.objective)
+        return streamed_if_needed(self.source, enlarged, device)
+
+    def _jobs(
+        self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], seed: int, number: int
+    ) -> list[Job]:
+        return [
             Job(
                 prompts=[prompt],
                 size=(self.size, self.size),
@@ -91,9 +102,6 @@ class Stage:
             )
             for prompt, small in zip(prompts, images, strict=True)
         ]
-        denoiser = loaded_for_use(partial(self.source.load_denoiser, device, dtype), device)
-        codec = loaded_for_use(partial(model.space.load, device), device)
-        return list(draw(artist, table, jobs, denoiser, codec, progress=f"enlarging to {self.size} px"))
 
     def as_json(self) -> dict[str, Any]:
         """Return how it draws, for ``images.json``."""
@@ -101,11 +109,12 @@ class Stage:
         return own | {"noise_level": self.low_resolution.level} | asdict(_SETTINGS)
 
 
-def find_stages(sources: Sequence[str]) -> list[Stage]:
+def find_stages(sources: Sequence[str], *, stream_weights: bool | None = None) -> list[Stage]:
     """Find super-resolution models.
 
     Args:
         sources: As in :func:`find_source`.
+        stream_weights: As in :class:`ImageSource`.
 
     Raises:
         DataError: One of them does not enlarge pictures.
@@ -113,7 +122,7 @@ def find_stages(sources: Sequence[str]) -> list[Stage]:
     """
     found = []
     for name in sources:
-        source = find_source(name)
+        source = replace(find_source(name), stream_weights=stream_weights)
         low_resolution = source.model.family.low_resolution(source.model, source.run_config)
         if low_resolution is None:
             raise DataError(

@@ -1,7 +1,7 @@
 """Drawing prompts with a model on disk: a run, a folder, or a hub id. One component is in memory at a time."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from lowmem_db.console import say, warn
 from lowmem_db.engine.draw import Artist, Job, draw, loaded_for_use
 from lowmem_db.engine.enlarging import find_stages
 from lowmem_db.engine.fitting import too_many_steps
-from lowmem_db.engine.source import ImageSource, Step, find_source
+from lowmem_db.engine.source import ImageSource, Step, find_source, streamed_if_needed
 from lowmem_db.errors import DataError
 from lowmem_db.models.text_encoders import cut_prompt_warnings
 from lowmem_db.randomness import derive_seed, generator
@@ -42,6 +42,8 @@ class Wishes:
         width: In pixels. Default: the resolution of the run, or the model's own.
         height: In pixels. Default: as for the width.
         upscale: Super-resolution models, as in :func:`find_source`, that enlarge the images one after the other.
+        stream_weights: Whether weights stay on the host and pass through the device part by part, which changes no
+            image. Default: as in the run, and where they do not fit a card otherwise.
     """
 
     prompts: Sequence[str] = ()
@@ -54,6 +56,7 @@ class Wishes:
     width: int | None = None
     height: int | None = None
     upscale: Sequence[str] = ()
+    stream_weights: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +125,10 @@ def generate_at(
         DataError: A checkpoint does not exist, there is nothing to draw, or a size does not fit the model.
         ModelError: The model does not exist.
     """
-    sources = [find_source(source, step=step, base=base) for step in steps]
-    stages = find_stages(wishes.upscale)
+    sources = [
+        replace(find_source(source, step=step, base=base), stream_weights=wishes.stream_weights) for step in steps
+    ]
+    stages = find_stages(wishes.upscale, stream_weights=wishes.stream_weights)
     work = _with_defaults(sources[0], wishes)
     for found in sources:
         _check(found, work)
@@ -263,6 +268,10 @@ def _check(source: ImageSource, work: Work) -> None:
 
 def _draw(source: ImageSource, work: Work, device: torch.device, dtype: torch.dtype) -> list[list[Image.Image]]:
     """Draw the images of each prompt; image ``i`` of every prompt starts from the same noise, for comparison."""
+    return streamed_if_needed(source, partial(_drawn, work, device, dtype), device)
+
+
+def _drawn(work: Work, device: torch.device, dtype: torch.dtype, source: ImageSource) -> list[list[Image.Image]]:
     table = source.embed([*work.prompts, work.negative_prompt], device, dtype)
     artist = Artist(model=source.model, settings=work.settings, objective=source.objective)
     jobs = [

@@ -1,14 +1,15 @@
 """The model that images are drawn from: a model on disk, with what a run has trained."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+from lowmem_db import out_of_memory
 from lowmem_db.adaptation.embeddings import word_of_checkpoint
 from lowmem_db.adaptation.lora_file import LoraFile, lora_of_checkpoint, put_into, read_lora
 from lowmem_db.config.loading import load_config
@@ -28,6 +29,8 @@ from lowmem_db.storage.checksums import MANIFEST
 from lowmem_db.storage.places import EMBEDDING_FILE, INDEX, LORA_FILE
 from lowmem_db.storage.run_folder import RunFolder
 
+_Result = TypeVar("_Result")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
@@ -39,6 +42,7 @@ class ImageSource:
         lora: Adapters to add to the components, or None.
         lora_files: The files with the adapters.
         run_config: Configuration of its run, or None.
+        stream_weights: Whether its weights stream through the device. Default: as they did in its run.
     """
 
     model: ModelFolder
@@ -46,6 +50,7 @@ class ImageSource:
     lora: LoraFile | None = None
     lora_files: tuple[Path, ...] = ()
     run_config: Config | None = None
+    stream_weights: bool | None = None
 
     @property
     def trained_files(self) -> tuple[Path, ...]:
@@ -72,7 +77,9 @@ class ImageSource:
 
     @property
     def streams_weights(self) -> bool:
-        """Whether its weights stream through the device, as they did in its run."""
+        """Whether its weights stream through the device: as asked for, or as they did in its run."""
+        if self.stream_weights is not None:
+            return self.stream_weights
         return self.run_config is not None and bool(self.run_config.memory.stream_weights)
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> Denoiser:
@@ -167,6 +174,29 @@ def find_source(source: str, *, step: Step | None = None, base: str | None = Non
         )
     model = _base(config.model, base, str(run.root), config, exact=True)
     return ImageSource(model=model, checkpoint=checkpoint, run_config=config)
+
+
+def streamed_if_needed(source: ImageSource, use: Callable[[ImageSource], _Result], device: torch.device) -> _Result:
+    """Use a model; out of a card's memory, use it again with streamed weights, unless that was ruled out.
+
+    Args:
+        source: The model.
+        use: Loads and uses it.
+        device: Device to compute on.
+
+    Raises:
+        BudgetError: There is not enough memory for a single image.
+    """
+    try:
+        return use(source)
+    except Exception as error:
+        has_more_to_try = not source.streams_weights and source.stream_weights is None
+        if device.type != "cuda" or not has_more_to_try or out_of_memory.place_of(error) != "device":
+            raise
+        reason = out_of_memory.reason_of(error)
+        out_of_memory.forget(error)
+    say(f"{source.model.name}: out of memory ({reason}); continuing with streamed weights")
+    return use(replace(source, stream_weights=True))
 
 
 def _source_outside_runs(source: str, base: str | None) -> ImageSource:

@@ -1,13 +1,13 @@
 """Reading folders of images, made by any tool, for evaluation.
 
-A folder of drawn images may have one of three forms: ``prompts.txt`` with one prompt per line and images named
-``PROMPT-IMAGE`` (numbers from zero); a text file of the same name next to each image; a folder for each prompt, named
-after it. Images without a prompt are compared only with the photos.
+A folder of drawn images may have one of four forms: ``prompts.txt`` with one prompt per line and images named
+``PROMPT-IMAGE`` (numbers from zero); ``images.json``, as ``lowmem-db generate`` writes it; a text file of the same name
+next to each image; a folder for each prompt, named after it. Images without a prompt are compared only with the photos.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowmem_db.console import say
@@ -17,8 +17,10 @@ from lowmem_db.evaluation.scoring import Pictures
 from lowmem_db.records import ImageRecord
 from lowmem_db.sampling.images import GRID_FILE
 from lowmem_db.sampling.prompts import read_prompt_file
+from lowmem_db.storage.run_folder import RunFolder, read_json
 
 PROMPTS_FILE = "prompts.txt"
+SETTINGS_FILE = "images.json"
 CONTACT_SHEET = "contact_sheet.png"
 _NUMBERED = re.compile(r"(\d+)-(\d+)")
 _SUFFIXES = frozenset(
@@ -99,7 +101,7 @@ def find_subjects(images: Path, photos: Path | None, class_images: Path | None, 
     if photos is None:
         raise DataError(f"--real: is required, because {images} is not a run; give the photos of the subject")
     if _holds_pictures(photos):
-        return [read_subject(photos.resolve().name, images, photos, class_images, limits)]
+        return [read_subject(photos.resolve().name, _of_the_one_subject(images), photos, class_images, limits)]
     names = choose(_names_of_both(images, photos), limits)
     return gather(
         lambda name: read_subject(name, images / name, photos / name, class_images and class_images / name, limits),
@@ -167,6 +169,8 @@ def read_prompts_of(folder: Path, limits: Limits) -> tuple[tuple[str | None, tup
         found = [(_prompt_of_folder(inner), scan_pictures(inner, "IMAGES")) for inner in _picture_folders(folder)]
     elif (folder / PROMPTS_FILE).is_file():
         found = _numbered(folder)
+    elif (folder / SETTINGS_FILE).is_file():
+        found = _listed(folder)
     else:
         found = _captioned(_scan(folder, "IMAGES"))
     return tuple((prompt, files[: limits.num_images]) for prompt, files in found[: limits.num_prompts])
@@ -185,6 +189,40 @@ def _numbered(folder: Path) -> list[tuple[str | None, tuple[Path, ...]]]:
             )
         by_prompt.setdefault(int(match[1]), []).append((int(match[2]), record.path))
     return [(prompts[number], tuple(path for _, path in sorted(by_prompt[number]))) for number in sorted(by_prompt)]
+
+
+def _listed(folder: Path) -> list[tuple[str | None, tuple[Path, ...]]]:
+    """Group images by the prompt that ``images.json`` names; one that it does not name is a group by itself."""
+    content = read_json(folder / SETTINGS_FILE)
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list):
+        raise DataError(
+            f"IMAGES: {folder / SETTINGS_FILE}: is not a list of images; allowed: the file that lowmem-db generate "
+            "writes. Remove it, or draw the images again"
+        )
+    prompts = {str(image.get("file")): image.get("prompt") for image in images if isinstance(image, dict)}
+    records = _scan(folder, "IMAGES")
+    return _captioned([replace(record, prompt=str(prompts.get(record.path.name) or "")) for record in records])
+
+
+def _of_the_one_subject(images: Path) -> Path:
+    """Return the folder of images of a single subject: where ``evaluate`` has written it, one folder deeper.
+
+    Raises:
+        DataError: The folder is a run, or holds several subjects.
+    """
+    if RunFolder(images).config_file.is_file():
+        raise DataError(
+            f"IMAGES: {images} is a run; draw its images first (lowmem-db evaluate {images}), and name the folder that "
+            "this writes"
+        )
+    subjects = [] if _holds_pictures(images) else [f for f in _picture_folders(images) if (f / PROMPTS_FILE).is_file()]
+    if len(subjects) > 1:
+        raise DataError(
+            f"IMAGES: {images} holds several subjects ({', '.join(folder.name for folder in subjects)}), but --real "
+            "has the photos of one; name the folder of one of them"
+        )
+    return subjects[0] if subjects else images
 
 
 def _captioned(records: Sequence[ImageRecord]) -> list[tuple[str | None, tuple[Path, ...]]]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lowmem_db_kernels.dispatch import choose
 
+from lowmem_db.config.schema import Config
 from lowmem_db.environment import GIB
 from lowmem_db.errors import ConfigError
 from lowmem_db.planning import calibration
@@ -24,6 +25,7 @@ _SHARE_FOR_PROGRAMS = 0.97  # the card's firmware keeps the rest
 _SECONDS_OF_SMALLEST = 2.5e-6  # an operator on a card, however small
 _SECONDS_OF_SMALLEST_ON_CPU = 5e-6
 _HOST_SECONDS = 8e-6  # Python, autograd and torch's dispatcher, for each operator
+_WORTH_A_TECHNIQUE = 0.98  # of a step's seconds; closer to 1 is what two measurements of the same thing differ by
 _HOST_SECONDS_OF_KERNEL = 25e-6  # the same for a kernel of ours, which Triton launches
 _NO_PART_OF_NAME = re.compile(r"nvidia|geforce|tesla|\bgpu\b|[\s_-](sxm\d?|pcie|hbm\d\w?)\b")
 _MEMORY = re.compile(r"[\s_-]\d+\s?gb\b", re.IGNORECASE)
@@ -67,6 +69,12 @@ class Card:
     def is_cpu(self) -> bool:
         """Whether it is the CPU."""
         return self.capability is None
+
+    @property
+    def faster_with(self) -> frozenset[str]:
+        """Fields of techniques that were measured to make its steps faster."""
+        ratios = calibration.RATIOS.get(known_name(self.name), {})
+        return frozenset(field for field, ratio in ratios.items() if ratio < _WORTH_A_TECHNIQUE)
 
     @property
     def usable_bytes(self) -> int:
@@ -205,6 +213,14 @@ def seconds_per_step(
     computing = max(forward, copying[0]) + max(backward, *copying[1:])
     on_host = 0.0 if card.is_cpu else ((1.0 + again) * host_seconds(costs)).sum()
     return float(max(computing, on_host)) * calibration.SECONDS.get(known_name(card.name), 1.0)
+
+
+def measured_ratio(card: Card, config: Config) -> float:
+    """Return the measured seconds of a step with a strategy's fused layers over those without; 1 if nobody measured."""
+    memory, ratios = config.memory, calibration.RATIOS.get(known_name(card.name), {})
+    if not memory.fused_layers:
+        return 1.0
+    return ratios.get("memory.channels_last" if memory.channels_last else "memory.fused_layers", 1.0)
 
 
 def operator_seconds(costs: Costs, card: Card) -> np.ndarray:

@@ -302,7 +302,8 @@ def _by_last_resort(strategies: Sequence[Config]) -> list[list[Config]]:
 def _name_without_activations(strategy: Config) -> str:
     """Return the common name of a strategy and those that differ only in activations."""
     alike: dict[str, object] = {"memory.checkpointing": "none"}
-    alike |= dict.fromkeys(("memory.offload_checkpoints", "memory.fused_layers", "memory.tiled_preparation"), False)
+    activations = ("offload_checkpoints", "fused_layers", "channels_last", "tiled_preparation")
+    alike |= dict.fromkeys((f"memory.{name}" for name in activations), False)
     return describe(changed(strategy, alike)).replace("no checkpointing", "any checkpointing")
 
 

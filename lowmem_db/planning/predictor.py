@@ -15,7 +15,7 @@ import numpy as np
 from lowmem_db.config.schema import Config, Placement
 from lowmem_db.config.strategy import Trace, changed, key_of, overhead_of
 from lowmem_db.planning.candidates import placement_of
-from lowmem_db.planning.cards import Crossing, seconds_per_step
+from lowmem_db.planning.cards import Crossing, measured_ratio, seconds_per_step
 from lowmem_db.planning.costs import Attention, Costs
 from lowmem_db.planning.phases import (
     Traced,
@@ -138,7 +138,7 @@ class Predictor:
         """
         costs, again = self._costs(strategy)
         seconds = seconds_per_step(costs, self.run.card, again=again, crossing=self.crossing(strategy))
-        return seconds * (1.0 + overhead_of(strategy))
+        return seconds * measured_ratio(self.run.card, strategy) * (1.0 + overhead_of(strategy))
 
     def crossing(self, strategy: Config) -> Crossing:
         """Return what streams beside a step: states both ways, and weights as often as their segments compute."""

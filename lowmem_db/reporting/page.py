@@ -1,23 +1,17 @@
 """The page: one file without network, whose content-security policy allows nothing but its own style and script."""
 
-import base64
-import hashlib
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
-
 from lowmem_db.reporting.charts import Curve, line_chart, smoothed
 from lowmem_db.reporting.records import RunRecord, read_run
+from lowmem_db.reporting.rendering import fill
 from lowmem_db.reporting.view import facts_of, points_of, samples_of, settings_of, view_of
 from lowmem_db.storage.atomic import write_text
 
 REPORT_FILE = "report.html"
 SHARED_FILE = "report_to_share.html"
-_FOLDER = Path(__file__).parent
 
 
 def write_report(folders: Sequence[Path], output: Path, *, share: bool = False) -> None:
@@ -37,17 +31,9 @@ def write_report(folders: Sequence[Path], output: Path, *, share: bool = False) 
 
 def render(runs: Sequence[RunRecord], *, share: bool = False) -> str:
     """Return the HTML of the page."""
-    style = (_FOLDER / "page.css").read_text(encoding="utf-8")
-    script = (_FOLDER / "page.js").read_text(encoding="utf-8")
     names = [f"run {number}" for number in range(1, len(runs) + 1)] if share else _names(runs)
-    policy = (
-        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    return _template().render(
-        style=Markup(style),
-        script=Markup(script),
-        policy=policy,
+    return fill(
+        "page.html",
         runs=[view_of(run, name, share=share) for run, name in zip(runs, names, strict=True)],
         comparison=_comparison(runs, names, share=share) if len(runs) > 1 else None,
     )
@@ -82,13 +68,3 @@ def _comparison(runs: Sequence[RunRecord], names: Sequence[str], *, share: bool)
 def _names(runs: Sequence[RunRecord]) -> list[str]:
     short = [run.name for run in runs]
     return short if len({*short}) == len(short) else [str(run.run.root.absolute()) for run in runs]
-
-
-@cache
-def _template() -> Template:
-    templates = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined)
-    return templates.get_template("page.html")
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -14,7 +14,12 @@ _LARGEST_SIDE = 20_000
 def thumbnail(path: Path, pixels: int) -> str | None:
     """Return a small copy as a ``data:`` address; arguments and result as for :func:`thumbnail_bytes`."""
     content = thumbnail_bytes(path, pixels)
-    return None if content is None else "data:image/jpeg;base64," + base64.b64encode(content).decode()
+    return None if content is None else _as_address(content)
+
+
+def address_of(image: Image.Image) -> str:
+    """Return a whole picture as a ``data:`` address."""
+    return _as_address(_as_jpeg(image))
 
 
 def thumbnail_bytes(path: Path, pixels: int) -> bytes | None:
@@ -34,6 +39,14 @@ def thumbnail_bytes(path: Path, pixels: int) -> bytes | None:
             image.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
+    return _as_jpeg(image)
+
+
+def _as_jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     Image.frombytes("RGB", image.size, image.tobytes()).save(buffer, format="JPEG", quality=_QUALITY)
     return buffer.getvalue()
+
+
+def _as_address(jpeg: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()

@@ -33,16 +33,50 @@ def collect_prompts(
     """
     collected = list(prompts) + (read_prompt_file(prompt_file) if prompt_file is not None else [])
     if suites:
-        if run_config is not None and run_config.textual_inversion.enabled:
-            identifier, class_noun = identifier or run_config.textual_inversion.token, class_noun or ""
-        elif (identifier is None or class_noun is None) and run_config is not None and run_config.subject.class_prompt:
-            names = subject_names(run_config.subject.instance_prompt, run_config.subject.class_prompt)
-            identifier, class_noun = identifier or names[0], class_noun or names[1]
-        if identifier is None or class_noun is None:
-            raise DataError("--suite: needs the identifier and the class noun; add --identifier sks --class-noun dog")
+        identifier, class_noun = names_of_subject("--suite", identifier, class_noun, run_config)
         for suite in suites:
             collected += read_suite(suite, identifier=identifier, class_noun=class_noun)
     return collected
+
+
+def fill_in(
+    field: str, templates: Sequence[str], *, identifier: str | None, class_noun: str | None, run_config: Config | None
+) -> list[str]:
+    """Return templates with the identifier and the class noun in their places; without places they stay as they are.
+
+    Args:
+        field: Where the templates come from, for messages.
+        templates: Prompts with ``{identifier}`` and ``{class_noun}``.
+        identifier: As in :func:`collect_prompts`, as the next two.
+        class_noun: Class of the subject.
+        run_config: Configuration of the run.
+
+    Raises:
+        DataError: They need an identifier and a class noun that are not known.
+    """
+    if not any(place in template for template in templates for place in ("{identifier}", "{class_noun}")):
+        return list(templates)
+    identifier, class_noun = names_of_subject(field, identifier, class_noun, run_config)
+    filled = (each.replace("{identifier}", identifier).replace("{class_noun}", class_noun) for each in templates)
+    return [" ".join(each.split()) for each in filled]
+
+
+def names_of_subject(
+    field: str, identifier: str | None, class_noun: str | None, run_config: Config | None
+) -> tuple[str, str]:
+    """Return identifier and class noun: those given, or those of the run; a learned word needs no noun.
+
+    Raises:
+        DataError: They are not known.
+    """
+    if run_config is not None and run_config.textual_inversion.enabled:
+        identifier, class_noun = identifier or run_config.textual_inversion.token, class_noun or ""
+    elif (identifier is None or class_noun is None) and run_config is not None and run_config.subject.class_prompt:
+        names = subject_names(run_config.subject.instance_prompt, run_config.subject.class_prompt)
+        identifier, class_noun = identifier or names[0], class_noun or names[1]
+    if identifier is None or class_noun is None:
+        raise DataError(f"{field}: needs the identifier and the class noun; add --identifier sks --class-noun dog")
+    return identifier, class_noun
 
 
 def suite_names() -> list[str]:

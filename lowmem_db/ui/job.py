@@ -12,12 +12,14 @@ from pathlib import Path
 from filelock import FileLock
 
 COMMANDS, ENDED, LOCK, LOG, STOP = "commands.json", "ended.json", ".lock", "log.txt", "stop"
+STARTED = "started"
 _EVERY_SECONDS = 0.2
 
 
 def run_job(folder: Path) -> None:
     """Run the commands that stand in a folder; write their output, and how the last one ended, into it."""
     with FileLock(folder / LOCK):
+        (folder / STARTED).touch()
         code = 0
         for number, command in enumerate(json.loads((folder / COMMANDS).read_text(encoding="utf-8"))):
             if (code := _run(folder, number, command)) != 0:

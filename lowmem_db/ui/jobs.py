@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from lowmem_db.errors import LowmemDbError
 from lowmem_db.storage.run_folder import read_json
-from lowmem_db.ui.job import COMMANDS, ENDED, LOCK, LOG, STOP, output_file
+from lowmem_db.ui.job import COMMANDS, ENDED, LOCK, LOG, STARTED, STOP, output_file
 
 _STARTING_SECONDS = 30.0
 _SHOWN_BYTES = 20_000
@@ -82,11 +82,13 @@ def job_in(folder: Path) -> Job:
     commands = folder / COMMANDS
     if not commands.is_file():
         return Job("none")
-    log = _end_of(folder / LOG)
-    ended = read_json(folder / ENDED)
+    # In this order: a job makes STARTED once it holds the lock, and writes ENDED before it lets go of it.
+    has_started = (folder / STARTED).exists()
+    is_locked = _is_locked(folder / LOCK)
+    ended, log = read_json(folder / ENDED), _end_of(folder / LOG)
     if not isinstance(ended, dict):
         is_new = time.time() - commands.stat().st_mtime < _STARTING_SECONDS
-        if _is_locked(folder / LOCK) or (is_new and not (folder / LOCK).exists()):
+        if is_locked or (is_new and not has_started):
             return Job("running", log=log)
         return Job("failed", "it was killed", log)
     if ended.get("code") == 0:

@@ -94,11 +94,10 @@ class Status:
 
 def status_of(run: RunFolder) -> Status:
     """Return what a run does, whoever started it."""
-    job = jobs.job_in(train_folder(run))
+    job, is_running = jobs.job_in(train_folder(run)), run.is_in_use()  # before the files that a run ends with
     rows = read_rows(run.metrics_file)
     step = max([0, *(row["step"] for row in rows[-1:]), *run.complete_steps()[-1:]])
     total = _total(run)
-    is_running = run.is_in_use()
     asked = tuple(sorted(path.name for path in (run.root / "requests").glob("*"))) if is_running else ()
     state: State
     if is_running or job.is_running:

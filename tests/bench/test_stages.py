@@ -194,35 +194,70 @@ def test_plain_loop_computes_as_torch_does_and_ours_is_strict_afterwards(
         torch.use_deterministic_algorithms(False)
 
 
-def saved_here(setting: Setting, technique: str, run: RunFolder) -> None:
+def saved_here(process: object, setting: Setting, technique: str, run: RunFolder) -> None:
     """Save the checkpoints in this process, which is quicker than to kill another."""
+    del process
     step = Steps(strategy(setting, technique, TECHNIQUES[technique]), setting.device)
     for _ in range(2):
         step()
         step.save(run)
 
 
-@pytest.mark.parametrize("technique", ["in_backward", "streamed", "offloaded"])
+@pytest.mark.parametrize(
+    "technique",
+    [name if name == "streamed_weights" else pytest.param(name, marks=pytest.mark.long) for name in TECHNIQUES],
+)
 def test_each_technique_goes_on_from_its_checkpoint(technique: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bits, "kill_in_its_steps", saved_here)
     whole = [name for name, _ in bits.STAGE.measurements(replace(SETTING, tiny=False))]
     assert f"{technique}, killed" in whole
-    assert bits._resumed(SETTING, technique)["same_bits"]
+    assert bits._resumed(SETTING, technique, lambda: broken)["same_bits"]
 
 
 def test_checkpoint_of_a_killed_process_that_is_not_restored_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bits, "kill_in_its_steps", saved_here)
     monkeypatch.setattr(steps, "restore_checkpoint", lambda run, step, objects: "")
     with pytest.raises(ValueError, match="differs after a kill behind step 2"):
-        bits._resumed(SETTING)
+        bits._resumed(SETTING, "in_backward", lambda: broken)
+
+
+@pytest.mark.slow
+def test_a_process_is_killed_under_each_technique() -> None:
+    stage = bits.STAGE.measurements(replace(SETTING, tiny=False))
+    killed_ones = {name: measure()["same_bits"] for name, measure in stage if name.endswith(", killed")}
+    assert killed_ones == {f"{name}, killed": True for name in TECHNIQUES}
+
+
+def test_processes_are_started_ahead_and_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[subprocess.Popen[str]] = []
+
+    def start() -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        begun.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=pipe, stderr=pipe, text=True))
+        return begun[-1]
+
+    monkeypatch.setattr(killed, "_start", start)
+    with killed.started_ahead(4) as take:
+        assert take() is begun[0]
+        assert len(begun) == 3, "two more are on their way"
+        taken = [take(), take(), take()]
+        assert taken == begun[1:], "no more than were asked for"
+        with pytest.raises(RuntimeError, match="ended by itself with exit code 0, and said: nothing"):
+            killed.kill_in_its_steps(taken[0], SETTING, "in_backward", RunFolder(Path("nowhere")))
+        for process in (begun[0], *taken):
+            killed._end(process)
+    with killed.started_ahead(4) as take:
+        killed._end(take())
+    assert all(process.poll() is not None for process in begun)
 
 
 @pytest.mark.long
 def test_process_that_ends_by_itself_is_no_killed_one(tmp_path: Path) -> None:
-    with pytest.raises(
-        RuntimeError, match=r"ended by itself with exit code 1, and said: KeyError: 'no such technique'"
+    with (
+        killed.started_ahead(1) as take,
+        pytest.raises(RuntimeError, match=r"ended by itself with exit code 1, and said: KeyError: 'no such technique'"),
     ):
-        killed.kill_in_its_steps(SETTING, "no such technique", RunFolder(tmp_path))
+        killed.kill_in_its_steps(take(), SETTING, "no such technique", RunFolder(tmp_path))
 
 
 def test_first_difference_is_named_by_its_place() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lowmem_db.memory import drawing, weight_stream
 from lowmem_db.storage.run_folder import RunFolder
 from tests.cli.conftest import Run
 
@@ -77,6 +78,19 @@ def test_model_folder_draws_what_its_seed_says(run: Run, tiny_model: Path, tmp_p
     assert drawn["a"]["00-00.png"] != drawn["a"]["00-01.png"]
 
 
+def test_model_draws_the_same_with_streamed_weights(
+    run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed: list[object] = []
+    monkeypatch.setattr(weight_stream, "MIN_NUMEL", 64)
+    whole = drawing.stream
+    monkeypatch.setattr(drawing, "stream", lambda *arguments: (streamed.append(arguments), whole(*arguments)))
+    for name, option in [("a", ()), ("b", ("--stream-weights",)), ("c", ("--no-stream-weights",))]:
+        assert run("generate", tiny_model, *QUICK, *option, "-o", tmp_path / name).code == 0
+        assert len(streamed) == (0 if name == "a" else 2), "the text encoder and the denoiser"
+    assert pictures(tmp_path / "a") == pictures(tmp_path / "b") == pictures(tmp_path / "c")
+
+
 def test_size_is_that_of_the_model_or_the_one_asked_for(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     assert run("generate", tiny_model, *QUICK, "-o", tmp_path / "own").code == 0
     assert size_of(tmp_path / "own" / "00-00.png") == (32, 32)
@@ -119,3 +133,42 @@ def test_nothing_by_that_name_is_refused(run: Run, tmp_path: Path) -> None:
     outcome = run("generate", tmp_path / "nothing", *QUICK)
     assert outcome.code == 2
     assert "not a folder, a file or a hub id" in outcome.err
+
+
+STORY = """
+title: <b>Breakfast</b>
+panels:
+  - {prompt: 'a {identifier} {class_noun} with a fork', words: '<script>alert(1)</script>', image: 1}
+  - {prompt: a dog, caption: The end.}
+"""
+
+
+def test_comic_is_drawn_from_its_script_as_a_picture_and_a_page(run: Run, config_file: Path, tmp_path: Path) -> None:
+    assert run("train", config_file).code == 0
+    (tmp_path / "story.yaml").write_text(STORY)
+    comic = ("generate", tmp_path / "run", "--comic", tmp_path / "story.yaml", "--num-inference-steps", 1)
+    outcome = run(*comic, "-o", tmp_path / "comic")
+    assert (outcome.code, outcome.out.strip()) == (0, str(tmp_path / "comic" / "comic.png"))
+    names = {"00-00.png", "00-01.png", "01-00.png", "01-01.png", "grid.png", "images.json", "comic.png", "comic.html"}
+    assert {file.name for file in (tmp_path / "comic").iterdir()} == names
+    assert '"a zx dog with a fork"' in (tmp_path / "comic" / "images.json").read_text()
+    assert size_of(tmp_path / "comic" / "comic.png")[0] == 2 * 384 + 3 * 12
+    page = (tmp_path / "comic" / "comic.html").read_text()
+    assert page.count("data:image/jpeg") == 2
+    for markup in ("<script>alert", "<b>Breakfast"):
+        assert markup not in page
+    for options, message in (
+        (("--prompt", "a cat"), "--comic and --prompt: only one"),
+        (("--steps", "2,final"), "--comic and --steps: only one"),
+        (("--num-images", 1), "shows image 1, counted from 0; allowed: at least 2"),
+    ):
+        refused = run(*comic, *options)
+        assert (refused.code, message in refused.err) == (2, True), refused.err
+    (tmp_path / "story.yaml").write_text(STORY.replace("panels", "pictures"))
+    assert "pictures: is no field; allowed: title, columns, font, panels" in run(*comic).err
+
+
+def test_comic_of_a_model_needs_the_names_of_its_subject(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "story.yaml").write_text(STORY)
+    refused = run("generate", tiny_model, "--comic", tmp_path / "story.yaml")
+    assert (refused.code, "add --identifier sks --class-noun dog" in refused.err) == (2, True)

@@ -36,7 +36,7 @@ def test_json_keeps_its_contract(run: Run, config_file: Path) -> None:
 
 
 def test_plan_for_two_processes_says_what_crosses(run: Run, config_file: Path) -> None:
-    alone, two = (json.loads(run("plan", config_file, "--json", *more)[1]) for more in ((), ("--num-processes", "2")))
+    alone, two = (json.loads(run("plan", config_file, "--json", *more).out) for more in ((), ("--num-processes", "2")))
     assert (alone["num_processes"], alone["sent_bytes_per_step"]) == (1, 0)
     assert two["num_processes"] == 2
     assert two["sent_bytes_per_step"] == two["received_bytes_per_step"] > 0

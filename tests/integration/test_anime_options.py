@@ -268,6 +268,7 @@ def test_samples_before_the_first_step_and_negative_prompts(fields: dict[str, ob
     assert pictures[0] != pictures[1]
 
 
+@pytest.mark.long
 def test_a_resumed_run_with_everything_ends_bit_for_bit_as_one_that_was_not_stopped(
     tiny_fields: dict[str, object], photos_dir: Path, tmp_path: Path
 ) -> None:

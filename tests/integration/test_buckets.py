@@ -76,6 +76,7 @@ def test_class_dir_has_a_folder_for_each_shape_or_is_the_users_own(
     assert len(again.class_images) == len(batches.class_images) == 5
 
 
+@pytest.mark.long
 def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(fields: dict[str, object], tmp_path: Path) -> None:
     chosen = fields | {"training.train_batch_size": 2, "training.gradient_accumulation_steps": 2}
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -65,10 +65,9 @@ def load(family: str, folder: Path) -> DiffusionPipeline:
     ("family", "kind"),
     [
         ("sd1", "full"),
-        ("sdxl", "LoRA"),
         *(
             pytest.param(*each, marks=pytest.mark.long)
-            for each in [("sd1", "LoRA"), ("sd2", "full"), ("sd2", "LoRA"), ("sdxl", "full")]
+            for each in [("sd1", "LoRA"), ("sd2", "full"), ("sd2", "LoRA"), ("sdxl", "full"), ("sdxl", "LoRA")]
         ),
     ],
 )

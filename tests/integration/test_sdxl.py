@@ -181,7 +181,11 @@ VARIANTS = {
 
 @pytest.mark.parametrize(
     ("variant", "kill"),
-    zip(VARIANTS, [kill_in_step(3, "SDXL"), kill_in_write(9, "SDXL"), kill_in_step(2, "SDXL")], strict=True),
+    [
+        pytest.param("both text encoders, average, samples", kill_in_step(3, "SDXL"), marks=pytest.mark.long),
+        pytest.param("frozen text encoders, dropout", kill_in_write(9, "SDXL"), marks=pytest.mark.long),
+        ("24-bit weights in backward", kill_in_step(2, "SDXL")),
+    ],
 )
 def test_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(
     fields: dict[str, object], tmp_path: Path, variant: str, kill: Callable[[], None]

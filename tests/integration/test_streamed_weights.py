@@ -68,7 +68,7 @@ VARIANTS = {
         "memory.checkpointing": "segments",
     },
 }
-QUICK = ("24-bit weights, samples", "LoRA, dropout, two batches a step")
+QUICK = "24-bit weights, samples"
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def own_places(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    "variant", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in VARIANTS]
+    "variant", [name if name == QUICK else pytest.param(name, marks=pytest.mark.long) for name in VARIANTS]
 )
 def test_runs_are_those_with_weights_that_stay(variant: str, tiny_fields: dict[str, object], tmp_path: Path) -> None:
     fields = tiny_fields | {"checkpointing.every": 2, "prior.num_class_images": 2} | VARIANTS[variant]
@@ -130,7 +130,8 @@ def test_runs_are_those_with_weights_that_stay(variant: str, tiny_fields: dict[s
         assert drawn(streamed) == drawn(resident)
 
 
-@pytest.mark.parametrize("trains", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("trains", [False, True])
 def test_sdxl_too(trains: bool, tiny_fields: dict[str, object], tiny_sdxl: Path, tmp_path: Path) -> None:
     fields = tiny_fields | FULL | {"model.base": str(tiny_sdxl), "training.train_text_encoder": trains}
     fields |= {"training.max_train_steps": 2, "prior.num_class_images": 2}
@@ -150,6 +151,7 @@ def test_a_run_may_go_on_with_weights_that_stay(tiny_fields: dict[str, object], 
         assert metric_rows(found) == metric_rows(whole)
 
 
+@pytest.mark.long
 def test_tiles_before_training_have_latents_of_their_own(tiny_fields: dict[str, object], tmp_path: Path) -> None:
     fields = tiny_fields | FULL | {"training.max_train_steps": 1, "prior.num_class_images": 1}
     tiled = run(fields | {"memory.tiled_preparation": True} | own_places(tmp_path / "tiled"))

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 FILES = sorted((Path(__file__).parent / "contract").glob("test_*.py"))
-QUICK = ("checks", "codec_and_rounding", "noise")
+QUICK = ("checks", "codec_and_rounding")
 
 
 def test_there_are_contract_tests():

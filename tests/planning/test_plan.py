@@ -10,6 +10,7 @@ from lowmem_db import environment
 from lowmem_db.config.strategy import autocast, open_paths, resolve
 from lowmem_db.errors import BudgetError, ConfigError, ModelError
 from lowmem_db.models.finding import model_of
+from lowmem_db.planning import calibration
 from lowmem_db.planning.candidates import candidates, open_choices
 from lowmem_db.planning.cards import ASSUMED, CPU, find_card
 from lowmem_db.planning.costs import Attention
@@ -70,6 +71,21 @@ def test_plain_step_on_a_card_is_planned_with_its_temporaries(tiny):
     config = resolve(make_config(**tiny, memory__weights="bf16_extra_bits", memory__optimizer_in_backward=False))
     with_triton, without = (trace_train(make_run(config, card)).peak.total for card in (ASSUMED, plain))
     assert with_triton < without < with_triton + 80 * 2**20
+
+
+@pytest.mark.parametrize(("ratio", "chosen"), [(0.85, True), (0.99, False), (1.2, False)])
+def test_channels_last_is_chosen_where_a_card_was_measured_to_gain_by_it(tiny, monkeypatch, ratio, chosen):
+    without = Planner(make_run(make_config(**tiny))).plan(4 * GIB)
+    assert not without.config.memory.channels_last
+    ratios = {"memory.fused_layers": 1.1, "memory.channels_last": ratio}
+    monkeypatch.setattr(calibration, "RATIOS", {ASSUMED.name: ratios})
+    found = Planner(make_run(make_config(**tiny))).plan(4 * GIB)
+    assert (found.config.memory.channels_last, found.config.memory.fused_layers) == (chosen, chosen)
+    assert found.seconds_per_step == pytest.approx(without.seconds_per_step * (ratio if chosen else 1.0))
+    other = find_card("RTX 4090")
+    assert not other.faster_with
+    fixed = make_config(**tiny, memory__fused_layers=False)
+    assert not any(each.memory.channels_last for each in candidates(fixed, ASSUMED, [])[0])
 
 
 def test_larger_budget_is_never_slower(plans):

@@ -49,6 +49,13 @@ def report(card: str, **changes: Any) -> dict[str, Any]:
                 },
             ),
             stage(
+                "candidates",
+                "candidates",
+                {"name": "channels_last", "seconds_per_step": 0.43, "base_seconds_per_step": 0.5, "ratio": 0.86},
+                {"name": "compile", "seconds_per_step": 0.4, "base_seconds_per_step": 0.5, "ratio": 0.8},
+                {"name": "fused_layers", "ratio": None, "skipped": "no kernels"},
+            ),
+            stage(
                 "bandwidth",
                 "measurements",
                 {"name": "copy", "gb_per_second": 324.0},
@@ -80,6 +87,7 @@ def test_figures_are_those_that_were_measured(folder: Path) -> None:
         fragmentation=0.03,
         share_of_bandwidth=0.9,
         share_of_pcie=0.7,
+        ratios={"RTX 3060": {"memory.channels_last": 0.86}},
         seconds={"RTX 3060": 1.25},
     )
 
@@ -87,7 +95,7 @@ def test_figures_are_those_that_were_measured(folder: Path) -> None:
 def test_the_worst_card_sets_the_allowance_and_the_median_the_rate(folder: Path) -> None:
     for name, rate in (("b", 288.0), ("c", 180.0)):
         other = report("NVIDIA GeForce RTX 3060")
-        other["stages"][3]["measurements"][0]["gb_per_second"] = rate
+        other["stages"][4]["measurements"][0]["gb_per_second"] = rate
         other["stages"][0]["measurements"][0]["context_bytes"] = int(rate) * MIB
         (folder / f"{name}.json").write_text(json.dumps(other))
     found = calibrated(read_reports(folder))
@@ -104,6 +112,7 @@ def test_module_holds_the_figures(folder: Path) -> None:
     exec(render_module(found), module)
     assert module["CUDA_CONTEXT"] == 301 * MIB
     assert module["SECONDS"] == {"RTX 3060": 1.25}
+    assert module["RATIOS"] == {"RTX 3060": {"memory.channels_last": 0.86}}
     assert "Measured on one card." in module["__doc__"]
 
 
@@ -120,6 +129,8 @@ def test_tables_show_prediction_beside_measurement(folder: Path) -> None:
     text = page(reports)
     assert "| streamed | 1.95 GiB | 1.99 GiB | 2.05 GiB | 2.44 GiB |" in text
     assert "| adamw | 0.400 s | 0.500 s | 0.600 s | 0.83 |" in text
+    assert "| channels_last | 0.430 s | 0.500 s | 0.86 |" in text
+    assert "fused_layers" not in text
     assert "left out: capped" in text
     assert "nested" not in text
     assert "| NVIDIA GeForce RTX 3060 | 1.95 GiB / 1.99 GiB | 0.500 s / 0.600 s |" in summary(reports)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sync_playwright
 
 from tests.cli.conftest import REPOSITORY, environment_of_commands  # noqa: F401
 from tests.ui.browser import Server
@@ -74,7 +74,6 @@ def test_from_photos_to_a_picture(  # noqa: PLR0915
     page.get_by_role("button", name="Begin").click()
     page.set_input_files("#files", PHOTOS)
     expect(page.locator(".photos-edit li")).to_have_count(len(PHOTOS))
-    page.wait_for_load_state("load")  # with htmx, which saves captions
     page.get_by_label("Caption of 00.jpg").fill("a sks dog on <i>grass</i>")
     page.get_by_label("Caption of 00.jpg").blur()
     expect(page.locator(".photos-edit output").first).to_have_text("saved")
@@ -89,6 +88,7 @@ def test_from_photos_to_a_picture(  # noqa: PLR0915
 
     other = context.new_page()  # a second tab on the same run
     other.goto(page.url)
+    expect(other.get_by_label("Prompts, one per line")).to_have_count(0)
     expect(page.locator("#status .state")).to_contain_text("training", timeout=PATIENCE)
     page.reload()
     server.kill()  # the run goes on
@@ -101,15 +101,89 @@ def test_from_photos_to_a_picture(  # noqa: PLR0915
         expect(tab.locator("#status .state")).to_contain_text("finished", timeout=PATIENCE)
     expect(page.locator("#report [data-step]").last).to_be_visible(timeout=20_000)
     accessible(page)
-
-    page.reload()
     page.get_by_label("Prompts, one per line").fill("a sks <u>dog</u>")
     page.get_by_label("Images of each").fill("1")
     page.get_by_role("button", name="Draw").click()
     expect(page.locator("#drawn .pictures img")).to_have_count(1, timeout=PATIENCE)
     expect(other.locator("#drawn .pictures img")).to_have_count(1, timeout=20_000)
     assert page.locator("#drawn .pictures img").evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+    page.get_by_role("button", name="Export").click()  # one file: the demo base has another autoencoder
+    expect(page.locator("#drawn").get_by_role("alert")).to_contain_text("export --format diffusers", timeout=PATIENCE)
+    page.get_by_label("for", exact=True).select_option("diffusers")
+    page.get_by_role("button", name="Export").click()
+    expect(page.locator("#drawn")).to_contain_text("b-dog-b-diffusers-fp16", timeout=PATIENCE)
     accessible(page)
     assert page.locator("main b, main i, main u").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert problems == []
+
+
+def test_what_is_entered_before_the_scripts_have_loaded_is_kept(
+    browser: Browser,
+    start: Callable[..., Server],
+    tmp_path: Path,
+    environment_of_commands: dict[str, str],  # noqa: F811
+) -> None:
+    server = start(tmp_path / "runs", quick_recipes(tmp_path / "configs"), environment_of_commands)
+    page = browser.new_context().new_page()
+    held: list[Route] = []
+
+    def let_go() -> None:
+        for script in held:
+            script.continue_()
+        held.clear()
+
+    page.goto(server.address)
+    page.get_by_label("What do the photos show?").fill("dog")
+    page.route("**/*.js", lambda route: held.append(route))
+    page.get_by_role("button", name="Begin").click(no_wait_after=True)
+    page.set_input_files("#files", PHOTOS[:1])
+    let_go()
+    expect(page.locator(".photos-edit li")).to_have_count(1)
+    let_go()
+    page.goto(page.url, wait_until="commit")
+    page.get_by_label("Caption of 00.jpg").fill("a dog on grass")
+    page.get_by_label("Rare word for it").fill("zwx")
+    let_go()
+    expect(page.locator(".photos-edit output")).to_have_text("saved")
+    expect(page.locator("#plan code").first).to_have_text("a zwx dog")
+
+
+def test_photos_are_dropped_and_everything_is_reached_by_keyboard(
+    browser: Browser,
+    start: Callable[..., Server],
+    tmp_path: Path,
+    environment_of_commands: dict[str, str],  # noqa: F811
+) -> None:
+    server = start(tmp_path / "runs", quick_recipes(tmp_path / "configs"), environment_of_commands)
+    page = browser.new_context().new_page()
+    page.goto(server.address)
+    page.get_by_label("What do the photos show?").focus()
+    page.keyboard.type("dog")
+    page.keyboard.press("Enter")
+    content = [list(Path(photo).read_bytes()) for photo in PHOTOS[:2]]
+    dropped = page.evaluate_handle(
+        """photos => {
+            const dropped = new DataTransfer();
+            photos.forEach((photo, index) => dropped.items.add(new File([new Uint8Array(photo)], `${index}.jpg`)));
+            return dropped;
+        }""",
+        content,
+    )
+    page.wait_for_load_state("load")
+    page.locator(".drop").dispatch_event("drop", {"dataTransfer": dropped})
+    expect(page.locator(".photos-edit li")).to_have_count(2)
+
+    page.wait_for_load_state("load")
+    usable = "a[href], button:enabled, input:not([type=hidden]):enabled, select, textarea, summary"
+    wanted = page.locator(usable).evaluate_all("all => all.map(one => one.outerHTML)")
+    reached: list[str] = []
+    for _ in wanted:
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.outerHTML"))
+        style = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert style != "none", f"{reached[-1]} does not show that it has the focus"
+    assert reached == wanted
+    page.get_by_role("button", name="Remove 1.jpg").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".photos-edit li")).to_have_count(1)

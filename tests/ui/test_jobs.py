@@ -62,7 +62,25 @@ def test_job_goes_on_without_the_process_that_started_it(tmp_path: Path) -> None
 def test_killed_job_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "commands.json").write_text(json.dumps([["--version"]]))
     (tmp_path / ".lock").touch()
+    (tmp_path / "started").touch()
     assert job_in(tmp_path) == Job("failed", "it was killed")
+
+
+def test_job_that_has_not_taken_its_lock_yet_is_not_called_killed(tmp_path: Path) -> None:
+    (tmp_path / "commands.json").write_text(json.dumps([["--version"]]))
+    (tmp_path / ".lock").touch()
+    assert job_in(tmp_path).is_running
+
+
+def test_job_that_ends_while_one_looks_is_not_called_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end_now(lock: Path) -> bool:
+        (tmp_path / "ended.json").write_text(json.dumps({"code": 0}))
+        return False
+
+    (tmp_path / "commands.json").write_text(json.dumps([["--version"]]))
+    (tmp_path / "started").touch()
+    monkeypatch.setattr(jobs, "_is_locked", end_now)
+    assert job_in(tmp_path).state == "done"
 
 
 def test_job_is_stopped(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ _DOCSTRING = '''\
 
 '''
 _MIB = 1 << 20
+_TECHNIQUES = ("fused_layers", "channels_last")
+"""Candidates of the bench that the planner chooses by what they gained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class Calibration:
         fragmentation: Bytes that the allocator reserves beyond tensors, as a share of them.
         share_of_bandwidth: Bandwidth of a copy on the card, as a share of the public figure.
         share_of_pcie: The same for a copy from the host.
+        ratios: By card and field: seconds of a step with a technique over those without.
         seconds: By card: measured seconds of a step over predicted ones.
     """
 
@@ -37,6 +40,7 @@ class Calibration:
     fragmentation: float = 0.05
     share_of_bandwidth: float = 0.75
     share_of_pcie: float = 0.8
+    ratios: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -58,6 +62,7 @@ def calibrated(reports: Sequence[Report]) -> Calibration:
         fragmentation=round(found(gaps, max, estimate.fragmentation) + 0.0049, 2),
         share_of_bandwidth=round(found(_bandwidths(reports), statistics.median, estimate.share_of_bandwidth), 3),
         share_of_pcie=round(found(_pcie(reports), statistics.median, estimate.share_of_pcie), 3),
+        ratios=_ratios(reports),
         seconds=dict(_seconds(reports)),
     )
 
@@ -85,6 +90,21 @@ def _pcie(reports: Sequence[Report]) -> Iterator[float]:
             yield rate * 1e9 / pcie_rate(_card(report))
 
 
+def _ratios(reports: Sequence[Report]) -> dict[str, dict[str, float]]:
+    """Return the medians of what the reports of a card say of each technique."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for report in reports:
+        of_card = found.setdefault(known_name(report["card"]["name"]), {})
+        for name in _TECHNIQUES:
+            if ratio := row(report, "candidates", name).get("ratio"):
+                of_card.setdefault(f"memory.{name}", []).append(ratio)
+    medians = {
+        card: {field: round(statistics.median(ratios), 3) for field, ratios in of_card.items()}
+        for card, of_card in found.items()
+    }
+    return {card: of_card for card, of_card in medians.items() if of_card}
+
+
 def _seconds(reports: Sequence[Report]) -> Iterator[tuple[str, float]]:
     for report in reports:
         known = [each for each in rows(report, "speed") if each.get("predicted_seconds_per_step")]
@@ -106,10 +126,16 @@ def render_module(found: Calibration) -> str:
         "# of the peak: gaps in the blocks of the caching allocator, with expandable segments",
         f"SHARE_OF_BANDWIDTH = {found.share_of_bandwidth}  # of the public figure",
         f"SHARE_OF_PCIE = {found.share_of_pcie}  # of the public figure",
+        f"RATIOS: dict[str, dict[str, float]] = {_nested(found.ratios)}  "
+        "# by card and field: seconds of a step with a technique over those without",
         f"SECONDS: dict[str, float] = {_literal(found.seconds)}  "
         "# by card: measured seconds of a step over predicted ones",
     ]
     return _DOCSTRING.format(said=said) + "\n".join(lines) + "\n"
+
+
+def _nested(ratios: dict[str, dict[str, float]]) -> str:
+    return "{" + ", ".join(f'"{card}": {_literal(of_card)}' for card, of_card in ratios.items()) + "}"
 
 
 def _literal(seconds: dict[str, float]) -> str:

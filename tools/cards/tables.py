@@ -53,6 +53,12 @@ def _card(report: Report) -> list[str]:
         lines.append(
             _line(each["name"], *(_seconds(each.get(name)) for name in names), f"{ratio:.2f}" if ratio else "-")
         )
+    measured = [each for each in rows(report, "candidates") if each.get("ratio")]
+    if measured:
+        lines += ["", "| candidate | step | without it | ratio |", "|---|---|---|---|"]
+    for each in measured:
+        seconds = (_seconds(each.get(name)) for name in ("seconds_per_step", "base_seconds_per_step"))
+        lines.append(_line(each["name"], *seconds, f"{each['ratio']:.2f}"))
     failed = [stage["name"] for stage in report["stages"] if not stage["ok"]]
     lines += [
         "",

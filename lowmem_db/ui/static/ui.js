@@ -6,7 +6,17 @@ for (const form of document.querySelectorAll("[data-drop]")) {
   form.addEventListener("dragover", event => { event.preventDefault(); form.classList.add("over"); });
   form.addEventListener("dragleave", () => form.classList.remove("over"));
   form.addEventListener("drop", event => { event.preventDefault(); input.files = event.dataTransfer.files; send(); });
+  send();  // what was chosen before this script had loaded
 }
+
+// What was typed before htmx had loaded.
+const isChanged = field => field.options
+  ? [...field.options].some(option => option.selected !== option.defaultSelected) : field.value !== field.defaultValue;
+document.addEventListener("DOMContentLoaded", () => {
+  for (const form of document.querySelectorAll("form[hx-trigger=change]")) {
+    if ([...form.querySelectorAll("input, select, textarea")].some(isChanged)) htmx.trigger(form, "change");
+  }
+});
 
 const chosen = {};
 function slide() {
