@@ -305,6 +305,7 @@ def evaluate(
     precision: Precision | None = None,
     device: str = "auto",
     shard: str | None = None,
+    failures: bool = False,
     output: PathLike = "evaluation",
     step: "Step | None" = None,
     base: PathLike | None = None,
@@ -333,6 +334,8 @@ def evaluate(
         precision: Type to compute in. Default: fp16 on CUDA devices, fp32 on the CPU.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         shard: Draw one part of a run's images, such as ``"1/4"``, and score nothing.
+        failures: For a run, also draw the subject without a context, and every prompt with the model before training:
+            they tell the failures of the paper's figure 9 apart.
         output: Folder for images, contact sheets and ``evaluation.json``.
         step: Checkpoint of a run to evaluate, or ``"final"``. Default: the final model, or else the newest checkpoint.
         base: Where the model is that a run was trained on, if it has moved.
@@ -371,6 +374,7 @@ def evaluate(
                 num_class_images=NUM_CLASS_IMAGES if num_class_images is None else num_class_images,
                 resolution=resolution,
                 seed=seed,
+                failures=failures,
                 device=where,
                 dtype=DTYPES[precision or environment.drawing_precision(where)],
             ),
@@ -388,6 +392,7 @@ def evaluate(
                 "--precision": precision,
                 "--step": step,
                 "--base": base,
+                "--failures": failures or None,
             },
             shard=shard,
             output=Path(output),
