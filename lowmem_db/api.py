@@ -490,7 +490,7 @@ def report(runs: Sequence[PathLike] | PathLike, output: PathLike | None = None, 
 
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
     name = SHARED_FILE if share else REPORT_FILE
-    path = Path(output) if output is not None else folders[0] / name if len(folders) == 1 else Path(name)
+    path = _page(output, name) if output is not None else folders[0] / name if len(folders) == 1 else Path(name)
     write_report(folders, path, share=share)
     return path
 
@@ -514,7 +514,7 @@ def gallery(
         subjects: How many subjects to show, or their names separated by commas.
         num_prompts: Show only the first so many prompts.
         num_images: Images per prompt. Default: all.
-        output: The HTML file.
+        output: The HTML file, or the folder for ``gallery.html``.
 
     Returns:
         The file.
@@ -537,8 +537,14 @@ def gallery(
             for prompt, cells in match_prompts(of_methods)
         ]
         shown.append(GallerySubject(name=of_methods[0].name, photos=of_methods[0].photos, rows=tuple(rows)))
-    write_gallery(Path(output), methods, shown)
-    return Path(output)
+    page = _page(output, "gallery.html")
+    write_gallery(page, methods, shown)
+    return page
+
+
+def _page(output: PathLike, name: str) -> Path:
+    """Return the file to write: the one that is named or, in a folder, one with a name."""
+    return Path(output) / name if Path(output).is_dir() else Path(output)
 
 
 def class_noun(photos: PathLike) -> "ClassNoun":
