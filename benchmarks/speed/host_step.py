@@ -2,11 +2,11 @@
 
 ``python benchmarks/speed/host_step.py [--only sd15_full_2gb] [--output FILE.json]``
 
-On the card, 24-bit weights and 8-bit moments cross both ways in the backward pass: 5.03 bytes a parameter. With the step on
-the host, gradients leave (2 bytes) and weights arrive (2 bytes), and the host steps at the measured 3.62 ns a parameter and
-thread (``benchmarks/results/adamw8bit_cpu.json``). The model favours the host: its threads do not slow each other down, all of
-its work hides behind the card's, nothing waits for the step of the first layers, ``update_rms`` costs it no second pass, and
-the card's own step costs nothing any more.
+On the card, 24-bit weights and 8-bit moments cross both ways in the backward pass: 5.03 bytes a parameter. With the
+step on the host, gradients leave (2 bytes) and weights arrive (2 bytes), and the host steps at the measured 3.62 ns a
+parameter and thread (``benchmarks/results/adamw8bit_cpu.json``). The model favours the host: its threads do not slow
+each other down, all of its work hides behind the card's, nothing waits for the step of the first layers,
+``update_rms`` costs it no second pass, and the card's own step costs nothing any more.
 """
 
 import argparse
