@@ -119,6 +119,7 @@ def _step_kernel(
     root_c2 = tl.load(corrections_ptr + 1)
     moment_scale = tl.div_rn(root_c2, tl.load(corrections_ptr))
     scaled_eps = eps * root_c2
+    update_scale = 1.0
     if HAS_UPDATE_SQUARES:
         mean_square = tl.div_rn(tl.load(update_scale_ptr), num_elements * 1.0)
         update_scale = tl.div_rn(1.0, tl.maximum(tl.sqrt(mean_square), 1.0))
