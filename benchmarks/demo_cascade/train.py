@@ -25,8 +25,8 @@ from lowmem_db.objective.low_resolution import enlarged, level_of, reduced
 LEAST, MOST = 1e-5, 1e-1
 """Variances of the noise on the pictures that the second stage enlarges; each is drawn between them, in logarithms."""
 MOST_WEIGHT = 25
-"""The error of the noise counts by 1 / SNR, between 1 and this. Without it few steps leave the colours of a picture to the
-noise that it is drawn from: at the last timesteps the noise is nearly all there is to see, and a copy of it nearly right."""
+"""The error of the noise counts by 1 / SNR, between 1 and this. Without it, few steps leave the colours of a picture to
+the noise that it is drawn from: at the last timesteps there is little else to see, and a copy of it is nearly right."""
 _DROPOUT = 0.1
 
 
