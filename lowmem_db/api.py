@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lowmem_db.data.inspection import Inspection
     from lowmem_db.engine.source import Step
+    from lowmem_db.evaluation.class_noun import ClassNoun
     from lowmem_db.planning.plan import Plan
     from lowmem_db.storage.asking import Request
     from lowmem_db.storage.run_folder import RunFolder
@@ -533,6 +534,24 @@ def gallery(
         shown.append(GallerySubject(name=of_methods[0].name, photos=of_methods[0].photos, rows=tuple(rows)))
     write_gallery(Path(output), methods, shown)
     return Path(output)
+
+
+def class_noun(photos: PathLike) -> "ClassNoun":
+    """Name what photos show by a word such as "dog", with a classifier, as in section 3.2 of arXiv:2208.12242.
+
+    Args:
+        photos: Folder of the photos.
+
+    Returns:
+        The noun, or None where the classifier is not sure, and the likeliest nouns.
+
+    Raises:
+        DataError: The folder does not exist, or holds no picture.
+        DependencyError: The extra ``evaluation`` is not installed.
+    """
+    from lowmem_db.evaluation.class_noun import find_class_noun
+
+    return find_class_noun(Path(photos))
 
 
 def files_to_publish(run: PathLike) -> dict[str, int]:

@@ -62,8 +62,7 @@ class FullWeights(Adaptation):
             model,
             modules,
             dtype=DTYPES[self.config.final.precision],
-            prediction_type=self.config.objective.prediction_type,
-            zero_terminal_snr=self.config.objective.zero_terminal_snr,
+            objective=self.config.objective,
             extra_bits=extra_bits,
         )
 

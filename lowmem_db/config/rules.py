@@ -103,7 +103,8 @@ RULES = (
     Rule(
         lambda c: c.prior.enabled and not c.subject.class_prompt,
         "prior.enabled: true needs subject.class_prompt, which is missing; "
-        'set subject.class_prompt="a dog" (your class noun), or prior.enabled=false',
+        'set subject.class_prompt="a dog" (your class noun: lowmem-db identifiers --class-noun '
+        "{config.subject.instance_dir} looks for it), or prior.enabled=false",
     ),
     Rule(
         lambda c: c.prior.enabled and not all(concept.class_prompt for concept in c.subject.concepts),
@@ -161,6 +162,19 @@ RULES = (
         lambda c: bool(c.objective.zero_terminal_snr) and c.objective.prediction_type == "epsilon",
         "objective.zero_terminal_snr: true makes the last timestep pure noise, from which epsilon teaches nothing; set "
         "objective.prediction_type=v_prediction, or objective.zero_terminal_snr=false",
+    ),
+    Rule(
+        lambda c: c.objective.vlb_weight != 1e-3 and c.objective.variance != "hybrid",
+        "objective.vlb_weight: {config.objective.vlb_weight} has no effect without objective.variance=hybrid; set "
+        "that, or leave it out",
+    ),
+    *(
+        Rule(
+            lambda c, name=name: c.objective.variance == "hybrid" and getattr(c.objective, name) > 0,
+            f"objective.{name}: changes the noise, and objective.variance=hybrid holds for plain noise alone; set "
+            f"objective.{name}=0, or objective.variance=frozen",
+        )
+        for name in ("noise_offset", "input_perturbation")
     ),
     Rule(
         lambda c: c.objective.snr_gamma is not None and c.objective.debiased,

@@ -258,6 +258,11 @@ class ObjectiveConfig(Section):
     """Strength of noise that is added to the input but not to the target (arXiv:2301.11706)."""
     conditioning_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Fraction of samples trained with the empty prompt."""
+    variance: Literal["frozen", "hybrid"] = "frozen"
+    """Whether the variance that DeepFloyd IF predicts trains too, with the hybrid loss (arXiv:2102.09672, Eq. 16);
+    without a loss of its own it drifts, and a trained model is drawn with a fixed one."""
+    vlb_weight: Annotated[float, Field(gt=0)] = 1e-3
+    """Lambda of the hybrid loss: the weight of the variational lower bound."""
 
 
 class OptimizerConfig(Section):

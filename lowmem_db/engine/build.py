@@ -65,7 +65,12 @@ def build_step(
     _check_fields(config, model)
     if prepared is None:  # on the host, so that the device never holds weights in another type
         prepared = prepare_modules(config, model, device if device.type == "meta" else CPU)
-    denoiser = Denoiser(model.family, prepared.modules, AUTOCAST_TYPES[autocast(config)])
+    denoiser = Denoiser(
+        model.family,
+        prepared.modules,
+        AUTOCAST_TYPES[autocast(config)],
+        with_variance=config.objective.variance == "hybrid",
+    )
     techniques.apply(denoiser, config, device)
     for module in denoiser.modules().values():
         to_device(module, device)

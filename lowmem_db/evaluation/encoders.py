@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     CLIPModel,
@@ -157,6 +158,19 @@ class EfficientNetEncoder(Encoder):
     @staticmethod
     def _pixels(image: Image.Image) -> Float[Tensor, "3 h w"]:
         return _to_pixels(image.resize((_EN0_PIXELS, _EN0_PIXELS), Image.Resampling.BICUBIC))
+
+
+class ImageNetClassifier(EfficientNetEncoder):
+    """EfficientNet-Lite0 with the layer that names the classes of ImageNet."""
+
+    def __init__(self, files: EncoderFiles, device: torch.device) -> None:
+        super().__init__(files, device)
+        weights = torch.load(files.path, map_location="cpu", weights_only=True)
+        self._weight, self._bias = weights["_fc.weight"].to(device), weights["_fc.bias"].to(device)
+
+    def classify(self, images: Images) -> Float[Tensor, "n classes"]:
+        """Return the probability of each class for each picture; pictures are resized to a square."""
+        return functional.linear(self.embed_images(images).to(self.device), self._weight, self._bias).softmax(1).cpu()
 
 
 class CaptionEncoder(EfficientNetEncoder):

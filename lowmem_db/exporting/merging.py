@@ -35,7 +35,6 @@ def merge_into_folder(
         merged[component] = model.load(component)
         put_into(component, merged[component], source.lora)
         merge(merged[component])
-    objective = None if source.config is None else source.config.objective
     write_folder(
         out,
         lambda folder: save_model(
@@ -43,7 +42,6 @@ def merge_into_folder(
             model,
             merged,
             dtype=precision,
-            prediction_type=objective.prediction_type if objective is not None else None,
-            zero_terminal_snr=objective.zero_terminal_snr if objective is not None else None,
+            objective=None if source.config is None else source.config.objective,
         ),
     )

@@ -87,8 +87,7 @@ def source_at_step(found: ImageSource, name: str, beside: Path) -> Iterator[Expo
             found.model,
             trained,
             dtype=DTYPES[config.final.precision],
-            prediction_type=config.objective.prediction_type,
-            zero_terminal_snr=config.objective.zero_terminal_snr,
+            objective=config.objective,
         )
         yield ExportSource(name=name, model=find_model(str(folder)), config=config)
 

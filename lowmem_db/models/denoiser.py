@@ -23,12 +23,19 @@ class Denoiser:
         family: The model's family.
         modules: The denoiser, and the text encoders unless the conditioning has embeddings, by component.
         autocast_dtype: Type for autocast. Default: no autocast.
+        with_variance: Also return the variance that the model predicts, in further channels.
     """
 
     def __init__(
-        self, family: Family, modules: Mapping[str, nn.Module], autocast_dtype: torch.dtype | None = None
+        self,
+        family: Family,
+        modules: Mapping[str, nn.Module],
+        autocast_dtype: torch.dtype | None = None,
+        *,
+        with_variance: bool = False,
     ) -> None:
         self.family = family
+        self._predict = family.predict_to_draw if with_variance else family.predict
         self.autocast_dtype = autocast_dtype
         self._modules = dict(modules)
 
@@ -66,7 +73,7 @@ class Denoiser:
 
     def predict(
         self, noisy_latents: Float[Tensor, "b c h w"], timesteps: Tensor, conditioning: Conditioning
-    ) -> Float[Tensor, "b c h w"]:
+    ) -> Float[Tensor, "b d h w"]:
         """Return the denoiser's prediction, in fp32.
 
         Args:
@@ -76,7 +83,7 @@ class Denoiser:
         """
         with self.autocast():
             told = self.told(conditioning)
-            prediction = self.family.predict(self.module, noisy_latents.to(self.dtype), timesteps, told)
+            prediction = self._predict(self.module, noisy_latents.to(self.dtype), timesteps, told)
         return prediction.float()
 
     def autocast(self) -> AbstractContextManager[object]:

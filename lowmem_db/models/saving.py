@@ -13,6 +13,7 @@ from lowmem_db_kernels import unpack_extra_bits_eager
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lowmem_db.config.schema import ObjectiveConfig
 from lowmem_db.config.sharing import public_name
 from lowmem_db.errors import NonFiniteError
 from lowmem_db.finite import is_finite
@@ -32,8 +33,7 @@ def save_model(
     trained: Mapping[str, nn.Module],
     *,
     dtype: torch.dtype,
-    prediction_type: str | None = None,
-    zero_terminal_snr: bool | None = None,
+    objective: ObjectiveConfig | None = None,
     extra_bits: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a complete model: trained components in ``dtype``, the others as they are in the source.
@@ -45,8 +45,8 @@ def save_model(
         source: The model that training started from.
         trained: Trained components by name.
         dtype: Type of their weights on disk; the modules themselves are not changed.
-        prediction_type: What the trained UNet predicts, if that has changed; samplers read it from the scheduler.
-        zero_terminal_snr: Whether the noise schedule has zero terminal SNR, if that has changed.
+        objective: What it was trained for: what the UNet predicts and the noise schedule, if they have changed, and
+            the variance. Samplers read them from the scheduler. Default: nothing has changed.
         extra_bits: Eight more bits of bf16 weights, by ``component.name``; used if ``dtype`` is wider than bf16.
     """
     for component, has_weights in ((each.name, each.has_weights) for each in source.family.components):
@@ -58,7 +58,12 @@ def save_model(
         else:
             copy_known_files(source.folder_of(component), folder / component, root=source.folder_of(component).parent)
     index = {"_diffusers_version": diffusers.__version__} | source.family.finished_index(source.index)
-    if changed := {**schedule_changes(prediction_type, zero_terminal_snr), **source.family.scheduler_changes(source)}:
+    objective = objective or ObjectiveConfig()
+    changed = {
+        **schedule_changes(objective.prediction_type, objective.zero_terminal_snr),
+        **source.family.scheduler_changes(source, objective),
+    }
+    if changed:
         index["scheduler"] = ["diffusers", _change_scheduler(folder / "scheduler" / "scheduler_config.json", changed)]
     _write_json(folder / "model_index.json", index)
 

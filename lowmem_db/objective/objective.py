@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowmem_db.config.schema import ObjectiveConfig
 from lowmem_db.objective.process import NoiseProcess
+from lowmem_db.objective.variance import VariationalBound, with_bound
 from lowmem_db.randomness import generator
 from lowmem_db.records import Batch, Conditioning
 
@@ -39,7 +40,8 @@ class Objective:
         tell: Adds to the conditioning of a batch what the model is told of its pictures. Default: nothing.
 
     Raises:
-        ConfigError: The process does not support the configured weights; see :meth:`NoiseProcess.weighting`.
+        ConfigError: The process does not support the configured weights (see :meth:`NoiseProcess.weighting`) or the
+            configured loss of the variance.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Objective:
         self.seed = seed
         self.device = device
         self._tell = tell
+        self._bound = VariationalBound(process, device) if config.variance == "hybrid" else None
         self._weights_of = self.process.weighting(snr_gamma=config.snr_gamma, debiased=config.debiased)
 
     def timesteps(self, step: int, sample_ids: Int[Tensor, " b"]) -> Real[Tensor, " b"]:
@@ -91,8 +94,32 @@ class Objective:
         """Return what the model is told of a batch: its prompts and, for some models, its pictures."""
         return batch.conditioning if self._tell is None else self._tell(batch, step, self.device)
 
-    def loss(self, prediction: Float[Tensor, "b c h w"], noised: NoisedBatch) -> DiffusionLoss:
-        """Return Equation 2: each term is the mean over its own samples, and the gradient flows through ``total``."""
+    def loss(self, prediction: Float[Tensor, "b d h w"], noised: NoisedBatch) -> DiffusionLoss:
+        """Return Equation 2: each term is the mean over its own samples, and the gradient flows through ``total``.
+
+        Args:
+            prediction: What the denoiser predicts; for the hybrid loss, the variance in further channels.
+            noised: What it was given.
+        """
+        channels = noised.target.shape[1]
+        loss = self._simple_loss(prediction[:, :channels] if self._bound else prediction, noised)
+        if self._bound is None:
+            return loss
+        bound = self._bound(
+            prediction[:, :channels],
+            prediction[:, channels:],
+            noised.target,
+            noised.noisy_latents,
+            noised.timesteps,
+        )
+        return with_bound(
+            loss,
+            self.config.vlb_weight * bound,
+            num_instance=noised.num_instance,
+            prior_loss_weight=self.prior_loss_weight,
+        )
+
+    def _simple_loss(self, prediction: Float[Tensor, "b c h w"], noised: NoisedBatch) -> DiffusionLoss:
         return diffusion_loss(
             prediction,
             noised.target,

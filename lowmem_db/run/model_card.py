@@ -24,6 +24,7 @@ LICENSES = {
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "DeepFloyd/IF-I-XL-v1.0": "deepfloyd-if-license",
+    "DeepFloyd/IF-II-M-v1.0": "deepfloyd-if-license",
 }
 """Licences of well-known bases, by the identifiers of the Hugging Face hub."""
 _PACKAGES = ("lowmem-db", "torch", "diffusers", "transformers", "peft")
@@ -162,7 +163,7 @@ def _usage(config: Config, model: ModelFolder, base: str) -> list[str]:
         "",
         f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)})",
         'pipeline.load_lora_weights("FOLDER_OR_HUB_ID", weight_name="pytorch_lora_weights.safetensors")',
-        *_changed_scheduler(model),
+        *_changed_scheduler(config, model),
         call,
     ]
 
@@ -173,9 +174,11 @@ def _given(config: Config, model: ModelFolder) -> str:
     return "" if low_resolution is None else f", image=small_picture, noise_level={low_resolution.level}"
 
 
-def _changed_scheduler(model: ModelFolder) -> list[str]:
+def _changed_scheduler(config: Config, model: ModelFolder) -> list[str]:
     """Return what a LoRA's user has to change, which in a complete model is changed already."""
-    changes = ", ".join(f"{name}={value!r}" for name, value in model.family.scheduler_changes(model).items())
+    changes = ", ".join(
+        f"{name}={value!r}" for name, value in model.family.scheduler_changes(model, config.objective).items()
+    )
     line = f"pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, {changes})"
     return [line] if changes else []
 

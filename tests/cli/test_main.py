@@ -24,6 +24,7 @@ from lowmem_db.errors import (
     StorageError,
 )
 from tests.cli.conftest import Outcome, Run
+from tests.evaluation.conftest import PHOTOGRAPHS
 from tests.faults import ERRORS
 
 COMMANDS = (
@@ -186,6 +187,25 @@ def test_identifiers_are_printed_with_their_tokens(run: Run) -> None:
         assert all(number.isdigit() for number in ids.split())
     assert run("identifiers", "demo", "--count", 3).out == outcome.out
     assert run("identifiers", "demo", "--count", 3, "--seed", 1).out != outcome.out
+
+
+def test_class_noun_is_printed_where_the_classifier_is_sure(run: Run, tmp_path: Path) -> None:
+    sure = run("identifiers", "--class-noun", PHOTOGRAPHS / "dog3")
+    assert (sure.code, sure.out) == (0, "dog\n")
+    assert 'subject.class_prompt="a dog"' in sure.err
+    unsure = run("identifiers", "--class-noun", PHOTOGRAPHS / "robot_toy")
+    assert (unsure.code, unsure.out) == (2, "")
+    assert "the classifier is not sure" in unsure.err
+    assert "name it yourself" in unsure.err
+    assert "PHOTOS: nothing does not exist" in run("identifiers", "--class-noun", "nothing").err
+    refused = run("identifiers", "demo", "--count", 3, "--class-noun", PHOTOGRAPHS / "dog3")
+    assert (refused.code, "MODEL, --count: no effect with --class-noun" in refused.err) == (2, True)
+
+
+def test_missing_class_prompt_names_the_command_that_looks_for_it(run: Run, config_file: Path) -> None:
+    outcome = run("train", config_file, "prior.enabled=true", "subject.class_prompt=null")
+    assert outcome.code == 2
+    assert "lowmem-db identifiers --class-noun" in outcome.err
 
 
 def test_identifiers_of_no_model_are_refused(run: Run, tmp_path: Path) -> None:

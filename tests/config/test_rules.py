@@ -89,6 +89,11 @@ CASES = [
         "objective.zero_terminal_snr",
         {"objective.prediction_type": "v_prediction"},
     ),
+    ({"objective.vlb_weight": 0.01}, "objective.vlb_weight", {"objective.variance": "hybrid"}),
+    *(
+        ({"objective.variance": "hybrid", f"objective.{name}": 0.1}, f"objective.{name}", {f"objective.{name}": 0})
+        for name in ("noise_offset", "input_perturbation")
+    ),
     (
         {"objective.snr_gamma": 5, "objective.debiased": True},
         "objective.debiased",

@@ -31,6 +31,7 @@ from lowmem_db.models.text_encoders import cut_prompt_warnings, embed_prompts, l
 from lowmem_db.planning.plan import plan
 from lowmem_db.planning.target import target_of_device
 from lowmem_db.preparation.prepare import check_photos, prepare
+from lowmem_db.run.run import train
 from lowmem_db.sampling.latents import SamplingSettings
 from tests.cli.conftest import Run
 from tests.cli.conftest import run as run
@@ -148,6 +149,35 @@ def test_loss_and_gradients_are_those_of_diffusers_lines(fields: dict[str, objec
         assert torch.equal(variance, torch.zeros_like(variance)), "the variance has no loss"
         denoiser.module.zero_grad()
         theirs.zero_grad()
+
+
+def test_hybrid_loss_trains_the_variance_and_the_final_model_is_drawn_with_it(
+    fields: dict[str, object], tmp_path: Path
+) -> None:
+    hybrid = fields | {"objective.variance": "hybrid", "training.max_train_steps": 1}
+    config = config_of(hybrid)
+    model = model_of(config)
+    (batch,) = prepare(config, model, CPU, check_photos(config)).batches_at(0)
+    rows = {}
+    for variance in ("frozen", "hybrid"):
+        changed = config.model_copy(update={"objective": config.objective.model_copy(update={"variance": variance})})
+        denoiser, objective, _ = build_step(resolve(changed), model, CPU)
+        noised = objective.noise(batch, 0)
+        prediction = denoiser.predict(noised.noisy_latents, noised.timesteps, batch.conditioning)
+        assert prediction.shape[1] == (6 if variance == "hybrid" else 3)
+        objective.loss(prediction, noised).total.backward()
+        rows[variance] = denoiser.module.conv_out.weight.grad
+    assert torch.equal(rows["hybrid"][:3], rows["frozen"][:3])
+    assert rows["hybrid"][3:].abs().max() > 0
+    assert rows["frozen"][3:].abs().max() == 0
+    final = train(config).final_dir
+    assert pipeline_of(final).scheduler.config["variance_type"] == "learned_range"
+    assert "variance_type" not in (final / "README.md").read_text()
+
+
+def test_hybrid_loss_is_refused_without_a_predicted_variance(tiny_fields: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"objective\.variance: 'hybrid' has no effect on"):
+        train(load_config(None, list((tiny_fields | {"objective.variance": "hybrid"}).items())))
 
 
 def test_class_images_are_those_of_diffusers_pipeline(tiny_if: Path) -> None:

@@ -34,6 +34,7 @@ LIMITS = {
     "sd15_lora_4gb": 2.6,
     "if_i_xl_full_12gb": 9.4,
     "if_i_xl_full_6gb": 2.6,
+    "if_ii_m_full_6gb": 2.8,
 }
 
 QUICK = "sd15_full_4gb"

@@ -165,10 +165,22 @@ class Family:
 
     def refusals(self, config: Config, files: ModelFiles) -> list[str]:
         """Return what a configuration asks for that the model cannot do: a field, what is wrong, a way out."""
+        found = []
+        if not self.enlarges and config.super_resolution != SuperResolutionConfig():
+            found.append(
+                f"super_resolution: has no effect on {self.name}, which draws from a prompt alone; leave it out"
+            )
+        if config.objective.variance != "frozen" and not self.predicts_variance(files):
+            found.append(
+                f"objective.variance: {config.objective.variance!r} has no effect on {self.name}, which predicts no "
+                "variance between two bounds; leave it out"
+            )
+        return found
+
+    def predicts_variance(self, files: ModelFiles) -> bool:
+        """Return whether :meth:`predict_to_draw` predicts a variance, as arXiv:2102.09672 has it (Eq. 15)."""
         del files
-        if self.enlarges or config.super_resolution == SuperResolutionConfig():
-            return []
-        return [f"super_resolution: has no effect on {self.name}, which draws from a prompt alone; leave it out"]
+        return False
 
     # Conditioning.
 
@@ -283,9 +295,9 @@ class Family:
         """
         raise NotImplementedError
 
-    def scheduler_changes(self, files: ModelFiles) -> Mapping[str, Any]:
-        """Return what every training changes in the configuration of the scheduler."""
-        del files
+    def scheduler_changes(self, files: ModelFiles, objective: ObjectiveConfig) -> Mapping[str, Any]:
+        """Return what training for an objective changes in the configuration of the scheduler, besides its fields."""
+        del files, objective
         return {}
 
     # Activation checkpointing.

@@ -38,7 +38,7 @@ class DeepFloydIF(Family):
 
     The UNet has six output channels: the noise, and how large the variance of a step of sampling is. As in diffusers'
     training only the noise has a loss, so the variance, which shares all layers with it, is not to be trusted
-    afterwards: a trained model is drawn with a fixed one.
+    afterwards: a trained model is drawn with a fixed one, unless ``objective.variance`` gives the variance a loss.
 
     Args:
         name: Name for users.
@@ -173,11 +173,17 @@ class DeepFloydIF(Family):
         The ancestral one uses the variance that the model predicts, unless the model has been trained.
         """
         config: dict[str, Any] = dict(load_noise_schedule(files, clips=True).config)
-        return SAMPLERS[name].from_config({**config, **(self.scheduler_changes(files) if objective else {})})
+        return SAMPLERS[name].from_config({**config, **(self.scheduler_changes(files, objective) if objective else {})})
 
-    def scheduler_changes(self, files: ModelFiles) -> Mapping[str, Any]:
-        """Return the fixed variance, if the model has another one."""
-        return {"variance_type": "fixed_small"} if files.config_of("scheduler").get("variance_type") in _LEARNED else {}
+    def scheduler_changes(self, files: ModelFiles, objective: ObjectiveConfig) -> Mapping[str, Any]:
+        """Return the fixed variance, if the model has another one and training has not cared for it."""
+        has_own = files.config_of("scheduler").get("variance_type") in _LEARNED
+        return {"variance_type": "fixed_small"} if has_own and objective.variance == "frozen" else {}
+
+    def predicts_variance(self, files: ModelFiles) -> bool:
+        """Return whether the UNet has channels for it, and the scheduler reads them as a place between two bounds."""
+        is_range = files.config_of("scheduler").get("variance_type") == "learned_range"
+        return is_range and files.config_of("unet").get("out_channels") == 2 * self.channels
 
     def blocks(self, modules: Mapping[str, nn.Module]) -> dict[str, Block]:
         """Return the blocks of the UNet."""
@@ -253,4 +259,4 @@ class IFSuperResolution(DeepFloydIF):
 
 
 IF_STAGE_1 = DeepFloydIF("DeepFloyd IF, stage I", {"DeepFloyd/IF-I-XL-v1.0": "if_i_xl"})
-IF_SUPER_RESOLUTION = IFSuperResolution("DeepFloyd IF, super-resolution")
+IF_SUPER_RESOLUTION = IFSuperResolution("DeepFloyd IF, super-resolution", {"DeepFloyd/IF-II-M-v1.0": "if_ii_m"})
