@@ -305,6 +305,7 @@ def evaluate(
     precision: Precision | None = None,
     device: str = "auto",
     shard: str | None = None,
+    failures: bool = False,
     output: PathLike = "evaluation",
     step: "Step | None" = None,
     base: PathLike | None = None,
@@ -333,6 +334,8 @@ def evaluate(
         precision: Type to compute in. Default: fp16 on CUDA devices, fp32 on the CPU.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         shard: Draw one part of a run's images, such as ``"1/4"``, and score nothing.
+        failures: For a run, also draw the subject without a context, and every prompt with the model before training:
+            they tell the failures of the paper's figure 9 apart.
         output: Folder for images, contact sheets and ``evaluation.json``.
         step: Checkpoint of a run to evaluate, or ``"final"``. Default: the final model, or else the newest checkpoint.
         base: Where the model is that a run was trained on, if it has moved.
@@ -371,6 +374,7 @@ def evaluate(
                 num_class_images=NUM_CLASS_IMAGES if num_class_images is None else num_class_images,
                 resolution=resolution,
                 seed=seed,
+                failures=failures,
                 device=where,
                 dtype=DTYPES[precision or environment.drawing_precision(where)],
             ),
@@ -388,6 +392,7 @@ def evaluate(
                 "--precision": precision,
                 "--step": step,
                 "--base": base,
+                "--failures": failures or None,
             },
             shard=shard,
             output=Path(output),
@@ -485,7 +490,7 @@ def report(runs: Sequence[PathLike] | PathLike, output: PathLike | None = None, 
 
     folders = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
     name = SHARED_FILE if share else REPORT_FILE
-    path = Path(output) if output is not None else folders[0] / name if len(folders) == 1 else Path(name)
+    path = _page(output, name) if output is not None else folders[0] / name if len(folders) == 1 else Path(name)
     write_report(folders, path, share=share)
     return path
 
@@ -509,7 +514,7 @@ def gallery(
         subjects: How many subjects to show, or their names separated by commas.
         num_prompts: Show only the first so many prompts.
         num_images: Images per prompt. Default: all.
-        output: The HTML file.
+        output: The HTML file, or the folder for ``gallery.html``.
 
     Returns:
         The file.
@@ -532,8 +537,14 @@ def gallery(
             for prompt, cells in match_prompts(of_methods)
         ]
         shown.append(GallerySubject(name=of_methods[0].name, photos=of_methods[0].photos, rows=tuple(rows)))
-    write_gallery(Path(output), methods, shown)
-    return Path(output)
+    page = _page(output, "gallery.html")
+    write_gallery(page, methods, shown)
+    return page
+
+
+def _page(output: PathLike, name: str) -> Path:
+    """Return the file to write: the one that is named or, in a folder, one with a name."""
+    return Path(output) / name if Path(output).is_dir() else Path(output)
 
 
 def class_noun(photos: PathLike) -> "ClassNoun":

@@ -17,6 +17,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from lowmem_db.launch import is_first, name_of_process
+
 _Item = TypeVar("_Item")
 _listeners: list[Callable[[str, int, int], None]] = []
 _TERMINAL_IS_GONE = {errno.EIO, errno.EPIPE, errno.EBADF, errno.ESHUTDOWN}
@@ -79,13 +81,20 @@ def quoted(path: Path) -> str:
 
 
 def say(message: str) -> None:
-    """Print one remark."""
-    _print(printable(message))
+    """Print one remark; of several processes only the first one prints any."""
+    if is_first():
+        _print(printable(message))
 
 
 def warn(message: str) -> None:
-    """Print one warning."""
-    _print("warning: " + printable(message), "yellow")
+    """Print one warning; of several processes only the first one prints any."""
+    if is_first():
+        _print("warning: " + printable(message), "yellow")
+
+
+def complain(message: str) -> None:
+    """Print why this process ends."""
+    _print(name_of_process() + printable(message))
 
 
 def _print(text: str, style: str = "") -> None:
@@ -159,5 +168,5 @@ def progress() -> TwoLines:
         console=console,
         transient=True,
         expand=True,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and is_first()),
     )

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem_db import memory_limits, nvidia, torch_build
 from lowmem_db.errors import BudgetError, ConfigError, DependencyError
+from lowmem_db.launch import Launch, launched
 from lowmem_db.nvidia import InstalledCard
 
 if TYPE_CHECKING:
@@ -357,6 +358,9 @@ def resolve_device(name: str) -> "torch.device":
     if name == "auto" and reason is not None:
         raise ConfigError(f"device: 'auto': {reason}; or use the CPU, with the device cpu")
     device = torch.device(("cuda" if has_cuda else "cpu") if name == "auto" else name)
+    launch = launched()
+    if launch.size > 1 and device.type == "cuda":
+        device = torch.device("cuda", _card_of_rank(name, launch))
     if name != "auto" and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device: {name!r} does not exist; "
@@ -369,6 +373,30 @@ def resolve_device(name: str) -> "torch.device":
     if name == "auto":
         _warn_of_other_makers(device)
     return device
+
+
+def _card_of_rank(name: str, launch: Launch) -> int:
+    """Return the number of the card for this one of several processes.
+
+    Raises:
+        ConfigError: All are to use the same card, or there are too few.
+    """
+    import torch
+
+    if name not in {"auto", "cuda"}:
+        raise ConfigError(
+            f"device: {name!r} is one card for {launch.size} processes; leave it out: each takes the card of its "
+            "LOCAL_RANK, and CUDA_VISIBLE_DEVICES chooses among the cards"
+        )
+    count = torch.cuda.device_count()
+    if count == 1:
+        return 0  # the launcher shows each process its own card; two that share one find out when they meet
+    if launch.local_rank >= count:
+        raise ConfigError(
+            f"LOCAL_RANK: is {launch.local_rank}, but torch sees {count} CUDA devices; allowed: 0 to {count - 1}; "
+            f"start {count} processes on this machine, as with torchrun --nproc_per_node {count}"
+        )
+    return launch.local_rank
 
 
 def _check_card(device: "torch.device") -> None:

@@ -78,12 +78,14 @@ class StepOutput:
         loss_instance: Its first term.
         loss_prior: Its second term, without the factor ``prior_loss_weight``; None without prior preservation.
         grad_norm: Joint norm of all gradients before clipping; None if it is not computed.
+        num_samples: Samples that each process computed, by rank.
     """
 
     loss: float
     loss_instance: float
     loss_prior: float | None
     grad_norm: float | None
+    num_samples: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ class MemoryPlan(Generic[_Config]):
         notes: Remarks for the user.
         seconds_to_plan: Seconds that planning took.
         host_peak_bytes: What a card's run needs of the host beside it; 0 on the CPU.
+        sent_bytes: Gradients that the busiest of several processes sends to others in each step.
+        received_bytes: What it receives from them.
     """
 
     device: str
@@ -178,6 +182,8 @@ class MemoryPlan(Generic[_Config]):
     notes: tuple[str, ...]
     seconds_to_plan: float
     host_peak_bytes: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
 
     @property
     def tensor_bytes(self) -> int:

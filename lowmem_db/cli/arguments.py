@@ -11,6 +11,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.epochs import photos_per_epoch, steps_per_epoch
 from lowmem_db.errors import CheckpointError, ConfigError, DataError
+from lowmem_db.launch import launched
 
 Overrides = list[tuple[str, Any]]
 
@@ -53,7 +54,7 @@ def read_arguments(arguments: Sequence[str], *, resume: bool = False, needs_phot
     for note in parsed.notes:
         say(note)
     path = Path(parsed.positional[0]) if parsed.positional else None
-    overrides = [*_defaults(parsed).items(), *parsed.overrides]
+    overrides = [*_defaults(parsed).items(), *parsed.overrides, *_processes()]
     config = load_config(path, overrides)
     try:
         counted = _count_epochs(config, parsed)
@@ -64,6 +65,12 @@ def read_arguments(arguments: Sequence[str], *, resume: bool = False, needs_phot
     else:
         config = load_config(path, [*overrides, *counted]) if counted else config
     return Request(config, parsed.resume, _step(config, parsed.checkpoint))
+
+
+def _processes() -> Overrides:
+    """Return the number of processes as a field, if a launcher has started more than one: steps per epoch need it."""
+    size = launched().size
+    return [("distributed.num_processes", size)] if size > 1 else []
 
 
 def _defaults(parsed: Arguments) -> Mapping[str, Any]:

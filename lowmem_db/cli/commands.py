@@ -25,6 +25,7 @@ from lowmem_db.cli import (
     ui,
 )
 from lowmem_db.console import warn
+from lowmem_db.launch import is_first
 
 app = typer.Typer(
     name="lowmem-db",
@@ -60,13 +61,19 @@ def _show_version(is_asked: bool) -> bool:
     return is_asked
 
 
+_OF_ALL_PROCESSES = {"train", "prepare"}
+
+
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", "-V", help="Print the version.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    """Take the options that belong to no command."""
+    """Take the options that belong to no command; of several processes only the first one does most commands."""
+    if context.invoked_subcommand not in _OF_ALL_PROCESSES and not is_first():
+        raise typer.Exit
 
 
 def run_command() -> None:

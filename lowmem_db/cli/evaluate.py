@@ -93,6 +93,22 @@ def evaluate(
         ),
     ] = None,
     tally: Annotated[bool, typer.Option("--tally", help="Count the answers to questionnaires.")] = False,
+    correlate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="IMAGES",
+            help="With --tally: how metrics of the images go with the answers; give the two folders of --pairs, each "
+            "with --correlate.",
+        ),
+    ] = None,
+    failures: Annotated[
+        bool,
+        typer.Option(
+            "--failures",
+            help="For a run: also draw the subject without a context, and every prompt with the model before training, "
+            "to tell lost contexts and entanglement (figure 9 of the paper) from what the model could never draw.",
+        ),
+    ] = False,
 ) -> None:
     """Measure how good a result is, with the metrics and the protocol of the DreamBooth paper.
 
@@ -103,8 +119,17 @@ def evaluate(
     if not pairs:
         _refuse_without_pairs({"--num-pairs": num_pairs, "--num-questionnaires": num_questionnaires, "--kind": kind})
     if tally:
-        _print_tally(paths, as_json)
+        from lowmem_db.evaluation.tally import tally as count_answers
+
+        result = count_answers(paths)
+        if correlate:
+            result["correlation"] = _correlation(paths, correlate, real, encoder, device, (subjects, prompts, images))
+        _print_tally(result, as_json)
         return
+    if correlate:
+        raise DataError(
+            "--correlate: belongs to answers of questionnaires; add --tally and their files, or leave it out"
+        )
 
     from lowmem_db import api
     from lowmem_db.cli.steps import parse_step
@@ -143,6 +168,7 @@ def evaluate(
         precision=precision,
         device=device,
         shard=shard,
+        failures=failures,
         output=output,
         step=None if step is None else parse_step(step),
         base=base,
@@ -209,20 +235,43 @@ def _write_pages(
         typer.echo(f"{page}: {num_questions} questions")
 
 
-def _print_tally(files: list[Path], as_json: bool) -> None:
+def _correlation(
+    files: list[Path],
+    folders: list[Path],
+    real: Path | None,
+    encoder: list[str] | None,
+    device: str,
+    limited: tuple[str | None, int | None, int | None],
+) -> dict[str, Any]:
+    from lowmem_db import environment
+    from lowmem_db.evaluation.correlation import correlate
+    from lowmem_db.evaluation.encoders import find_encoders
+    from lowmem_db.evaluation.folders import Limits, parse_subjects
+
+    subjects, prompts, images = limited
+    limits = Limits(subjects=parse_subjects(subjects), num_prompts=prompts, num_images=images)
+    where = environment.resolve_device(device)
+    return correlate(files, folders, real, limits, find_encoders(encoder or ["en0"]), where)
+
+
+def _print_tally(result: dict[str, Any], as_json: bool) -> None:
     from rich.table import Table
 
-    from lowmem_db.evaluation.tally import paper_rows, tally, tally_rows
+    from lowmem_db.evaluation.tally import paper_rows, tally_rows
 
-    result = tally(files)
     if as_json:
         _print_json(result)
         return
     out = results()
-    for title, (header, *rows) in (
+    tables = [
         (f"{result['num_raters']} people, majority vote", tally_rows(result)),
         ("Table 2 of arXiv:2208.12242", paper_rows()),
-    ):
+    ]
+    if "correlation" in result:
+        from lowmem_db.evaluation.correlation import correlation_rows
+
+        tables.append(("metrics and people's preferences", correlation_rows(result["correlation"])))
+    for title, (header, *rows) in tables:
         table = Table(*header, title=title)
         for row in rows:
             table.add_row(*row)

@@ -15,10 +15,10 @@ def main() -> None:
         with told():
             app()
     except (LowmemDbError, RunInterrupted) as error:
-        from lowmem_db.console import say
+        from lowmem_db.console import complain
 
         for line in str(error).splitlines():
-            say(f"error: {line}" if error.exit_code == 2 else line)
+            complain(f"error: {line}" if error.exit_code == 2 else line)
         sys.exit(error.exit_code)
     except Exception:
         if (message := was_asked()) is not None:  # a library wrapped the interruption in its own error

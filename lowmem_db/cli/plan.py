@@ -28,6 +28,10 @@ def plan(
         str | None, typer.Option(help='A card, such as "rtx 3060"; its memory is the budget if none is given.')
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Plan for so many processes, each on such a card, that share every step."),
+    ] = None,
     all_gpus: Annotated[
         bool, typer.Option("--all-gpus", help="Plan for every card that the planner knows, in one table.")
     ] = False,
@@ -45,7 +49,8 @@ def plan(
     from lowmem_db import api
     from lowmem_db.cli.arguments import read_arguments
 
-    config = read_arguments(arguments or [], needs_photos=False).config
+    processes = [] if num_processes is None else [f"distributed.num_processes={num_processes}"]
+    config = read_arguments([*(arguments or []), *processes], needs_photos=False).config
     if all_gpus:
         _plan_for_all_cards(config, as_json=as_json, given=[gpu, budget, verify or None])
         return

@@ -169,7 +169,7 @@ CHANGES_NOTHING = {
         ("timesteps",),
         "a super-resolution model is told the level of the noise on the pictures that it enlarges; leave it out",
     ),
-    "local_rank": Harmless("training uses one device", ("-1", "0"), "training uses one device: device=cuda:1"),
+    "local_rank": Harmless("the launcher says it in LOCAL_RANK"),
     "image_interpolation_mode": Harmless(
         "photos are always resized with a Lanczos filter",
         ("lanczos",),

@@ -192,7 +192,7 @@ class TrainingConfig(Section):
     train_batch_size: BatchSize = 1
     """Photos per batch; prior preservation adds as many class images."""
     gradient_accumulation_steps: NumSteps = 1
-    """Batches per optimizer step."""
+    """Batches per optimizer step and process."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
     """Learning rate of the UNet."""
     learning_rate_text_encoder: Annotated[float, Field(gt=0)] | None = None
@@ -200,7 +200,7 @@ class TrainingConfig(Section):
     learning_rate_text_encoder_2: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of SDXL's second text encoder. Default: the same as the first one's."""
     scale_learning_rate: bool = False
-    """Multiply the learning rates by the batch size and the number of accumulation steps."""
+    """Multiply the learning rates by the photos per optimizer step: batch size, accumulation steps and processes."""
     lr_scheduler: Scheduler = "constant"
     """Learning rates after the warm-up: constant, under two names, or falling to zero; ``polynomial`` falls to
     1e-7."""
@@ -445,6 +445,19 @@ class EvaluationConfig(Section):
     """Stop after so many scores in a row without a new best. Default: train to the last step."""
 
 
+class DistributedConfig(Section):
+    """Several processes, started by torchrun or accelerate launch, that share each optimizer step."""
+
+    reduce: Literal["sum", "ordered"] | None = None
+    """How gradients are added up: ``sum``, once per step in an order that the library chooses; ``ordered``, after every
+    batch and by rank, which gives the bits of one process that accumulates as many batches, for any number of processes
+    and with that much more traffic. Default: ``sum``, but ``ordered`` for two processes that accumulate batches; for
+    two that do not, both give the same bits."""
+    num_processes: PositiveInt = 1
+    """How many there are: the launcher says it, and a run writes it down; ``lowmem-db plan --num-processes`` plans for
+    it. Each of them computes ``training.gradient_accumulation_steps`` batches of ``training.train_batch_size``."""
+
+
 class FinalConfig(Section):
     """The final model."""
 
@@ -502,6 +515,7 @@ class Config(Section):
     checkpointing: CheckpointingConfig = CheckpointingConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    distributed: DistributedConfig = DistributedConfig()
     final: FinalConfig = FinalConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -572,5 +586,6 @@ class Config(Section):
 
     @property
     def samples_per_step(self) -> int:
-        """Number of photos per optimizer step."""
-        return self.training.train_batch_size * self.training.gradient_accumulation_steps
+        """Number of photos per optimizer step, over all processes."""
+        batches = self.training.gradient_accumulation_steps * self.distributed.num_processes
+        return self.training.train_batch_size * batches

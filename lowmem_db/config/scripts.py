@@ -289,6 +289,9 @@ def _read_launch_option(launch: Launch, option: str, value: str | None) -> None:
     if option == "mixed_precision":
         launch.mixed_precision = value
     elif option == "multi_gpu" or (option in _ONE_DEVICE and value != "1"):
-        raise ConfigError(f"--{option}: training uses one device; leave it out, or choose one with device=cuda:1")
+        raise ConfigError(
+            f"--{option}: the launcher has to start lowmem-db itself; leave it out to train on one card, or for two: "
+            "accelerate launch --multi_gpu --num_processes 2 -m lowmem_db train FLAGS, without the script's name"
+        )
     else:
         launch.left_out.append(f"--{option}")

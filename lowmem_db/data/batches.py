@@ -103,6 +103,8 @@ class BatchSource:
         gradient_accumulation_steps: Batches per step.
         conditioning_dropout: Fraction of samples that get the empty prompt.
         caption_variants: Variants of the photos' prompts; each sample draws one. Prompts without any stay as they are.
+        rank: Which of the processes that take the batches of a step in turn this one is.
+        num_processes: How many there are.
     """
 
     instance_images: Sequence[EncodedImage]
@@ -113,6 +115,17 @@ class BatchSource:
     gradient_accumulation_steps: int
     conditioning_dropout: float = 0.0
     caption_variants: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    rank: int = 0
+    num_processes: int = 1
+
+    def of_rank(self, rank: int, num_processes: int) -> "BatchSource":
+        """Return one process's share of a source with as many more batches per step."""
+        return replace(
+            self,
+            gradient_accumulation_steps=self.gradient_accumulation_steps * num_processes,
+            rank=rank,
+            num_processes=num_processes,
+        )
 
     def in_parts(self, count: int) -> "BatchSource":
         """Return a source whose batches are parts of these, with the same samples and random numbers.
@@ -127,14 +140,14 @@ class BatchSource:
         )
 
     def batches_at(self, step: int) -> list[Batch]:
-        """Return the batches of one optimizer step; all images in a batch have the same size.
+        """Return this process's batches of one optimizer step; all images in a batch have the same size.
 
         Sample ids number the photos of a step first and its class images after them, so that accumulated batches draw
         the same random numbers as one large batch.
         """
         size, count = self.train_batch_size, self.gradient_accumulation_steps
         batches = []
-        for number in range(count):
+        for number in range(self.rank, count, self.num_processes):
             first = number * size
             shape, start = self._place_of(step * count + number)
             images = self._draw(self.instance_images, "instance_order", shape, start)

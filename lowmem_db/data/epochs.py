@@ -21,7 +21,7 @@ def steps_per_epoch(config: Config, *, repeats: int = 1) -> int:
         classes = {(subject.class_prompt, subject.class_dir) for subject in config.subjects}
         samples = max(samples, len(classes) * config.prior.num_class_images)
     batches = ceil(samples / config.training.train_batch_size)
-    return ceil(batches / config.training.gradient_accumulation_steps)
+    return ceil(batches / (config.training.gradient_accumulation_steps * config.distributed.num_processes))
 
 
 def photos_per_epoch(config: Config, *, repeats: int = 1) -> int:

@@ -11,6 +11,7 @@ from lowmem_db.adaptation.finding import find_adaptation
 from lowmem_db.adaptation.layers import count_trained, that_train
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import autocast, check_resolved, resolve
+from lowmem_db.distributed.world import ALONE, World
 from lowmem_db.errors import ConfigError
 from lowmem_db.host_memory import to_device
 from lowmem_db.memory import techniques
@@ -46,7 +47,11 @@ def prepare_modules(config: Config, model: ModelFolder, device: torch.device) ->
 
 
 def build_step(
-    config: Config, model: ModelFolder, device: torch.device, prepared: Prepared | None = None
+    config: Config,
+    model: ModelFolder,
+    device: torch.device,
+    prepared: Prepared | None = None,
+    world: World = ALONE,
 ) -> tuple[Denoiser, Objective, OptimizerHandle]:
     """Build what one training step needs.
 
@@ -55,6 +60,7 @@ def build_step(
         model: The model; on the meta device its configuration files are enough.
         device: Device of the step.
         prepared: The model if it is loaded already; it is changed. Default: it is loaded.
+        world: The processes that share each step.
 
     Raises:
         ConfigError: ``memory.checkpointing`` names a block that the model does not have, or another field
@@ -76,7 +82,7 @@ def build_step(
         to_device(module, device)
         module.train()
     trained = that_train(denoiser.modules())
-    optimizer = build_optimizer(config, trained, device)
+    optimizer = build_optimizer(config, trained, device, world)
     extra_bits = {name: bits for name, bits in prepared.extra_bits.items() if name.partition(".")[0] in trained}
     for name, bits in optimizer.extra_bits().items():
         bits.copy_(extra_bits.pop(name))

@@ -23,8 +23,8 @@ def name_methods(folders: Sequence[Path], names: Sequence[str] = ()) -> list[str
         raise DataError(
             f"--name: {len(names)} for {len(folders)} folders; allowed: one for each folder, in their order"
         )
-    if names and len({*names}) < len(names):
-        raise DataError("--name: a name is given twice; allowed: a different name for each folder")
+    if names and (len({*names}) < len(names) or not all(name.strip() for name in names)):
+        raise DataError("--name: a name is given twice, or empty; allowed: a different name for each folder")
     own = [folder.resolve().name for folder in folders]
     return list(names) or (own if len({*own}) == len(own) else [str(folder) for folder in folders])
 

@@ -37,12 +37,18 @@ class SubjectFiles:
         photos: Real photos.
         prompts: Each prompt, or None if it is not known, with its images.
         class_images: Images of the class prompt.
+        plain: Drawn images of the subject without a context.
+        untuned: Prompts with the images that the model drew for them before training.
+        class_caption: What the prompts say without their context: ``a dog``.
     """
 
     name: str
     photos: tuple[Path, ...]
     prompts: tuple[tuple[str | None, tuple[Path, ...]], ...]
     class_images: tuple[Path, ...] = ()
+    plain: tuple[Path, ...] = ()
+    untuned: tuple[tuple[str, tuple[Path, ...]], ...] = ()
+    class_caption: str | None = None
 
     @property
     def num_images(self) -> int:
@@ -55,6 +61,9 @@ class SubjectFiles:
             photos=[read_photo(file) for file in self.photos],
             prompts=[(prompt, [read_photo(file) for file in files]) for prompt, files in self.prompts],
             class_images=[read_photo(file) for file in self.class_images],
+            plain=[read_photo(file) for file in self.plain],
+            untuned=[(prompt, [read_photo(file) for file in files]) for prompt, files in self.untuned],
+            class_caption=self.class_caption,
         )
 
 

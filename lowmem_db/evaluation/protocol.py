@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,7 +29,9 @@ from lowmem_db.sampling.prompts import read_prompt_file, read_suite, subject_nam
 from lowmem_db.storage.atomic import write_file, write_text
 from lowmem_db.storage.run_folder import RunFolder
 
-CLASS_DIR = "class"
+CLASS_DIR, PLAIN_DIR, UNTUNED_DIR = "class", "plain", "untuned"
+_Kind = Literal["prompt", "class", "plain", "untuned"]
+_KINDS: tuple[_Kind, ...] = ("prompt", "class", "plain", "untuned")
 NUM_IMAGES = 4
 """Number of images of each prompt in the paper."""
 NUM_CLASS_IMAGES = 16
@@ -70,6 +72,7 @@ class Drawing:
         num_class_images: Number of images of the class prompt, for PRES.
         resolution: Height and width in pixels. Default: those of the run.
         seed: Seed of all random draws.
+        failures: Also draw the subject without a context, and each prompt with the model before training.
         device: Device to compute on.
         dtype: Type to compute in.
     """
@@ -82,6 +85,7 @@ class Drawing:
     num_class_images: int = NUM_CLASS_IMAGES
     resolution: int | None = None
     seed: int = 0
+    failures: bool = False
     device: torch.device
     dtype: torch.dtype
 
@@ -98,6 +102,7 @@ class Run:
         captions: The same prompts without the identifier, which means nothing to an encoder.
         class_prompt: The class prompt.
         photos: Real photos of the subject.
+        base: Where the model is that it was trained on. Default: where the configuration says.
     """
 
     name: str
@@ -107,15 +112,25 @@ class Run:
     captions: tuple[str, ...]
     class_prompt: str
     photos: tuple[Path, ...]
+    base: str | None = None
 
     def drawn(self, output: Path, drawing: Drawing) -> SubjectFiles:
         """Return the files of the run, once all its images are in ``output``."""
-        by_prompt: dict[str | None, list[Path]] = {}
+        by_prompt: dict[_Kind, dict[str, list[Path]]] = {kind: {} for kind in _KINDS}
         for job in _jobs(self, output / self.name, drawing):
-            by_prompt.setdefault(job.caption, []).extend(job.files)
-        class_images = tuple(by_prompt.pop(None, []))
-        prompts = tuple((caption, tuple(files)) for caption, files in by_prompt.items())
-        return SubjectFiles(name=self.name, photos=self.photos, prompts=prompts, class_images=class_images)
+            by_prompt[job.kind].setdefault(job.caption, []).extend(job.files)
+        prompts, class_images, plain, untuned = (
+            tuple((caption, tuple(files)) for caption, files in by_prompt[kind].items()) for kind in _KINDS
+        )
+        return SubjectFiles(
+            name=self.name,
+            photos=self.photos,
+            prompts=prompts,
+            class_images=tuple(file for _, files in class_images for file in files),
+            plain=tuple(file for _, files in plain for file in files),
+            untuned=untuned,
+            class_caption=self.class_prompt,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +237,9 @@ def draw_runs(runs: Sequence[Run], output: Path, drawing: Drawing, shard: Shard)
             write_manifest(output / run.name, manifests[run.name])
             write_text(output / run.name / PROMPTS_FILE, "".join(f"{caption}\n" for caption in run.captions))
             say(f"{run.name}: drawing {sum(len(job.missing()) for job in missing)} images into {output / run.name}")
-            _draw(run, missing, drawing)
+            _draw(run, run.source, [job for job in missing if job.kind != "untuned"], drawing)
+            if untuned := [job for job in missing if job.kind == "untuned"]:
+                _draw(run, find_source(run.base or run.config.model.base), untuned, drawing)
     return sum(len(job.missing()) for job in jobs)
 
 
@@ -242,7 +259,8 @@ class _Job:
     Attributes:
         run: The run.
         prompt: The prompt.
-        caption: The prompt without the identifier, or None for the class prompt.
+        caption: The prompt without the identifier.
+        kind: What it is drawn for.
         stream: Random stream, and the number of the prompt in it.
         first: Number of the first image.
         files: Paths of the images.
@@ -250,7 +268,8 @@ class _Job:
 
     run: Run
     prompt: str
-    caption: str | None
+    caption: str
+    kind: _Kind
     stream: tuple[str, int]
     first: int
     files: tuple[Path, ...]
@@ -270,18 +289,30 @@ def _jobs(run: Run, folder: Path, drawing: Drawing) -> list[_Job]:
     for number, (prompt, caption) in enumerate(zip(run.prompts, run.captions, strict=True)):
         if drawing.num_prompts is not None and number >= drawing.num_prompts:
             break
-        files = [folder / f"{number:02d}-{index:02d}.png" for index in range(drawing.num_images)]
-        jobs += _batches(run, prompt, caption, (f"evaluation/{photos}", number), files)
-    class_files = [folder / CLASS_DIR / f"{index:02d}.png" for index in range(drawing.num_class_images)]
-    return jobs + _batches(run, run.class_prompt, None, (f"evaluation/{photos}/class", 0), class_files)
+        names = [f"{number:02d}-{index:02d}.png" for index in range(drawing.num_images)]
+        stream = (f"evaluation/{photos}", number)
+        jobs += _batches(run, "prompt", prompt, caption, stream, [folder / name for name in names])
+        if drawing.failures:  # from the same noise
+            jobs += _batches(run, "untuned", caption, caption, stream, [folder / UNTUNED_DIR / name for name in names])
+    own, class_prompt = run.config.subject.instance_prompt, run.class_prompt
+    further: list[tuple[_Kind, str, str, int]] = [("class", class_prompt, CLASS_DIR, drawing.num_class_images)]
+    if drawing.failures:
+        further.append(("plain", own, PLAIN_DIR, drawing.num_images))
+    for kind, prompt, name, count in further:
+        files = [folder / name / f"{index:02d}.png" for index in range(count)]
+        jobs += _batches(run, kind, prompt, class_prompt, (f"evaluation/{photos}/{kind}", 0), files)
+    return jobs
 
 
-def _batches(run: Run, prompt: str, caption: str | None, stream: tuple[str, int], files: Sequence[Path]) -> list[_Job]:
+def _batches(
+    run: Run, kind: _Kind, prompt: str, caption: str, stream: tuple[str, int], files: Sequence[Path]
+) -> list[_Job]:
     return [
         _Job(
             run=run,
             prompt=prompt,
             caption=caption,
+            kind=kind,
             stream=stream,
             first=first,
             files=tuple(files[first : first + _BATCH_SIZE]),
@@ -290,9 +321,11 @@ def _batches(run: Run, prompt: str, caption: str | None, stream: tuple[str, int]
     ]
 
 
-def _draw(run: Run, jobs: Sequence[_Job], drawing: Drawing) -> None:
+def _draw(run: Run, source: ImageSource, jobs: Sequence[_Job], drawing: Drawing) -> None:
+    if not jobs:
+        return
     prompts = sorted({job.prompt for job in jobs})
-    device, dtype, source = drawing.device, drawing.dtype, run.source
+    device, dtype = drawing.device, drawing.dtype
     table = source.embed([*prompts, ""], device, dtype)
     artist = Artist(model=source.model, settings=_settings(run, drawing), objective=source.objective)
     drawn = draw(
@@ -382,6 +415,7 @@ def _read_run(name: str, folder: Path, choice: PromptChoice, photos: Path | None
         captions=tuple(_caption(prompt, identifier, class_noun, config) for prompt in prompts),
         class_prompt=config.subject.class_prompt or f"a {class_noun}",
         photos=scan_pictures(photos or config.subject.instance_dir, "subject.instance_dir"),
+        base=at.base,
     )
 
 

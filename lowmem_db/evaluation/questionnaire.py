@@ -106,7 +106,7 @@ def write_questionnaires(
         num_pairs: Pairs on each page; the last may have fewer.
         seed: Decides which method is image A.
     """
-    study = fingerprint.of_values(kind, str(seed), list(names), [_identity(pair) for pair in pairs])
+    study = study_key(kind, names, [identity_of(pair) for pair in pairs], seed)
     template = with_policy(_TEMPLATE.read_text(encoding="utf-8"))
     pages = []
     for number, start in enumerate(range(0, len(pairs), num_pairs), start=1):
@@ -124,7 +124,13 @@ def write_questionnaires(
     return pages
 
 
-def _identity(pair: ImagePair) -> list[str | None]:
+def study_key(kind: Kind, names: tuple[str, str], pairs: Sequence[list[str | None]], seed: int) -> str:
+    """Return the key of a study, by which its answers are known; pairs as :func:`identity_of` gives them."""
+    return fingerprint.of_values(kind, str(seed), list(names), list(pairs))
+
+
+def identity_of(pair: ImagePair) -> list[str | None]:
+    """Return what makes a pair the same wherever its files lie."""
     return [pair.subject.name, pair.prompt, *(fingerprint.of_files([file]) for file in pair.files)]
 
 

@@ -12,6 +12,7 @@ from lowmem_db.errors import DependencyError
 from lowmem_db.evaluation.captions import accuracy_on, read_accuracy, read_caption
 from lowmem_db.evaluation.duplicates import near_duplicates
 from lowmem_db.evaluation.encoders import EncoderFiles, find_encoders, load_encoder
+from lowmem_db.evaluation.failures import Nearest, failure_lines, failures_of
 from lowmem_db.evaluation.folders import CONTACT_SHEET, SubjectFiles
 from lowmem_db.evaluation.metrics import summarise
 from lowmem_db.evaluation.scoring import LOWER_IS_BETTER, METRICS, Role, SubjectPairs, score_pictures
@@ -83,7 +84,8 @@ def evaluate(
                 "num_class_images": len(subject.class_images),
                 "near_duplicates": duplicates.get(subject.name),
                 "metrics": _summaries(encoders, _only(scored, subject.name), [subject], seed),
-                "prompts": _of_prompts([found[subject.name] for found in scored.values()]),
+                "prompts": (rows := _of_prompts([found[subject.name] for found in scored.values()])),
+                "failures": failures_of(rows, _nearest([found[subject.name] for found in scored.values()])),
                 "real_images": _real(encoders, _only(scored, subject.name), seed),
             }
             for subject in subjects
@@ -130,7 +132,7 @@ def metric_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def remarks(report: Mapping[str, Any]) -> list[str]:
-    """Return remarks to the table: the encoders, and why metrics are missing."""
+    """Return remarks to the table: the encoders, why metrics are missing, and the failures of figure 9."""
     metrics = report["metrics"].items()
     encoders = [f"{', '.join(METRICS[kind].values())}: {name}" for kind, name in report["encoders"].items()]
     accuracies = [
@@ -139,7 +141,9 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
         for name, found in metrics
         if "classifier_accuracy" in found
     ]
-    return encoders + accuracies + [f"{name}: {found['missing']}" for name, found in metrics if "missing" in found]
+    missing = [f"{name}: {found['missing']}" for name, found in metrics if "missing" in found]
+    failures = [line for name, found in report["subjects"].items() for line in failure_lines(name, found["failures"])]
+    return encoders + accuracies + missing + failures
 
 
 def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -208,6 +212,10 @@ def _of_prompts(scored: Sequence[SubjectPairs]) -> dict[str, dict[str, float]]:
         for prompt, values in pairs.of_prompts.items():
             found.setdefault(prompt, {}).update(values)
     return found
+
+
+def _nearest(scored: Sequence[SubjectPairs]) -> Nearest | None:
+    return next((pairs.nearest for pairs in scored if pairs.nearest is not None), None)
 
 
 def _only(scored: Mapping[str, Mapping[str, SubjectPairs]], subject: str) -> dict[str, dict[str, SubjectPairs]]:

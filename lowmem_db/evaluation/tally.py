@@ -69,20 +69,30 @@ def tally(files: Sequence[Path]) -> dict[str, Any]:
     Raises:
         DataError: A file is damaged, given twice, or from a different study than another.
     """
+    read = read_answers(files)
+    names = read[0].names
+    result: dict[str, Any] = {"names": list(names), "num_raters": len(read)}
+    for kind in KINDS:
+        asked = [answers for answers in read if votes_of(answers, kind)]
+        result[kind] = {
+            "num_questionnaires": len({answers.questionnaire for answers in asked}),
+            "num_raters": len(asked),
+            **vars(count([vote for answers in asked for vote in votes_of(answers, kind)], names)),
+        }
+    return result
+
+
+def read_answers(files: Sequence[Path]) -> list[Answers]:
+    """Read answer files that can be counted together.
+
+    Raises:
+        DataError: A file is damaged, given twice, or from a different study than another.
+    """
     if not files:
         raise DataError("--tally: needs answer files; allowed: files saved by the questionnaire")
     read = [_read(file) for file in files]
     _check(files, read)
-    names = read[0].names
-    result: dict[str, Any] = {"names": list(names), "num_raters": len(read)}
-    for kind in KINDS:
-        asked = [answers for answers in read if _votes(answers, kind)]
-        result[kind] = {
-            "num_questionnaires": len({answers.questionnaire for answers in asked}),
-            "num_raters": len(asked),
-            **vars(count([vote for answers in asked for vote in _votes(answers, kind)], names)),
-        }
-    return result
+    return read
 
 
 def count(votes: Sequence[tuple[str, str]], names: tuple[str, str]) -> Preference:
@@ -129,7 +139,8 @@ def _majority(counter: Mapping[str, int]) -> str:
     return leaders[0] if len(leaders) == 1 else UNDECIDED
 
 
-def _votes(answers: Answers, kind: Kind) -> list[tuple[str, str]]:
+def votes_of(answers: Answers, kind: Kind) -> list[tuple[str, str]]:
+    """Return the answers to the questions of one kind: pairs of question, and name of a method or ``undecided``."""
     votes = []
     for question, answer in answers.answers.items():
         if question.startswith(f"{kind}-"):
@@ -139,7 +150,7 @@ def _votes(answers: Answers, kind: Kind) -> list[tuple[str, str]]:
 
 
 def _kinds_of(answers: Answers) -> list[Kind]:
-    return [kind for kind in KINDS if _votes(answers, kind)]
+    return [kind for kind in KINDS if votes_of(answers, kind)]
 
 
 def _read(file: Path) -> Answers:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lowmem_db.config.schema import Config, Weights
 from lowmem_db.config.strategy import autocast, check_resolved
+from lowmem_db.distributed.reduction import reduction_for
+from lowmem_db.distributed.world import ALONE, World
 from lowmem_db.errors import ConfigError
 from lowmem_db.optimizers.adafactor import Adafactor
 from lowmem_db.optimizers.adamw import AdamW
@@ -25,13 +27,16 @@ from lowmem_db.randomness import derive_seed
 _LARGEST_SMALL = 4095  # elements; bitsandbytes keeps fp32 states up to this size
 
 
-def build_optimizer(config: Config, modules: Mapping[str, nn.Module], device: torch.device) -> OptimizerHandle:
+def build_optimizer(
+    config: Config, modules: Mapping[str, nn.Module], device: torch.device, world: World = ALONE
+) -> OptimizerHandle:
     """Build the optimizer of a configuration, with a group for each component that trains.
 
     Args:
         config: The resolved configuration; the modules already have its weight format.
         modules: The components, by name.
         device: Device of the modules.
+        world: The processes that share each step.
 
     Raises:
         ConfigError: Nothing trains.
@@ -46,6 +51,7 @@ def build_optimizer(config: Config, modules: Mapping[str, nn.Module], device: to
         clipping=GradientClipping(config.training.clipping or "none", config.training.max_grad_norm, device),
         loss_scale=LossScale(device) if autocast(config) == "fp16" else None,
         device=device,
+        reduction=reduction_for(world, config),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_db.distributed.reduction import NO_REDUCTION, Reduction
 from lowmem_db.errors import NonFiniteError
 from lowmem_db.finite import first_not_finite
 from lowmem_db.optimizers.clipping import GradientClipping, LossScale
@@ -30,6 +31,7 @@ class OptimizerHandle:
         clipping: Gradient clipping.
         loss_scale: Loss scaling for fp16, or None.
         device: Device of the parameters.
+        reduction: Adds up the gradients of all processes. Default: there is one.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class OptimizerHandle:
         clipping: GradientClipping,
         loss_scale: LossScale | None,
         device: torch.device,
+        reduction: Reduction = NO_REDUCTION,
     ) -> None:
         self.units = list(units)
         self.rule = rule
         self.clipping = clipping
         self.loss_scale = loss_scale
         self.device = device
+        self.reduction = reduction
         self.num_steps = 0
         self._rates = dict.fromkeys(self.group_names(), 0.0)
         self._scalars: dict[str, StepScalars] = {}
@@ -81,7 +85,11 @@ class OptimizerHandle:
             finite: Scalar on the device, 0 if the loss or its gradient is not finite. Default: they are.
         """
         del finite  # the norm of the gradients is looked at before they are used
-        (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
+        self._scaled(loss).backward()
+        self.reduction.after_backward(self.parameters())
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.loss_scale is None else loss * self.loss_scale.value
 
     def step(self) -> float:
         """Step as :meth:`step_and_read` does; return the joint norm of the gradients before clipping.
@@ -105,6 +113,7 @@ class OptimizerHandle:
         Raises:
             NonFiniteError: The norm is infinite or NaN, without loss scaling; the weights were not changed.
         """
+        self.reduction.complete(self.parameters())
         norm = self._joint_norm()
         value, *values = self.read(torch.cat([norm.reshape(1), report]))
         finite = math.isfinite(value)

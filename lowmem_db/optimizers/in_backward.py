@@ -46,9 +46,10 @@ class InBackwardHandle(OptimizerHandle):
     def backward(self, loss: Tensor, *, finite: Tensor | None = None) -> None:
         """Run the backward pass and step large parameters in it; see :meth:`OptimizerHandle.backward`."""
         self._begin_step()
+        finite = None if finite is None else self.reduction.world.least(finite)
         self._usable = None if finite is None else torch.where(finite > 0, 1.0, torch.nan)
         self._squared_norms = {}
-        super().backward(loss)
+        self._scaled(loss).backward()
 
     def step_and_read(self, report: Tensor) -> tuple[float, list[float]]:
         """Step the small parameters; see :meth:`OptimizerHandle.step_and_read`.
@@ -89,6 +90,7 @@ class InBackwardHandle(OptimizerHandle):
     @torch.no_grad()
     def _on_gradient(self, unit: StepUnit) -> None:
         """Step a unit whose gradient is complete, and free the gradient."""
+        self.reduction.at_once(unit.name, [each.grad for each in unit.parameters.values() if each.grad is not None])
         gradient = unit.gradient()
         if gradient is None:
             return

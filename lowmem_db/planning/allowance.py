@@ -18,6 +18,7 @@ _CUDA_CONTEXT = calibration.CUDA_CONTEXT
 _KERNELS_LOADED_LATER = _CUDA_CONTEXT // 3  # of the context: what the driver takes when a kernel first runs
 _CUDA_WORKSPACES = calibration.CUDA_WORKSPACES
 _BESIDE_ATTENTION = 32 << 20  # cuBLAS; cuDNN's workspaces are let go before the next attention
+_COMMUNICATOR = 400 << 20  # buffers and kernels of NCCL
 _FIRST_WITH_FLASH = (8, 0)
 _FRAGMENTATION = calibration.FRAGMENTATION
 _FRAGMENTATION_OF_FIXED_SEGMENTS = 0.10
@@ -60,6 +61,11 @@ def _gradient_copies(card: Card, attention: Attention) -> int:
     copies = -(-card.multiprocessors // attention.num_heads) if is_flash else 1
     num_queries, width = -(-attention.num_queries // 128) * 128, -(-attention.width // 32) * 32
     return 4 * copies * attention.num_heads * num_queries * width
+
+
+def communicator_bytes(card: Card, num_processes: int) -> int:
+    """Return what NCCL takes of a card to connect it with others, from the first step on; estimated, not measured."""
+    return _COMMUNICATOR if num_processes > 1 and not card.is_cpu else 0
 
 
 def context_in_use() -> int:

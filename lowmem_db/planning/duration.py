@@ -1,5 +1,7 @@
 """Predicted seconds of the phases of a run, from the costs of their traces; loading and downloads are not counted."""
 
+from math import ceil
+
 import numpy as np
 
 from lowmem_db.config.schema import Config
@@ -9,22 +11,26 @@ from lowmem_db.planning.disk import num_class_images, num_encoded
 from lowmem_db.planning.predictor import Predictor
 
 
-def seconds_of_phases(predictor: Predictor, strategy: Config) -> dict[str, float]:
-    """Predict the seconds of each phase of a run.
+def seconds_of_phases(predictor: Predictor, strategy: Config, exchange: float = 0.0) -> dict[str, float]:
+    """Predict the seconds of each phase of a run; several processes share class images and encoding.
 
     Args:
         predictor: Has traced the phases.
         strategy: The resolved configuration.
+        exchange: Seconds of each step in which processes exchange gradients.
     """
-    card, found = predictor.run.card, {}
+    card, found, num_processes = predictor.run.card, {}, strategy.distributed.num_processes
     if count := num_class_images(strategy):
         traced, prior = predictor.class_images(strategy), strategy.prior
         at_once = min(prior.sample_batch_size, prior.num_class_images)
-        found["class_images"] = -(-count // at_once) * _drawing(traced.costs, card, prior.num_inference_steps)
+        found["class_images"] = ceil(-(-count // at_once) / num_processes) * _drawing(
+            traced.costs, card, prior.num_inference_steps
+        )
     encoding = operator_seconds(predictor.encode_images(strategy).costs, card).sum()
-    found["encode_images"] = float(encoding) * num_encoded(strategy)
+    found["encode_images"] = float(encoding) * ceil(num_encoded(strategy) / num_processes)
     steps, accumulated = strategy.training.max_train_steps, strategy.training.gradient_accumulation_steps
-    found["train"] = steps * predictor.seconds(strategy) * max(1.0, accumulated / 2)  # a trace has two batches at most
+    computing = predictor.seconds(strategy) * max(1.0, accumulated / 2)  # a trace has two batches at most
+    found["train"] = steps * (computing + exchange)
     if count := _num_prompts_drawn(strategy):
         num_images = strategy.sampling.num_images
         traced_images = min(num_images, 2) if strategy.memory.tiled_samples else num_images

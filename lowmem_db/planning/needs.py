@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lowmem_db.config.schema import Config
-from lowmem_db.planning.allowance import allowance_bytes
+from lowmem_db.planning.allowance import allowance_bytes, communicator_bytes
 from lowmem_db.planning.predictor import Predictor
 from lowmem_db.records import PhaseMemory
 
@@ -77,7 +77,8 @@ class Needs:
 
     def _with_allowance(self, num_bytes: int, *, in_step: bool = False) -> int:
         attentions = self._predictor.attentions if in_step and not self._card.is_cpu else ()
-        return num_bytes + allowance_bytes(num_bytes, self._card, attentions)
+        shared = communicator_bytes(self._card, self._predictor.run.config.distributed.num_processes) if in_step else 0
+        return num_bytes + allowance_bytes(num_bytes, self._card, attentions) + shared
 
 
 def _loaded(strategy: Config, phase: PhaseMemory) -> int:

@@ -33,6 +33,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "budget_bytes": plan.budget_bytes,
         "allowance_bytes": plan.allowance_bytes,
         "host_peak_bytes": plan.host_peak_bytes,
+        "num_processes": plan.config.distributed.num_processes,
+        "sent_bytes_per_step": plan.sent_bytes,
+        "received_bytes_per_step": plan.received_bytes,
         "device": plan.device,
         "phases": [
             {

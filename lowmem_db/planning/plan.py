@@ -18,6 +18,7 @@ from lowmem_db.planning.allowance import allocator_bytes
 from lowmem_db.planning.candidates import candidates, open_choices
 from lowmem_db.planning.disk import cache_bytes, checkpoint_bytes, final_bytes, record_bytes
 from lowmem_db.planning.duration import seconds_of_phases
+from lowmem_db.planning.exchange import exchange_of, in_words
 from lowmem_db.planning.needs import Needs
 from lowmem_db.planning.phases import TracedRun
 from lowmem_db.planning.predictor import Predictor, Traces
@@ -222,8 +223,10 @@ class _Search:
     def _plan(self, strategy: Config, phases: list[PhaseMemory], refused: list[Refusal]) -> Plan:
         peak = max(phases, key=lambda phase: phase.parts.total)
         needed = self._needs.of_phases(phases)
+        exchange = exchange_of(strategy, self._predictor.resident(strategy).trained_bytes, self._card)
         notes = [] if peak.name == "train" else [f"the peak of the run is in the phase {peak.name}, not in train"]
         notes += self._note_of_streams(strategy, phases)
+        notes += [in_words(strategy, exchange)] if strategy.distributed.num_processes > 1 else []
         return MemoryPlan(
             device=self._card.name,
             config=strategy,
@@ -231,8 +234,10 @@ class _Search:
             allowance_bytes=needed - peak.parts.total,
             reserved_bytes=None if self._card.is_cpu else allocator_bytes(needed),
             budget_bytes=self._budget_bytes,
-            seconds_per_step=self._predictor.seconds(strategy),
-            seconds=seconds_of_phases(self._predictor, strategy),
+            seconds_per_step=self._predictor.seconds(strategy) + exchange.seconds,
+            seconds=seconds_of_phases(self._predictor, strategy, exchange.seconds),
+            sent_bytes=exchange.sent_bytes,
+            received_bytes=exchange.received_bytes,
             disk_bytes=self._disk_bytes(strategy),
             refused=tuple(refused),
             notes=tuple(notes),

@@ -1,5 +1,6 @@
 """What a run is planned for: a card, and how much of its memory may be used."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,11 @@ def target_of_device(config: Config, device: torch.device) -> Target:
         notes.append(f"memory.budget: only {available / GIB:.1f} GiB of {given / GIB:.1f} GiB are free here")
     host_bytes = environment.free_host_bytes()
     return Target(card=card_here(device), budget_bytes=given or available, notes=tuple(notes), host_bytes=host_bytes)
+
+
+def smallest(targets: Sequence[Target]) -> Target:
+    """Return the target with the smallest budget: a plan for it fits all."""
+    return min(targets, key=lambda target: target.budget_bytes)
 
 
 def _target_of_host(given: int | None, free: int | None) -> Target:

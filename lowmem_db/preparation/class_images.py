@@ -9,6 +9,7 @@ belongs to the user and is used as it is.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def _draw(config: Config, model: ModelFolder, device: torch.device, sets: Sequen
     for group in sets:
         if not (group.folder / MANIFEST).is_file():
             write_manifest(group.folder, group.wanted)
-    per_part, thrift = _images_per_part(config.prior.sample_batch_size), Thrift()
+    per_part, thrift = _images_per_part(config), Thrift()
     parts = [(group, first) for group in sets for first in range(0, group.count, per_part)]
 
     def draw_part(group: _Set, first: int) -> None:
@@ -358,9 +359,15 @@ def _embed(config: Config, model: ModelFolder, device: torch.device, dtype: torc
     return first_that_fits("encoding the class prompt", attempts, "close other programs")
 
 
-def _images_per_part(batch_size: int) -> int:
-    """Return how many images are drawn before they are decoded and saved; a killed run loses so many at most."""
-    return max(1, _IMAGES_PER_LOAD // batch_size) * batch_size
+def _images_per_part(config: Config) -> int:
+    """Return how many images are drawn before they are decoded and saved; a killed run loses so many at most.
+
+    With several processes there is a part for each of them.
+    """
+    batch_size = config.prior.sample_batch_size
+    batches = ceil(config.prior.num_class_images / batch_size)
+    for_each = ceil(batches / config.distributed.num_processes)
+    return min(max(1, _IMAGES_PER_LOAD // batch_size), for_each) * batch_size
 
 
 def _lock_file(config: Config, group: _Set, first: int) -> Path:

@@ -19,6 +19,7 @@ from lowmem_db.console import say, track
 from lowmem_db.data.batches import EncodedImage, PromptTable
 from lowmem_db.data.crops import crop_facts, load_pixels, num_distinct_crops
 from lowmem_db.errors import NonFiniteError, StorageError
+from lowmem_db.launch import own_first
 from lowmem_db.memory.drawing import load_all
 from lowmem_db.models.families.spaces import Codec
 from lowmem_db.models.folder import ModelFolder
@@ -63,7 +64,7 @@ def encode_images(
     missing = [picture for picture, key in zip(crops, keys, strict=True) if store.read(key) is None]
     index = _say_reused(config, crops, keys, missing)
     codec = _lazily(lambda: load_encoder(config, model, device))
-    for picture in track(missing, "encoding pictures", len(missing)):
+    for picture in track(own_first(missing), "encoding pictures", len(missing)):
         store.read_or_make(picture.key(space_key), partial(_encode, codec, picture))
     write_json(_index_file(config, crops), index)
     found = [keys[first : first + len(sides)] for first in range(0, len(keys), len(sides))]

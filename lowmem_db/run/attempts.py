@@ -19,6 +19,8 @@ from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import changed, describe
 from lowmem_db.console import quoted, say
 from lowmem_db.data.batches import BatchSource
+from lowmem_db.distributed.watch import RankError
+from lowmem_db.distributed.world import ALONE, World
 from lowmem_db.engine.build import build_ema, build_step
 from lowmem_db.engine.draw import Thrift
 from lowmem_db.engine.samples import draw_images, draw_samples
@@ -37,7 +39,16 @@ from lowmem_db.run.final import write_final
 from lowmem_db.run.page import ReportPage, write_page
 from lowmem_db.storage.atomic import write_text
 from lowmem_db.storage.run_folder import RunFolder
-from lowmem_db.training.observers import ConsoleBar, MetricsFiles, Observer, Requests, RunCopy, Samples, ScoreKeeper
+from lowmem_db.training.observers import (
+    ConsoleBar,
+    MetricsFiles,
+    Observer,
+    RankRows,
+    Requests,
+    RunCopy,
+    Samples,
+    ScoreKeeper,
+)
 from lowmem_db.training.rescue import write_memory_summary
 from lowmem_db.training.spill import SpillWatch
 from lowmem_db.training.trainer import Trainer
@@ -58,6 +69,7 @@ class PreparedRun:
         batches: All batches of the run.
         scorer: Scores images while the run trains, or None.
         observers: Notified after the run's own observers.
+        world: The processes that share each step.
     """
 
     run: RunFolder
@@ -69,6 +81,7 @@ class PreparedRun:
     batches: BatchSource
     scorer: Scorer | None
     observers: Sequence[Observer]
+    world: World = ALONE
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,7 @@ class Attempts:
             self._train(resume=resume)
         except Exception as error:
             place = out_of_memory.place_of(error)
-            if place is None:
+            if place is None or isinstance(error, RankError):
                 raise
             trainer, self._trainer = self._trainer, None
             step, phase = (0, "train") if trainer is None else (trainer.step, trainer.phase)
@@ -158,6 +171,11 @@ class Attempts:
             BudgetError: Nothing needs less.
         """
         run = self._prepared.run
+        if self._prepared.world.size > 1:
+            raise BudgetError(
+                f"{failure.describe()}; {_newest_checkpoint(run)}. Several processes do not change their strategy "
+                "while they train: free memory, or set memory.budget lower, and continue with --resume"
+            )
         smaller = self._ladder.below(self._config, failure.phase, failure.place)
         if smaller is None:
             raise BudgetError(
@@ -176,7 +194,11 @@ class Attempts:
 
     def _train(self, *, resume: bool) -> None:
         run, model, device = self._prepared.run, self._prepared.model, self._prepared.device
-        trainer = self._trainer = build_trainer(self._config, model, device, self._prepared.batches, run)
+        world = self._prepared.world
+        trainer = self._trainer = build_trainer(self._config, model, device, self._prepared.batches, run, world)
+        if not world.is_first:
+            self._follow(trainer, resume=resume)
+            return
         trainer.observers = [*self._own_observers(trainer), *self._prepared.observers]
         write_trained(run, count_trained(trainer.denoiser.modules()))
         _say_what_trains(model, trainer, device)
@@ -199,6 +221,12 @@ class Attempts:
         say(f"done: {run.final_dir} holds the {trainer.adaptation.noun}; draw with it:")
         say(f"lowmem-db generate {quoted(run.root)}")
 
+    def _follow(self, trainer: Trainer, *, resume: bool) -> None:
+        """Share the steps of the first process, which does everything else."""
+        if resume:
+            trainer.resume()
+        trainer.train()
+
     def _own_observers(self, trainer: Trainer) -> Iterator[Observer]:
         config, run, prompts, model = trainer.config, trainer.run, trainer.batches.prompts, self._prepared.model
         thrift, scorer = self._thrift, self._prepared.scorer
@@ -209,6 +237,8 @@ class Attempts:
 
         yield ConsoleBar()
         yield MetricsFiles()
+        if trainer.world.size > 1:
+            yield RankRows()
         yield SpillWatch(trainer.denoiser.device)
         if uses_wandb(config):
             yield WeightsAndBiases()
@@ -230,7 +260,12 @@ class Attempts:
 
 
 def build_trainer(
-    config: Config, model: ModelFolder, device: torch.device, batches: BatchSource, run: RunFolder
+    config: Config,
+    model: ModelFolder,
+    device: torch.device,
+    batches: BatchSource,
+    run: RunFolder,
+    world: World = ALONE,
 ) -> Trainer:
     """Load the model onto the device and build the trainer, without observers.
 
@@ -240,11 +275,12 @@ def build_trainer(
         device: The device to train on.
         batches: All batches of the run, each as a whole.
         run: The run folder.
+        world: The processes that share each step.
     """
-    denoiser, objective, optimizer = build_step(config, model, device)
-    batches = batches.in_parts(max(1, config.memory.micro_batches or 0))
+    denoiser, objective, optimizer = build_step(config, model, device, world=world)
+    batches = batches.in_parts(max(1, config.memory.micro_batches or 0)).of_rank(world.rank, world.size)
     ema = build_ema(config, denoiser, optimizer)
-    return Trainer(config, run, denoiser, find_adaptation(config), objective, optimizer, batches, ema)
+    return Trainer(config, run, denoiser, find_adaptation(config), objective, optimizer, batches, ema, world=world)
 
 
 def _newest_checkpoint(run: RunFolder) -> str:

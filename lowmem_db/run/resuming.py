@@ -12,6 +12,7 @@ from lowmem_db.errors import CheckpointError, ConfigError
 from lowmem_db.planning.measured import read_chosen
 from lowmem_db.run.absolute import absolute_tree
 from lowmem_db.run.base import FIELDS, recorded_model
+from lowmem_db.run.processes import say_photos_per_step
 from lowmem_db.storage.run_folder import RunFolder
 
 FIXED_FIELDS = (
@@ -115,6 +116,7 @@ def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
         )
     for field, (old, new) in changed.items():
         say(f"resume: {field} was {old!r}, is now {new!r}")
+    say_photos_per_step(before, now)
 
 
 def _refuse_finished_model(run: RunFolder) -> None:

@@ -1,6 +1,7 @@
 """A run as a function, from the first check to ``final/``: what ``lowmem_db.train`` and ``lowmem-db train`` call."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +12,7 @@ from lowmem_db.config.loading import to_yaml
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import BatchSource
+from lowmem_db.distributed.world import World, joined
 from lowmem_db.engine.build import set_arithmetic
 from lowmem_db.engine.fitting import check_fits
 from lowmem_db.evaluation.during_training import Scorer
@@ -21,13 +23,14 @@ from lowmem_db.planning.allowance import allocator_bytes
 from lowmem_db.planning.measured import write_plan
 from lowmem_db.planning.output import disk_in_words, summary, time_in_words
 from lowmem_db.planning.plan import plan as plan_run
-from lowmem_db.planning.target import Target, target_of_device
+from lowmem_db.planning.target import Target, smallest, target_of_device
 from lowmem_db.preparation.prepare import check_photos, check_prompts, photos_of, prepare
 from lowmem_db.records import ImageRecord
 from lowmem_db.run.absolute import with_absolute_paths
 from lowmem_db.run.attempts import Attempts, PreparedRun
 from lowmem_db.run.base import find_base_of
 from lowmem_db.run.checks import check_disk, check_folders, check_machine
+from lowmem_db.run.processes import check_cards, with_processes
 from lowmem_db.run.resuming import check_run_folder, chosen_paths, with_choices_of_run
 from lowmem_db.storage.asking import progress_told, take
 from lowmem_db.storage.atomic import write_text
@@ -57,14 +60,21 @@ def train(
         RunInterrupted: The run was asked to stop; a checkpoint was saved.
     """
     run, resume = RunFolder(config.output_dir), resume or step is not None
-    with run.locked(), progress_told(run):
-        take(run)  # what an earlier run was asked for
-        planned = _check_and_plan(run, config, resume=resume)
-        if step is not None:
+    with joined() as world, _owned(run) if world.is_first else nullcontext():
+        planned = _check_and_plan(run, with_processes(config, world.size), resume=resume, world=world)
+        if step is not None and world.is_first:
             run.forget_after(step)
         with environment.held_to(planned.device, allocator_bytes(planned.target.budget_bytes)):
             Attempts(_prepare(run, planned, observers)).train(resume=resume)
     return run
+
+
+@contextmanager
+def _owned(run: RunFolder) -> Iterator[None]:
+    """Return a context in which this process alone writes a run folder."""
+    with run.locked(), progress_told(run):
+        take(run)  # what an earlier run was asked for
+        yield
 
 
 def prepare_data(config: Config) -> BatchSource:
@@ -96,11 +106,29 @@ class _Planned:
     device: torch.device
     target: Target
     photos: list[ImageRecord]
+    world: World
 
 
-def _check_and_plan(run: RunFolder, config: Config, *, resume: bool) -> _Planned:
-    """Check that the run is possible and choose its strategy, before anything expensive happens."""
+def _check_and_plan(run: RunFolder, config: Config, *, resume: bool, world: World) -> _Planned:
+    """Check that the run is possible and choose its strategy, before anything expensive happens.
+
+    The first of several processes chooses for all; each checks its own machine.
+    """
     check_folders(config)
+    config, chosen = world.from_first(lambda: _with_choices(run, config, resume=resume))
+    device = environment.resolve_device(config.device)
+    check_cards(world, device)
+    check_machine(config, device)
+    photos = check_photos(config)
+    model, config = find_base_of(run, config)
+    target = smallest(world.gathered(target_of_device(config, device)))
+    config = world.from_first(lambda: _planned(run, config, target, model, photos, chosen))
+    environment.check_precision(config.training.mixed_precision or "no", device)
+    return _Planned(config=config, chosen=chosen, model=model, device=device, target=target, photos=photos, world=world)
+
+
+def _with_choices(run: RunFolder, config: Config, *, resume: bool) -> tuple[Config, frozenset[str]]:
+    """Return the configuration with absolute paths and the run's choices, and the paths of the planner's fields."""
     sweep(config.cache_dir)
     if resume:
         _restore(run, config)
@@ -108,15 +136,22 @@ def _check_and_plan(run: RunFolder, config: Config, *, resume: bool) -> _Planned
     chosen = chosen_paths(run, config)
     config = with_choices_of_run(run, config)
     check_run_folder(run, config, resume=resume)
-    device = environment.resolve_device(config.device)
-    check_machine(config, device)
-    photos = check_photos(config)
-    model, config = find_base_of(run, config)
-    target = target_of_device(config, device)
+    return config, chosen
+
+
+def _planned(
+    run: RunFolder,
+    config: Config,
+    target: Target,
+    model: ModelFolder,
+    photos: list[ImageRecord],
+    chosen: frozenset[str],
+) -> Config:
+    """Choose the strategy and write it into the run folder; return the resolved configuration."""
     plan = plan_run(config, target, model=model)
     config = plan.config
     for line in (
-        *(target.notes if device.type == "cuda" else ()),
+        *(target.notes if target.card.capability is not None else ()),
         summary(plan),
         time_in_words(plan),
         disk_in_words(plan),
@@ -127,7 +162,7 @@ def _check_and_plan(run: RunFolder, config: Config, *, resume: bool) -> _Planned
     write_text(run.config_file, to_yaml(config))
     write_json(run.environment_file, environment.describe())
     write_plan(run, plan, chosen)
-    return _Planned(config=config, chosen=chosen, model=model, device=device, target=target, photos=photos)
+    return config
 
 
 def _prepare(run: RunFolder, planned: _Planned, observers: Sequence[Observer]) -> PreparedRun:
@@ -138,7 +173,9 @@ def _prepare(run: RunFolder, planned: _Planned, observers: Sequence[Observer]) -
     """
     config, model, device, photos = planned.config, planned.model, planned.device, planned.photos
     set_arithmetic(config, device)
-    scorer = Scorer(config, [photo.path for photo in photos_of(config, photos, 0)]) if config.evaluation.every else None
+    scorer = None
+    if config.evaluation.every and planned.world.is_first:
+        scorer = Scorer(config, [photo.path for photo in photos_of(config, photos, 0)])
     prepared = partial(prepare, config, model, device, photos)
     attempts = [("as planned", prepared), ("with what is free now", prepared)]  # what was prepared so far is kept
     return PreparedRun(
@@ -151,6 +188,7 @@ def _prepare(run: RunFolder, planned: _Planned, observers: Sequence[Observer]) -
         batches=first_that_fits("preparation", attempts, _PREPARING_NEEDS_LESS),
         scorer=scorer,
         observers=observers,
+        world=planned.world,
     )
 
 

@@ -63,7 +63,10 @@ def read_script(path: Path) -> Script:
     """
     try:
         tree = parse_yaml(read_text(path))
-    except (OSError, ValueError, YamlError) as error:
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise DataError(f"--comic: {path}: {reason}; allowed: a YAML file with panels") from error
+    except (ValueError, YamlError) as error:
         raise DataError(f"--comic: {path}: cannot be read as YAML ({error}); allowed: {_EXAMPLE}") from error
     if not isinstance(tree, dict):
         raise DataError(f"--comic: {path}: is not a script of panels; allowed: {_EXAMPLE}")
@@ -258,6 +261,7 @@ def _problem(path: Path, error: Any) -> str:
     reasons = {
         "extra_forbidden": f"is no field; allowed: {', '.join(fields)}",
         "missing": f"is missing; allowed: {_EXAMPLE}",
+        "model_type": f"{error['input']!r} is no panel; allowed: {{prompt: 'a dog', words: 'Time to eat!'}}",
         "string_type": f"{error['input']!r} is no text; write it in quotes",
     }
     reason = reasons.get(error["type"], f"{str(error['input'])[:40]!r}: {error['msg'][0].lower()}{error['msg'][1:]}")

@@ -40,6 +40,7 @@ class RunFolder:
         self.memory_summary_file = root / "memory_summary.txt"
         self.metrics_file = root / "metrics.jsonl"
         self.scores_file = root / "scores.jsonl"
+        self.ranks_file = root / "ranks.jsonl"
         self.checkpoints_dir = root / "checkpoints"
         self.tensorboard_dir = root / "tensorboard"
         self.final_dir = root / "final"
@@ -143,12 +144,12 @@ class RunFolder:
         return path
 
     def flush_rows(self) -> None:
-        """Flush the rows of metrics and scores to the disk.
+        """Flush the rows of steps to the disk.
 
         Raises:
             StorageError: The disk is full or broken.
         """
-        for file in (self.metrics_file, self.scores_file):
+        for file in self._files_of_rows():
             try:
                 if file.is_file():
                     flush_file(file)
@@ -201,10 +202,13 @@ class RunFolder:
         sweep(self.checkpoints_dir, idle_seconds=0.0)
 
     def truncate_rows(self, step: int) -> None:
-        """Drop the rows of metrics and scores after a step, and incomplete last rows."""
-        for file in (self.metrics_file, self.scores_file):
+        """Drop the rows after a step, and incomplete last rows."""
+        for file in self._files_of_rows():
             if file.is_file():
                 write_text(file, "".join(json.dumps(row) + "\n" for row in read_rows(file) if row["step"] <= step))
+
+    def _files_of_rows(self) -> tuple[Path, ...]:
+        return self.metrics_file, self.scores_file, self.ranks_file
 
 
 def append_row(file: Path, row: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from lowmem_db.errors import RunInterrupted, StorageError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.storage import asking
 from lowmem_db.storage.run_copy import copy_run
-from lowmem_db.storage.run_folder import RunFolder
+from lowmem_db.storage.run_folder import RunFolder, append_row
 from lowmem_db.training.metrics import MetricsWriter
 from lowmem_db.training.rescue import write_row_or_save
 from lowmem_db.training.scores import Scores
@@ -39,12 +39,14 @@ class Training(Protocol):
         run: The run folder.
         denoiser: The model.
         step: Optimizer steps done.
+        num_samples: Samples of the last step that each process computed.
     """
 
     config: Config
     run: RunFolder
     denoiser: Denoiser
     step: int
+    num_samples: tuple[int, ...]
 
     def weights(self) -> AbstractContextManager[None]:
         """Return a context in which the model has the weights that samples use."""
@@ -167,6 +169,25 @@ class MetricsFiles(Observer):
     def end(self) -> None:
         """Close the files."""
         self._writer.close()
+
+
+class RankRows(Observer):
+    """Writes into ``ranks.jsonl`` how many samples each process computed, and checks that all computed as many."""
+
+    def start(self, trainer: Training) -> None:
+        """Keep the trainer."""
+        self._trainer = trainer
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Append a row; :class:`MetricsFiles` has just said if the disk is full.
+
+        Raises:
+            RuntimeError: A process left out samples, which must never happen.
+        """
+        counts = self._trainer.num_samples
+        if len(set(counts)) > 1:
+            raise RuntimeError(f"step {row['step']}: the processes computed {counts} samples")
+        append_row(self._trainer.run.ranks_file, {"step": row["step"], "samples": list(counts)})
 
 
 class RunCopy(Observer):

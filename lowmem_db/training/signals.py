@@ -17,11 +17,14 @@ class StopRequest:
     Args:
         run: The run folder.
         step: Returns the optimizer steps done.
+        is_passed_on: Whether a launcher sends every signal of the terminal to its processes once more.
     """
 
-    def __init__(self, run: RunFolder, step: Callable[[], int]) -> None:
+    def __init__(self, run: RunFolder, step: Callable[[], int], *, is_passed_on: bool = False) -> None:
         self.signal_name: str | None = None
         self._run, self._step = run, step
+        self._left = 2 if is_passed_on else 1  # signals that do not stop the run at once
+        self._next = "third" if is_passed_on else "second"
         self._after_checkpoint: str | None = None
 
     def __bool__(self) -> bool:
@@ -54,18 +57,22 @@ class StopRequest:
         raise RunInterrupted(f"{self.signal_name}: stopped after step {self._step()}; continue with --resume")
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note the first signal; on the second, stop at once and say what is lost."""
+        """Note the first signal; on the second, stop at once and say what is lost; a launcher sends the second."""
         name = signal.Signals(number).name
-        if self:
+        if not self._left:
             raise RunInterrupted(f"{name}: {self._what_is_given_up()}; continue with --resume")
+        self._left -= 1
+        if self:
+            return
         self.signal_name = name
         if self._after_checkpoint:
             say(
                 f"{name}: the checkpoint of step {self._step()} is saved; stopping after its {self._after_checkpoint}; "
-                "a second signal skips them"
+                f"a {self._next} signal skips them"
             )
         else:
-            say(f"{name}: saving a checkpoint after this step; a second signal stops at once ({self._steps_lost()})")
+            lost = self._steps_lost()
+            say(f"{name}: saving a checkpoint after this step; a {self._next} signal stops at once ({lost})")
 
     def _what_is_given_up(self) -> str:
         if self._after_checkpoint:
@@ -81,13 +88,14 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals(run: RunFolder, step: Callable[[], int]) -> Iterator[StopRequest]:
+def stop_on_signals(run: RunFolder, step: Callable[[], int], *, is_passed_on: bool = False) -> Iterator[StopRequest]:
     """Turn the first signal into a request to stop; the second stops at once, without a checkpoint.
 
     Args:
         run: The run folder.
         step: Returns the optimizer steps done.
+        is_passed_on: Whether a launcher sends the second one by itself, so that the third stops at once.
     """
-    request = StopRequest(run, step)
+    request = StopRequest(run, step, is_passed_on=is_passed_on)
     with handling(request.handle):
         yield request

@@ -15,6 +15,9 @@ from lowmem_db.adaptation.layers import that_train
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import BatchSource
+from lowmem_db.distributed.reduction import bits_of
+from lowmem_db.distributed.watch import RankError
+from lowmem_db.distributed.world import ALONE, World, share_state
 from lowmem_db.engine.step import train_step
 from lowmem_db.errors import NonFiniteError, StorageError
 from lowmem_db.models.denoiser import Denoiser
@@ -44,6 +47,7 @@ class Trainer:
         batches: All batches of the run.
         ema: Moving average of the weights, or None.
         observers: Notified of each event, in this order.
+        world: The processes that share each step. The first one has the observers and writes the run folder.
 
     Attributes:
         step: Optimizer steps done.
@@ -51,6 +55,7 @@ class Trainer:
         peak_step_bytes: Peak memory of a step so far, as counted by :func:`environment.peak_bytes`.
         has_memory_summary: Whether what held a full card was written into the run folder.
         trained_modules: Components that train, or trained until they were stopped.
+        num_samples: Samples of the last step that each process computed.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Trainer:
         batches: BatchSource,
         ema: ExponentialMovingAverage | None,
         observers: Sequence[Observer] = (),
+        world: World = ALONE,
     ) -> None:
         self.config = config
         self.run = run
@@ -74,6 +80,8 @@ class Trainer:
         self.batches = batches
         self.ema = ema
         self.observers = observers
+        self.world = world
+        self.num_samples: tuple[int, ...] = ()
         self._saved = time.monotonic()
         self.trained_modules: dict[str, nn.Module] = that_train(denoiser.modules())
         self.step = 0
@@ -96,13 +104,17 @@ class Trainer:
         Raises:
             CheckpointError: The checkpoint is damaged, or was written with different settings.
         """
-        complete = self.run.complete_steps()
+        complete = self.world.from_first(self.run.complete_steps)
         if not complete:
             say(f"resume: {self.run.root} has no complete checkpoint; starting at step 1")
             return
         self.step = complete[-1] if step is None else step
         self._stop_text_encoders_where_due()
-        data_key = restore_checkpoint(self.run, self.step, self.stateful_objects())
+        data_key = self.world.from_first(lambda: restore_checkpoint(self.run, self.step, self.stateful_objects()))
+        for stateful in self.stateful_objects().values() if self.world.size > 1 else ():
+            received = share_state(self.world, stateful.state_dict())
+            if not self.world.is_first:
+                stateful.load_state_dict(received)
         if data_key != self._data_key():
             say("resume: photos, class images or captions have changed since the checkpoint; the new ones are used")
         say(f"resume: continuing after step {self.step}")
@@ -114,19 +126,27 @@ class Trainer:
             RunInterrupted: The run was asked to stop; a checkpoint was saved.
             NonFiniteError: The loss or the gradient is not finite.
             StorageError: The disk is full.
+            RankError: Another process has ended; a checkpoint was saved if the weights are whole.
             Exception: Memory ran out (:func:`out_of_memory.place_of`); a checkpoint was saved if the weights are whole.
         """
-        self.run.truncate_rows(self.step)
+        if self.world.is_first:
+            self.run.truncate_rows(self.step)
+        self.world.check_same("photos, class images and captions", self._data_key())
+        self._check_same_weights()
         self._saved = time.monotonic()
         environment.reset_peak_bytes(self.denoiser.device)
-        with stop_on_signals(self.run, lambda: self.step) as stop:
+        with stop_on_signals(self.run, lambda: self.step, is_passed_on=self.world.size > 1) as stop:
             try:
                 with self._observed(stop):
                     reason = self._steps(stop)
                 self.phase = "train"
+            except RankError as error:
+                self._save_if_whole(error)
+                raise
             except Exception as error:
                 if (place := out_of_memory.place_of(error)) is not None:
-                    self.has_memory_summary = write_memory_summary(self.run, self.denoiser.device, place)
+                    if self.world.is_first:
+                        self.has_memory_summary = write_memory_summary(self.run, self.denoiser.device, place)
                     self._save_if_whole(error)
                     if stop:
                         stop.stop()
@@ -202,7 +222,7 @@ class Trainer:
         self._stop_text_encoders_where_due()
         rates = learning_rates(self.config, self.denoiser.modules(), self.step)
         self.optimizer.set_learning_rates(rates)
-        torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step))
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step, *self._own_dropout()))
         try:
             output = train_step(
                 self.denoiser, self.objective, self.optimizer, self.batches.batches_at(self.step), self.step
@@ -217,9 +237,12 @@ class Trainer:
     def _after_step(self, stop: StopRequest) -> None:
         wanted = [observer.wants_checkpoint(self.step) for observer in self.observers]
         is_due = self.step % self.config.checkpointing.every == 0 or self._is_old()
-        is_saved = any(wanted) or is_due or self.is_done or bool(stop)
+        is_due = self._agree(any(wanted) or is_due, stop)
+        is_saved = is_due or self.is_done or bool(stop)
         if is_saved:
+            self._check_same_weights()
             self.save_checkpoint()
+            self.world.wait_for_all()
         if stop and not self.is_done:
             stop.stop()
         if is_saved:
@@ -227,6 +250,29 @@ class Trainer:
             with stop.after_checkpoint("samples and scores"):
                 self.tell("checkpoint", self.step)
                 self._prune_checkpoints()  # again: a score may have changed which one is best
+
+    def _agree(self, is_due: bool, stop: StopRequest) -> bool:
+        """Return whether the first process wants a checkpoint; a process that was asked to stop stops all.
+
+        Raises:
+            RuntimeError: The processes reduced the gradients of different parameters, which must never happen.
+        """
+        said = self.world.gathered((is_due, stop.signal_name, self.optimizer.reduction.order))
+        if len({order for _, _, order in said}) > 1:
+            raise RuntimeError(f"step {self.step}: the processes stepped their parameters in different orders")
+        asked = [(rank, name) for rank, (_, name, _) in enumerate(said) if name is not None]
+        if asked and stop.signal_name is None:
+            rank, name = asked[0]
+            stop.signal_name = f"{name} of rank {rank}"
+        return said[0][0]
+
+    def _check_same_weights(self) -> None:
+        if self.world.size > 1:
+            self.world.check_same("weights", bits_of(self.optimizer.parameters()))
+
+    def _own_dropout(self) -> list[int]:
+        """Return what makes the dropout of LoRAs differ between processes: it is drawn batch after batch."""
+        return [self.world.rank] if self.world.rank else []
 
     def _is_old(self) -> bool:
         """Return whether the last checkpoint is older than ``checkpointing.every_minutes``."""
@@ -240,6 +286,8 @@ class Trainer:
             NonFiniteError: A weight is infinite or NaN; the newest checkpoint is untouched.
             StorageError: The disk is full; the newest checkpoint is untouched.
         """
+        if not self.world.is_first:
+            return
         try:
             save_with_room(
                 self.run,
@@ -255,6 +303,8 @@ class Trainer:
         self._prune_checkpoints()
 
     def _prune_checkpoints(self) -> None:
+        if not self.world.is_first:
+            return
         keep = self.config.checkpointing.keep
         is_passing = self._is_only_for_samples if keep is None else lambda step: False
         self.run.prune_checkpoints(keep, also=self.step_to_keep(), is_passing=is_passing)
@@ -266,7 +316,8 @@ class Trainer:
         return of_samples is not None and step % of_samples == 0 and all(every is None or step % every for every in due)
 
     def _reason_to_stop(self) -> str | None:
-        return next((reason for observer in self.observers if (reason := observer.reason_to_stop())), None)
+        reasons = (reason for observer in self.observers if (reason := observer.reason_to_stop()))
+        return self.world.from_first(lambda: next(reasons, None))
 
     def _stop_text_encoders_where_due(self) -> None:
         stop = self.config.training.stop_text_encoder_training
@@ -283,7 +334,7 @@ class Trainer:
         peak_bytes = environment.peak_bytes(self.denoiser.device)
         self.peak_step_bytes = max(self.peak_step_bytes, peak_bytes)
         values = asdict(output)
-        gradient_norm = values.pop("grad_norm")
+        gradient_norm, self.num_samples = values.pop("grad_norm"), values.pop("num_samples")
         return {
             "step": self.step,
             **values,

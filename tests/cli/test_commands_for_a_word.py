@@ -88,7 +88,7 @@ FLAGS = {
     "validation_steps": (BOTH, "=50", PROMPT, sets(sampling__every=50)),
     "validation_epochs": ((PLAIN,), "=1", PROMPT, sets(sampling__every=100 * 4)),
     "validation_epochs without a prompt": ((PLAIN,), "=1", (), remark("no effect without --validation_prompt")),
-    "local_rank": (BOTH, "=-1", (), remark("no effect; training uses one device")),
+    "local_rank": (BOTH, "=-1", (), remark("no effect; the launcher says it in LOCAL_RANK")),
     "checkpointing_steps": (BOTH, "=100", (), sets(checkpointing__every=100)),
     "checkpoints_total_limit": (BOTH, "=3", (), sets(checkpointing__keep=3)),
     "resume_from_checkpoint": (BOTH, "=latest", (), ("resumes", None)),

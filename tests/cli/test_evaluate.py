@@ -37,6 +37,35 @@ def test_run_is_drawn_and_scored_and_a_second_call_draws_nothing(run: Run, confi
     assert "drawing" not in run("evaluate", tmp_path / "run", *QUICK, "--json").err
 
 
+def test_failures_are_told_with_what_the_model_drew_before_training(
+    run: Run, config_file: Path, tmp_path: Path
+) -> None:
+    fields = ("training.learning_rate=1e-2", "subject.class_prompt=a dog")
+    assert run("train", config_file, *fields).code == 0
+    (tmp_path / "prompts.txt").write_text("a zx dog on the beach\na zx dog on a red background\n")
+    options = ("--prompt-file", tmp_path / "prompts.txt", *QUICK, "--encoder", "en0", "--encoder", "captions")
+    plain = run("evaluate", tmp_path / "run", *options, "--json")
+    failures = json.loads(plain.out)["subjects"]["run"]["failures"]
+    assert failures["context"]["num_prompts"] == 2
+    assert failures["entanglement"] is None
+    assert failures["copies"]["share"] == 0
+    whole = run("evaluate", tmp_path / "run", *options, "--failures", "--json")
+    assert "drawing 6 images" in whole.err  # two of the subject alone, two of each prompt before training
+    told = json.loads(whole.out)["subjects"]["run"]
+    assert told["failures"]["entanglement"]["figure"] == "EN0-I"
+    assert {"caption_background", "caption_background_untuned", "EN0-I_drop"} <= {
+        *told["prompts"]["a dog on the beach"]
+    }
+    assert all("reason" in each for each in told["failures"]["context"]["not_drawn"])
+    folder = tmp_path / "evaluation" / "run"
+    assert len(list((folder / "untuned").iterdir())) == 4
+    assert (folder / "untuned" / "00-00.png").read_bytes() != (folder / "00-00.png").read_bytes()
+    table = run("evaluate", tmp_path / "run", *options, "--failures")
+    assert "run: entanglement: EN0-I is lower than without a context by" in table.out
+    refused = run("evaluate", folder, "--real", PHOTOGRAPHS / "dog3", "--failures")
+    assert (refused.code, "--failures: cannot be used here" in refused.err) == (2, True)
+
+
 def test_shards_draw_and_the_whole_scores(run: Run, config_file: Path, tmp_path: Path) -> None:
     assert run("train", config_file).code == 0
     whole = run("evaluate", tmp_path / "run", *QUICK, "--json", "-o", "whole")

@@ -98,6 +98,8 @@ def test_several_subjects_are_shown_where_all_methods_have_them(run: Run, photos
     outcome = run("gallery", "a", "b", "--real", "real", "--subjects", "dog")
     assert outcome.code == 0
     assert re.findall("<h1>(.*?)</h1>", (tmp_path / "gallery.html").read_text()) == ["dog"]
+    into_a_folder = run("gallery", "a", "b", "--real", "real", "-o", "real")
+    assert into_a_folder.out.strip() == str(Path("real") / "gallery.html")
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,7 @@ def test_several_subjects_are_shown_where_all_methods_have_them(run: Run, photos
         (("ours", "run"), "is a run; draw its images first"),
         (("ours", "--name", "a", "--name", "b"), "--name: 2 for 1 folders"),
         (("ours", "theirs", "--name", "a", "--name", "a"), "a name is given twice"),
+        (("ours", "--name", " "), "--name: a name is given twice, or empty"),
         (("listed",), "is not a list of images"),
     ],
 )

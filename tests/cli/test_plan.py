@@ -35,6 +35,16 @@ def test_json_keeps_its_contract(run: Run, config_file: Path) -> None:
     assert all(set(refusal) == {"strategy", "reason"} for refusal in found["refused"])
 
 
+def test_plan_for_two_processes_says_what_crosses(run: Run, config_file: Path) -> None:
+    alone, two = (json.loads(run("plan", config_file, "--json", *more).out) for more in ((), ("--num-processes", "2")))
+    assert (alone["num_processes"], alone["sent_bytes_per_step"]) == (1, 0)
+    assert two["num_processes"] == 2
+    assert two["sent_bytes_per_step"] == two["received_bytes_per_step"] > 0
+    assert two["seconds_per_step"] > alone["seconds_per_step"]
+    assert two["peak_bytes"] == alone["peak_bytes"]
+    assert any("2 processes: all figures are those of one" in note for note in two["notes"])
+
+
 def test_screen_has_a_bar_for_each_phase(run: Run, config_file: Path) -> None:
     outcome = run("plan", config_file, "device=cpu")
     assert outcome.code == 0, outcome.err

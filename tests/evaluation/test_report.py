@@ -153,7 +153,8 @@ def test_tables_say_what_is_better_and_what_is_missing(subjects: list[SubjectFil
     assert rows["metric"][0] == "better"
     assert (rows["EN0-I"][0], rows["EN0-PRES"][0]) == ("higher", "lower")
     assert rows["EN0-PRES"][1:] == ["-", "-", "0", "-"]
-    assert remarks(report)[1:] == ["EN0-PRES: there are no class images: add --class-images"]
+    assert remarks(report)[1] == "EN0-PRES: there are no class images: add --class-images"
+    assert [line.partition(":")[0] for line in remarks(report)[2:]] == ["dog3", "robot_toy"]  # copies of photos
 
 
 def test_report_and_contact_sheets_are_written(subjects: list[SubjectFiles], tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ panels:
         ("panels: []", "panels: '[]': list should have at least 1 item"),
         ("title: x", "panels: is missing"),
         ("- a dog", "is not a script of panels"),
+        ("panels: [a dog]", "panels[0]: 'a dog' is no panel; allowed: {prompt: 'a dog', words: 'Time to eat!'}"),
         ("panels: [{words: hello}]", "panels[0].prompt: is missing"),
         (
             "panels: [{prompt: a dog, word: hello}]",
@@ -73,7 +74,7 @@ def test_what_is_wrong_with_a_script_is_named(tmp_path: Path, text: str, message
 
 
 def test_script_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing\.yaml: cannot be read"):
+    with pytest.raises(DataError, match=r"nothing\.yaml: does not exist"):
         read_script(tmp_path / "nothing.yaml")
 
 

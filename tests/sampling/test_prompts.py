@@ -11,7 +11,7 @@ from lowmem_db.sampling.prompts import collect_prompts, read_prompt_file, read_s
 
 SIZES = {
     "objects": 25, "live_subjects": 25, "art_renditions": 8, "view_synthesis": 5, "property_modification": 10,
-    "accessories": 8, "expressions": 8, "material": 6, "recontextualization": 5, "comic": 6,
+    "accessories": 8, "expressions": 8, "material": 6, "recontextualization": 5, "comic": 6, "original_setting": 6,
 }  # fmt: skip
 
 
