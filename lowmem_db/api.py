@@ -236,6 +236,7 @@ def generate(
     check_source(str(source), None if base is None else str(base))
 
     from lowmem_db import environment
+    from lowmem_db.distributed.world import joined
     from lowmem_db.engine.generate import Wishes, generate_at, save
     from lowmem_db.models.saving import DTYPES
     from lowmem_db.run.comic import Comic
@@ -252,33 +253,35 @@ def generate(
         num_images = story.num_images(num_images)
     elif identifier is not None or class_noun is not None:
         raise ConfigError("identifier, class_noun: are for the prompts of a comic; leave them out, or add comic=SCRIPT")
-    if output is not None:
-        make_folder(Path(output))
-    where = environment.resolve_device(device)
-    rows, settings = generate_at(
-        str(source),
-        steps or [step],
-        None if base is None else str(base),
-        Wishes(
-            prompts=prompts,
-            negative_prompt=negative_prompt,
-            num_images=num_images or 4,
-            seed=seed,
-            sampler=sampler,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            width=width or resolution,
-            height=height or resolution,
-            upscale=[str(each) for each in upscale],
-            stream_weights=stream_weights,
-        ),
-        where,
-        DTYPES[precision or environment.drawing_precision(where)],
-    )
-    if output is not None:
-        save(Path(output), rows, settings)
-        if story is not None:
-            story.write(Path(output), [row.images for row in rows])
+    with joined() as world:
+        if output is not None and world.is_first:
+            make_folder(Path(output))
+        where = environment.resolve_device(device)
+        rows, settings = generate_at(
+            str(source),
+            steps or [step],
+            None if base is None else str(base),
+            Wishes(
+                prompts=prompts,
+                negative_prompt=negative_prompt,
+                num_images=num_images or 4,
+                seed=seed,
+                sampler=sampler,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                width=width or resolution,
+                height=height or resolution,
+                upscale=[str(each) for each in upscale],
+                stream_weights=stream_weights,
+            ),
+            where,
+            DTYPES[precision or environment.drawing_precision(where)],
+            world,
+        )
+        if output is not None and world.is_first:
+            save(Path(output), rows, settings)
+            if story is not None:
+                story.write(Path(output), [row.images for row in rows])
     return [(row.label if steps else row.prompt, row.images) for row in rows]
 
 

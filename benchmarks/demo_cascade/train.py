@@ -24,6 +24,9 @@ from lowmem_db.objective.low_resolution import enlarged, level_of, reduced
 
 LEAST, MOST = 1e-5, 1e-1
 """Variances of the noise on the pictures that the second stage enlarges; each is drawn between them, in logarithms."""
+MOST_WEIGHT = 25
+"""The error of the noise counts by 1 / SNR, between 1 and this. Without it, few steps leave the colours of a picture to
+the noise that it is drawn from: at the last timesteps there is little else to see, and a copy of it is nearly right."""
 _DROPOUT = 0.1
 
 
@@ -34,6 +37,8 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.args = args
         self.scheduler = build_scheduler(args.stage)
+        alphas = self.scheduler.alphas_cumprod
+        self.weights = ((1 - alphas) / alphas).clamp(1, MOST_WEIGHT)
         self.tokenizer = load_t5_tokenizer(ModelFiles(path=args.tokenizer.parent), args.tokenizer.name)
         self.text_encoder = build_text_encoder(len(self.tokenizer))
         parts: dict[str, nn.Module] = {"unet": build_unet(args.stage, args.channels)}
@@ -82,7 +87,8 @@ class Trainer:
             beside, levels = self.beside(small)
             noisy = torch.cat([noisy, beside], dim=1)
         predicted = self.model["unet"](noisy, timesteps, encoder_hidden_states=embeds, class_labels=levels).sample
-        return mse_loss(predicted[:, :3], noise)
+        errors = mse_loss(predicted[:, :3], noise, reduction="none").mean(dim=(1, 2, 3))
+        return (errors * self.weights[timesteps]).mean()
 
     def beside(self, small: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the pictures to enlarge, each with noise of its own variance, and the levels of these."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._triton import cdiv
-from .adamw8bit_state import StepOperands
+from .adamw8bit_state import StepOperands, scale_of_squares
 from .codec import BLOCK_SIZE, decode_eager, encode_eager
 from .rounding import pack_extra_bits_eager, round_stochastically_eager, rounding_key_eager, unpack_extra_bits_eager
 
@@ -46,6 +46,9 @@ def temporary_bytes(num_elements: int) -> int:
 
 def adamw8bit_step_eager(operands: StepOperands) -> Tensor:
     """Twin of `adamw8bit_step_triton` in plain PyTorch."""
+    if operands.update_squares is not None:
+        scale = scale_of_squares(operands.update_squares, operands.param.numel())
+        operands = operands._replace(update_scale=scale, update_squares=None)
     param, size = operands.param, operands.param.numel()
     seed = (operands.seed_low & 0xFFFFFFFF) | (operands.seed_high & 0xFFFFFFFF) << 32
     key = rounding_key_eager(seed, operands.step)

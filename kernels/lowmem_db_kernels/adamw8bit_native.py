@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .adamw8bit_state import StepOperands
+from .adamw8bit_state import StepOperands, scale_of_squares
 from .native import load
 from .rounding import rounding_key_eager
 
@@ -45,7 +45,10 @@ def adamw8bit_step_native(operands: StepOperands) -> Tensor:
     c1, root_c2 = operands.corrections.tolist()
     beta1, beta2 = operands.beta1, operands.beta2
     tensors = (param, operands.extra_bits, grad, *operands.state)
-    scales = (operands.grad_scale, operands.update_scale)
+    squares, update_scale = operands.update_squares, operands.update_scale
+    if squares is not None:
+        update_scale = scale_of_squares(squares, param.numel())
+    scales = (operands.grad_scale, update_scale)
     sums = torch.empty(2, dtype=torch.float32)
     arguments = _Arguments(
         param.numel(), *(None if tensor is None else tensor.data_ptr() for tensor in tensors),

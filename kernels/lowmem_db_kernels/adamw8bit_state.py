@@ -51,6 +51,7 @@ class StepOperands(NamedTuple):
         seed_low: Low word of the rounding seed, as a signed integer.
         seed_high: High word of the rounding seed, as a signed integer.
         dry_run: As in `adamw8bit_step`.
+        update_squares: As in `adamw8bit_step`.
     """
 
     param: Tensor
@@ -72,11 +73,22 @@ class StepOperands(NamedTuple):
     seed_low: int
     seed_high: int
     dry_run: bool
+    update_squares: Tensor | None = None
 
     @property
     def state(self) -> AdamW8bitState:
         """The state of the parameter."""
         return AdamW8bitState(self.state1, self.state2, self.absmax1, self.absmax2)
+
+
+def scale_of_squares(sum_of_squares: Tensor, count: int) -> Tensor:
+    """Return the factor that limits the root mean square to 1 (arXiv:1804.04235, section 6, with d = 1).
+
+    Args:
+        sum_of_squares: fp32 scalar.
+        count: How many squares were added.
+    """
+    return (sum_of_squares / count).sqrt().clamp(min=1.0).reciprocal()
 
 
 def init_state(param: Tensor) -> AdamW8bitState:

@@ -54,6 +54,7 @@ def adamw8bit_step(
     corrections: Tensor | None = None,
     grad_scale: Tensor | None = None,
     update_scale: Tensor | None = None,
+    update_squares: Tensor | None = None,
     dry_run: bool = False,
 ) -> Tensor:
     """Take one AdamW step in place, without synchronization.
@@ -71,8 +72,10 @@ def adamw8bit_step(
         rounding_seed: 64-bit seed of stochastic rounding, different for each parameter.
         corrections: From `bias_corrections`, computed here if not given; compute it once for all parameters of a step.
         grad_scale: fp32 scalar on the device, factor for the gradient (clipping by `global` or `lagged` norm).
-        update_scale: fp32 scalar on the device, factor for the update (clipping by `update_rms`).
-        dry_run: Write nothing and only return the sums, from which `update_rms` computes its scale.
+        update_scale: fp32 scalar on the device, factor for the update.
+        update_squares: fp32 scalar on the device, the sum of squares of the update from a dry run: the update is scaled
+            down to a root mean square of 1 (clipping by `update_rms`). Either this or `update_scale`.
+        dry_run: Write nothing and only return the sums.
 
     Returns:
         fp32 `(2,)`: the sum of squares of the unscaled gradient, infinite or NaN if the gradient is, and that of the
@@ -82,19 +85,21 @@ def adamw8bit_step(
         ValueError: The tensors do not match, or the weights would lose small updates.
     """
     _check(param, grad, extra_bits, rounding_seed)
+    if update_scale is not None and update_squares is not None:
+        raise ValueError("pass either update_scale or update_squares: one is computed from the other")
     _check_state(param, state)
     device = param.device
     # A float64 scalar would make a kernel compute in float64.
     lr = lr.to(torch.float32) if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float32, device=device)
-    grad_scale, update_scale = (
-        None if scale is None else scale.to(torch.float32) for scale in (grad_scale, update_scale)
+    grad_scale, update_scale, update_squares = (
+        None if scale is None else scale.to(torch.float32) for scale in (grad_scale, update_scale, update_squares)
     )
     step = step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=device)
     corrections = bias_corrections(step, betas) if corrections is None else corrections
     seed_low, seed_high = split_seed(rounding_seed or 0)
     operands = StepOperands(
         param, extra_bits, grad, *state, lr, step, corrections, grad_scale, update_scale, *betas, eps, weight_decay,
-        as_int32(seed_low), as_int32(seed_high), dry_run,
+        as_int32(seed_low), as_int32(seed_high), dry_run, update_squares,
     )  # fmt: skip
     if not runs_plainly(param):
         return _step_op(*operands)

@@ -100,11 +100,15 @@ def _step_kernel(
     QUANTIZED: tl.constexpr,
     HAS_GRAD_SCALE: tl.constexpr,
     HAS_UPDATE_SCALE: tl.constexpr,
+    HAS_UPDATE_SQUARES: tl.constexpr,
     DRY_RUN: tl.constexpr,
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Update chunks of whole quantization blocks, one row each; `partial` is `(2, rows)`, grid `(programs,)`."""
+    """Update chunks of whole quantization blocks, one row each; `partial` is `(2, rows)`, grid `(programs,)`.
+
+    The pointer to the scale of the update points to its sum of squares where there is one.
+    """
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     if REVERSE:
@@ -115,6 +119,12 @@ def _step_kernel(
     root_c2 = tl.load(corrections_ptr + 1)
     moment_scale = tl.div_rn(root_c2, tl.load(corrections_ptr))
     scaled_eps = eps * root_c2
+    update_scale = 1.0
+    if HAS_UPDATE_SQUARES:
+        mean_square = tl.div_rn(tl.load(update_scale_ptr), num_elements * 1.0)
+        update_scale = tl.div_rn(1.0, tl.maximum(tl.sqrt(mean_square), 1.0))
+    elif HAS_UPDATE_SCALE:
+        update_scale = tl.load(update_scale_ptr)
     key = rounding_key(seed_low, seed_high, step)
     row_in_chunk = tl.arange(0, ROWS)
     column = tl.arange(0, QUANTIZATION_BLOCK)
@@ -140,8 +150,8 @@ def _step_kernel(
         tl.store(partial_ptr + num_rows + rows, tl.sum(update * update, axis=1), mask=has_row)
         if not DRY_RUN:
             weight = _load_weight(param_ptr, extra_ptr, elements, inside, WEIGHTS)
-            if HAS_UPDATE_SCALE:
-                update = update * tl.load(update_scale_ptr)
+            if HAS_UPDATE_SQUARES or HAS_UPDATE_SCALE:
+                update = update * update_scale
             moved = tl.where(usable, weight - lr * (update + weight_decay * weight), weight)
             _store_weight(param_ptr, extra_ptr, moved, elements, inside, key, WEIGHTS)
             # A block without changed elements keeps its codes, which re-encoding could alter.
@@ -154,7 +164,7 @@ def _step_kernel(
 def adamw8bit_step_triton(operands: StepOperands) -> Tensor:
     """Launch the kernel; arguments and result are those of the operator."""
     param, extra_bits, absmax1, lr = operands.param.detach(), operands.extra_bits, operands.absmax1, operands.lr
-    grad_scale, update_scale = operands.grad_scale, operands.update_scale
+    grad_scale, update_scale, squares = operands.grad_scale, operands.update_scale, operands.update_squares
     beta1, beta2 = operands.beta1, operands.beta2
     config = launch_config("adamw8bit_step", param)
     num_chunks = cdiv(param.numel(), config.block)
@@ -166,10 +176,11 @@ def adamw8bit_step_triton(operands: StepOperands) -> Tensor:
             _step_kernel[(config.grid(num_chunks),)](
                 param, or_dummy(extra_bits, param), operands.grad, operands.state1, operands.state2,
                 or_dummy(absmax1, lr), or_dummy(operands.absmax2, lr), partial, lr, operands.step,
-                operands.corrections, or_dummy(grad_scale, lr), or_dummy(update_scale, lr), param.numel(), num_rows,
-                num_chunks, beta1, 1.0 - beta1, beta2, 1.0 - beta2, operands.eps, operands.weight_decay,
-                operands.seed_low, operands.seed_high, WEIGHTS=weights, QUANTIZED=absmax1 is not None,
-                HAS_GRAD_SCALE=grad_scale is not None, HAS_UPDATE_SCALE=update_scale is not None,
+                operands.corrections, or_dummy(grad_scale, lr), or_dummy(update_scale if squares is None else squares,
+                lr), param.numel(), num_rows, num_chunks, beta1, 1.0 - beta1, beta2, 1.0 - beta2, operands.eps,
+                operands.weight_decay, operands.seed_low, operands.seed_high, WEIGHTS=weights,
+                QUANTIZED=absmax1 is not None, HAS_GRAD_SCALE=grad_scale is not None,
+                HAS_UPDATE_SCALE=update_scale is not None, HAS_UPDATE_SQUARES=squares is not None,
                 DRY_RUN=operands.dry_run, REVERSE=config.reverse, BLOCK=config.block, **config.options,
             )  # fmt: skip
     return partial.sum(1)

@@ -29,9 +29,12 @@ def custom_op(
     Returns:
         The operator of `torch.library.custom_op`, to be called with the fields one after another.
     """
-    fields = get_type_hints(operands)
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(field, kind, annotation=fields[field]) for field in operands._fields]  # type: ignore[attr-defined]
+    fields, defaults = get_type_hints(operands), operands._field_defaults  # type: ignore[attr-defined]
+    kind, none = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    parameters = [
+        inspect.Parameter(field, kind, annotation=fields[field], default=defaults.get(field, none))
+        for field in operands._fields  # type: ignore[attr-defined]
+    ]
 
     def flat(*values: Any) -> Any:
         return serve(operands(*values))

@@ -73,6 +73,8 @@ def run_bench(
             found |= {"name": stage.name, "ok": False, "seconds": 0.0, stage.rows: [], "error": lost}
             continue
         run_stage(stage, setting, found, limit_seconds=limit, clock=clock, write=write)
+        if "left_out" in found:
+            say(f"bench: {stage.name}: no time for {', '.join(found['left_out'])}; give more --minutes")
         if not found["ok"]:
             warn(f"{stage.name}: {found['error']}")
             lost = _why_lost(setting, stage)

@@ -25,6 +25,7 @@ _NUM_AHEAD = 2
 _NUM_SAVED = 2  # checkpoints before the kill
 _MOST_STEPS = 100  # by which it ends if nobody kills it
 _POLL_SECONDS = 0.02
+_LONGEST_SECONDS = 120.0  # until then a process has saved something, or hangs
 
 
 @contextmanager
@@ -73,20 +74,25 @@ def kill_in_its_steps(process: Process, setting: Setting, technique: str, run: R
         run: Its checkpoints.
 
     Raises:
-        RuntimeError: It ended before; the message has its last words.
+        RuntimeError: It ended before, or hangs; the message has its last words.
     """
+    latest = time.monotonic() + _LONGEST_SECONDS
     try:
         with suppress(BrokenPipeError):  # it has ended already, and says why below
             assert process.stdin is not None, "it is told through its standard input"
             process.stdin.write(json.dumps([str(setting.device), technique, str(run.root)]) + "\n")
             process.stdin.flush()
-        while len(run.complete_steps()) < _NUM_SAVED and process.poll() is None:
+        while (num_saved := len(run.complete_steps())) < _NUM_SAVED and process.poll() is None:
+            if time.monotonic() > latest:
+                break
             time.sleep(_POLL_SECONDS)
         ended = process.poll()
     finally:
         last = _end(process)
     if ended is not None:
         raise RuntimeError(f"the process to be killed ended by itself with exit code {ended}, and said: {last}")
+    if num_saved < _NUM_SAVED:
+        raise RuntimeError(f"the process to be killed saved nothing in {_LONGEST_SECONDS:.0f} s, and said: {last}")
 
 
 def _step_and_save(device: str, technique: str, folder: str) -> None:

@@ -61,7 +61,7 @@ def _show_version(is_asked: bool) -> bool:
     return is_asked
 
 
-_OF_ALL_PROCESSES = {"train", "prepare"}
+_OF_ALL_PROCESSES = {"train", "prepare", "generate"}
 
 
 @app.callback()

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from lowmem_db.launch import is_first
+
 
 def generate(
     source: Annotated[
@@ -135,4 +137,5 @@ def generate(
         stream_weights=stream_weights,
         output=output,
     )
-    typer.echo(output / ("grid.png" if comic is None else "comic.png"))
+    if is_first():
+        typer.echo(output / ("grid.png" if comic is None else "comic.png"))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lowmem_db.config.schema import Config
 from lowmem_db.distributed.world import ALONE, World, flat
 
+_AT_ONCE = 1 << 20
 _WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -118,5 +119,6 @@ def is_ordered(config: Config) -> bool:
 @torch.no_grad()
 def bits_of(parameters: Sequence[nn.Parameter]) -> int:
     """Return a sum over the bits of parameters, which differs if one of them does."""
-    sums = [flat(each.detach()).view(_WHOLE_NUMBERS[each.element_size()]).sum(dtype=torch.int64) for each in parameters]
-    return sum(torch.stack(sums).tolist())
+    numbers = [flat(each.detach()).view(_WHOLE_NUMBERS[each.element_size()]) for each in parameters]
+    pieces = [piece for each in numbers for piece in each.split(_AT_ONCE)]  # a sum has a copy of 64 bits
+    return sum(torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).tolist())

@@ -9,8 +9,8 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from lowmem_db.errors import LowmemDbError, RunInterrupted
 
 _BYTES = 4096
-_SECONDS_TO_NOTICE = 60.0
+_SECONDS_TO_NOTICE = 20.0  # torchrun kills after 30
 _SECONDS_FOR_NEWS = 10.0
 
 
@@ -69,6 +69,7 @@ class Watch:
         self._changed = threading.Condition()
         self._left: dict[int, Farewell] = {}
         self._noticed = threading.Event()
+        self._is_held_off = False
         self._sent: list[Any] = []
         self._where = _name_of_machine()
 
@@ -117,6 +118,15 @@ class Watch:
         with self._changed:
             self._changed.wait_for(lambda: len(self._left) == len(self._peers))
 
+    @contextmanager
+    def held_off(self) -> Iterator[None]:
+        """Return a context in which this process is not ended, however long it takes no notice of the others."""
+        self._is_held_off = True
+        try:
+            yield
+        finally:
+            self._is_held_off = False
+
     def bad_news(self) -> BaseException | None:
         """Return the end of another process that was not done, as an error."""
         return None if self._bad_news() is None else self._take_notice()
@@ -126,8 +136,9 @@ class Watch:
         with self._changed:
             self._left[peer] = farewell
             self._changed.notify_all()
-        if farewell.exit_code and not self._noticed.wait(_SECONDS_TO_NOTICE):
-            _leave_at_once(self._rank, farewell)  # the process waits for a card, or computes something else
+        while farewell.exit_code and not self._noticed.wait(_SECONDS_TO_NOTICE):
+            if not self._is_held_off:
+                _leave_at_once(self._rank, farewell)  # the process waits for a card, or computes something else
 
     def _farewell_of(self, peer: int) -> Farewell:
         buffer = torch.zeros(_BYTES, dtype=torch.uint8)

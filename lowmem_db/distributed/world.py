@@ -4,7 +4,7 @@ import os
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -33,14 +33,23 @@ class World:
         size: Number of processes.
         group: Group of torch.distributed; None for one process.
         watch: Listens to the other processes; None for one process.
+        has_nccl: Whether the group exchanges tensors on cards in their streams, so that this process need not wait.
 
     Attributes:
         rank, size: See above.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, *, group: Any = None, watch: Watch | None = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        *,
+        group: Any = None,
+        watch: Watch | None = None,
+        has_nccl: bool = False,
+    ) -> None:
         self.rank, self.size = rank, size
-        self._group, self._watch = group, watch
+        self._group, self._watch, self._has_nccl = group, watch, has_nccl
 
     @property
     def is_first(self) -> bool:
@@ -76,6 +85,10 @@ class World:
     def from_first(self, make: Callable[[], _Value]) -> _Value:
         """Return what the first process makes."""
         return cast("_Value", self.gathered(make() if self.is_first else None)[0])
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Return a context in which the end of another process does not end this one."""
+        return nullcontext() if self._watch is None else self._watch.held_off()
 
     def wait_for_all(self) -> None:
         """Wait until every process is here."""
@@ -129,7 +142,7 @@ class World:
 
     def _unpack(self, work: Any, together: Sequence[Tensor], packed: Tensor) -> None:
         """Wait for a parcel, and copy its elements to where they belong."""
-        if packed.is_cuda and "nccl" in str(dist.get_backend_config(self._group)):
+        if packed.is_cuda and self._has_nccl:
             work.wait()  # the stream waits; this process goes on
         else:
             self._finish(work)
@@ -170,6 +183,12 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether the elements of a tensor lie side by side in memory, in some order."""
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return last + 1 == tensor.numel()
+
+
 def _parcels(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Return tensors in parcels: large ones alone, small ones of a type together."""
     parcels: list[list[Tensor]] = []
@@ -206,9 +225,10 @@ def joined() -> Iterator[World]:
     if launch.size == 1:
         yield ALONE
         return
-    watch, group = _meet(launch.rank, launch.size)
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    watch, group = _meet(launch.rank, launch.size, "cpu:gloo,cuda:nccl" if has_nccl else "gloo")
     try:
-        yield World(launch.rank, launch.size, group=group, watch=watch)
+        yield World(launch.rank, launch.size, group=group, watch=watch, has_nccl=has_nccl)
     except BaseException as error:
         watch.leave(_exit_code(error), str(error) or type(error).__name__)
         if (news := watch.bad_news()) is not None and _follows_from(error, news):
@@ -220,9 +240,8 @@ def joined() -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def _meet(rank: int, size: int) -> tuple[Watch, Any]:
+def _meet(rank: int, size: int, backend: str) -> tuple[Watch, Any]:
     """Find the other processes; return the watch over them, and their group."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=_TO_MEET)
         watch = Watch(rank, size, dist.new_group(backend="gloo", timeout=_FOREVER))
@@ -256,7 +275,7 @@ def _in_block(data: bytes, size: int) -> Tensor:
 
 
 def share_state(world: World, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the first process's values of a state that all have, tensor by tensor.
+    """Return the first process's values of a state that all have, tensor by tensor; dense tensors are overwritten.
 
     Args:
         world: The processes.
@@ -265,7 +284,7 @@ def share_state(world: World, state: Mapping[str, Any]) -> dict[str, Any]:
     received: dict[str, Any] = {}
     for name, value in state.items():
         if isinstance(value, Tensor):
-            received[name] = value.detach().clone()
+            received[name] = value.detach() if _is_dense(value) else value.detach().contiguous()
             world.send_from(0, [received[name]])
         elif isinstance(value, Mapping):
             received[name] = share_state(world, value)

@@ -1,6 +1,6 @@
 """Drawing prompts with a model on disk: a run, a folder, or a hub id. One component is in memory at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from PIL import Image
 
 from lowmem_db.config.schema import Sampler
 from lowmem_db.console import say, warn
+from lowmem_db.distributed.world import ALONE, World
 from lowmem_db.engine.draw import Artist, Job, draw, loaded_for_use
 from lowmem_db.engine.enlarging import find_stages
 from lowmem_db.engine.fitting import too_many_steps
@@ -106,6 +107,7 @@ def generate_at(
     wishes: Wishes,
     device: torch.device,
     dtype: torch.dtype,
+    world: World = ALONE,
 ) -> tuple[list[Row], dict[str, Any]]:
     """Draw each prompt with each of several checkpoints.
 
@@ -116,6 +118,7 @@ def generate_at(
         wishes: What is drawn.
         device: Device to compute on.
         dtype: Type to compute in.
+        world: The processes that draw prompts in turn; the first one enlarges, so that its images alone are complete.
 
     Returns:
         The rows, those of a prompt together, and the settings that they were drawn with.
@@ -138,8 +141,8 @@ def generate_at(
     for step, found in zip(steps, sources, strict=True):
         if len(steps) > 1:
             say(f"drawing with {_in_words(step)}")
-        drawn = _draw(found, work, device, dtype)
-        for number, stage in enumerate(stages, 1):
+        drawn = _draw(found, work, device, dtype, world)
+        for number, stage in enumerate(stages if world.is_first else (), 1):
             prompts = stage.prompts(work.prompts, sources[0].run_config)
             drawn = stage.enlarge(drawn, prompts, seed=work.seed, number=number, device=device, dtype=dtype)
         by_step.append(
@@ -266,23 +269,37 @@ def _check(source: ImageSource, work: Work) -> None:
         raise DataError(problem)
 
 
-def _draw(source: ImageSource, work: Work, device: torch.device, dtype: torch.dtype) -> list[list[Image.Image]]:
+def _draw(
+    source: ImageSource, work: Work, device: torch.device, dtype: torch.dtype, world: World = ALONE
+) -> list[list[Image.Image]]:
     """Draw the images of each prompt; image ``i`` of every prompt starts from the same noise, for comparison."""
-    return streamed_if_needed(source, partial(_drawn, work, device, dtype), device)
+    own = streamed_if_needed(source, partial(_drawn, work, device, dtype, world.share), device)
+    return world.gathered_in_turn(own)
 
 
-def _drawn(work: Work, device: torch.device, dtype: torch.dtype, source: ImageSource) -> list[list[Image.Image]]:
+def _drawn(
+    work: Work,
+    device: torch.device,
+    dtype: torch.dtype,
+    share: Callable[[Sequence[Job]], Sequence[Job]],
+    source: ImageSource,
+) -> list[list[Image.Image]]:
+    """Draw one process's share of the prompts; all are embedded, as bits may depend on what is embedded together."""
     table = source.embed([*work.prompts, work.negative_prompt], device, dtype)
     artist = Artist(model=source.model, settings=work.settings, objective=source.objective)
-    jobs = [
-        Job(
-            prompts=[prompt],
-            size=work.size,
-            generators=[generator(work.seed, STREAM, index) for index in range(work.num_images)],
-            negative=work.negative_prompt,
-        )
-        for prompt in work.prompts
-    ]
+    jobs = share(
+        [
+            Job(
+                prompts=[prompt],
+                size=work.size,
+                generators=[generator(work.seed, STREAM, index) for index in range(work.num_images)],
+                negative=work.negative_prompt,
+            )
+            for prompt in work.prompts
+        ]
+    )
+    if not jobs:
+        return []
     denoiser = loaded_for_use(partial(source.load_denoiser, device, dtype), device)
     codec = loaded_for_use(partial(source.model.space.load, device), device)
     return list(draw(artist, table, jobs, denoiser, codec, progress="drawing prompts"))

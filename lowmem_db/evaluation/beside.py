@@ -12,10 +12,10 @@ Drawn = tuple[str | None, tuple[Path, ...]]
 
 
 def name_methods(folders: Sequence[Path], names: Sequence[str] = ()) -> list[str]:
-    """Return a name for each folder: those given, the folders' own or, if these are not all different, the paths.
+    """Return a name for each folder: those given, the folders' own or, if these are the same, with their parents'.
 
     Raises:
-        DataError: A folder is given twice, or there are not as many names as folders.
+        DataError: A folder is given twice, there are not as many names as folders, or their own names tell nothing.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise DataError("IMAGES: a folder is given twice; allowed: a different folder for each method")
@@ -25,8 +25,14 @@ def name_methods(folders: Sequence[Path], names: Sequence[str] = ()) -> list[str
         )
     if names and (len({*names}) < len(names) or not all(name.strip() for name in names)):
         raise DataError("--name: a name is given twice, or empty; allowed: a different name for each folder")
-    own = [folder.resolve().name for folder in folders]
-    return list(names) or (own if len({*own}) == len(own) else [str(folder) for folder in folders])
+    if names:
+        return list(names)
+    short = [folder.resolve().name for folder in folders]
+    longer = [f"{folder.resolve().parent.name}/{name}" for folder, name in zip(folders, short, strict=True)]
+    for own in (short, longer):
+        if len({*own}) == len(own):
+            return own
+    raise DataError(f"--name: is needed, because several folders are called {short[0]}; give one for each folder")
 
 
 def find_methods(folders: Sequence[Path], real: Path | None, limits: Limits) -> list[tuple[SubjectFiles, ...]]:

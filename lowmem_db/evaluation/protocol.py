@@ -101,6 +101,7 @@ class Run:
         prompts: The prompts to draw.
         captions: The same prompts without the identifier, which means nothing to an encoder.
         class_prompt: The class prompt.
+        class_caption: What the captions say without their context.
         photos: Real photos of the subject.
         base: Where the model is that it was trained on. Default: where the configuration says.
     """
@@ -111,6 +112,7 @@ class Run:
     prompts: tuple[str, ...]
     captions: tuple[str, ...]
     class_prompt: str
+    class_caption: str
     photos: tuple[Path, ...]
     base: str | None = None
 
@@ -129,7 +131,7 @@ class Run:
             class_images=tuple(file for _, files in class_images for file in files),
             plain=tuple(file for _, files in plain for file in files),
             untuned=untuned,
-            class_caption=self.class_prompt,
+            class_caption=self.class_caption,
         )
 
 
@@ -414,6 +416,7 @@ def _read_run(name: str, folder: Path, choice: PromptChoice, photos: Path | None
         prompts=tuple(prompts),
         captions=tuple(_caption(prompt, identifier, class_noun, config) for prompt in prompts),
         class_prompt=config.subject.class_prompt or f"a {class_noun}",
+        class_caption=f"a {class_noun}",
         photos=scan_pictures(photos or config.subject.instance_dir, "subject.instance_dir"),
         base=at.base,
     )

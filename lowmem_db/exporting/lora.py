@@ -164,7 +164,7 @@ def _of_run(config: Config) -> dict[str, Any]:
         "ss_max_train_steps": training.max_train_steps,
         "ss_steps": training.max_train_steps,
         "ss_batch_size_per_device": training.train_batch_size,
-        "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "ss_gradient_accumulation_steps": config.samples_per_step // training.train_batch_size,
         "ss_optimizer": config.optimizer.name,
         "ss_mixed_precision": training.mixed_precision,
         "ss_resolution": f"({config.data.resolution}, {config.data.resolution})",

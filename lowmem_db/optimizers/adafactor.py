@@ -8,10 +8,11 @@ as configured, without the paper's relative step size.
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from lowmem_db_kernels.adamw8bit_state import scale_of_squares
 from torch import Tensor
 
 from lowmem_db.config.schema import OptimizerConfig
-from lowmem_db.optimizers.rules import StepScalars, mean_square_scale
+from lowmem_db.optimizers.rules import StepScalars
 from lowmem_db.optimizers.states import StateTensor, flat
 from lowmem_db.optimizers.weights import EXTRA_BITS, stepped_in_fp32
 
@@ -52,7 +53,7 @@ class Adafactor:
         rows = gradient.reshape(parameter.shape[0] if "exp_avg_sq_row" in state else 1, -1)
         decay = 1.0 - scalars.host_step**_DECAY_POWER
         update = _Update(rows, state, decay, scalars.gradient_scale)
-        scale = mean_square_scale(update.sum_of_squares(), parameter.numel()) if scalars.clip_update else 1.0
+        scale = scale_of_squares(update.sum_of_squares(), parameter.numel()) if scalars.clip_update else 1.0
         rounding = {"rounding_seed": rounding_seed, "step": scalars.step}
         with stepped_in_fp32(parameter, state.get(EXTRA_BITS), **rounding) as weight:
             matrix = weight.reshape(rows.shape)

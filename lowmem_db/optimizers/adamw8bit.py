@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem_db import environment
 from lowmem_db.config.schema import OptimizerConfig
-from lowmem_db.optimizers.rules import StepScalars, mean_square_scale
+from lowmem_db.optimizers.rules import StepScalars
 from lowmem_db.optimizers.states import StateTensor, flat, like
 from lowmem_db.optimizers.weights import EXTRA_BITS
 
@@ -73,7 +73,7 @@ class AdamW8bit:
         }
         if scalars.clip_update:
             sums = adamw8bit_step(parameter, gradient, moments, **arguments, dry_run=True)
-            arguments["update_scale"] = mean_square_scale(sums[1], parameter.numel())
+            arguments["update_squares"] = sums[1]
         return adamw8bit_step(parameter, gradient, moments, **arguments)[0]
 
     def _corrections_of(self, scalars: StepScalars) -> Tensor:

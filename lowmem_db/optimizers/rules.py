@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from lowmem_db_kernels.adamw8bit_state import scale_of_squares
 from torch import Tensor
 
 from lowmem_db.optimizers.states import StateTensor
@@ -67,9 +68,4 @@ class UpdateRule(Protocol):
 
 def update_scale(update: Tensor) -> Tensor:
     """Return the factor that limits an update to a root mean square of 1 (arXiv:1804.04235, section 6, with d = 1)."""
-    return mean_square_scale(update.square().sum(), update.numel())
-
-
-def mean_square_scale(sum_of_squares: Tensor, count: int) -> Tensor:
-    """Return the factor of :func:`update_scale`, given a sum of squares."""
-    return 1.0 / (sum_of_squares / count).sqrt().clamp(min=1.0)
+    return scale_of_squares(update.square().sum(), update.numel())

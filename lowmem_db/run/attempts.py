@@ -160,7 +160,7 @@ class Attempts:
         """Return what a full card shows; the table of its allocator is written unless the trainer has done so."""
         run, device = self._prepared.run, self._prepared.device
         has_summary = trainer is not None and trainer.has_memory_summary
-        if not (has_summary or write_memory_summary(run, device, place)):
+        if not self._prepared.world.is_first or not (has_summary or write_memory_summary(run, device, place)):
             return {}
         return {"held_by_others": held_by_others(device), "details": f"; {run.memory_summary_file} shows what held it"}
 

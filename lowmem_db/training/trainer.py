@@ -289,12 +289,13 @@ class Trainer:
         if not self.world.is_first:
             return
         try:
-            save_with_room(
-                self.run,
-                lambda: save_checkpoint(self.run, self.step, self.stateful_objects(), data_key=self._data_key()),
-                keep=self.config.checkpointing.keep,
-                also=self.step_to_keep(),
-            )
+            with self.world.undisturbed():
+                save_with_room(
+                    self.run,
+                    lambda: save_checkpoint(self.run, self.step, self.stateful_objects(), data_key=self._data_key()),
+                    keep=self.config.checkpointing.keep,
+                    also=self.step_to_keep(),
+                )
         except StorageError as error:
             raise StorageError(f"{error}, with --resume; {self._last_good_checkpoint()}") from error
         except NonFiniteError as error:

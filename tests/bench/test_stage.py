@@ -104,7 +104,7 @@ def test_what_is_measured_stands_in_the_file_at_once(tmp_path: Path) -> None:
     assert json.loads(file.read_text()) == found
 
 
-def test_measurements_behind_the_limit_are_named(tmp_path: Path) -> None:
+def test_measurements_behind_the_limit_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fake = FakeClock()
     measurements = [fake.takes(40.0), fake.takes(30.0), fake.takes(1.0)]
     found = run_bench(
@@ -112,6 +112,7 @@ def test_measurements_behind_the_limit_are_named(tmp_path: Path) -> None:
     )["stages"][0]
     assert [row["name"] for row in found["rows"]] == ["of 40 s", "of 30 s"]
     assert (found["left_out"], found["ok"], found["seconds"]) == (["of 1 s"], True, 70.0)
+    assert "slow: no time for of 1 s; give more --minutes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("minutes", "dropped"), [(1.0, ["c"]), (0.6, ["b", "c"]), (8.0, []), (0.1, ["a", "b", "c"])])

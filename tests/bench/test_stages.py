@@ -251,6 +251,15 @@ def test_processes_are_started_ahead_and_none_is_left(monkeypatch: pytest.Monkey
     assert all(process.poll() is not None for process in begun)
 
 
+def test_process_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", "input(); input()"], stdin=pipe, stderr=pipe, text=True)
+    monkeypatch.setattr(killed, "_LONGEST_SECONDS", 0.1)
+    with pytest.raises(RuntimeError, match="saved nothing in 0 s, and said: nothing"):
+        killed.kill_in_its_steps(process, SETTING, "in_backward", RunFolder(tmp_path))
+    assert process.poll() is not None
+
+
 @pytest.mark.long
 def test_process_that_ends_by_itself_is_no_killed_one(tmp_path: Path) -> None:
     with (

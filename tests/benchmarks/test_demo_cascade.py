@@ -3,18 +3,23 @@
 import argparse
 import json
 import random
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter, ImageOps
 
 from benchmarks.demo_base.captions import Attributes
+from benchmarks.demo_cascade import figure_21
+from benchmarks.demo_cascade.figure_21 import high_band, psnr
 from benchmarks.demo_cascade.parts import ENTRIES, SIZES, build_text_encoder, build_unet, write_tokenizer
 from benchmarks.demo_cascade.train import LEAST, MOST, Trainer
 from lowmem_db.engine.enlarging import find_stages
 from lowmem_db.models.finding import find_model
+from tests.tiny_models import IF_RESOLUTION, write_tiny_if_super_resolution
 
 T5 = Path(__file__).parents[1] / "assets" / "t5_tokenizer" / "tokenizer.json"
 
@@ -62,6 +67,37 @@ def test_noise_of_the_second_stage_covers_what_the_paper_compares(arguments: arg
     assert LEAST <= 1e-5 < 1e-2 <= MOST
     assert levels.min() == 0
     assert levels.max() > 150
+
+
+def test_blur_and_invention_are_told_by_the_high_band() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    truth = Image.fromarray(noise).convert("RGB")
+    assert high_band(truth, truth, 16) == pytest.approx(1)
+    assert high_band(truth.filter(ImageFilter.GaussianBlur(3)), truth, 16) < 0.1
+    assert high_band(ImageOps.autocontrast(truth.resize((32, 32)).resize((64, 64), 0)), truth, 16) < 1
+    assert psnr(truth, truth) > 100 > psnr(truth.filter(ImageFilter.GaussianBlur(1)), truth)
+
+
+@pytest.mark.long
+def test_figure_21_is_measured_on_every_subject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = write_tiny_if_super_resolution(tmp_path / "stage_2")
+    side = 2 * IF_RESOLUTION
+    for subject in ("drawn_dog", "rc_car"):
+        (tmp_path / "subjects" / subject).mkdir(parents=True)
+        for number in range(2):
+            noise = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / "subjects" / subject / f"{number}.png")
+    out = tmp_path / "out"
+    arguments = [stage, "--out", out, "--subjects", tmp_path / "subjects", "--resolution", side, "--steps", 1]
+    monkeypatch.setattr(sys, "argv", ["figure_21", *map(str, arguments)])
+    figure_21.main()
+    rows = json.loads((out / "rows.json").read_text())
+    assert {*rows} == {"drawn_dog", "rc_car"}
+    assert {*rows["rc_car"]} == {"not fine-tuned", "1e-2", "1e-3", "1e-5"}
+    assert len(capsys.readouterr().out.splitlines()) == 2 * 3
+    assert (out / "sheet.png").is_file()
 
 
 def test_sizes_are_those_of_the_recipe() -> None:

@@ -135,3 +135,14 @@ def test_photos_are_asked_for(run: Run, tmp_path: Path) -> None:
     write_images(tmp_path / "ours", ["a dog"], 1)
     refused = run("gallery", "ours")
     assert (refused.code, "--real: is required" in refused.err) == (2, True)
+
+
+def test_folders_of_the_same_name_are_told_apart_without_their_paths(run: Run, photos: Path, tmp_path: Path) -> None:
+    for place in ("x/one/dog", "x/two/dog", "y/one/dog"):
+        write_images(tmp_path / place, ["a dog"], 1)
+    assert run("gallery", tmp_path / "x/one/dog", tmp_path / "x/two/dog", "--real", photos).code == 0
+    page = (tmp_path / "gallery.html").read_text()
+    assert [name for name, _ in cells(page)] == ["Real photo", "one/dog", "two/dog"]
+    assert str(tmp_path) not in page
+    refused = run("gallery", "x/one/dog", "y/one/dog", "--real", photos)
+    assert (refused.code, "--name: is needed, because several folders are called dog" in refused.err) == (2, True)

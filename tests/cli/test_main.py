@@ -36,6 +36,7 @@ COMMANDS = (
     "generate",
     "evaluate",
     "export",
+    "gallery",
     "identifiers",
     "doctor",
     "bench",

@@ -31,11 +31,7 @@ VARIANTS = {
         "training.stop_text_encoder_training": 1,
         "training.train_batch_size": 2,
     },
-    "adamw in the backward pass, clipped by past norms": {
-        "memory.optimizer_in_backward": True,
-        "training.clipping": "lagged",
-        "training.max_grad_norm": 0.5,
-    },
+    "adamw in the backward pass": {"memory.optimizer_in_backward": True, "training.clipping": "none"},
     "fp16 autocast, 8 bits": {"training.mixed_precision": "fp16", "optimizer.name": "adamw8bit"},
     "fp16 autocast, 8 bits in the backward pass": {
         "training.mixed_precision": "fp16",
@@ -48,6 +44,7 @@ VARIANTS = {
         "subject.class_prompt": "a d",
         "textual_inversion.enabled": True,
         "textual_inversion.token": "<z>",
+        "training.learning_rate": 5e-6,
         "prior.enabled": False,
         "training.train_text_encoder": False,
     },
@@ -60,6 +57,8 @@ VARIANTS = {
     },
 }
 QUICK = {"8-bit in the backward pass, 24-bit weights"}
+SAME_NORM = 1e-6  # relative: in the backward pass it is summed in another order
+SAME_NORM_OF_TENSORS = 5e-6  # where the norm of each tensor comes from another kernel too
 
 
 @pytest.mark.parametrize(
@@ -67,8 +66,10 @@ QUICK = {"8-bit in the backward pass, 24-bit weights"}
 )
 def test_two_processes_are_one_that_accumulates_two_batches(variant: str, tiny_fields: Fields, tmp_path: Path) -> None:
     fields = {**tiny_fields, **_COMMON, **VARIANTS[variant]}
-    assert run_ranks(2, _train, fields | {"output_dir": str(tmp_path / "two")}) == [0, 0]
-    assert_same_run(tmp_path / "two", one_process(fields, tmp_path / "one", accumulation=2))
+    assert run_ranks(2, _train, fields | {"output_dir": str(tmp_path / "two" / "run")}) == [0, 0]
+    one = one_process(fields, tmp_path / "one" / "run", accumulation=2)
+    is_of_tensors = "memory.optimizer_in_backward" in fields and "memory.weights" not in fields
+    assert_same_run(tmp_path / "two" / "run", one, norm=SAME_NORM_OF_TENSORS if is_of_tensors else SAME_NORM)
 
 
 @pytest.mark.long
@@ -105,14 +106,14 @@ def one_process(fields: Fields, folder: Path, *, accumulation: int) -> Path:
     return folder
 
 
-def assert_same_run(many: Path, one: Path) -> None:
+def assert_same_run(many: Path, one: Path, *, norm: float = SAME_NORM) -> None:
     for step in RunFolder(one).complete_steps():
         assert_same_tensors(RunFolder(many).checkpoint_dir(step), RunFolder(one).checkpoint_dir(step))
     assert_same_tensors(many / "final", one / "final")
     rows = read_rows(many / "metrics.jsonl"), read_rows(one / "metrics.jsonl")
     assert [_compared(row) for row in rows[0]] == [_compared(row) for row in rows[1]]
     norms = [[row["grad_norm"] for row in found] for found in rows]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    assert norms[0] == pytest.approx(norms[1], rel=norm)
     assert not (one / "ranks.jsonl").exists()
     for row in read_rows(many / "ranks.jsonl"):
         assert len(set(row["samples"])) == 1

@@ -63,7 +63,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
 def test_run_says_photos_prompts_and_class(run: Run, photos_dir: Path) -> None:
     assert run.name == "rex"
     assert (run.prompts[0], run.captions[0]) == ("a zx dog in the jungle", "a dog in the jungle")
-    assert (len(run.prompts), len(run.captions), run.class_prompt) == (25, 25, "a dog")
+    assert (len(run.prompts), len(run.captions), run.class_prompt, run.class_caption) == (25, 25, "a dog", "a dog")
     assert [file.parent for file in run.photos] == [photos_dir] * 3
 
 

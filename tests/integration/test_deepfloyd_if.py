@@ -197,6 +197,8 @@ VARIANTS = {
         "memory.checkpointing": "segments", "memory.stream_optimizer_state": True,
     },
     "LoRA": {"lora.enabled": True, "lora.rank": 2},
+    "hybrid loss": {"objective.variance": "hybrid", "sampling.prompts": ["a zx dog"], "sampling.num_images": 1,
+                    "sampling.num_inference_steps": 2, "sampling.sampler": "ddpm"},
 }  # fmt: skip
 
 

@@ -213,9 +213,21 @@ def test_scales_are_tensors(scales):
     torch.testing.assert_close(sums[0], grad.square().sum())
 
 
+@pytest.mark.parametrize(("root_mean_square", "scale"), [(0.5, 1.0), (1.0, 1.0), (4.0, 0.25)])
+def test_update_is_scaled_down_to_a_root_mean_square_of_one(root_mean_square, scale):
+    param, grad = draw(5000), draw(5000, seed=1)
+    got, expected = param.clone(), param.clone()
+    squares = torch.tensor(root_mean_square**2 * 5000)
+    sums = adamw8bit_step(got, grad, init_state(param), lr=1e-3, step=1, update_squares=squares)
+    other = adamw8bit_step(expected, grad, init_state(param), lr=1e-3, step=1, update_scale=torch.tensor(scale))
+    assert torch.equal(got, expected)
+    assert torch.equal(sums, other), "before the scale"
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
+        ({"update_scale": torch.tensor(1.0), "update_squares": torch.tensor(1.0)}, "pass either update_scale or"),
         ({"param": torch.zeros(8, dtype=torch.float16)}, "float16 weights are not supported"),
         ({"param": torch.zeros(8, dtype=torch.bfloat16)}, "lose small updates by rounding"),
         ({"rounding_seed": 1}, "are for bf16 weights"),

@@ -63,13 +63,13 @@ def problem(size, weight_format="fp32", grad_dtype=torch.float32, *, quantized=T
     return dict(zip(NAMES, (param, extra_bits, grad.to(grad_dtype), *state), strict=True))
 
 
-def run(serve, tensors, *, dry_run=False, grad_scale=None, update_scale=None, step=7):
+def run(serve, tensors, *, dry_run=False, grad_scale=None, update_scale=None, update_squares=None, step=7):
     copies = {name: None if tensor is None else tensor.clone() for name, tensor in tensors.items()}
     count = torch.tensor(step)
     corrections = bias_corrections(count, (BETA1, BETA2))
     operands = StepOperands(
         *copies.values(), torch.tensor(1e-3), count, corrections, grad_scale, update_scale, BETA1, BETA2, EPS, 0.01, 11,
-        -22, dry_run,
+        -22, dry_run, update_squares,
     )  # fmt: skip
     sums = serve(operands)
     return {name: tensor for name, tensor in copies.items() if tensor is not None} | {"sums": sums}
@@ -92,6 +92,18 @@ def test_every_bit_is_that_of_the_eager_twin(size, weight_format, grad_dtype, qu
     got, expected = (run(serve, tensors, **scales) for serve in (adamw8bit_step_native, adamw8bit_step_eager))
     assert_bit_equal(got, expected, but_for=["sums"])
     torch.testing.assert_close(got["sums"], expected["sums"], rtol=2e-6, atol=0)
+
+
+@native_only
+@pytest.mark.parametrize("squares", [100.0, 1234.5])
+def test_limit_of_the_update_has_the_bits_of_the_eager_twin(squares):
+    tensors, limit = problem(1023, "extra_bits"), torch.tensor(squares)
+    got, expected = (
+        run(serve, tensors, update_squares=limit) for serve in (adamw8bit_step_native, adamw8bit_step_eager)
+    )
+    unlimited = run(adamw8bit_step_native, tensors)
+    assert_bit_equal(got, expected, but_for=["sums"])
+    assert torch.equal(got["param"], unlimited["param"]) == (squares < 1023)
 
 
 @native_only

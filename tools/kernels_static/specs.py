@@ -162,7 +162,7 @@ def _loss_specs() -> list[Spec]:
 def _adamw_specs() -> list[Spec]:
     kernel = _module("adamw8bit_triton")._step_kernel
     constants = {"WEIGHTS": 0, "QUANTIZED": True, "HAS_GRAD_SCALE": True, "HAS_UPDATE_SCALE": True, "DRY_RUN": False}
-    constants |= {"REVERSE": False, "BLOCK": 1024}
+    constants |= {"HAS_UPDATE_SQUARES": False, "REVERSE": False, "BLOCK": 1024}
     bf16 = {"param_ptr": "bf16"}
     bars: dict[str, Any] = {"tensors": ("grad_ptr",), "narrow_loads": 8, "narrow_stores": 4, "max_registers": 96}
     return [
@@ -174,6 +174,17 @@ def _adamw_specs() -> list[Spec]:
             wide_loads=3,
             wide_stores=2,
             **bars,
+        ),
+        Spec(
+            name="adamw, limited update",
+            kernel=kernel,
+            max_per_element=200,  # five of them before the loop
+            constants=constants | {"WEIGHTS": 2, "HAS_UPDATE_SCALE": False, "HAS_UPDATE_SQUARES": True},
+            wide_loads=2,
+            wide_stores=1,
+            **bars,
+            fixed=bf16,
+            dtypes=("bf16",),
         ),
         Spec(
             name="adamw, extra bits",

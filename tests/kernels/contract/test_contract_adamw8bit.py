@@ -54,14 +54,14 @@ def problem(
     return tensors, fixed
 
 
-def run(serve, tensors, fixed, *, dry_run=False, seed=(11, -22)):
+def run(serve, tensors, fixed, *, dry_run=False, seed=(11, -22), update_squares=None):
     """Step copies of the tensors between guard bands; return them by name, with the sums."""
     with guarded() as guard:
         copies = {name: guard(tensor) for name, tensor in tensors.items()}
         operands = StepOperands(
             copies["param"], copies["extra_bits"], fixed["grad"], *(copies[name] for name in NAMES[2:]), fixed["lr"],
             fixed["step"], bias_corrections(fixed["step"], (BETA1, BETA2)), fixed["grad_scale"],
-            fixed["update_scale"], BETA1, BETA2, EPS, WEIGHT_DECAY, *seed, dry_run,
+            fixed["update_scale"], BETA1, BETA2, EPS, WEIGHT_DECAY, *seed, dry_run, update_squares,
         )  # fmt: skip
         sums = serve(operands)
     return {name: copy for name, copy in copies.items() if copy is not None} | {"sums": sums}
@@ -156,6 +156,21 @@ def test_kernel_is_bit_equal_where_the_arithmetic_is(device, weight_format):
     got, eager = (run(serve, tensors, fixed) for serve in (adamw8bit_step_triton, adamw8bit_step_eager))
     for name in got.keys() - {"sums"}:
         assert_bit_equal(name, got[name], eager[name])
+
+
+@pytest.mark.parametrize("root_mean_square", [0.5, 4.0])
+def test_update_is_scaled_down_to_a_root_mean_square_of_one(device, root_mean_square):
+    tensors, fixed = problem(device, (2000,))
+    squares = torch.tensor(root_mean_square**2 * 2000, device=device)
+    got, eager = (
+        run(serve, tensors, fixed | {"update_scale": None}, update_squares=squares)
+        for serve in (adamw8bit_step_triton, adamw8bit_step_eager)
+    )
+    scale = torch.tensor(1 / max(root_mean_square, 1.0), device=device)
+    scaled = run(adamw8bit_step_triton, tensors, fixed | {"update_scale": scale})
+    for name in got.keys() - {"sums"}:
+        assert_bit_equal(name, got[name], eager[name])
+        assert_bit_equal(name, got[name], scaled[name])
 
 
 def test_empty_parameter(device):
