@@ -11,6 +11,7 @@ from lowmem_db import environment
 from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.data.batches import PromptTable
+from lowmem_db.distributed.world import ALONE, World
 from lowmem_db.engine.draw import Artist, Job, Thrift, draw, loaded_for_use
 from lowmem_db.memory import weight_stream
 from lowmem_db.models.denoiser import Denoiser
@@ -31,9 +32,10 @@ def draw_samples(
     run: RunFolder,
     thrift: Thrift,
     step: int,
+    world: World = ALONE,
 ) -> None:
     """Draw ``sampling.num_images`` images of each of ``sampling.prompts`` into ``samples/step-N/``, with a grid."""
-    rows = draw_images(config, model, denoiser, prompts, config.sampling.prompts, thrift)
+    rows = draw_images(config, model, denoiser, prompts, config.sampling.prompts, thrift, world)
     folder = run.samples_dir(step)
     write_folder(folder, lambda temporary: save_rows(temporary, rows))
     say(f"samples of step {step}: {folder / GRID_FILE}")
@@ -46,12 +48,19 @@ def draw_images(
     table: PromptTable,
     prompts: Sequence[str],
     thrift: Thrift | None = None,
+    world: World = ALONE,
 ) -> list[tuple[str, list[Image]]]:
-    """Draw ``sampling.num_images`` images of each prompt; return each prompt with its images."""
+    """Draw ``sampling.num_images`` images of each prompt; return each prompt with its images.
+
+    Several processes draw prompts in turn: the first one tells the others which, and they call this with them.
+    """
+    if world.is_first:
+        world.from_first(lambda: prompts)
     codec = loaded_for_use(partial(load_decoder, config, model, denoiser), denoiser.device)
-    jobs = [sample_job(config, prompt) for prompt in prompts]
-    images = draw(sample_artist(config, model), table, jobs, partial(evaluating, denoiser), codec, thrift=thrift)
-    return list(zip(prompts, images, strict=True))
+    jobs = world.share([sample_job(config, prompt) for prompt in prompts])
+    artist = sample_artist(config, model)
+    own = list(draw(artist, table, jobs, partial(evaluating, denoiser), codec, thrift=thrift)) if jobs else []
+    return list(zip(prompts, world.gathered_in_turn(own), strict=True))
 
 
 def sample_artist(config: Config, model: ModelFolder) -> Artist:

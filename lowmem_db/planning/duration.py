@@ -12,7 +12,7 @@ from lowmem_db.planning.predictor import Predictor
 
 
 def seconds_of_phases(predictor: Predictor, strategy: Config, exchange: float = 0.0) -> dict[str, float]:
-    """Predict the seconds of each phase of a run; several processes share class images and encoding.
+    """Predict the seconds of each phase of a run; several processes share all of them.
 
     Args:
         predictor: Has traced the phases.
@@ -49,10 +49,10 @@ def _drawing(costs: Costs, card: Card, num_inference_steps: int) -> float:
 
 
 def _num_prompts_drawn(config: Config) -> int:
-    """Return how often a run draws images of a prompt."""
+    """Return how often a process of a run draws images of a prompt."""
     times = [
         (config.sampling.every or config.checkpointing.every, len(config.sampling.prompts)),
         (config.evaluation.every, len(config.prompts_scored)),
     ]
-    last = config.training.max_train_steps
-    return sum(-(-last // every) * prompts for every, prompts in times if every and prompts)
+    last, num_processes = config.training.max_train_steps, config.distributed.num_processes
+    return sum(-(-last // every) * ceil(prompts / num_processes) for every, prompts in times if every)

@@ -222,7 +222,10 @@ class Attempts:
         say(f"lowmem-db generate {quoted(run.root)}")
 
     def _follow(self, trainer: Trainer, *, resume: bool) -> None:
-        """Share the steps of the first process, which does everything else."""
+        """Share the steps and the drawing of the first process, which does everything else."""
+        config, model, denoiser = trainer.config, self._prepared.model, trainer.denoiser
+        table, world = trainer.batches.prompts, trainer.world
+        trainer.draw = partial(draw_images, config, model, denoiser, table, thrift=self._thrift, world=world)
         if resume:
             trainer.resume()
         trainer.train()
@@ -232,7 +235,7 @@ class Attempts:
         thrift, scorer = self._thrift, self._prepared.scorer
 
         def draw(step: int) -> None:
-            draw_samples(config, model, trainer.denoiser, prompts, run, thrift, step)
+            draw_samples(config, model, trainer.denoiser, prompts, run, thrift, step, trainer.world)
             self._note_thrift()
 
         yield ConsoleBar()
@@ -249,7 +252,7 @@ class Attempts:
         yield ReportPage(run)
         if scorer is not None:
             scored = sorted(config.prompts_scored)
-            drawn = partial(draw_images, config, model, trainer.denoiser, prompts, scored, thrift)
+            drawn = partial(draw_images, config, model, trainer.denoiser, prompts, scored, thrift, trainer.world)
             yield ScoreKeeper(config, run, lambda: dict(drawn()), scorer)
         yield Requests(run, samples.draw_now)
 

@@ -1,7 +1,7 @@
 """The loop: when to step, save and stop. Observers do everything else."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, Literal
@@ -56,6 +56,7 @@ class Trainer:
         has_memory_summary: Whether what held a full card was written into the run folder.
         trained_modules: Components that train, or trained until they were stopped.
         num_samples: Samples of the last step that each process computed.
+        draw: Draws prompts together with the first process, in the others.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Trainer:
         self.observers = observers
         self.world = world
         self.num_samples: tuple[int, ...] = ()
+        self.draw: Callable[[Sequence[str]], object] | None = None
         self._saved = time.monotonic()
         self.trained_modules: dict[str, nn.Module] = that_train(denoiser.modules())
         self.step = 0
@@ -212,6 +214,7 @@ class Trainer:
                 for observer in self.observers:
                     started.append(observer)
                     observer.start(self)
+                self._draw_with_the_first()
             yield
         finally:
             for observer in reversed(started):
@@ -249,6 +252,7 @@ class Trainer:
             self.phase = "sample"
             with stop.after_checkpoint("samples and scores"):
                 self.tell("checkpoint", self.step)
+                self._draw_with_the_first()
                 self._prune_checkpoints()  # again: a score may have changed which one is best
 
     def _agree(self, is_due: bool, stop: StopRequest) -> bool:
@@ -265,6 +269,13 @@ class Trainer:
             rank, name = asked[0]
             stop.signal_name = f"{name} of rank {rank}"
         return said[0][0]
+
+    def _draw_with_the_first(self) -> None:
+        """Draw what the first process asks the others for, until it has all samples and scores of a step."""
+        while self.world.size > 1 and (prompts := self.world.from_first(lambda: None)) is not None:
+            assert self.draw is not None, "nobody can draw here"
+            with self.weights():
+                self.draw(prompts)
 
     def _check_same_weights(self) -> None:
         if self.world.size > 1:

@@ -47,6 +47,7 @@ def test_methods_stand_beside_each_other_prompt_by_prompt(run: Run, photos: Path
         ("Real photo", 1), ("ours", 0), ("theirs", 3),
     ]  # fmt: skip
     assert page.count("Not drawn.") == 2
+    assert page.count("<img") == page.count('<img src="data:image/jpeg')
 
 
 def test_page_needs_no_network_and_tells_nothing_private(run: Run, photos: Path, tmp_path: Path) -> None:
@@ -83,7 +84,8 @@ def test_folder_that_evaluate_writes_is_read_one_folder_deeper(run: Run, photos:
     random_picture(5).save(drawn / "class" / "00.png")
     (tmp_path / "evaluation" / "evaluation.json").write_text("{}")
     assert run("gallery", "evaluation", "--real", photos).code == 0
-    assert cells((tmp_path / "gallery.html").read_text()) == [("Real photo", 1), ("evaluation", 2)]
+    page = (tmp_path / "gallery.html").read_text()
+    assert (re.findall("<h2>(.*?)</h2>", page), cells(page)) == (["a dog"], [("Real photo", 1), ("evaluation", 2)])
     write_images(tmp_path / "evaluation" / "cat", ["a cat"], 1)
     refused = run("gallery", "evaluation", "--real", photos)
     assert (refused.code, "several subjects (cat, dog)" in refused.err) == (2, True)
@@ -98,6 +100,12 @@ def test_several_subjects_are_shown_where_all_methods_have_them(run: Run, photos
     outcome = run("gallery", "a", "b", "--real", "real", "--subjects", "dog")
     assert outcome.code == 0
     assert re.findall("<h1>(.*?)</h1>", (tmp_path / "gallery.html").read_text()) == ["dog"]
+    write_images(tmp_path / "a" / "fox", ["here"], 1)
+    (tmp_path / "real" / "fox").mkdir()
+    random_picture(1).save(tmp_path / "real" / "fox" / "0.png")
+    partly = run("gallery", "a", "b", "--real", "real")
+    assert "left out, because not every method has drawn it: fox" in partly.err
+    assert re.findall("<h1>(.*?)</h1>", (tmp_path / "gallery.html").read_text()) == ["cat", "dog"]
     into_a_folder = run("gallery", "a", "b", "--real", "real", "-o", "real")
     assert into_a_folder.out.strip() == str(Path("real") / "gallery.html")
 
