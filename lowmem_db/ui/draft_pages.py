@@ -51,9 +51,8 @@ def show_draft(page: Page, request: Request, form: FormData) -> Response:
 def add_photos(page: Page, request: Request, form: FormData) -> Response:
     """Keep uploaded photos."""
     draft = page.draft(request)
-    for upload in form.getlist("photos"):
-        if isinstance(upload, UploadFile) and upload.filename:
-            page.drafts.add(draft, upload.filename, upload.file)
+    uploads = [upload for upload in form.getlist("photos") if isinstance(upload, UploadFile)]
+    page.drafts.add(draft, [(upload.filename, upload.file) for upload in uploads if upload.filename])
     return to(f"/new/{segment(draft.name)}")
 
 

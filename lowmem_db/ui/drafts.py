@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -200,12 +200,23 @@ class Drafts:
             return []
         return [Photo(path.name, _caption(captions, path), found.table is None) for path in found.photos]
 
-    def add(self, draft: Draft, name: str, content: BinaryIO) -> None:
-        """Keep an uploaded photo or caption.
+    def add(self, draft: Draft, uploads: Iterable[tuple[str, BinaryIO]]) -> None:
+        """Keep uploaded photos and captions, each a name and a content.
+
+        A photo whose name is taken gets another, and so does the caption that comes with it.
 
         Raises:
-            DataError: It is neither, or too large.
+            DataError: One is neither, or too large.
         """
+        names: dict[str, str] = {}
+        for name, content in sorted(uploads, key=lambda upload: Path(upload[0]).suffix.lower() in CAPTION_SUFFIXES):
+            given = Path(name)
+            is_caption = given.suffix.lower() in CAPTION_SUFFIXES
+            wanted = names.get(given.stem, given.stem) + given.suffix if is_caption else name
+            kept = self._add(draft, wanted, content)
+            names[given.stem] = kept.stem
+
+    def _add(self, draft: Draft, name: str, content: BinaryIO) -> Path:
         clean = _LEFT_OUT.sub("_", Path(name.replace("\\", "/")).name).strip(". ")[-100:]
         if Path(clean).suffix.lower() not in PHOTO_SUFFIXES | CAPTION_SUFFIXES:
             raise DataError(
@@ -225,6 +236,7 @@ class Drafts:
         except DataError:
             target.unlink()
             raise
+        return target
 
     def photo(self, draft: Draft, name: str) -> Path | None:
         """Return the file of a photo, or None if the draft has none of this name."""

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from lowmem_db_kernels._triton import jit, tl
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 static = import_module("tools.kernels_static.check")
 ROOT = Path(__file__).parents[2]
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+speaks_to_compiler = pytest.mark.skipif(TRITON < (3, 3), reason="the tool knows the compiler of Triton 3.3 and later")
 
 
 @pytest.fixture
@@ -47,6 +49,7 @@ def attribute_of_a_number_kernel(result_ptr, count):
     tl.store(result_ptr, count.to(tl.float32))
 
 
+@speaks_to_compiler
 def test_an_attribute_of_an_integer_argument_is_noticed():
     """A launch makes a constant of an argument that is 1, and a constant has no such attribute."""
     spec = static.Spec(name="", kernel=attribute_of_a_number_kernel, constants={}, dtypes=("fp32",))
@@ -74,6 +77,7 @@ def figures(output, *arguments):
     return json.loads(output.read_text())["builds"]
 
 
+@speaks_to_compiler
 def test_bars_hold_for_one_kernel_on_one_card(tmp_path):
     """`.ci/run` checks all of them, with `make kernels-static`."""
     builds = figures(tmp_path / "kernels.json", "--only", "geglu", "--architectures", "86", "--jobs", "1")
@@ -82,6 +86,7 @@ def test_bars_hold_for_one_kernel_on_one_card(tmp_path):
     }
 
 
+@speaks_to_compiler
 @pytest.mark.slow
 def test_all_bars_hold_for_every_card(tmp_path):
     builds = figures(tmp_path / "kernels.json")

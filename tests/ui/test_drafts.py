@@ -24,7 +24,7 @@ def drafts(place: Workplace) -> Drafts:
 
 def add(drafts: Drafts, draft: module.Draft, *names: str) -> None:
     for name in names:
-        drafts.add(draft, name, io.BytesIO(PHOTOS[0].read_bytes()))
+        drafts.add(draft, [(name, io.BytesIO(PHOTOS[0].read_bytes()))])
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,17 @@ def test_uploaded_files_have_harmless_names(drafts: Drafts, given: str, kept: st
     add(drafts, draft, given)
     assert [photo.name for photo in drafts.photos_of(draft)] == [kept]
     assert Path(draft.photos).parent == drafts.place.home / "photos"
+
+
+def test_caption_of_a_photo_that_got_another_name_goes_with_it(drafts: Drafts) -> None:
+    draft = drafts.new("dog", "")
+    add(drafts, draft, "dog.jpg")
+    drafts.add(draft, [("dog.txt", io.BytesIO(b"another")), ("dog.jpg", io.BytesIO(PHOTOS[1].read_bytes()))])
+    drafts.add(draft, [("dog.txt", io.BytesIO(b"the first"))])
+    assert {photo.name: photo.caption for photo in drafts.photos_of(draft)} == {
+        "dog.jpg": "the first",
+        "dog-2.jpg": "another",
+    }
 
 
 def test_nothing_is_overwritten_and_large_files_are_refused(drafts: Drafts, monkeypatch: pytest.MonkeyPatch) -> None:
