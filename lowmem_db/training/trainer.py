@@ -144,7 +144,10 @@ class Trainer:
                 self.phase = "train"
             except RankError as error:
                 self._save_if_whole(error)
-                raise
+                if not self.world.is_first:
+                    raise
+                way_out = f"{self._last_good_checkpoint()}, continue with --resume"
+                raise RankError(f"{error}; {way_out}", error.exit_code) from error
             except Exception as error:
                 if (place := out_of_memory.place_of(error)) is not None:
                     if self.world.is_first:

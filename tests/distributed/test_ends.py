@@ -29,8 +29,10 @@ def test_killed_rank_ends_the_run_and_one_process_goes_on(
     fields: Fields, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run_ranks(2, _train, fields, 1, 3, kill_myself) == [2, -signal.SIGKILL]
-    assert "rank 0: ended, because rank 1 did: it died without a word: it was killed" in capfd.readouterr().err
     run = RunFolder(tmp_path / "run")
+    said = capfd.readouterr().err
+    assert "rank 0: ended, because rank 1 did: it died without a word: it was killed" in said
+    assert f"the last good checkpoint is {run.checkpoint_dir(3)}, continue with --resume" in said
     assert run.complete_steps() == [2, 3]  # the weights were whole, so the third step was not lost
     _train({**fields, "training.gradient_accumulation_steps": 2}, resume=True)
     assert_same_final(tmp_path / "run", one_process(fields, tmp_path / "one", accumulation=2))

@@ -19,6 +19,7 @@ def test_two_processes_draw_the_images_of_one(tiny_model: Path, tmp_path: Path) 
     assert len(list((tmp_path / "one").glob("0?-0?.png"))) == 6
 
 
+@pytest.mark.long
 def test_process_without_a_prompt_draws_nothing(tiny_model: Path, tmp_path: Path) -> None:
     assert run_ranks(2, _draw, tiny_model, _PROMPTS[:1], tmp_path / "two") == [0, 0]
     assert len(list((tmp_path / "two").glob("00-0?.png"))) == 2
