@@ -8,6 +8,7 @@ import torch
 
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import resolve
+from lowmem_db.distributed.world import World
 from lowmem_db.engine.build import set_arithmetic
 from lowmem_db.errors import ConfigError
 from lowmem_db.models.finding import model_of
@@ -69,7 +70,9 @@ def test_each_phase_computes_so_before_it_begins(
     monkeypatch.setattr(measured, "build_step", begin)
     monkeypatch.setattr(run.environment, "resolve_device", lambda name: CUDA)
     folder, target = RunFolder(tmp_path / "run"), Target(card=ASSUMED, budget_bytes=1 << 30)
-    planned = run._Planned(config=config, chosen=frozenset(), model=model, device=CUDA, target=target, photos=[])
+    planned = run._Planned(
+        config=config, chosen=frozenset(), model=model, device=CUDA, target=target, photos=[], world=World()
+    )
     phases = {
         "prepare": lambda: run.prepare_data(config),
         "train": lambda: run._prepare(folder, planned, ()),
