@@ -35,7 +35,7 @@ class Denoiser:
         with_variance: bool = False,
     ) -> None:
         self.family = family
-        self._predict = family.predict_to_draw if with_variance else family.predict
+        self.with_variance = with_variance
         self.autocast_dtype = autocast_dtype
         self._modules = dict(modules)
 
@@ -81,9 +81,10 @@ class Denoiser:
             timesteps: One for each sample.
             conditioning: The conditioning of each sample.
         """
+        predict = self.family.predict_to_draw if self.with_variance else self.family.predict
         with self.autocast():
             told = self.told(conditioning)
-            prediction = self._predict(self.module, noisy_latents.to(self.dtype), timesteps, told)
+            prediction = predict(self.module, noisy_latents.to(self.dtype), timesteps, told)
         return prediction.float()
 
     def autocast(self) -> AbstractContextManager[object]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from diffusers import DDPMScheduler, IFPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -62,6 +63,8 @@ def config_of(fields: dict[str, object], **changes: object) -> Config:
 
 def pipeline_of(folder: Path, **components: Any) -> IFPipeline:
     """Load the pipeline of diffusers, without the parts that a trainer has no use for."""
+    if transformers.__version__ < "5":
+        pytest.skip("for a pipeline transformers 4 reads spiece.model, which the small model does not have")
     absent = dict.fromkeys(["safety_checker", "feature_extractor", "watermarker"])
     pipeline = IFPipeline.from_pretrained(
         folder, local_files_only=True, requires_safety_checker=False, **absent, **components

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from diffusers import DDPMScheduler, IFSuperResolutionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -61,6 +62,8 @@ def config_of(fields: dict[str, object], **changes: object) -> Config:
 
 
 def pipeline_of(folder: Path) -> IFSuperResolutionPipeline:
+    if transformers.__version__ < "5":
+        pytest.skip("for a pipeline transformers 4 reads spiece.model, which the small model does not have")
     absent = dict.fromkeys(["safety_checker", "feature_extractor", "watermarker"])
     pipeline = IFSuperResolutionPipeline.from_pretrained(
         folder, local_files_only=True, requires_safety_checker=False, **absent
