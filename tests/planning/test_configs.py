@@ -58,6 +58,11 @@ def test_there_are_configurations() -> None:
     assert {file.stem for file in FILES} >= LIMITS.keys()
 
 
+@pytest.mark.parametrize("name", ["sd15", "sd15_lora", "sd21", "sdxl", "sdxl_unet", "sdxl_lora", "sdxl_anime"])
+def test_configuration_for_every_card_leaves_memory_to_the_planner(name: str) -> None:
+    assert load_config(CONFIGS / f"{name}.yaml").memory.model_fields_set == set()
+
+
 @pytest.mark.parametrize(
     "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.long) for name in LIMITS]
 )

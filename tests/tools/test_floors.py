@@ -38,3 +38,8 @@ def test_floors_are_those_of_the_project() -> None:
 
 def test_each_says_what_it_is_for() -> None:
     assert [line for line in lines() if not line.partition("  # ")[2]] == []
+
+
+def test_one_extra_serves_every_command_on_a_card() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert "lowmem-db[8bit,evaluation,heic,lora,t5]" in extras["cuda"]
