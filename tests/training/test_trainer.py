@@ -136,7 +136,7 @@ def test_samples_come_from_the_moving_average(
 ) -> None:
     seen: list[torch.Tensor] = []
 
-    def recording(config, model, denoiser, prompts, run, thrift, step):
+    def recording(config, model, denoiser, prompts, *others):
         seen.append(denoiser.module.conv_in.weight.detach().clone())
 
     monkeypatch.setattr(attempts, "draw_samples", recording)
