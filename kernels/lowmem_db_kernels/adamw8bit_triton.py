@@ -122,7 +122,7 @@ def _step_kernel(
     update_scale = 1.0
     if HAS_UPDATE_SQUARES:
         mean_square = tl.div_rn(tl.load(update_scale_ptr), num_elements * 1.0)
-        update_scale = tl.div_rn(1.0, tl.maximum(tl.sqrt(mean_square), 1.0))
+        update_scale = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(mean_square), 1.0))  # rounded as torch does it
     elif HAS_UPDATE_SCALE:
         update_scale = tl.load(update_scale_ptr)
     key = rounding_key(seed_low, seed_high, step)

@@ -84,8 +84,7 @@ def evaluate(
                 "num_class_images": len(subject.class_images),
                 "near_duplicates": duplicates.get(subject.name),
                 "metrics": _summaries(encoders, _only(scored, subject.name), [subject], seed),
-                "prompts": (rows := _of_prompts([found[subject.name] for found in scored.values()])),
-                "failures": failures_of(rows, _nearest([found[subject.name] for found in scored.values()])),
+                **_prompt_by_prompt([found[subject.name] for found in scored.values()]),
                 "real_images": _real(encoders, _only(scored, subject.name), seed),
             }
             for subject in subjects
@@ -212,6 +211,11 @@ def _of_prompts(scored: Sequence[SubjectPairs]) -> dict[str, dict[str, float]]:
         for prompt, values in pairs.of_prompts.items():
             found.setdefault(prompt, {}).update(values)
     return found
+
+
+def _prompt_by_prompt(scored: Sequence[SubjectPairs]) -> dict[str, Any]:
+    rows = _of_prompts(scored)
+    return {"prompts": rows, "failures": failures_of(rows, _nearest(scored))}
 
 
 def _nearest(scored: Sequence[SubjectPairs]) -> Nearest | None:

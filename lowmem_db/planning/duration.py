@@ -23,7 +23,7 @@ def seconds_of_phases(predictor: Predictor, strategy: Config, exchange: float = 
     if count := num_class_images(strategy):
         traced, prior = predictor.class_images(strategy), strategy.prior
         at_once = min(prior.sample_batch_size, prior.num_class_images)
-        found["class_images"] = ceil(-(-count // at_once) / num_processes) * _drawing(
+        found["class_images"] = ceil(ceil(count / at_once) / num_processes) * _drawing(
             traced.costs, card, prior.num_inference_steps
         )
     encoding = operator_seconds(predictor.encode_images(strategy).costs, card).sum()
