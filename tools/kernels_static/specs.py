@@ -178,7 +178,7 @@ def _adamw_specs() -> list[Spec]:
         Spec(
             name="adamw, limited update",
             kernel=kernel,
-            max_per_element=205,  # ten of them before the loop: a square root and two divisions that round as torch does
+            max_per_element=205,  # ten of them before the loop: a root and two divisions that round as torch
             constants=constants | {"WEIGHTS": 2, "HAS_UPDATE_SCALE": False, "HAS_UPDATE_SQUARES": True},
             wide_loads=2,
             wide_stores=1,
