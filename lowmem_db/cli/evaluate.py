@@ -5,11 +5,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from lowmem_db.cli.modes import refuse_others
 from lowmem_db.console import results
 from lowmem_db.errors import DataError
 
+_OF_PAIRS = {"num_pairs", "num_questionnaires", "kind"}
+_LIMITS = {"real", "subjects", "prompts", "images"}
+
 
 def evaluate(
+    context: typer.Context,
     paths: Annotated[
         list[Path],
         typer.Argument(
@@ -119,6 +124,8 @@ def evaluate(
     if not pairs:
         _refuse_without_pairs({"--num-pairs": num_pairs, "--num-questionnaires": num_questionnaires, "--kind": kind})
     if tally:
+        of_correlation = {"correlate", "encoder", "device", *_LIMITS} if correlate else set()
+        refuse_others(context, "--tally", {"paths", "tally", "as_json", *of_correlation})
         from lowmem_db.evaluation.tally import tally as count_answers
 
         result = count_answers(paths)
@@ -135,6 +142,7 @@ def evaluate(
     from lowmem_db.cli.steps import parse_step
 
     if pairs:
+        refuse_others(context, "--pairs", {"paths", "pairs", "seed", "output", *_OF_PAIRS, *_LIMITS})
         from lowmem_db.evaluation.questionnaire import KINDS, NUM_PAIRS, StudyRequest
 
         request = StudyRequest(

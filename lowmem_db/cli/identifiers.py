@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lowmem_db.cli.modes import refuse_others
+
 if TYPE_CHECKING:
     from lowmem_db.evaluation.class_noun import ClassNoun
 
@@ -30,7 +32,7 @@ def identifiers(
     class noun: with [bold]--class-noun PHOTOS[/bold] a classifier names it, where it is sure.
     """
     if class_noun is not None:
-        _refuse_others(context)
+        refuse_others(context, "--class-noun", {"class_noun"})
         typer.echo(_noun(class_noun))
         return
 
@@ -41,15 +43,6 @@ def identifiers(
     tokenizer = found.load(found.family.names_of("tokenizer")[0])
     for identifier in rare_identifiers(tokenizer, count=count, seed=seed, num_tokens=num_tokens):
         typer.echo(f"{identifier.text}\t{' '.join(map(str, identifier.token_ids))}")
-
-
-def _refuse_others(context: typer.Context) -> None:
-    from lowmem_db.errors import ConfigError
-
-    names = {"model": "MODEL", "count": "--count", "num_tokens": "--num-tokens", "seed": "--seed"}
-    given = [shown for name, shown in names.items() if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
-    if given:
-        raise ConfigError(f"{', '.join(given)}: no effect with --class-noun; leave it out, or give two commands")
 
 
 def _noun(photos: Path) -> str:

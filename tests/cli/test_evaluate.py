@@ -171,3 +171,10 @@ def test_what_cannot_be_evaluated_is_refused(
     assert part in outcome.err
     assert outcome.out == ""
     assert "Traceback" not in outcome.err
+
+
+def test_options_without_an_effect_beside_tally_and_pairs_are_refused(run: Run, images: Path) -> None:
+    told = run("evaluate", "answers.json", "--tally", "--failures", "--real", "photos")
+    assert (told.code, "--real, --failures: no effect with --tally" in told.err) == (2, True)
+    told = run("evaluate", images, images, "--pairs", "--step", 3)
+    assert (told.code, "--step: no effect with --pairs" in told.err) == (2, True)
