@@ -118,29 +118,39 @@ def test_from_photos_to_a_picture(  # noqa: PLR0915
     assert problems == []
 
 
-def test_what_is_entered_before_the_scripts_have_loaded_is_kept(
+@pytest.fixture
+def page(
     browser: Browser,
     start: Callable[..., Server],
     tmp_path: Path,
     environment_of_commands: dict[str, str],  # noqa: F811
-) -> None:
+) -> Page:
+    """Return the first page of a server."""
     server = start(tmp_path / "runs", quick_recipes(tmp_path / "configs"), environment_of_commands)
     page = browser.new_context().new_page()
+    page.goto(server.address)
+    return page
+
+
+def test_what_is_entered_before_the_scripts_have_loaded_is_kept(page: Page) -> None:
     held: list[Route] = []
 
+    def hold() -> None:
+        page.route("**/*.js", lambda route: held.append(route))
+
     def let_go() -> None:
+        page.unroute("**/*.js")  # those that are still to be asked for are not held either
         for script in held:
             script.continue_()
         held.clear()
 
-    page.goto(server.address)
     page.get_by_label("What do the photos show?").fill("dog")
-    page.route("**/*.js", lambda route: held.append(route))
+    hold()
     page.get_by_role("button", name="Begin").click(no_wait_after=True)
     page.set_input_files("#files", PHOTOS[:1])
     let_go()
     expect(page.locator(".photos-edit li")).to_have_count(1)
-    let_go()
+    hold()
     page.goto(page.url, wait_until="commit")
     page.get_by_label("Caption of 00.jpg").fill("a dog on grass")
     page.get_by_label("Rare word for it").fill("zwx")
@@ -149,18 +159,11 @@ def test_what_is_entered_before_the_scripts_have_loaded_is_kept(
     expect(page.locator("#plan code").first).to_have_text("a zwx dog")
 
 
-def test_photos_are_dropped_and_everything_is_reached_by_keyboard(
-    browser: Browser,
-    start: Callable[..., Server],
-    tmp_path: Path,
-    environment_of_commands: dict[str, str],  # noqa: F811
-) -> None:
-    server = start(tmp_path / "runs", quick_recipes(tmp_path / "configs"), environment_of_commands)
-    page = browser.new_context().new_page()
-    page.goto(server.address)
+def test_photos_are_dropped_and_everything_is_reached_by_keyboard(page: Page) -> None:
     page.get_by_label("What do the photos show?").focus()
     page.keyboard.type("dog")
     page.keyboard.press("Enter")
+    page.wait_for_selector("#files")
     content = [list(Path(photo).read_bytes()) for photo in PHOTOS[:2]]
     dropped = page.evaluate_handle(
         """photos => {
