@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.quality.contact_sheet import save_sheet, thumbnails
+from benchmarks.quality.lists import ABLATIONS, VARIANTS
 from benchmarks.quality.results import Row, read_rows, values_of
 from benchmarks.quality.statistics import direction, mean_of, paired_difference, sentence
 from benchmarks.quality.subjects import BY_NAME
-from benchmarks.quality.variants import ABLATIONS, VARIANTS, Ablation, runs_of
+from benchmarks.quality.variants import Ablation, runs_of
 from lowmem_db.evaluation.metrics import Score
 
 RESULTS = Path("benchmarks/results/quality")
@@ -200,7 +201,7 @@ def missing_runs(ablation: Ablation, rows: Sequence[Row]) -> str:
     """Say which runs of an ablation have no row: by variant, the subjects and seeds."""
     done = {(row["variant"], row["subject"], row["seed"]) for row in rows}
     missing: dict[str, list[str]] = {}
-    for variant, subject, seed in runs_of(ablation):
+    for variant, subject, seed in runs_of(ablation, VARIANTS):
         if (variant, subject, seed) not in done:
             missing.setdefault(variant, []).append(f"{subject} (seed {seed})" if seed else subject)
     return "; ".join(f"“{ablation.labels[variant]}” of {', '.join(runs)}" for variant, runs in missing.items())

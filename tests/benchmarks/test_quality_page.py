@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from benchmarks.quality.contact_sheet import save_strip
+from benchmarks.quality.lists import VARIANTS
 from benchmarks.quality.results import append_row, read_rows
 from benchmarks.quality.runs import Drawn, recipe_of
 from benchmarks.quality.statistics import direction, mean_of, paired_difference, sentence
-from benchmarks.quality.variants import VARIANTS
 from benchmarks.quality.write_quality import page, write_sheets
 
 FIDELITY = {("drawn_dog", 0): 0.6, ("drawn_dog", 1): 0.8, ("dog3", 0): 0.3}
@@ -124,7 +124,7 @@ def test_a_page_without_rows_says_so() -> None:
 def test_sheets_are_small_pictures_of_few_colours(tmp_path: Path) -> None:
     images = [Image.effect_noise((128, 128), 60).convert("RGB") for _ in range(4)]
     for variant in ("without_prior", "reference"):
-        drawn = Drawn(plain=images, context=images, of_class=images)
+        drawn = Drawn(plain=images, contexts={"in the snow": images}, of_class=images)
         save_strip(drawn, tmp_path / "pictures" / f"{variant}-drawn_dog-0.png")
     write_sheets(tmp_path / "pictures", tmp_path / "sheets")
     with Image.open(tmp_path / "sheets" / "prior.png") as sheet:
