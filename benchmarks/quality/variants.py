@@ -102,6 +102,7 @@ class Ablation:
         paper_text: Where the paper treats it, in words.
         subjects: Names of the subjects.
         seeds: Seeds of each variant but the untrained one.
+        figures: The paper's own figures of a variant, where it has some.
     """
 
     title: str
@@ -113,6 +114,7 @@ class Ablation:
     paper_text: str
     subjects: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
+    figures: Mapping[str, str] = field(default_factory=dict)
 
 
 def runs_of(ablation: Ablation, variants: Mapping[str, Variant]) -> list[tuple[str, str, int]]:
