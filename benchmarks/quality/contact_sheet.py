@@ -29,13 +29,18 @@ def save_strip(drawn: "Drawn", path: Path) -> None:
     strip.save(path)
 
 
-def thumbnails(path: Path) -> list[Image.Image]:
-    """Return the first two images of each prompt from a strip, made small."""
+def read_strip(path: Path) -> list[Image.Image]:
+    """Return the images of a strip."""
     strip = Image.open(path).convert("RGB")
     side = strip.height
+    return [strip.crop((left, 0, left + side, side)) for left in range(0, strip.width, side)]
+
+
+def thumbnails(path: Path) -> list[Image.Image]:
+    """Return the first two images of each prompt from a strip, made small."""
     return [
-        strip.crop((index * side, 0, (index + 1) * side, side)).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-        for index in range(strip.width // side)
+        image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        for index, image in enumerate(read_strip(path))
         if index % NUM_IMAGES < SHOWN
     ]
 

@@ -33,11 +33,12 @@ from lowmem_db.evaluation.metrics import (
     cosine_distances,
     cosine_similarities,
     fidelity_pairs,
+    identity_pairs,
     preservation_pairs,
     real_pairs,
 )
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.finding import find_model
+from lowmem_db.models.finding import find_model, model_of
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders
 from lowmem_db.optimizers import weights
@@ -132,16 +133,21 @@ def config_of(variant: Variant, subject: Subject, seed: int, pictures: Path, wor
 def run(variant: Variant, subject: Subject, seed: int, work: Path) -> tuple[dict[str, Any], Drawn]:
     """Train, draw and score; return what the row holds of it, and the images."""
     started = time.perf_counter()
-    model = find_model("demo")
     with _pictures(subject, variant.num_images) as pictures:
         config = config_of(variant, subject, seed, pictures, work)
+        model = model_of(config)
         denoiser, losses = _train(config, model) if variant.trained else (_untrained(config, model), {})
     drawn = draw(denoiser, model, config, variant, subject, seed)
+    measured = {**scores_of(drawn, subject, variant, work), **{name: round(loss, 5) for name, loss in losses.items()}}
+    return {**measured, "seconds": round(time.perf_counter() - started, 1)}, drawn
+
+
+def scores_of(drawn: Drawn, subject: Subject, variant: Variant, work: Path) -> dict[str, float]:
+    """Return what a row holds of the images of a run."""
     of_class = _embed_class(subject, work, mixed=variant.mixes_class_images)
     scores = score(_encoder(), drawn, _embed_photos(subject), of_class)
     scores |= read_captions(_classifier(), drawn, subject)
-    seconds = round(time.perf_counter() - started, 1)
-    return {**{name: round(value, 5) for name, value in {**scores, **losses}.items()}, "seconds": seconds}, drawn
+    return {name: round(value, 5) for name, value in scores.items()}
 
 
 def score(
@@ -159,13 +165,25 @@ def score(
     contexts = {context: encoder.embed_images(images) for context, images in drawn.contexts.items()}
     of_plain = _mean(fidelity_pairs([plain], photos))
     by_context = {f"EN0-I {context}": _mean(fidelity_pairs([images], photos)) for context, images in contexts.items()}
-    of_context = sum(by_context.values()) / len(by_context)
+    of_context = _mean_of(by_context)
+    identity = {
+        context: _mean(identity_pairs([images], photos, class_images))
+        for context, images in {"plain": plain, **contexts, "class": of_class}.items()
+    }
+    in_contexts = _mean_of({context: identity[context] for context in contexts})
+    centre = class_images.mean(dim=0)
     return {
         **(by_context if len(by_context) > 1 else {}),
         "EN0-I": (of_plain + of_context) / 2,
         "EN0-I plain": of_plain,
         "EN0-I context": of_context,
         "EN0-I real": _mean(real_pairs(photos)),
+        **({f"EN0-ID {context}": identity[context] for context in contexts} if len(contexts) > 1 else {}),
+        "EN0-ID": (identity["plain"] + in_contexts) / 2,
+        "EN0-ID plain": identity["plain"],
+        "EN0-ID context": in_contexts,
+        "EN0-ID class": identity["class"],
+        "EN0-ID real": _mean(real_pairs(photos - centre)),
         "EN0-PRES": _mean(preservation_pairs(of_class, photos)),
         "EN0-DIV": _mean([cosine_distances(images) for images in (plain, *contexts.values())]),
         "EN0-DIV class": _mean([cosine_distances(of_class)]),
@@ -180,7 +198,7 @@ def read_captions(classifier: Encoder, drawn: Drawn, subject: Subject) -> dict[s
     in_contexts = [caption for found in named.values() for caption in found]
     return {
         **({f"CAP-BG {context}": share for context, share in places.items()} if len(places) > 1 else {}),
-        "CAP-BG": sum(places.values()) / len(places),
+        "CAP-BG": _mean_of(places),
         "CAP-NOUN": _share(in_contexts, "noun", subject.noun),
         "CAP-NOUN class": _share(classifier.name_images(drawn.of_class), "noun", subject.noun),
     }
@@ -289,6 +307,10 @@ def _pictures(subject: Subject, count: int) -> Iterator[Path]:
         for path in subject.pictures[:count]:
             shutil.copy(path, folder)
         yield Path(folder)
+
+
+def _mean_of(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
 def _mean(pairs: list[Tensor]) -> float:
