@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lowmem_db_kernels import AdamW8bitState, adamw8bit_step, bias_corrections
+from lowmem_db_kernels.adamw8bit_state import scale_of_squares
 from lowmem_db_kernels.codec import BLOCK_SIZE, dynamic_map
 from lowmem_db_kernels.dispatch import choose
 from torch import Tensor
@@ -73,7 +74,10 @@ class AdamW8bit:
         }
         if scalars.clip_update:
             sums = adamw8bit_step(parameter, gradient, moments, **arguments, dry_run=True)
-            arguments["update_squares"] = sums[1]
+            if scalars.sums is None:
+                arguments["update_squares"] = sums[1]
+            else:
+                arguments["update_scale"] = scale_of_squares(scalars.sums.total(sums[1]), scalars.sums.count)
         return adamw8bit_step(parameter, gradient, moments, **arguments)[0]
 
     def _corrections_of(self, scalars: StepScalars) -> Tensor:
