@@ -82,10 +82,12 @@ def build_step(
     )
     techniques.apply(denoiser, config, device)
     reduction = reduction_for(world, config)
-    if config.distributed.sharding == "full" and world.size > 1:
+    is_shared_out = config.distributed.sharding == "full" and world.size > 1
+    if is_shared_out:
         sharding.apply(denoiser, device, reduction, partial(stays_whole, config=config))
     for module in denoiser.modules().values():
-        to_device(module, device)
+        if not is_shared_out:
+            to_device(module, device)
         module.train()
     trained = that_train(denoiser.modules())
     optimizer = build_optimizer(config, trained, device, reduction)

@@ -140,7 +140,7 @@ class Trainer:
 
     def _shared_state(self) -> SharedState | None:
         """Return what makes whole objects of the parts of all processes; None if each has the whole model."""
-        if not self._shared_parameters:
+        if not self.is_shared_out:
             return None
         return SharedState(self.world, self.stateful_objects(), self._shared_parameters)
 
@@ -217,7 +217,7 @@ class Trainer:
     @property
     def is_shared_out(self) -> bool:
         """Whether this process holds only a part of the model."""
-        return bool(self._shared_parameters)
+        return self.config.distributed.sharding == "full" and self.world.size > 1
 
     @property
     def is_done(self) -> bool:

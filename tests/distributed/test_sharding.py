@@ -11,7 +11,6 @@ from lowmem_db.config.loading import load_config
 from lowmem_db.distributed.shards import own
 from lowmem_db.errors import ConfigError, DependencyError
 from lowmem_db.memory import sharding
-from lowmem_db.models.saving import save_component
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.planning.phases import weights_of
 from lowmem_db.run.run import train
@@ -22,7 +21,6 @@ from tests.distributed.ranks import Fields, folder_bytes, kill_myself, rank, run
 from tests.distributed.test_ends import _train as train_until
 from tests.distributed.test_ends import assert_same_final
 from tests.distributed.test_law import SAME_NORM, SAME_NORM_OF_TENSORS, assert_same_run, one_process
-from tests.tiny_models import tiny_unet, write_tiny_model
 
 _FULL = {"distributed.sharding": "full"}
 _COMMON = {
@@ -65,19 +63,6 @@ VARIANTS = {
 QUICK = {"adamw, average, samples", "8-bit in the backward pass, 24-bit weights"}
 
 
-@pytest.fixture(scope="session")
-def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose weights have rows enough for blocks of 256 elements."""
-    folder = write_tiny_model(tmp_path_factory.mktemp("models") / "wide")
-    torch.manual_seed(0)
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    (folder / "unet" / "config.json").unlink()
-    (folder / "unet").rmdir()
-    unet = type(tiny_unet()).from_config(dict(tiny_unet().config) | {"block_out_channels": (32, 64)})
-    save_component(folder / "unet", unet, dtype=torch.float32)
-    return folder
-
-
 @pytest.fixture
 def fields(tiny_fields: Fields, wide_model: Path) -> Fields:
     return {**tiny_fields, **_COMMON, "model.base": str(wide_model)}
@@ -88,7 +73,7 @@ def fields(tiny_fields: Fields, wide_model: Path) -> Fields:
 )
 def test_model_that_is_shared_out_trains_the_bits_of_one_process(variant: str, fields: Fields, tmp_path: Path) -> None:
     fields = {**fields, **VARIANTS[variant]}
-    assert run_ranks(2, _train, fields | _FULL | {"output_dir": str(tmp_path / "two" / "run")}) == [0, 0]
+    assert run_ranks(2, _train, {**fields, **_FULL, "output_dir": str(tmp_path / "two" / "run")}) == [0, 0]
     batches = 2 * int(str(fields.get("training.gradient_accumulation_steps", 1)))
     one = one_process(fields, tmp_path / "one" / "run", accumulation=batches)
     is_of_tensors = "memory.optimizer_in_backward" in fields and "memory.weights" not in fields
@@ -106,8 +91,9 @@ def test_each_of_two_processes_holds_half(fields: Fields, tmp_path: Path) -> Non
     for each in held:
         assert 0.5 * whole < each["weights"] + each["gradients"] + each["states"] <= 0.55 * whole
     planned = _parts(run)
-    assert (planned["weights"], planned["optimizer_state"]) == (held[0]["weights"], held[0]["states"])
-    assert planned["gradients"] >= held[0]["gradients"]
+    assert planned["weights"] == held[0]["weights"]
+    assert held[0]["states"] <= planned["optimizer_state"] <= 1.02 * held[0]["states"]  # they begin at whole 256 bytes
+    assert held[0]["gradients"] <= planned["gradients"] <= 1.05 * held[0]["gradients"]
 
 
 def test_killed_process_ends_the_run_and_one_that_holds_all_goes_on(
@@ -142,7 +128,7 @@ def test_update_limited_over_all_processes_differs_in_the_last_bits(fields: Fiel
     """The squares of an update are summed in each process first."""
     fields = {**fields, "memory.optimizer_in_backward": True, "training.clipping": "update_rms"}
     fields |= {"optimizer.epsilon": 1e-30, "training.learning_rate": 1e-4}
-    assert run_ranks(2, _train, fields | _FULL | {"output_dir": str(tmp_path / "two")}) == [0, 0]
+    assert run_ranks(2, _train, {**fields, **_FULL, "output_dir": str(tmp_path / "two")}) == [0, 0]
     one = one_process(fields, tmp_path / "one", accumulation=2)
     folders = [RunFolder(folder).checkpoint_dir(3) for folder in (tmp_path / "two", one)]
     for component in ("unet", "text_encoder"):
@@ -155,7 +141,7 @@ def test_update_limited_over_all_processes_differs_in_the_last_bits(fields: Fiel
 @pytest.mark.parametrize(("size", "reduce"), [(4, "ordered"), (3, "ordered"), (3, "sum")])
 def test_any_number_of_processes_shares_a_model(size: int, reduce: str, fields: Fields, tmp_path: Path) -> None:
     fields = {**fields, "distributed.reduce": reduce}
-    assert run_ranks(size, _train, fields | _FULL | {"output_dir": str(tmp_path / "many")}) == [0] * size
+    assert run_ranks(size, _train, {**fields, **_FULL, "output_dir": str(tmp_path / "many")}) == [0] * size
     one = one_process(fields, tmp_path / "one", accumulation=size)
     if reduce == "ordered":
         assert_same_run(tmp_path / "many", one)
