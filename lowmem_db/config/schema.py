@@ -80,9 +80,12 @@ class ModelConfig(Section):
     """Key of the model's bytes: another model in its place is refused. A run writes it into its ``config.yaml``."""
     allow_pickle: bool = False
     """Also load pickled weights (``.bin``), with ``weights_only=True``. Default: only safetensors."""
-    embeddings: tuple[Annotated[str, AfterValidator(lambda path: str(_expand_home(Path(path))))], ...] = ()
-    """Files of learned embeddings (Textual Inversion) whose words prompts may use, in the formats of diffusers,
-    AUTOMATIC1111 and ComfyUI; pickled ones (``.pt``, ``.bin``) are read with ``weights_only=True``."""
+    embeddings: Annotated[
+        tuple[Annotated[str, AfterValidator(lambda path: str(_expand_home(Path(path))))], ...],
+        BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    ] = ()
+    """Learned embeddings (Textual Inversion) whose words prompts may use: finished runs, or files in the formats of
+    diffusers, AUTOMATIC1111 and ComfyUI; pickled ones (``.pt``, ``.bin``) are read with ``weights_only=True``."""
     vae: str | None = None
     """Another autoencoder, for training and in the final model: a folder in diffusers' layout, a ``.safetensors`` file,
     or a hub id such as ``madebyollin/sdxl-vae-fp16-fix``. Default: the model's own."""
