@@ -455,7 +455,12 @@ class DistributedConfig(Section):
     """How gradients are added up: ``sum``, once per step in an order that the library chooses; ``ordered``, after every
     batch and by rank, which gives the bits of one process that accumulates as many batches, for any number of processes
     and with that much more traffic. Default: ``sum``, but ``ordered`` for two processes that accumulate batches; for
-    two that do not, both give the same bits."""
+    two that do not, both give the same bits. With ``sharding: full``, two always add up in order, which costs no more
+    traffic there, except that the norms of clipping are computed from whole gradients."""
+    sharding: Literal["none", "full"] = "none"
+    """What each process holds of the model: ``none``, all of it; ``full``, a part of the weights, gradients and
+    optimizer states, for models that do not fit one card (FSDP2, arXiv:2304.11277). The weights of a layer are put
+    together while it computes."""
     num_processes: PositiveInt = 1
     """How many there are: the launcher says it, and a run writes it down; ``lowmem-db plan --num-processes`` plans for
     it. Each of them computes ``training.gradient_accumulation_steps`` batches of ``training.train_batch_size``."""
