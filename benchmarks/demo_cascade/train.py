@@ -131,7 +131,7 @@ class Trainer:
 
     def update(self, progress: float) -> float:
         """Takes one optimizer step at the given share of the planned time and returns the loss."""
-        rate = self.args.lr * min(1.0, (self.step + 1) / 200) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * progress))
+        rate = self.args.lr * min(1.0, (self.step + 1) / 50) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = self.loss()

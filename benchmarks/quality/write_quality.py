@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.quality import first_regimes, ten_subjects
-from benchmarks.quality.contact_sheet import save_sheet, thumbnails
+from benchmarks.quality.contact_sheet import save_sheet, small, thumbnails
 from benchmarks.quality.lists import VARIANTS
 from benchmarks.quality.results import Row, read_rows, values_of
 from benchmarks.quality.statistics import direction, mean_of, paired_difference
@@ -95,7 +95,7 @@ def write(
     rows = [row for row in all_rows if row["variant"] in variants]
     if not rows:
         return "# Does DreamBooth do here what the paper says?\n\nNothing has been measured yet.\n"
-    parts = [_introduction(page, rows, introduction), _summary(page, rows)]
+    parts = [_introduction(page, rows, introduction), *_all_subjects(page, sheets), _summary(page, rows)]
     parts += [_section(page, name, rows, sheets) for name in page.ablations]
     return "\n".join([*parts, _ceiling(page, rows, ceiling or {}), notes.strip()]) + "\n"
 
@@ -152,6 +152,25 @@ def _introduction(page: Page, rows: Sequence[Row], introduction: str) -> str:
     )
 
 
+def _all_subjects(page: Page, sheets: Path | None) -> list[str]:
+    if sheets is None or not (sheets / f"{page.name}.png").is_file():
+        return []
+    return [
+        "## All subjects",
+        "",
+        f"![Every subject after the reference run](images/quality/{page.name}.png)",
+        "",
+        f"Two of the five pictures of each subject; then, after the reference run, {_columns(page.reference)}. Seed 0, "
+        "the first two of four images.",
+        "",
+    ]
+
+
+def _columns(variant: str) -> str:
+    """Say what a row of a contact sheet shows."""
+    return f"two images of the subject, two {', two '.join(VARIANTS[variant].contexts)}, and two of the class"
+
+
 def _summary(page: Page, rows: Sequence[Row]) -> str:
     lines = [
         "## What is expected, and what is seen here",
@@ -195,11 +214,10 @@ def _section(page: Page, name: str, rows: Sequence[Row], sheets: Path | None) ->
             "",
         ]
     if sheets is not None and (sheets / f"{name}.png").is_file():
-        groups = VARIANTS[ablation.reference].contexts
         parts += [
             f"![{ablation.title}](images/quality/{name}.png)",
             "",
-            f"Each row: two images of the subject, two {', two '.join(groups)}, and two of the class.",
+            f"Each row: {_columns(ablation.reference)}.",
             "",
         ]
     return "\n".join(parts)
@@ -306,17 +324,35 @@ def _signed(score: Score) -> str:
     return f"{score.value:+.3f} [{score.interval[0]:+.3f}, {score.interval[1]:+.3f}]"
 
 
+def write_subjects(page: Page, pictures: Path, sheets: Path) -> None:
+    """Make a contact sheet of all subjects of a page: two of their pictures beside what the reference draws."""
+    names = dict.fromkeys(name for ablation in page.ablations.values() for name in ablation.subjects)
+    strips = {name: pictures / f"{page.reference}-{name}-0.png" for name in names}
+    rows = [
+        (BY_NAME[name].noun, [*map(small, BY_NAME[name].pictures[:2]), *thumbnails(strip)])
+        for name, strip in strips.items()
+        if strip.is_file()
+    ]
+    if rows:
+        save_sheet(rows, sheets / f"{page.name}.png", colours=256)
+
+
 def write_sheets(page: Page, pictures: Path, sheets: Path) -> None:
-    """Make a contact sheet for each ablation from the pictures of a few of its subjects."""
+    """Make a contact sheet for each ablation from the pictures of a few subjects that all variants have."""
     for name, ablation in page.ablations.items():
         rows = []
         for subject in [one for one in page.pictured if one in ablation.subjects] or ablation.subjects[:2]:
-            for variant, label in ablation.labels.items():
-                strip = pictures / f"{variant}-{subject}-0.png"
-                if strip.is_file():
-                    rows.append((f"{subject}: {label.replace('λ', 'lambda')}", thumbnails(strip)))  # not in the font
+            strips = {variant: pictures / f"{variant}-{subject}-0.png" for variant in ablation.labels}
+            if all(strip.is_file() for strip in strips.values()):
+                rows += [
+                    (f"{subject}: {_in_font(label)}", thumbnails(strips[one])) for one, label in ablation.labels.items()
+                ]
         if rows:
             save_sheet(rows, sheets / f"{name}.png")
+
+
+def _in_font(label: str) -> str:
+    return label.replace("λ", "lambda")
 
 
 def main() -> None:
@@ -331,6 +367,7 @@ def main() -> None:
     ceiling = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
     for page in PAGES:
         if arguments.pictures is not None:
+            write_subjects(page, arguments.pictures, sheets)
             write_sheets(page, arguments.pictures, sheets)
         introduction, notes = (
             (FOLDER / f"{page.name}_{part}.md").read_text(encoding="utf-8") for part in ("introduction", "notes")
