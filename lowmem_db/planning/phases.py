@@ -54,7 +54,7 @@ class Traced:
         num_trained: How many parameters of each component train.
         streamed_bytes: Bytes of the weights that are on the host.
         streamed_trained_bytes: Bytes of those among them that train.
-        passing_bytes: Bytes that are put together for a layer of a model that is shared out between processes.
+        passing: Bytes of weights and of gradients that are put together for a layer of a model that is shared out.
     """
 
     peak: MemoryParts
@@ -66,7 +66,7 @@ class Traced:
     num_trained: Mapping[str, int] = field(default_factory=dict)
     streamed_bytes: int = 0
     streamed_trained_bytes: int = 0
-    passing_bytes: int = 0
+    passing: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,17 +260,17 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
                     num_trained=count_trained(denoiser.modules()),
                     streamed_bytes=sum(weight.nbytes for weight in streamed),
                     streamed_trained_bytes=sum(weight.nbytes for weight in streamed if weight.requires_grad),
-                    passing_bytes=passing,
+                    passing=passing,
                 )
             )
             del ema
     return found
 
 
-def _share_out(denoiser: Denoiser, config: Config) -> int:
+def _share_out(denoiser: Denoiser, config: Config) -> tuple[int, int]:
     """Leave of a model what one of several processes holds; return the bytes that are put together at a time."""
     if config.distributed.sharding == "none":
-        return 0
+        return 0, 0
     whole = partial(stays_whole, config=config)
     passing = sharding.passing_bytes(denoiser, whole)
     sharding.shrink(denoiser, config.distributed.num_processes, whole)

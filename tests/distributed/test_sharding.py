@@ -85,7 +85,7 @@ def test_model_that_is_shared_out_trains_the_bits_of_one_process(variant: str, f
 def test_each_of_two_processes_holds_half(fields: Fields, tmp_path: Path) -> None:
     """Weights, gradients and states in fp32 are 16 bytes for every parameter of one process."""
     run = tmp_path / "run"
-    assert run_ranks(2, _train_and_count, fields | _FULL | {"training.max_train_steps": 1}, tmp_path) == [0, 0]
+    assert run_ranks(2, _train_and_count, {**fields, **_FULL, "training.max_train_steps": 1}, tmp_path) == [0, 0]
     held = [json.loads((tmp_path / f"held-{rank}.json").read_text()) for rank in range(2)]
     whole = 16 * held[0]["parameters"]
     for each in held:
@@ -150,7 +150,7 @@ def test_any_number_of_processes_shares_a_model(size: int, reduce: str, fields: 
 
 def test_one_process_has_nobody_to_share_with(fields: Fields) -> None:
     with pytest.raises(ConfigError, match=r"distributed.sharding: 'full' shares the model .* --num-processes 2"):
-        train(load_config(None, list((fields | _FULL).items())))
+        train(load_config(None, [*fields.items(), *_FULL.items()]))
 
 
 def test_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
