@@ -1,4 +1,4 @@
-"""Tensors in the host's memory that a device reads and writes asynchronously.
+"""Tensors in the host's memory that a device reads and writes asynchronously, or that the host itself computes with.
 
 Data that leaves a device for the host is allocated here: pinned for a CUDA device, so that copies overlap with the
 computation; pageable for the CPU. In a trace on the meta device nothing is allocated, and observers are told, so that
@@ -16,18 +16,21 @@ _CHUNK_BYTES = 256 * 2**20  # torch rounds pinned allocations up to a power of t
 _observers: list[Callable[[Tensor], None]] = []
 
 
-def empty_on_host(shape: Sequence[int], dtype: torch.dtype, *, device: torch.device) -> Tensor:
+def empty_on_host(
+    shape: Sequence[int], dtype: torch.dtype, *, device: torch.device, pinned: bool = True
+) -> Tensor:
     """Allocate a tensor on the host.
 
     Args:
         shape: Its shape.
         dtype: Its type.
         device: The device it is copied to and from.
+        pinned: Whether a CUDA device copies it asynchronously.
 
     Raises:
         MemoryError: The host has no pinned memory left; CUDA's own error says no more than that memory ran out.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and pinned:
         tensor = _pinned(tuple(shape), dtype)
     else:
         tensor = torch.empty(tuple(shape), dtype=dtype, device="meta" if device.type == "meta" else "cpu")
@@ -46,20 +49,26 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         raise MemoryError(f"the host has no {mib:.1f} MiB of pinned memory left") from None
 
 
-def pieces_on_host(sizes: Sequence[int], *, device: torch.device) -> list[Tensor]:
+def number_on_host(value: float, dtype: torch.dtype, *, device: torch.device) -> Tensor:
+    """Return a number as a scalar tensor that the host computes with; ``device`` is that of the run."""
+    return empty_on_host((), dtype, device=device, pinned=False).fill_(value)
+
+
+def pieces_on_host(sizes: Sequence[int], *, device: torch.device, pinned: bool = True) -> list[Tensor]:
     """Allocate zeroed uint8 tensors on the host, many of them in one allocation.
 
     Args:
         sizes: Bytes of each piece.
         device: The device they are copied to and from.
+        pinned: As for :func:`empty_on_host`.
     """
-    return [*each_piece_on_host(sizes, device=device)]
+    return [*each_piece_on_host(sizes, device=device, pinned=pinned)]
 
 
-def each_piece_on_host(sizes: Sequence[int], *, device: torch.device) -> Iterator[Tensor]:
+def each_piece_on_host(sizes: Sequence[int], *, device: torch.device, pinned: bool = True) -> Iterator[Tensor]:
     """Yield the tensors of :func:`pieces_on_host`; what holds them is allocated when the first of them is wanted."""
     for chunk in _chunks(sizes):
-        yield from empty_on_host((sum(chunk),), torch.uint8, device=device).zero_().split(chunk)
+        yield from empty_on_host((sum(chunk),), torch.uint8, device=device, pinned=pinned).zero_().split(chunk)
 
 
 def to_device(module: nn.Module, device: torch.device) -> None:

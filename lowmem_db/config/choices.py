@@ -137,6 +137,12 @@ def stream_weights(config: Config, where: Situation) -> Iterator[bool]:
         yield True
 
 
+def optimizer_steps(config: Config, where: Situation) -> Iterator[Literal["device", "host"]]:
+    """Yield where the optimizer steps."""
+    del config, where
+    yield "device"
+
+
 def fused_layers(config: Config, where: Situation) -> Iterator[bool]:
     """Yield whether layers are fused; not on the CPU, where the eager twins are slower."""
     del config

@@ -15,6 +15,7 @@ from lowmem_db.config.strategy import autocast, changed
 from lowmem_db.engine.build import Prepared, build_ema, build_step, prepare_modules
 from lowmem_db.engine.samples import evaluating, load_decoder, sample_artist, sample_job
 from lowmem_db.engine.step import train_step
+from lowmem_db.memory.weight_stream import weights_on_host
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU, META
@@ -240,11 +241,12 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
     with run.tracing() as (tracker, costs):
         denoiser, _, optimizer = build_step(after_backward[0], run.model, META, copy_of(prepared))
         tracker.register(weights_of(denoiser.modules().values()), "weights")
+        on_host = weights_on_host(denoiser.modules().values())
         for strategy in after_backward:
             del optimizer
             tracker.reset_peak()
             with tracker.new_tensors_are("optimizer_state"):
-                optimizer = build_optimizer(strategy, denoiser.modules(), META)
+                optimizer = build_optimizer(strategy, denoiser.modules(), META, on_host=on_host)
             with tracker.new_tensors_are("other"):
                 ema = build_ema(strategy, denoiser, optimizer)
             streamed = [weight for weight in weights_of(denoiser.modules().values()) if tracker.is_on_host(weight)]

@@ -30,6 +30,10 @@ from lowmem_db.planning.phases import (
 from lowmem_db.planning.timeline import END, BlockFigures, mixed_peak
 from lowmem_db.records import MemoryParts, PhaseMemory
 
+_ON_HOST = {
+    "memory.optimizer_step": "host", "memory.stream_weights": True, "memory.stream_optimizer_state": True,
+    "memory.optimizer_in_backward": True, "memory.checkpointing": "segments",
+}  # fmt: skip
 _RECOMPUTED = {"none": 0.0, "layers": 1.0, "segments": 1.0, "nested": 2.0}  # forward passes of a block
 
 
@@ -141,10 +145,20 @@ class Predictor:
         return seconds * measured_ratio(self.run.card, strategy) * (1.0 + overhead_of(strategy))
 
     def crossing(self, strategy: Config) -> Crossing:
-        """Return what streams beside a step: states both ways, and weights as often as their segments compute."""
+        """Return what streams beside a step: weights as often as their segments compute, and states both ways.
+
+        Where the step is on the host, gradients go out, and the weights that stay on the device with them and back.
+        """
         kept = self.resident(strategy)
         states = kept.host_bytes - kept.streamed_bytes
         times = 2 if strategy.memory.checkpointing == "nested" else 1
+        if strategy.memory.optimizer_step == "host":
+            staying = kept.trained_bytes - kept.streamed_trained_bytes
+            return Crossing(
+                forward=kept.streamed_bytes,
+                backward=times * kept.streamed_bytes + staying,
+                back=kept.trained_bytes + staying,
+            )
         return Crossing(
             forward=kept.streamed_bytes,
             backward=times * kept.streamed_bytes + states,
@@ -161,6 +175,8 @@ class Predictor:
     def _costs(self, strategy: Config) -> tuple[Costs, np.ndarray]:
         """Return the costs of the first trace, and how often more than there a strategy runs each operator."""
         first = self._first
+        if strategy.memory.optimizer_step == "host" != first.memory.optimizer_step:
+            first = changed(first, _ON_HOST | {"training.clipping": strategy.training.clipping})
         if not strategy.trains_weights:
             frozen = {"lora.base_weights": strategy.lora.base_weights}
             first = changed(first, frozen | {"training.mixed_precision": strategy.training.mixed_precision})

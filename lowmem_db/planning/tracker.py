@@ -166,7 +166,7 @@ class AllocationTracker(TorchDispatchMode):
         if self._cpu_kernels and func.namespace == KERNELS and not _is_native(func):
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        if self._eager_step and func is _STEP:
+        if self._eager_step and func is _STEP and not self.is_on_host(args[0]):
             self._follow(torch.empty(temporary_bytes(args[0].numel()), dtype=torch.uint8, device=self.device_type))
         if self.device_type != "meta":
             made = func(*args, **kwargs)
@@ -181,9 +181,12 @@ class AllocationTracker(TorchDispatchMode):
     @no_type_check
     def _record(self, func: Any, args: tuple[Any, ...], row: Row) -> None:
         """Record the costs of an operator; a copy between host and device crosses PCIe."""
-        if func is _ATTENTION_BACKWARD:
+        if self._host_bytes and self._are_on_host(args):
+            self._costs.add_on_host(row)
+        elif func is _ATTENTION_BACKWARD:
             self._costs.add_attention(args[1])
-        if func is _COPY and (to_host := self.is_on_host(args[0])) != self.is_on_host(args[1]):
+            self._costs.add(row)
+        elif func is _COPY and (to_host := self.is_on_host(args[0])) != self.is_on_host(args[1]):
             self._costs.add_crossing(args[1].nbytes, to_host=to_host)
         elif self._eager_step and func is _STEP:
             self._costs.add_several(*launches_and_bytes(args[0].numel(), dry_run=StepOperands(*args).dry_run))
@@ -266,6 +269,9 @@ class AllocationTracker(TorchDispatchMode):
     def _are_on_host(self, args: tuple[Any, ...]) -> bool:
         """Return whether an operator's tensors are on the host, where it computes then."""
         tensors = [value for value in args if isinstance(value, Tensor)]
+        for value in args:
+            if isinstance(value, list | tuple):
+                tensors += [each for each in value if isinstance(each, Tensor)]
         return bool(tensors) and all(map(self.is_on_host, tensors))
 
     @no_type_check
