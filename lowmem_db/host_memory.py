@@ -8,29 +8,28 @@ host bytes can be counted separately from device bytes.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
 _CHUNK_BYTES = 256 * 2**20  # torch rounds pinned allocations up to a power of two; small ones waste little
+_computes: ContextVar[bool] = ContextVar("computes_on_host", default=False)
 _observers: list[Callable[[Tensor], None]] = []
 
 
-def empty_on_host(
-    shape: Sequence[int], dtype: torch.dtype, *, device: torch.device, pinned: bool = True
-) -> Tensor:
+def empty_on_host(shape: Sequence[int], dtype: torch.dtype, *, device: torch.device) -> Tensor:
     """Allocate a tensor on the host.
 
     Args:
         shape: Its shape.
         dtype: Its type.
         device: The device it is copied to and from.
-        pinned: Whether a CUDA device copies it asynchronously.
 
     Raises:
         MemoryError: The host has no pinned memory left; CUDA's own error says no more than that memory ran out.
     """
-    if device.type == "cuda" and pinned:
+    if device.type == "cuda":
         tensor = _pinned(tuple(shape), dtype)
     else:
         tensor = torch.empty(tuple(shape), dtype=dtype, device="meta" if device.type == "meta" else "cpu")
@@ -49,26 +48,33 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         raise MemoryError(f"the host has no {mib:.1f} MiB of pinned memory left") from None
 
 
-def number_on_host(value: float, dtype: torch.dtype, *, device: torch.device) -> Tensor:
-    """Return a number as a scalar tensor that the host computes with; ``device`` is that of the run."""
-    return empty_on_host((), dtype, device=device, pinned=False).fill_(value)
+def full_on_host(shape: Sequence[int], value: float, dtype: torch.dtype, *, device: torch.device) -> Tensor:
+    """Return a tensor that the host computes with, and that is not copied to or from a device.
+
+    Args:
+        shape: Its shape.
+        value: Its elements.
+        dtype: Its type.
+        device: The device that the host computes beside.
+    """
+    with computing():
+        return torch.full(tuple(shape), value, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
 
 
-def pieces_on_host(sizes: Sequence[int], *, device: torch.device, pinned: bool = True) -> list[Tensor]:
+def pieces_on_host(sizes: Sequence[int], *, device: torch.device) -> list[Tensor]:
     """Allocate zeroed uint8 tensors on the host, many of them in one allocation.
 
     Args:
         sizes: Bytes of each piece.
         device: The device they are copied to and from.
-        pinned: As for :func:`empty_on_host`.
     """
-    return [*each_piece_on_host(sizes, device=device, pinned=pinned)]
+    return [*each_piece_on_host(sizes, device=device)]
 
 
-def each_piece_on_host(sizes: Sequence[int], *, device: torch.device, pinned: bool = True) -> Iterator[Tensor]:
+def each_piece_on_host(sizes: Sequence[int], *, device: torch.device) -> Iterator[Tensor]:
     """Yield the tensors of :func:`pieces_on_host`; what holds them is allocated when the first of them is wanted."""
     for chunk in _chunks(sizes):
-        yield from empty_on_host((sum(chunk),), torch.uint8, device=device, pinned=pinned).zero_().split(chunk)
+        yield from empty_on_host((sum(chunk),), torch.uint8, device=device).zero_().split(chunk)
 
 
 def to_device(module: nn.Module, device: torch.device) -> None:
@@ -86,6 +92,21 @@ def _chunks(sizes: Sequence[int]) -> Iterator[list[int]]:
         chunk.append(size)
     if chunk:
         yield chunk
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Say that this thread computes on the host inside the block: in a trace, whatever is made there is on the host."""
+    token = _computes.set(True)
+    try:
+        yield
+    finally:
+        _computes.reset(token)
+
+
+def is_computing() -> bool:
+    """Return whether this thread is in :func:`computing`."""
+    return _computes.get()
 
 
 @contextmanager

@@ -107,7 +107,7 @@ _STEP_ON_HOST = (
     Rule(
         _steps_on_host(lambda c: not c.trains_weights),
         "memory.optimizer_step: host is for weights that stream, but adapters and embeddings stay on the device and "
-        "are stepped there; leave it out",
+        "are stepped there; set memory.optimizer_step=device, or leave it out",
     ),
     Rule(
         _steps_on_host(lambda c: c.trains_weights and c.memory.stream_weights is False),

@@ -87,9 +87,7 @@ def _checkpointing(denoiser: Denoiser, config: Config, device: torch.device) -> 
 
 
 def _stream(config: Config, device: torch.device) -> WeightStream:
-    return WeightStream(
-        device, trained=config.trains_weights, steps_on_host=config.memory.optimizer_step == "host"
-    )
+    return WeightStream(device, trained=config.trains_weights, steps_on_host=config.memory.optimizer_step == "host")
 
 
 def _elsewhere(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:

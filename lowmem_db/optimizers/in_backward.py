@@ -20,7 +20,6 @@ from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.optimizers.on_host import HostStep
 from lowmem_db.optimizers.units import LargeParameter, StepUnit
 
-
 _NOT_YET = torch.tensor(torch.nan)  # until the host has it
 
 
@@ -126,7 +125,7 @@ class InBackwardHandle(OptimizerHandle):
             parameter.grad = None
 
     def _step_or_send(self, unit: StepUnit, gradient: Tensor, scale: Tensor | None) -> Tensor | None:
-        """Step a unit, here or on the host; return the square of its norm if the rule computes it, and NaN until then."""
+        """Step a unit, here or on the host; return the square of its norm if the rule computes it, or NaN before."""
         if self._on_host is None or not isinstance(unit, LargeParameter):
             return self._step_unit(unit, scale)
         self._on_host.send(unit, gradient, scale)
@@ -134,8 +133,8 @@ class InBackwardHandle(OptimizerHandle):
 
     def _rule_reports_norm(self, unit: StepUnit) -> bool:
         """Return whether the step itself computes the norm, which clipping does not need beforehand."""
-        is_there = self._on_host is not None and isinstance(unit, LargeParameter)
-        rule = self._on_host.rule if is_there else self.rule
+        host = self._on_host if isinstance(unit, LargeParameter) else None
+        rule = self.rule if host is None else host.rule
         return rule.reports_norm and self.loss_scale is None and self.clipping.mode != "per_tensor"
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lowmem_db.host_memory import empty_on_host, number_on_host
+from lowmem_db.host_memory import computing, empty_on_host, full_on_host
 from lowmem_db.optimizers.rules import StepScalars, UpdateRule
 from lowmem_db.optimizers.units import LargeParameter
 from lowmem_db.side_streams import Event, computation, on, record, side_stream, wait
@@ -83,8 +83,8 @@ class HostStep:
         self._scalars = {
             group: replace(
                 each,
-                learning_rate=number_on_host(each.host_learning_rate, torch.float32, device=self._device),
-                step=number_on_host(each.host_step, torch.int64, device=self._device),
+                learning_rate=full_on_host((), each.host_learning_rate, torch.float32, device=self._device),
+                step=full_on_host((), each.host_step, torch.int64, device=self._device),
             )
             for group, each in scalars.items()
         }
@@ -134,10 +134,10 @@ class HostStep:
         self._leaving.append((gradient, arrived))
         scalars = replace(self._scalars[unit.group], gradient_scale=host_scale)
 
-        @torch.no_grad()
         def step() -> _Result:
             state = unit.states.at_rest(name)
-            return self.rule.step(self._weights[name], on_host, state, scalars, rounding_seed=unit.rounding_seed)
+            with computing(), torch.no_grad():
+                return self.rule.step(self._weights[name], on_host, state, scalars, rounding_seed=unit.rounding_seed)
 
         self._steps[name] = self._pool.submit(_once_arrived, arrived, step)
         self._sent.append(_Sent(start, start + _aligned(gradient.nbytes), self._steps[name]))
@@ -180,8 +180,9 @@ class HostStep:
 
     def _bring_back(self) -> None:
         """Copy the weights that stay on the device back to it."""
-        for name in self._steps.keys() & self._stays.keys():
-            self._stays[name].data.copy_(self._weights[name], non_blocking=True)
+        with on(computation(self._outward, self._device)):
+            for name in self._steps.keys() & self._stays.keys():
+                self._stays[name].data.copy_(self._weights[name], non_blocking=True)
 
     def _result(self, name: str) -> _Result:
         return _finished(self._steps[name])

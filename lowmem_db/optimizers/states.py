@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from lowmem_db.host_memory import pieces_on_host
+from lowmem_db.host_memory import full_on_host
 
 _ALIGNMENT = 256  # bytes; the widest access of a kernel is 16
 
@@ -104,13 +105,9 @@ class ResidentStates:
     """
 
     def __init__(self, layouts: Mapping[str, StateLayout], device: torch.device, *, on_host: bool = False) -> None:
-        sizes = [layout.nbytes for layout in layouts.values()]
-        if on_host:
-            buffers = pieces_on_host(sizes, device=device, pinned=False)
-        else:
-            buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
+        zeros = partial(full_on_host, value=0, device=device) if on_host else partial(torch.zeros, device=device)
         self._views = {
-            name: layout.views(buffer) for (name, layout), buffer in zip(layouts.items(), buffers, strict=True)
+            name: layout.views(zeros((layout.nbytes,), dtype=torch.uint8)) for name, layout in layouts.items()
         }
 
     def begin_step(self) -> None:

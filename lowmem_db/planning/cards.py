@@ -26,6 +26,7 @@ _SECONDS_OF_SMALLEST = 2.5e-6  # an operator on a card, however small
 _SECONDS_OF_SMALLEST_ON_CPU = 5e-6
 _HOST_SECONDS = 8e-6  # Python, autograd and torch's dispatcher, for each operator
 _WORTH_A_TECHNIQUE = 0.98  # of a step's seconds; closer to 1 is what two measurements of the same thing differ by
+_FEW_LANES = 8e9  # bytes per second: fewer than eight lanes of PCIe 4.0
 _HOST_BANDWIDTH = 50e9  # bytes per second, the public figure of two channels of DDR4
 _HOST_RATE_OF_THREAD = 2.5e9  # bytes per second of the compiled step of 8-bit AdamW, measured: 14 bytes in 5.5 ns
 _HOST_SECONDS_OF_KERNEL = 25e-6  # the same for a kernel of ours, which Triton launches
@@ -73,6 +74,11 @@ class Card:
     def is_cpu(self) -> bool:
         """Whether it is the CPU."""
         return self.capability is None
+
+    @property
+    def has_few_lanes(self) -> bool:
+        """Whether so little crosses PCIe that an optimizer's step on the host may be faster."""
+        return not self.is_cpu and pcie_rate(self) < _FEW_LANES
 
     @property
     def faster_with(self) -> frozenset[str]:
@@ -220,7 +226,8 @@ def seconds_per_step(
         backward, beside = backward + beside, 0.0
     computing = max(forward, copying[0]) + max(backward, beside, *copying[1:])
     computing += seconds_on_host(costs.host_bytes, card)
-    on_host = 0.0 if card.is_cpu else ((1.0 + again) * host_seconds(costs)).sum()
+    launching = ((1.0 + again) * host_seconds(costs)).sum() + costs.num_on_host * _HOST_SECONDS_OF_KERNEL
+    on_host = 0.0 if card.is_cpu else launching
     return float(max(computing, on_host)) * calibration.SECONDS.get(known_name(card.name), 1.0)
 
 

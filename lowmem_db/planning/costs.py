@@ -36,6 +36,7 @@ class Costs:
         device_to_host_bytes: Bytes copied to the host over PCIe.
         host_bytes_in_backward: Bytes that the host's own operators read and write beside the backward pass.
         host_bytes: The same, for what runs at another time.
+        num_on_host: How many operators the host computes itself.
         attentions: What attention computes the backward pass of.
     """
 
@@ -50,6 +51,7 @@ class Costs:
     device_to_host_bytes: int = 0
     host_bytes_in_backward: int = 0
     host_bytes: int = 0
+    num_on_host: int = 0
     attentions: frozenset["Attention"] = frozenset()
 
 
@@ -86,7 +88,7 @@ class CostRecorder:
         self._block_names: list[str] = []
         self._block = -1
         self._crossed = [0, 0]
-        self._on_host = [0, 0]
+        self._on_host, self._num_on_host = [0, 0], 0
         self._attentions: set[Attention] = set()
 
     def clear(self) -> None:
@@ -94,7 +96,7 @@ class CostRecorder:
         self._rows.clear()
         self._attentions.clear()
         self._crossed = [0, 0]
-        self._on_host = [0, 0]
+        self._on_host, self._num_on_host = [0, 0], 0
 
     def start_block(self, name: str) -> None:
         """Assign the following operators to a block, until :meth:`end_block`."""
@@ -132,6 +134,7 @@ class CostRecorder:
     def add_on_host(self, row: Row) -> None:
         """Add an operator that the host computes beside the card."""
         self._on_host[torch._C._current_graph_task_id() != -1] += row.moved_bytes
+        self._num_on_host += 1
 
     def costs(self) -> Costs:
         """Return all rows so far."""
@@ -148,6 +151,7 @@ class CostRecorder:
             device_to_host_bytes=self._crossed[1],
             host_bytes=self._on_host[0],
             host_bytes_in_backward=self._on_host[1],
+            num_on_host=self._num_on_host,
             attentions=frozenset(self._attentions),
         )
 

@@ -47,6 +47,7 @@ class Traced:
         peak: Bytes on the device at the peak.
         resident: Bytes on the device that stay in use when the phase is done.
         host_bytes: Peak bytes on the host.
+        pinned_bytes: Peak bytes of those that are pinned.
         costs: The costs of its operators.
         blocks: Figures of the blocks in a training step, in the order of the forward pass.
         trained_bytes: Bytes of the parameters that train.
@@ -59,6 +60,7 @@ class Traced:
     resident: MemoryParts
     host_bytes: int
     costs: Costs
+    pinned_bytes: int = 0
     blocks: Mapping[str, BlockFigures] = field(default_factory=dict)
     trained_bytes: int = 0
     num_trained: Mapping[str, int] = field(default_factory=dict)
@@ -117,8 +119,12 @@ def trace_class_images(run: TracedRun) -> Traced:
     if not run.config.memory.stream_weights:
         return drawn
     text = _trace_class_text(run)
-    host_bytes = max(drawn.host_bytes, text.host_bytes)
-    return replace(drawn, peak=max(drawn.peak, text.peak, key=lambda parts: parts.total), host_bytes=host_bytes)
+    return replace(
+        drawn,
+        peak=max(drawn.peak, text.peak, key=lambda parts: parts.total),
+        host_bytes=max(drawn.host_bytes, text.host_bytes),
+        pinned_bytes=max(drawn.pinned_bytes, text.pinned_bytes),
+    )
 
 
 def _trace_class_drawing(run: TracedRun) -> Traced:
@@ -294,6 +300,7 @@ def _found(tracker: AllocationTracker, costs: CostRecorder, blocks: Mapping[str,
         peak=tracker.peak,
         resident=tracker.live,
         host_bytes=tracker.peak_host_bytes,
+        pinned_bytes=tracker.peak_pinned_bytes,
         costs=costs.costs(),
         blocks=blocks or {},
     )

@@ -83,10 +83,10 @@ class Predictor:
         """Return the phases before training."""
         found = []
         if strategy.prior.enabled:
-            found.append(_phase("class_images", self.class_images(strategy)))
-        found.append(_phase("encode_images", self.encode_images(strategy)))
+            found.append(phase_of("class_images", self.class_images(strategy)))
+        found.append(phase_of("encode_images", self.encode_images(strategy)))
         if not strategy.runs_text_encoders:
-            found.append(_phase("encode_text", self._traced("encode_text", strategy, trace_encode_text)))
+            found.append(phase_of("encode_text", self._traced("encode_text", strategy, trace_encode_text)))
         return found
 
     def class_images(self, strategy: Config) -> Traced:
@@ -150,7 +150,7 @@ class Predictor:
         Where the step is on the host, gradients go out, and the weights that stay on the device with them and back.
         """
         kept = self.resident(strategy)
-        states = kept.host_bytes - kept.streamed_bytes
+        states = kept.pinned_bytes - kept.streamed_bytes
         times = 2 if strategy.memory.checkpointing == "nested" else 1
         if strategy.memory.optimizer_step == "host":
             staying = kept.trained_bytes - kept.streamed_trained_bytes
@@ -213,5 +213,6 @@ def _differ_only_in_stepping(strategy: Config, other: Config) -> bool:
     return changed(strategy, when) == other
 
 
-def _phase(name: str, traced: Traced) -> PhaseMemory:
-    return PhaseMemory(name=name, parts=traced.peak, host_bytes=traced.host_bytes)
+def phase_of(name: str, traced: Traced) -> PhaseMemory:
+    """Return what a phase needs."""
+    return PhaseMemory(name=name, parts=traced.peak, host_bytes=traced.host_bytes, pinned_bytes=traced.pinned_bytes)

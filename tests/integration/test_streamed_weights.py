@@ -144,9 +144,7 @@ def test_runs_are_those_with_weights_that_stay(variant: str, tiny_fields: dict[s
 @pytest.mark.parametrize(
     "variant", [name if name == QUICK else pytest.param(name, marks=pytest.mark.long) for name in STEPPED_ON_HOST]
 )
-def test_a_step_on_the_host_is_that_on_the_device(
-    variant: str, tiny_fields: dict[str, object], tmp_path: Path
-) -> None:
+def test_a_step_on_the_host_is_that_on_the_device(variant: str, tiny_fields: dict[str, object], tmp_path: Path) -> None:
     fields = tiny_fields | {"checkpointing.every": 2, "prior.num_class_images": 2} | VARIANTS[variant]
     on_host = run(fields | ON_HOST | own_places(tmp_path / "streamed"))
     assert_same(on_host, run(fields | own_places(tmp_path / "resident")))
