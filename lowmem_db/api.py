@@ -526,22 +526,13 @@ def gallery(
         DataError: Something to be shown cannot be found or read.
         StorageError: The file cannot be written.
     """
-    from lowmem_db.evaluation.beside import find_methods, match_prompts, name_methods
     from lowmem_db.evaluation.folders import Limits, parse_subjects
-    from lowmem_db.reporting.gallery import Cell, GallerySubject, write_gallery
+    from lowmem_db.run.gallery import show_side_by_side
 
     folders = [Path(each) for each in ([images] if isinstance(images, str | Path) else images)]
-    methods = name_methods(folders, names)
     limits = Limits(subjects=parse_subjects(subjects), num_prompts=num_prompts, num_images=num_images)
-    shown = []
-    for of_methods in find_methods(folders, _path(real), limits):
-        rows = [
-            (prompt, tuple(Cell(images=files, prompt=None if own == prompt else own) for own, files in cells))
-            for prompt, cells in match_prompts(of_methods)
-        ]
-        shown.append(GallerySubject(name=of_methods[0].name, photos=of_methods[0].photos, rows=tuple(rows)))
     page = _page(output, "gallery.html")
-    write_gallery(page, methods, shown)
+    show_side_by_side(folders, _path(real), names, limits, page)
     return page
 
 

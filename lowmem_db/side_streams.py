@@ -44,3 +44,8 @@ def record(stream: Stream) -> Event:
     event = torch.cuda.Event()
     event.record(stream)
     return event
+
+
+def current_stream_id(device: torch.device) -> int:
+    """Return a number for the stream that work on a device goes to now; 0 without streams."""
+    return torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0

@@ -10,13 +10,16 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from diffusers.models.attention_processor import AttnAddedKVProcessor
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from benchmarks.demo_base.captions import compose_caption
-from benchmarks.demo_base.train import LatentStore
+from benchmarks.demo_base.captions import Attributes, compose_caption
+from benchmarks.demo_base.train import LatentStore, draw_timesteps
 from benchmarks.demo_cascade.parts import SIZES, build_scheduler, build_text_encoder, build_unet, write_stage
 from lowmem_db.models.families.t5 import load_t5_tokenizer, tokenize
 from lowmem_db.models.files import ModelFiles
@@ -24,10 +27,22 @@ from lowmem_db.objective.low_resolution import enlarged, level_of, reduced
 
 LEAST, MOST = 1e-5, 1e-1
 """Variances of the noise on the pictures that the second stage enlarges; each is drawn between them, in logarithms."""
-MOST_WEIGHT = 25
-"""The error of the noise counts by 1 / SNR, between 1 and this. Without it, few steps leave the colours of a picture to
-the noise that it is drawn from: at the last timesteps there is little else to see, and a copy of it is nearly right."""
 _DROPOUT = 0.1
+
+
+def filler_words(tokenizer: Any) -> list[str]:
+    """Returns words that are one piece of T5's, to stand before a noun as an identifier does."""
+    words = [piece[1:] for piece in tokenizer.get_vocab() if piece[0] == "\u2581"]
+    return sorted(word for word in words if word.isascii() and word.isalpha() and word.islower() and len(word) > 2)
+
+
+def reduced_bytes(pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """Returns pictures (3, 16, 16) of others (3, 64, 64), all of bytes."""
+    found: list[np.ndarray] = []
+    for start in range(0, len(pictures), 256):
+        large = torch.from_numpy(np.stack(pictures[start : start + 256])) / 127.5 - 1
+        found.extend(((reduced(large, SIZES[1]) + 1) * 127.5).round().to(torch.uint8).numpy())
+    return found
 
 
 class Trainer:
@@ -37,11 +52,11 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.args = args
         self.scheduler = build_scheduler(args.stage)
-        alphas = self.scheduler.alphas_cumprod
-        self.weights = ((1 - alphas) / alphas).clamp(1, MOST_WEIGHT)
         self.tokenizer = load_t5_tokenizer(ModelFiles(path=args.tokenizer.parent), args.tokenizer.name)
         self.text_encoder = build_text_encoder(len(self.tokenizer))
-        parts: dict[str, nn.Module] = {"unet": build_unet(args.stage, args.channels)}
+        unet = build_unet(args.stage, args.channels)
+        unet.set_attn_processor(AttnAddedKVProcessor())  # torch's fused kernel is slow for few queries on a CPU
+        parts: dict[str, nn.Module] = {"unet": unet}
         if args.stage == 1:
             parts["text_encoder"] = self.text_encoder
         else:
@@ -57,6 +72,9 @@ class Trainer:
         torch.manual_seed(args.seed + self.step)
         self.rng = random.Random(args.seed + self.step)
         self.store = LatentStore(args.pictures, self.rng)
+        self.filler = filler_words(self.tokenizer)
+        if args.stage == 1:
+            self.store.latents = reduced_bytes(self.store.latents)
 
     def load(self) -> None:
         """Continues from a saved state."""
@@ -73,22 +91,29 @@ class Trainer:
         partial.rename(self.args.out / "state.pt")
 
     def loss(self) -> Tensor:
-        """Returns the loss of one batch: the error of the noise; the variance has none."""
+        """Returns the loss of one batch: the error of v; the variance has none."""
         stored, shown = self.store.batch(self.args.batch)
-        pictures = stored / 127.5 - 1
-        captions = ["" if self.rng.random() < _DROPOUT else compose_caption(each, self.rng) for each in shown]
-        tokens = tokenize(self.tokenizer, captions)
-        embeds = self.text_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-        small = reduced(pictures, SIZES[1])
-        clean = small if self.args.stage == 1 else pictures
-        noise, timesteps = torch.randn_like(clean), torch.randint(1000, (len(clean),))
-        noisy, levels = self.scheduler.add_noise(clean, noise, timesteps), None
+        pictures, levels, beside = stored / 127.5 - 1, None, None
         if self.args.stage == 2:
-            beside, levels = self.beside(small)
+            beside, levels = self.beside(reduced(pictures, SIZES[1]))
+            pictures, beside = self.cropped(pictures, beside)
+        noise, timesteps = torch.randn_like(pictures), draw_timesteps(len(pictures), 1.0)
+        noisy = self.scheduler.add_noise(pictures, noise, timesteps)
+        target = self.scheduler.get_velocity(pictures, noise, timesteps)
+        if beside is not None:
             noisy = torch.cat([noisy, beside], dim=1)
-        predicted = self.model["unet"](noisy, timesteps, encoder_hidden_states=embeds, class_labels=levels).sample
-        errors = mse_loss(predicted[:, :3], noise, reduction="none").mean(dim=(1, 2, 3))
-        return (errors * self.weights[timesteps]).mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
+            embeds = self.embeds(shown)
+            predicted = self.model["unet"](noisy, timesteps, encoder_hidden_states=embeds, class_labels=levels).sample
+        return mse_loss(predicted[:, :3].float(), target)
+
+    def embeds(self, shown: list[Attributes]) -> Tensor:
+        """Returns the embedded captions of pictures, some of them empty."""
+        captions = [
+            "" if self.rng.random() < _DROPOUT else compose_caption(each, self.rng, self.filler) for each in shown
+        ]
+        tokens = tokenize(self.tokenizer, captions)
+        return self.text_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
 
     def beside(self, small: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the pictures to enlarge, each with noise of its own variance, and the levels of these."""
@@ -98,9 +123,15 @@ class Trainer:
         rows = variances.view(-1, 1, 1, 1)
         return (1 - rows).sqrt() * large + rows.sqrt() * torch.randn_like(large), torch.tensor(levels)
 
+    def cropped(self, *pictures: Tensor) -> list[Tensor]:
+        """Returns the same part of pictures, from which the second stage learns as much: details are local."""
+        side = self.args.crop or SIZES[2]
+        top, left = (self.rng.randint(0, SIZES[2] - side) for _ in range(2))
+        return [each[..., top : top + side, left : left + side] for each in pictures]
+
     def update(self, progress: float) -> float:
         """Takes one optimizer step at the given share of the planned time and returns the loss."""
-        rate = self.args.lr * min(1.0, (self.step + 1) / 200) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * progress))
+        rate = self.args.lr * min(1.0, (self.step + 1) / 50) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = self.loss()
@@ -159,6 +190,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.9995)
+    parser.add_argument("--bf16", action="store_true", help="autocast the forward pass to bfloat16")
+    parser.add_argument("--crop", type=int, help="side of the parts that the second stage learns from")
     parser.add_argument("--save-every", type=float, default=120.0, help="seconds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)

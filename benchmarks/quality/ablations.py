@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from benchmarks.quality.contact_sheet import save_strip
+from benchmarks.quality.lists import ABLATIONS, VARIANTS
 from benchmarks.quality.results import RUNS_FILE, Row, append_row, find_row, read_rows
 from benchmarks.quality.runs import Drawn, base_key, recipe_of, run
 from benchmarks.quality.subjects import BY_NAME, Subject
-from benchmarks.quality.variants import ABLATIONS, VARIANTS, Ablation, Variant, runs_of
+from benchmarks.quality.variants import Ablation, Variant, runs_of
 from lowmem_db.models.finding import find_model
 
 Run = Callable[[Variant, Subject, int, Path], tuple[dict[str, Any], Drawn]]
@@ -52,7 +53,7 @@ def run_ablation(
         SystemExit: A row was measured on another base or with another recipe.
     """
     done = 0
-    for name, subject, seed in runs_of(ablation):
+    for name, subject, seed in runs_of(ablation, VARIANTS):
         if subject not in ablation.subjects[:num_subjects] or seed not in ablation.seeds[:num_seeds]:
             continue
         if time.time() > until:
@@ -92,7 +93,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.list:
         for name, ablation in ABLATIONS.items():
-            print(f"{name}: {ablation.title} ({len(runs_of(ablation))} runs)")
+            print(f"{name}: {ablation.title} ({len(runs_of(ablation, VARIANTS))} runs)")
         return
     until = time.time() + 60 * arguments.minutes
     torch.set_num_threads(1)

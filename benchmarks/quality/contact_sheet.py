@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from benchmarks.quality.variants import NUM_IMAGES
 from lowmem_db.sampling.images import labelled_grid
 
 if TYPE_CHECKING:
@@ -13,12 +14,14 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 80
 COLOURS = 64
+SHOWN = 2
 
 
 def save_strip(drawn: "Drawn", path: Path) -> None:
-    """Save two images of the subject, two in the context and two of the class in a row."""
+    """Save the images of the subject, in each context, and of the class in a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = [*drawn.plain[:2], *drawn.context[:2], *drawn.of_class[:2]]
+    groups = [drawn.plain, *drawn.contexts.values(), drawn.of_class]
+    images = [image for group in groups for image in group]
     width, height = images[0].size
     strip = Image.new("RGB", (len(images) * width, height))
     for index, image in enumerate(images):
@@ -26,17 +29,28 @@ def save_strip(drawn: "Drawn", path: Path) -> None:
     strip.save(path)
 
 
-def thumbnails(path: Path, count: int = 6) -> list[Image.Image]:
-    """Return the images of a strip, made small."""
+def read_strip(path: Path) -> list[Image.Image]:
+    """Return the images of a strip."""
     strip = Image.open(path).convert("RGB")
     side = strip.height
-    return [
-        strip.crop((index * side, 0, (index + 1) * side, side)).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-        for index in range(count)
-    ]
+    return [strip.crop((left, 0, left + side, side)) for left in range(0, strip.width, side)]
 
 
-def save_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:
+def small(path: Path) -> Image.Image:
+    """Return one picture, made small."""
+    return _shrunk(Image.open(path).convert("RGB"))
+
+
+def thumbnails(path: Path) -> list[Image.Image]:
+    """Return the first two images of each prompt from a strip, made small."""
+    return [_shrunk(image) for index, image in enumerate(read_strip(path)) if index % NUM_IMAGES < SHOWN]
+
+
+def _shrunk(image: Image.Image) -> Image.Image:
+    return image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+
+
+def save_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path, colours: int = COLOURS) -> None:
     """Save labelled rows as a PNG of few colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(rows).quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    labelled_grid(rows).quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -17,15 +17,17 @@ from torch import Tensor
 
 from benchmarks.demo_base.captions import article
 from benchmarks.quality.subjects import Subject
-from benchmarks.quality.variants import RECIPE, Variant
+from benchmarks.quality.ten_subjects import LIKE_DEMO
+from benchmarks.quality.variants import NUM_IMAGES, RECIPE, Variant, further_class_prompts
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import resolve
 from lowmem_db.data.photos import read_photo, scan_photos
-from lowmem_db.engine.build import build_step
+from lowmem_db.engine.build import build_ema, build_step
 from lowmem_db.engine.draw import Artist, Job, kept
 from lowmem_db.engine.draw import draw as engine_draw
 from lowmem_db.engine.step import train_step
+from lowmem_db.evaluation.captions import SCENES, Caption
 from lowmem_db.evaluation.encoders import Encoder, find_encoders, load_encoder
 from lowmem_db.evaluation.metrics import (
     cosine_distances,
@@ -35,12 +37,12 @@ from lowmem_db.evaluation.metrics import (
     real_pairs,
 )
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.finding import find_model
+from lowmem_db.models.finding import find_model, model_of
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.text_encoders import embed_prompts, load_text_encoders
 from lowmem_db.optimizers import weights
 from lowmem_db.optimizers.schedules import learning_rates
-from lowmem_db.preparation.class_images import prepare_class_images
+from lowmem_db.preparation.class_images import class_prompt_of, prepare_class_images
 from lowmem_db.preparation.prepare import prepare
 from lowmem_db.randomness import derive_seed, generator
 from lowmem_db.records import ImageRecord
@@ -48,18 +50,22 @@ from lowmem_db.sampling.latents import SamplingSettings
 
 CPU = torch.device("cpu")
 SAMPLING = SamplingSettings(sampler="ddim", num_inference_steps=14, guidance_scale=1.0)
-NUM_IMAGES = 4
-CONTEXT, BACKGROUND = "in the snow", "snow"
 LAST_STEPS = 25
 """Steps at the end whose mean is called the final loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """What was drawn after training: images of the subject, of the subject in a context, and of its class."""
+    """What was drawn after training.
+
+    Attributes:
+        plain: Images of the subject.
+        contexts: Images of the subject in each context.
+        of_class: Images of its class.
+    """
 
     plain: list[Image.Image]
-    context: list[Image.Image]
+    contexts: Mapping[str, list[Image.Image]]
     of_class: list[Image.Image]
 
 
@@ -70,16 +76,27 @@ def base_key(model: ModelFolder) -> str:
 
 def recipe_of(variant: Variant) -> dict[str, Any]:
     """Return everything that a row depends on beside base, subject and seed."""
+    mixture = {"class_prompts": ["a noun", *further_class_prompts("noun")]} if variant.mixes_class_images else {}
     return {
         **RECIPE,
         **variant.fields,
+        **mixture,
         "identifier": variant.identifier,
         "noun": variant.noun,
         "num_images": variant.num_images,
         "trained": variant.trained,
         "last_steps": LAST_STEPS,
-        "samples": {**asdict(sampling_of(variant)), "num_images": NUM_IMAGES, "context": CONTEXT},
+        "samples": {
+            **asdict(sampling_of(variant)),
+            "num_images": NUM_IMAGES,
+            "context": _one_or_all(variant.contexts),
+        },
     }
+
+
+def _one_or_all(contexts: Sequence[str]) -> str | list[str]:
+    """Return contexts as rows hold them: the first rows had one."""
+    return contexts[0] if len(contexts) == 1 else list(contexts)
 
 
 def sampling_of(variant: Variant) -> SamplingSettings:
@@ -105,24 +122,32 @@ def config_of(variant: Variant, subject: Subject, seed: int, pictures: Path, wor
         "cache_dir": str(work / "cache"),
         "subject.instance_dir": str(pictures),
         "subject.instance_prompt": variant.instance_prompt(subject),
-        "subject.class_prompt": article(variant.noun_of(subject) or subject.noun),
+        "subject.class_prompt": article(variant.class_noun(subject)),
     }
+    if variant.mixes_class_images and variant.fields.get("prior.enabled", True):
+        fields["prior.class_prompts"] = further_class_prompts(variant.class_noun(subject))
     return load_config(None, list(fields.items()))
 
 
 def run(variant: Variant, subject: Subject, seed: int, work: Path) -> tuple[dict[str, Any], Drawn]:
     """Train, draw and score; return what the row holds of it, and the images."""
     started = time.perf_counter()
-    model = find_model("demo")
     with _pictures(subject, variant.num_images) as pictures:
         config = config_of(variant, subject, seed, pictures, work)
+        model = model_of(config)
         denoiser, losses = _train(config, model) if variant.trained else (_untrained(config, model), {})
     drawn = draw(denoiser, model, config, variant, subject, seed)
-    scores = score(_encoder(), drawn, _embed_photos(subject), _embed_class(subject, work))
-    named = _classifier().name_images(drawn.context)
-    scores["CAP-BG"] = sum(one.background == BACKGROUND for one in named) / len(named)
-    seconds = round(time.perf_counter() - started, 1)
-    return {**{name: round(value, 5) for name, value in {**scores, **losses}.items()}, "seconds": seconds}, drawn
+    measured = {**scores_of(drawn, subject, variant, work), **{name: round(loss, 5) for name, loss in losses.items()}}
+    return {**measured, "seconds": round(time.perf_counter() - started, 1)}, drawn
+
+
+def scores_of(drawn: Drawn, subject: Subject, variant: Variant, work: Path) -> dict[str, float]:
+    """Return what a row holds of the images of a run."""
+    of_class = _embed_class(subject, work, mixed=variant.mixes_class_images)
+    scores = score(_encoder(), drawn, _embed_photos(subject), of_class)
+    scores |= identify(_identity(), drawn, _identify_photos(subject))
+    scores |= read_captions(_classifier(), drawn, subject)
+    return {name: round(value, 5) for name, value in scores.items()}
 
 
 def score(
@@ -136,18 +161,61 @@ def score(
         photos: Embeddings of all pictures of the subject.
         class_images: Embeddings of images of the class that the untrained base drew.
     """
-    plain, context, of_class = (encoder.embed_images(images) for images in (drawn.plain, drawn.context, drawn.of_class))
-    of_plain, of_context = (_mean(fidelity_pairs([images], photos)) for images in (plain, context))
+    plain, of_class = encoder.embed_images(drawn.plain), encoder.embed_images(drawn.of_class)
+    contexts = {context: encoder.embed_images(images) for context, images in drawn.contexts.items()}
+    of_plain = _mean(fidelity_pairs([plain], photos))
+    by_context = {f"EN0-I {context}": _mean(fidelity_pairs([images], photos)) for context, images in contexts.items()}
+    of_context = _mean_of(by_context)
     return {
+        **(by_context if len(by_context) > 1 else {}),
         "EN0-I": (of_plain + of_context) / 2,
         "EN0-I plain": of_plain,
         "EN0-I context": of_context,
         "EN0-I real": _mean(real_pairs(photos)),
         "EN0-PRES": _mean(preservation_pairs(of_class, photos)),
-        "EN0-DIV": _mean([cosine_distances(images) for images in (plain, context)]),
+        "EN0-DIV": _mean([cosine_distances(images) for images in (plain, *contexts.values())]),
         "EN0-DIV class": _mean([cosine_distances(of_class)]),
         "EN0-CLASS": float(cosine_similarities(of_class, class_images).mean()),
     }
+
+
+def identify(encoder: Encoder, drawn: Drawn, photos: Float[Tensor, "m d"]) -> dict[str, float]:
+    """Return subject fidelity and preservation by features that tell subjects of one class apart."""
+    found = {
+        group: _mean(fidelity_pairs([encoder.embed_images(images)], photos))
+        for group, images in {"plain": drawn.plain, **drawn.contexts, "class": drawn.of_class}.items()
+    }
+    in_contexts = _mean_of({context: found[context] for context in drawn.contexts})
+    return {
+        **({f"ID-I {context}": found[context] for context in drawn.contexts} if len(drawn.contexts) > 1 else {}),
+        "ID-I": (found["plain"] + in_contexts) / 2,
+        "ID-I plain": found["plain"],
+        "ID-I context": in_contexts,
+        "ID-I real": _mean(real_pairs(photos)),
+        "ID-PRES": found["class"],
+    }
+
+
+def read_captions(classifier: Encoder, drawn: Drawn, subject: Subject) -> dict[str, float]:
+    """Return how often the classifier names the place, the noun of the subject, and that of its class, rightly."""
+    named = {context: classifier.name_images(images) for context, images in drawn.contexts.items()}
+    places = {context: _share(found, "background", background_of(context)) for context, found in named.items()}
+    in_contexts = [caption for found in named.values() for caption in found]
+    return {
+        **({f"CAP-BG {context}": share for context, share in places.items()} if len(places) > 1 else {}),
+        "CAP-BG": _mean_of(places),
+        "CAP-NOUN": _share(in_contexts, "noun", subject.noun),
+        "CAP-NOUN class": _share(classifier.name_images(drawn.of_class), "noun", subject.noun),
+    }
+
+
+def background_of(context: str) -> str:
+    """Return what the classifier calls a context such as "in the snow"."""
+    return next(place for place, phrases in SCENES.items() if context in phrases)
+
+
+def _share(named: Sequence[Caption], attribute: str, wanted: str) -> float:
+    return sum(getattr(caption, attribute) == wanted for caption in named) / len(named)
 
 
 @torch.no_grad()
@@ -156,7 +224,7 @@ def draw(
 ) -> Drawn:
     """Draw all images of a run in one batch; image ``i`` of every prompt starts from the same noise."""
     instance = variant.instance_prompt(subject)
-    prompts = [instance, f"{instance} {CONTEXT}", subject.class_prompt]
+    prompts = [instance, *(f"{instance} {context}" for context in variant.contexts), subject.class_prompt]
     for module in denoiser.modules().values():
         module.eval()
     text_encoders = denoiser.text_encoders() or load_text_encoders(model, CPU)
@@ -169,20 +237,26 @@ def draw(
     )
     artist = Artist(model=model, settings=sampling_of(variant))
     (images,) = engine_draw(artist, table, [job], kept(frozen), kept(model.space.load(CPU)))
-    plain, context, of_class = (images[first : first + NUM_IMAGES] for first in range(0, len(images), NUM_IMAGES))
-    return Drawn(plain=plain, context=context, of_class=of_class)
+    plain, *contexts, of_class = (images[first : first + NUM_IMAGES] for first in range(0, len(images), NUM_IMAGES))
+    return Drawn(plain=plain, contexts=dict(zip(variant.contexts, contexts, strict=True)), of_class=of_class)
 
 
 def _train(config: Config, model: ModelFolder) -> tuple[Denoiser, dict[str, float]]:
     """Train to the last step; return the model in fp32, as ``final/`` has it, and its final losses."""
     batches = prepare(config, model, CPU, _scan(config))
     denoiser, objective, optimizer = build_step(resolve(config), model, CPU)
+    ema = build_ema(config, denoiser, optimizer)
     outputs = []
     for step in range(config.training.max_train_steps):
         optimizer.set_learning_rates(learning_rates(config, denoiser.modules(), step))
         torch.manual_seed(derive_seed(config.seed, "dropout", step))
         outputs.append(train_step(denoiser, objective, optimizer, batches.batches_at(step), step))
+        if ema is not None:
+            ema.update(step + 1)
     weights.undo(denoiser.modules(), optimizer.extra_bits())
+    if ema is not None:
+        for name, parameter in ema.parameters.items():
+            parameter.data = ema.average[name]
     last = outputs[-LAST_STEPS:]
     losses = {"loss_instance": sum(output.loss_instance for output in last) / len(last)}
     prior = [output.loss_prior for output in last if output.loss_prior is not None]
@@ -209,6 +283,16 @@ def _encoder() -> Encoder:
 
 
 @cache
+def _identity() -> Encoder:
+    return load_encoder(find_encoders(["identity"])[0], CPU)
+
+
+@cache
+def _identify_photos(subject: Subject) -> Float[Tensor, "m d"]:
+    return _identity().embed_images([read_photo(path) for path in subject.pictures])
+
+
+@cache
 def _classifier() -> Encoder:
     return load_encoder(find_encoders(["captions"])[0], CPU)
 
@@ -219,12 +303,16 @@ def _embed_photos(subject: Subject) -> Float[Tensor, "m d"]:
 
 
 @cache
-def _embed_class(subject: Subject, work: Path) -> Float[Tensor, "n d"]:
+def _embed_class(subject: Subject, work: Path, *, mixed: bool) -> Float[Tensor, "n d"]:
     """Embed the images of the class that the untrained base draws."""
-    config = config_of(Variant(), subject, 0, subject.folder, work)
+    variant = Variant(fields=LIKE_DEMO, mixes_class_images=True) if mixed else Variant()
+    config = config_of(variant, subject, 0, subject.folder, work)
     size = (config.data.resolution, config.data.resolution)
     drawn = prepare_class_images(config, find_model("demo"), CPU, {size: config.prior.num_class_images})[0]
-    return _encoder().embed_images([read_photo(path) for path in drawn.files or ()])
+    files = [
+        path for index, path in enumerate(drawn.files or ()) if class_prompt_of(config, index) == subject.class_prompt
+    ]
+    return _encoder().embed_images([read_photo(path) for path in files])
 
 
 @contextmanager
@@ -234,6 +322,10 @@ def _pictures(subject: Subject, count: int) -> Iterator[Path]:
         for path in subject.pictures[:count]:
             shutil.copy(path, folder)
         yield Path(folder)
+
+
+def _mean_of(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
 def _mean(pairs: list[Tensor]) -> float:

@@ -30,15 +30,3 @@ def direction(difference: Score) -> int | None:
         return None
     low, high = difference.interval
     return 1 if low > 0 else -1 if high < 0 else 0
-
-
-def sentence(metric: str, label: str, difference: Score) -> str:
-    """Say in one sentence what a difference to the reference shows."""
-    if difference.value is None:
-        return f"{metric} with {label}: not measured."
-    if difference.interval is None or difference.num_subjects < 2:
-        return f"{metric} with {label}: {difference.value:+.3f} for one subject, which shows nothing about others."
-    low, high = difference.interval
-    figures = f"{difference.value:+.3f} [{low:+.3f}, {high:+.3f}]"
-    outcome = {1: "is higher", -1: "is lower", 0: "shows no difference"}[1 if low > 0 else -1 if high < 0 else 0]
-    return f"{metric} {outcome} with {label}: {figures}."

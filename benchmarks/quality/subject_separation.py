@@ -1,6 +1,6 @@
 """How well an encoder tells subjects apart, on real photos: the ground under every figure of subject fidelity.
 
-    python benchmarks/quality/subject_separation.py PHOTOS [--encoder en0]
+    python benchmarks/quality/subject_separation.py PHOTOS [--encoder en0] [--subjects dog dog2 dog3]
 
 PHOTOS has a folder of photos for each subject, such as `dataset/` of github.com/google/dreambooth. Printed as one JSON
 line: the probability that two photos of one subject are more alike than two of different subjects (AUC), how often the
@@ -44,15 +44,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
     parser.add_argument("--encoder", default="en0")
+    parser.add_argument("--subjects", nargs="+", help="only these folders, such as those of one class")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     arguments = parser.parse_args()
     files = find_encoders([arguments.encoder])[0]
     encoder = load_encoder(files, arguments.device)
     folders = sorted(folder for folder in arguments.photos.iterdir() if folder.is_dir())
+    if arguments.subjects is not None:
+        folders = [arguments.photos / name for name in arguments.subjects]
     photos = [(folder.name, file) for folder in folders for file in scan_pictures(folder, "PHOTOS")]
     embedded = encoder.embed_images([read_photo(file) for _, file in photos])
-    cosines = cosine_similarities(embedded, embedded).numpy()
-    found = separation(cosines, np.array([subject for subject, _ in photos]))
+    labels = np.array([subject for subject, _ in photos])
+    found = separation(cosine_similarities(embedded, embedded).numpy(), labels)
     print(json.dumps({"encoder": files.name, "photos": len(photos), "subjects": len(folders)} | found))
 
 

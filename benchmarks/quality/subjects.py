@@ -1,5 +1,7 @@
 """The subjects of the ablations: designs that the demo base never saw, and photographed ones."""
 
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +18,7 @@ class Subject:
     Attributes:
         name: Name of its folder.
         noun: Its class, a noun that the demo base draws.
-        wrong_noun: A class that it does not belong to.
+        wrong_noun: A class that it does not belong to, chosen by hand; empty where it is drawn at random alone.
         kind: ``drawn``, in the style of the base, or ``photo``, far from it.
         rich: Whether the base learned several designs of the class, so that there is a prior to preserve.
     """
@@ -43,7 +45,7 @@ class Subject:
         return sorted(path for path in self.folder.iterdir() if path.suffix in {".png", ".jpg"})
 
 
-SUBJECTS = (
+FIRST_SUBJECTS = (
     Subject("drawn_dog", "dog", "car", "drawn"),
     Subject("drawn_cat", "cat", "house", "drawn"),
     Subject("drawn_clock", "clock", "dog", "drawn"),
@@ -54,4 +56,30 @@ SUBJECTS = (
     Subject("robot_toy", "robot", "cat", "photo", rich=False),
     Subject("bear_plushie", "teddy bear", "house", "photo", rich=False),
 )
+TEN = (
+    Subject("drawn_backpack", "backpack", "", "drawn"),
+    Subject("drawn_shoe", "shoe", "", "drawn"),
+    Subject("drawn_cup", "cup", "", "drawn"),
+    Subject("drawn_house", "house", "", "drawn"),
+    Subject("drawn_fish", "fish", "", "drawn"),
+    Subject("drawn_hat", "hat", "", "drawn"),
+    Subject("drawn_bird", "bird", "", "drawn"),
+    *(subject for subject in FIRST_SUBJECTS if subject.name in {"drawn_cat", "drawn_car", "drawn_flower"}),
+)
+"""Drawn subjects on which no regime was tuned; the first seven were not looked at before the list was fixed."""
+
+SUBJECTS = tuple(dict.fromkeys((*FIRST_SUBJECTS, *TEN)))
 BY_NAME = {subject.name: subject for subject in SUBJECTS}
+
+WRONG_NOUN_SEED = 4
+
+
+def draw_wrong_nouns(subjects: Sequence[Subject], seed: int) -> Mapping[str, str]:
+    """Return a noun of another subject for each, drawn at random; every noun is given once."""
+    rng, nouns = random.Random(seed), [subject.noun for subject in subjects]
+    while any(subject.noun == noun for subject, noun in zip(subjects, nouns, strict=True)):
+        rng.shuffle(nouns)
+    return {subject.name: noun for subject, noun in zip(subjects, nouns, strict=True)}
+
+
+RANDOM_NOUNS = draw_wrong_nouns(TEN, WRONG_NOUN_SEED)

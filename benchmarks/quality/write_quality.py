@@ -1,4 +1,4 @@
-"""Writes ``docs/quality.md`` from the committed rows and the hand-written notes alone.
+"""Writes ``docs/quality.md`` and ``docs/quality_first_regimes.md`` from committed rows and hand-written notes alone.
 
     python -m benchmarks.quality.write_quality [--pictures runs/quality/pictures]
 
@@ -8,51 +8,102 @@ With ``--pictures`` the contact sheets are made anew from the pictures of the ru
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.quality.contact_sheet import save_sheet, thumbnails
+from benchmarks.quality import first_regimes, ten_subjects
+from benchmarks.quality.contact_sheet import save_sheet, small, thumbnails
+from benchmarks.quality.lists import VARIANTS
 from benchmarks.quality.results import Row, read_rows, values_of
-from benchmarks.quality.statistics import direction, mean_of, paired_difference, sentence
+from benchmarks.quality.statistics import direction, mean_of, paired_difference
 from benchmarks.quality.subjects import BY_NAME
-from benchmarks.quality.variants import ABLATIONS, VARIANTS, Ablation, runs_of
+from benchmarks.quality.variants import Ablation, runs_of
 from lowmem_db.evaluation.metrics import Score
 
 RESULTS = Path("benchmarks/results/quality")
-CONTROL = "nearly_the_reference"
+FOLDER = Path(__file__).parent
 FEW = 5
 """With fewer subjects an interval is hardly more than the spread between them, and no direction is called shown."""
 WORDS = {1: "higher", -1: "lower", 0: "no difference shown", None: "not measured"}
 CEILING = "metric_ceiling.json"
-NOTES = Path(__file__).parent / "notes.md"
-PAGE = Path("docs/quality.md")
-SHEET_SUBJECTS = ("drawn_dog", "dog3")
-INTRODUCTION = Path(__file__).parent / "introduction.md"
 
 
-def page(
-    rows: Sequence[Row],
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A page of ablations that share a recipe.
+
+    Attributes:
+        name: Name of its file, and of its introduction and notes in this folder.
+        ablations: What it shows.
+        reference: The variant whose recipe the introduction describes.
+        control: A second run of the reference, with a learning rate 0.1 % higher.
+        off: The variant without prior preservation.
+        untrained: The base as it is.
+        pictured: Subjects of the contact sheets.
+    """
+
+    name: str
+    ablations: Mapping[str, Ablation]
+    reference: str
+    control: str
+    off: str
+    untrained: str
+    pictured: tuple[str, ...]
+
+
+TEN = Page(
+    name="quality",
+    ablations=ten_subjects.ABLATIONS,
+    reference="demo",
+    control="demo_again",
+    off="demo_without_prior",
+    untrained="demo_untrained",
+    pictured=("drawn_backpack", "drawn_shoe"),
+)
+FIRST = Page(
+    name="quality_first_regimes",
+    ablations=first_regimes.ABLATIONS,
+    reference="reference",
+    control="nearly_the_reference",
+    off="without_prior",
+    untrained="untrained",
+    pictured=("drawn_dog", "dog3"),
+)
+PAGES = (TEN, FIRST)
+
+
+def write(
+    page: Page,
+    all_rows: Sequence[Row],
+    introduction: str,
     notes: str,
     *,
     ceiling: Mapping[str, Mapping[str, float]] | None = None,
     sheets: Path | None = None,
 ) -> str:
-    """Return the page.
+    """Return the text of a page.
 
     Args:
-        rows: The rows.
+        page: The page.
+        all_rows: The rows, also those of other pages.
+        introduction: How it begins, with places for what the recipe says.
         notes: What was found out by hand, in Markdown.
         ceiling: What `metric_ceiling` found, by subject.
         sheets: Folder of the contact sheets, or None for a page without pictures.
     """
+    variants = {variant for ablation in page.ablations.values() for variant in ablation.labels}
+    rows = [row for row in all_rows if row["variant"] in variants]
     if not rows:
         return "# Does DreamBooth do here what the paper says?\n\nNothing has been measured yet.\n"
-    parts = [_introduction(rows), _summary(rows)]
-    parts += [_section(name, ablation, rows, sheets) for name, ablation in ABLATIONS.items()]
-    return "\n".join([*parts, _ceiling(rows, ceiling or {}), notes.strip()]) + "\n"
+    parts = [_introduction(page, rows, introduction), *_all_subjects(page, sheets), _summary(page, rows)]
+    parts += [_section(page, name, rows, sheets) for name in page.ablations]
+    return "\n".join([*parts, _ceiling(page, rows, ceiling or {}), notes.strip()]) + "\n"
 
 
-def _ceiling(rows: Sequence[Row], ceiling: Mapping[str, Mapping[str, float]]) -> str:
-    if not ceiling:
+def _ceiling(page: Page, rows: Sequence[Row], ceiling: Mapping[str, Mapping[str, float]]) -> str:
+    measured = {row["subject"] for row in rows}
+    found = {subject: figures for subject, figures in ceiling.items() if subject in measured}
+    if not found:
         return ""
     lines = [
         "## What EN0-I can reach",
@@ -63,29 +114,29 @@ def _ceiling(rows: Sequence[Row], ceiling: Mapping[str, Mapping[str, float]]) ->
         "| subject | pictures | through the autoencoder | blurred by 2 pixels | untrained base | reference | off |",
         "|---|---|---|---|---|---|---|",
     ]
-    for subject, found in ceiling.items():
+    for subject, figures in found.items():
         reached = [
             mean_of(values_of(rows, variant, "EN0-I", [subject])).value
-            for variant in ("untrained", "reference", "without_prior")
+            for variant in (page.untrained, page.reference, page.off)
         ]
-        cells = [f"{value:.3f}" for value in found.values()] + [
+        cells = [f"{value:.3f}" for value in figures.values()] + [
             "-" if value is None else f"{value:.3f}" for value in reached
         ]
         lines.append(f"| {subject} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
-def _introduction(rows: Sequence[Row]) -> str:
-    recipe = next((row["recipe"] for row in rows if row["variant"] == "reference"), rows[0]["recipe"])
+def _introduction(page: Page, rows: Sequence[Row], introduction: str) -> str:
+    recipe = next((row["recipe"] for row in rows if row["variant"] == page.reference), rows[0]["recipe"])
     measured = {row["subject"] for row in rows}
     names = {
         kind: [name for name, subject in BY_NAME.items() if subject.kind == kind and name in measured]
         for kind in ("drawn", "photo")
     }
     keys = sorted({row["base"] for row in rows})
-    text = INTRODUCTION.read_text(encoding="utf-8").format(
-        subjects=f"{len(names['drawn'])} held-out drawings ({', '.join(names['drawn'])}) and {len(names['photo'])} "
-        f"photographed ones ({', '.join(names['photo'])})",
+    text = introduction.format(
+        subjects=f"{len(names['drawn'])} held-out drawings ({', '.join(names['drawn'])})"
+        + (f" and {len(names['photo'])} photographed ones ({', '.join(names['photo'])})" if names["photo"] else ""),
         steps=recipe["training.max_train_steps"],
         batch=recipe["training.train_batch_size"],
         rate=recipe["training.learning_rate"],
@@ -101,21 +152,40 @@ def _introduction(rows: Sequence[Row]) -> str:
     )
 
 
-def _summary(rows: Sequence[Row]) -> str:
+def _all_subjects(page: Page, sheets: Path | None) -> list[str]:
+    if sheets is None or not (sheets / f"{page.name}.png").is_file():
+        return []
+    return [
+        "## All subjects",
+        "",
+        f"![Every subject after the reference run](images/quality/{page.name}.png)",
+        "",
+        f"Two of the five pictures of each subject; then, after the reference run, {_columns(page.reference)}. Seed 0, "
+        "the first two of four images.",
+        "",
+    ]
+
+
+def _columns(variant: str) -> str:
+    """Say what a row of a contact sheet shows."""
+    return f"two images of the subject, two {', two '.join(VARIANTS[variant].contexts)}, and two of the class"
+
+
+def _summary(page: Page, rows: Sequence[Row]) -> str:
     lines = [
         "## What is expected, and what is seen here",
         "",
-        "Last column: against a second run of the reference, with a learning rate 0.1 % higher, where the first run is "
-        "the reference. Where the two columns differ, chance decides.",
+        "Last column: against a second run of the reference, with a learning rate 0.1 % higher, where there is one. "
+        "Where the two columns differ, chance decides.",
         "",
         "| ablation | metric | variant | expected | here | against the control |",
         "|---|---|---|---|---|---|",
     ]
-    for ablation in ABLATIONS.values():
+    for ablation in page.ablations.values():
         for (metric, variant), expected in ablation.paper.items():
             difference = _difference(rows, ablation, variant, metric)
-            control = _difference(rows, ablation, variant, metric, against=CONTROL)
-            again = _verdict(control) if ablation.reference == "reference" and control.value is not None else ""
+            control = _difference(rows, ablation, variant, metric, against=page.control)
+            again = _verdict(control) if ablation.reference == page.reference and control.value is not None else ""
             compared = f"{ablation.labels[variant]} against {ablation.labels[ablation.reference]}"
             cells = (ablation.title, metric, compared, WORDS[expected], _verdict(difference), again)
             lines.append(f"| {' | '.join(cells)} |")
@@ -123,76 +193,78 @@ def _summary(rows: Sequence[Row]) -> str:
 
 
 def _verdict(difference: Score) -> str:
-    if difference.value is not None and difference.num_subjects < FEW:
-        return f"{difference.num_subjects} subjects, too few to tell: {_signed(difference)}"
+    if difference.value is None:
+        return WORDS[None]
+    if difference.num_subjects < FEW:
+        few = "1 subject" if difference.num_subjects == 1 else f"{difference.num_subjects} subjects"
+        return f"{few}, too few to tell: {_signed(difference)}"
     found = direction(difference)
     return f"{WORDS[found] if found in (0, None) else f'**{WORDS[found]}**'}: {_signed(difference)}"
 
 
-def _section(name: str, ablation: Ablation, rows: Sequence[Row], sheets: Path | None) -> str:
-    parts = [f"## {ablation.title}", "", ablation.question, ""]
-    parts += _table(ablation, rows)
-    parts += ["", f"Against “{ablation.labels[ablation.reference]}”:", ""]
-    for variant, label in ablation.labels.items():
-        if variant != ablation.reference and VARIANTS[variant].trained:
-            parts += [
-                f"* {_sentence(metric, label, _difference(rows, ablation, variant, metric))}"
-                for metric in ablation.metrics
-            ]
-    parts += _against_control(ablation, rows)
+def _section(page: Page, name: str, rows: Sequence[Row], sheets: Path | None) -> str:
+    ablation = page.ablations[name]
+    parts = [f"## {ablation.title}", "", ablation.question, "", *_table(ablation, rows)]
+    parts += ["", *_differences(ablation, rows, ablation.reference, f"against “{ablation.labels[ablation.reference]}”")]
+    parts += _against_control(page, ablation, rows)
     parts += ["", f"In the paper: {ablation.paper_text}", ""]
     if missing := missing_runs(ablation, rows):
-        parts += [f"Missing, not measured for want of time: {missing}.", ""]
+        parts += [
+            f"Not measured yet (`python -m benchmarks.quality.ablations {name}` goes on): {missing}.",
+            "",
+        ]
     if sheets is not None and (sheets / f"{name}.png").is_file():
         parts += [
             f"![{ablation.title}](images/quality/{name}.png)",
             "",
-            "Each row: two images of the subject, two in the context, two of the class.",
+            f"Each row: {_columns(ablation.reference)}.",
             "",
         ]
     return "\n".join(parts)
 
 
-def _sentence(metric: str, label: str, difference: Score) -> str:
-    if difference.interval is None or not 1 < difference.num_subjects < FEW:
-        return sentence(metric, f"“{label}”", difference)
-    return f"{metric} with “{label}”: {_signed(difference)} ({difference.num_subjects} subjects, too few to tell)."
-
-
-def _against_control(ablation: Ablation, rows: Sequence[Row]) -> list[str]:
-    """Say the same against the second run of the reference, a line for each variant."""
-    lines = []
-    for variant, label in ablation.labels.items():
-        differences = {
-            metric: _difference(rows, ablation, variant, metric, against=CONTROL) for metric in ablation.metrics
-        }
-        if variant in (ablation.reference, CONTROL, "untrained") or any(
-            difference.value is None for difference in differences.values()
-        ):
-            continue
-        found = "; ".join(f"{metric} {_verdict(difference)}" for metric, difference in differences.items())
-        lines.append(f"* “{label}”: {found}.")
-    if ablation.reference != "reference" or not lines:
+def _differences(ablation: Ablation, rows: Sequence[Row], reference: str, heading: str) -> list[str]:
+    """Return a table of the differences of the trained variants to one of them; none where nothing was measured."""
+    columns = {
+        variant: label
+        for variant, label in ablation.labels.items()
+        if variant not in (reference, ablation.reference) and VARIANTS[variant].trained
+    }
+    cells = {
+        metric: [_difference(rows, ablation, variant, metric, against=reference) for variant in columns]
+        for metric in ablation.metrics
+    }
+    if all(difference.value is None for found in cells.values() for difference in found):
         return []
-    return [
-        "",
-        "The same against the control, a second run of the reference with a learning rate 0.1 % higher:",
-        "",
-        *lines,
-    ]
+    lines = [f"| {heading} | {' | '.join(columns.values())} |", "|---|" + "---|" * len(columns)]
+    return lines + [f"| {metric} | {' | '.join(map(_verdict, found))} |" for metric, found in cells.items()]
+
+
+def _against_control(page: Page, ablation: Ablation, rows: Sequence[Row]) -> list[str]:
+    if ablation.reference != page.reference:
+        return []
+    table = _differences(ablation, rows, page.control, "against the control")
+    return (
+        ["", "The control is a second run of the reference with a learning rate 0.1 % higher:", "", *table]
+        if table
+        else []
+    )
 
 
 def _table(ablation: Ablation, rows: Sequence[Row]) -> list[str]:
-    lines = ["| | " + " | ".join(ablation.metrics) + " | runs |", "|---|" + "---|" * (len(ablation.metrics) + 1)]
+    last = ["runs", *(["in the paper"] if ablation.figures else [])]
+    heading = ["", *ablation.metrics, *last]
+    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for variant, label in ablation.labels.items():
         scores = [mean_of(_values(rows, ablation, variant, metric)) for metric in ablation.metrics]
         count = max(len(_values(rows, ablation, variant, metric)) for metric in ablation.metrics)
-        cells = " | ".join(_plain(score) for score in scores)
-        lines.append(f"| {label} | {cells} | {count or 'none: not measured'} |")
+        cells = [label, *(_plain(score) for score in scores), str(count or "none: not measured")]
+        cells += [ablation.figures.get(variant, "")] if ablation.figures else []
+        lines.append(f"| {' | '.join(cells)} |")
     if "EN0-I" in ablation.metrics:
         real = mean_of(_values(rows, ablation, ablation.reference, "EN0-I real"))
-        cells = " | ".join(_plain(real) if metric == "EN0-I" else "" for metric in ablation.metrics)
-        lines.append(f"| the pictures among themselves | {cells} | |")
+        cells = [_plain(real) if metric == "EN0-I" else "" for metric in ablation.metrics]
+        lines.append(f"| the pictures among themselves | {' | '.join([*cells, *[''] * len(last)])} |")
     return lines
 
 
@@ -200,7 +272,7 @@ def missing_runs(ablation: Ablation, rows: Sequence[Row]) -> str:
     """Say which runs of an ablation have no row: by variant, the subjects and seeds."""
     done = {(row["variant"], row["subject"], row["seed"]) for row in rows}
     missing: dict[str, list[str]] = {}
-    for variant, subject, seed in runs_of(ablation):
+    for variant, subject, seed in runs_of(ablation, VARIANTS):
         if (variant, subject, seed) not in done:
             missing.setdefault(variant, []).append(f"{subject} (seed {seed})" if seed else subject)
     return "; ".join(f"“{ablation.labels[variant]}” of {', '.join(runs)}" for variant, runs in missing.items())
@@ -245,39 +317,63 @@ def _plain(score: Score) -> str:
 
 
 def _signed(score: Score) -> str:
-    if score.value is None or score.interval is None:
+    if score.value is None:
         return "-"
+    if score.interval is None:
+        return f"{score.value:+.3f}"
     return f"{score.value:+.3f} [{score.interval[0]:+.3f}, {score.interval[1]:+.3f}]"
 
 
-def write_sheets(pictures: Path, sheets: Path) -> None:
-    """Make a contact sheet for each ablation from the pictures of a drawn and a photographed subject, or of two."""
-    for name, ablation in ABLATIONS.items():
+def write_subjects(page: Page, pictures: Path, sheets: Path) -> None:
+    """Make a contact sheet of all subjects of a page: two of their pictures beside what the reference draws."""
+    names = dict.fromkeys(name for ablation in page.ablations.values() for name in ablation.subjects)
+    strips = {name: pictures / f"{page.reference}-{name}-0.png" for name in names}
+    rows = [
+        (BY_NAME[name].noun, [*map(small, BY_NAME[name].pictures[:2]), *thumbnails(strip)])
+        for name, strip in strips.items()
+        if strip.is_file()
+    ]
+    if rows:
+        save_sheet(rows, sheets / f"{page.name}.png", colours=256)
+
+
+def write_sheets(page: Page, pictures: Path, sheets: Path) -> None:
+    """Make a contact sheet for each ablation from the pictures of a few subjects that all variants have."""
+    for name, ablation in page.ablations.items():
         rows = []
-        for subject in [one for one in SHEET_SUBJECTS if one in ablation.subjects] or ablation.subjects[:2]:
-            for variant, label in ablation.labels.items():
-                strip = pictures / f"{variant}-{subject}-0.png"
-                if strip.is_file():
-                    rows.append((f"{subject}: {label.replace('λ', 'lambda')}", thumbnails(strip)))  # not in the font
+        for subject in [one for one in page.pictured if one in ablation.subjects] or ablation.subjects[:2]:
+            strips = {variant: pictures / f"{variant}-{subject}-0.png" for variant in ablation.labels}
+            if all(strip.is_file() for strip in strips.values()):
+                rows += [
+                    (f"{subject}: {_in_font(label)}", thumbnails(strips[one])) for one, label in ablation.labels.items()
+                ]
         if rows:
             save_sheet(rows, sheets / f"{name}.png")
 
 
+def _in_font(label: str) -> str:
+    return label.replace("λ", "lambda")
+
+
 def main() -> None:
-    """Write the page."""
+    """Write the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the pages")
     parser.add_argument("--pictures", type=Path, help="folder of the pictures of the runs")
     arguments = parser.parse_args()
-    sheets = arguments.page.parent / "images" / "quality"
-    if arguments.pictures is not None:
-        write_sheets(arguments.pictures, sheets)
-    notes = NOTES.read_text(encoding="utf-8") if NOTES.is_file() else ""
+    sheets = arguments.docs / "images" / "quality"
     measured = arguments.results / CEILING
     ceiling = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
-    text = page(read_rows(arguments.results), notes, ceiling=ceiling, sheets=sheets)
-    arguments.page.write_text(text, encoding="utf-8")
+    for page in PAGES:
+        if arguments.pictures is not None:
+            write_subjects(page, arguments.pictures, sheets)
+            write_sheets(page, arguments.pictures, sheets)
+        introduction, notes = (
+            (FOLDER / f"{page.name}_{part}.md").read_text(encoding="utf-8") for part in ("introduction", "notes")
+        )
+        text = write(page, read_rows(arguments.results), introduction, notes, ceiling=ceiling, sheets=sheets)
+        (arguments.docs / f"{page.name}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 Both train the UNet of one model with random weights, from start to final model, in processes of their own, in turn:
 `small` is the model of the tests, `sd15` has Stable Diffusion 1.5's size (15 GB of memory). Each runs with one step and
 with more; the difference is the cost of the steps, and what is left of the first is the cost around them. Reported are
-processor time, time by the clock, the largest resident memory and the bytes given to `write`.
+processor time, time by the clock, the largest resident memory and the bytes given to `write`. This package always
+leaves a last checkpoint that training can go on from; with `--resumable` the script writes its own as well.
 """
 
 import argparse
@@ -50,14 +51,28 @@ Path({report!r}).write_text(json.dumps({{
 QUANTITIES = ("processor_seconds", "seconds")
 
 
-def run(who: str, script: Path, model: Path, work: Path, resolution: int, steps: int) -> dict[str, float]:
-    """Train in a process of its own; return what it reported."""
+def run(
+    who: str, script: Path, model: Path, work: Path, resolution: int, steps: int, *, resumable: bool = False
+) -> dict[str, float]:
+    """Train in a process of its own; return what it reported.
+
+    Args:
+        who: ``lowmem-db`` or ``script``.
+        script: The script of diffusers.
+        model: Folder of the model.
+        work: Folder for everything that is written.
+        resolution: Of the pictures, pixels.
+        steps: Optimizer steps.
+        resumable: Let the script write a checkpoint at the last step, as this package always does.
+    """
     flags = [
         f"--pretrained_model_name_or_path={model}", f"--instance_data_dir={work / 'photos'}",
         "--instance_prompt=a zx dog", f"--output_dir={work / 'out'}", f"--resolution={resolution}",
         "--train_batch_size=1", f"--max_train_steps={steps}", "--learning_rate=1e-6", "--lr_scheduler=constant",
         "--mixed_precision=no", "--seed=1",
     ]  # fmt: skip
+    if resumable and who == "script":
+        flags.append(f"--checkpointing_steps={steps}")
     overrides = ["device=cpu", f"cache_dir={work / 'cache'}", "memory.weights=fp32"]
     report = work / "report.json"
     child = CHILD.format(
@@ -126,6 +141,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("small", "sd15"), default="small")
     parser.add_argument("--steps", type=int, default=5, help="steps of the longer run of each pair")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--resumable", action="store_true", help="let the script write a checkpoint at the end too")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     script = (options.diffusers if options.diffusers.is_file() else options.diffusers / SCRIPT).absolute()
@@ -135,7 +151,7 @@ def main() -> None:
         for index in range(options.rounds + 1):  # the first round warms up the disk's cache
             each = {
                 who: {
-                    length: run(who, script, model, Path(name), resolution, steps)
+                    length: run(who, script, model, Path(name), resolution, steps, resumable=options.resumable)
                     for length, steps in (("one", 1), ("more", options.steps))
                 }
                 for who in ("script", "lowmem-db")
@@ -146,7 +162,13 @@ def main() -> None:
     for name, row in medians.items():
         print(f"{name:40} {row['lowmem-db']:16,.1f} {row['script']:16,.1f} {row['ratio']:6.2f}")
     if options.output:
-        result = {"benchmark": "whole_command", "size": options.size, "steps": options.steps, "medians": medians}
+        result = {
+            "benchmark": "whole_command",
+            "size": options.size,
+            "steps": options.steps,
+            "resumable": options.resumable,
+            "medians": medians,
+        }
         options.output.write_text(json.dumps(result | {"rounds": rounds}, indent=1) + "\n")
 
 

@@ -139,7 +139,7 @@ def _check_state(param: Tensor, state: AdamW8bitState) -> None:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    if tensor.numel() == 0:
+    if tensor.is_contiguous():  # nearly always; an empty tensor too
         return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -42,6 +42,10 @@ def _steps_on_host(rule: Callable[[Config], bool]) -> Callable[[Config], bool]:
     return lambda c: c.memory.optimizer_step == "host" and rule(c)
 
 
+def _shares_out(rule: Callable[[Config], bool]) -> Callable[[Config], bool]:
+    return lambda c: c.distributed.sharding == "full" and rule(c)
+
+
 _TEXTUAL_INVERSION = (
     Rule(
         lambda c: not c.textual_inversion.enabled and c.textual_inversion != TextualInversionConfig(),
@@ -119,6 +123,46 @@ _STEP_ON_HOST = (
         _steps_on_host(lambda c: c.trains_weights and c.memory.stream_optimizer_state is False),
         "memory.optimizer_step: host keeps optimizer states in host memory, but memory.stream_optimizer_state is "
         "false; set it to true, or memory.optimizer_step=device",
+    ),
+)
+_SHARED_OUT = (
+    Rule(
+        _shares_out(lambda c: not c.trains_weights),
+        "distributed.sharding: 'full' is for weights that train, and adapters and embeddings leave them as they are; "
+        "set distributed.sharding=none, and lora.base_weights=nf4 for less memory",
+    ),
+    Rule(
+        _shares_out(lambda c: bool(c.memory.stream_weights)),
+        "memory.stream_weights: true keeps weights on the host, and distributed.sharding=full on other cards; leave "
+        "one of them out",
+    ),
+    Rule(
+        _shares_out(lambda c: bool(c.memory.stream_optimizer_state)),
+        "memory.stream_optimizer_state: true has not been tested with distributed.sharding=full; leave one of them out",
+    ),
+    Rule(
+        _shares_out(lambda c: bool(c.memory.channels_last)),
+        "memory.channels_last: true has weights in another order, whose rows distributed.sharding=full cannot share "
+        "out; leave one of them out",
+    ),
+    Rule(
+        _shares_out(lambda c: c.training.compile),
+        "training.compile: true has not been tested with distributed.sharding=full; leave one of them out",
+    ),
+    Rule(
+        _shares_out(lambda c: c.optimizer.name == "adafactor"),
+        "optimizer.name: 'adafactor' has states of whole rows and columns, which distributed.sharding=full does not "
+        "have; set optimizer.name=adamw8bit, or distributed.sharding=none",
+    ),
+    Rule(
+        _shares_out(lambda c: c.memory.weights == "bf16_stochastic"),
+        "memory.weights: 'bf16_stochastic' rounds each weight by its place in the whole tensor, and "
+        "distributed.sharding=full has parts of it; set memory.weights=bf16_extra_bits, or distributed.sharding=none",
+    ),
+    Rule(
+        _shares_out(lambda c: c.training.stop_text_encoder_training is not None),
+        "training.stop_text_encoder_training: {config.training.stop_text_encoder_training} cannot be combined with "
+        "distributed.sharding=full; leave it out, or set distributed.sharding=none",
     ),
 )
 RULES = (
@@ -295,6 +339,7 @@ RULES = (
     ),
     *_STREAMED_WEIGHTS,
     *_STEP_ON_HOST,
+    *_SHARED_OUT,
     Rule(
         lambda c: (c.memory.micro_batches or 0) > 1 and c.memory.micro_batches not in [*choices.micro_batches(c)],
         "memory.micro_batches: {config.memory.micro_batches} needs a training.train_batch_size that it divides "

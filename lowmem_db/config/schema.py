@@ -80,9 +80,12 @@ class ModelConfig(Section):
     """Key of the model's bytes: another model in its place is refused. A run writes it into its ``config.yaml``."""
     allow_pickle: bool = False
     """Also load pickled weights (``.bin``), with ``weights_only=True``. Default: only safetensors."""
-    embeddings: tuple[Annotated[str, AfterValidator(lambda path: str(_expand_home(Path(path))))], ...] = ()
-    """Files of learned embeddings (Textual Inversion) whose words prompts may use, in the formats of diffusers,
-    AUTOMATIC1111 and ComfyUI; pickled ones (``.pt``, ``.bin``) are read with ``weights_only=True``."""
+    embeddings: Annotated[
+        tuple[Annotated[str, AfterValidator(lambda path: str(_expand_home(Path(path))))], ...],
+        BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    ] = ()
+    """Learned embeddings (Textual Inversion) whose words prompts may use: finished runs, or files in the formats of
+    diffusers, AUTOMATIC1111 and ComfyUI; pickled ones (``.pt``, ``.bin``) are read with ``weights_only=True``."""
     vae: str | None = None
     """Another autoencoder, for training and in the final model: a folder in diffusers' layout, a ``.safetensors`` file,
     or a hub id such as ``madebyollin/sdxl-vae-fp16-fix``. Default: the model's own."""
@@ -456,7 +459,12 @@ class DistributedConfig(Section):
     """How gradients are added up: ``sum``, once per step in an order that the library chooses; ``ordered``, after every
     batch and by rank, which gives the bits of one process that accumulates as many batches, for any number of processes
     and with that much more traffic. Default: ``sum``, but ``ordered`` for two processes that accumulate batches; for
-    two that do not, both give the same bits."""
+    two that do not, both give the same bits. With ``sharding: full``, two always add up in order, which costs no more
+    traffic there, except that the norms of clipping are computed from whole gradients."""
+    sharding: Literal["none", "full"] = "none"
+    """What each process holds of the model: ``none``, all of it; ``full``, a part of the weights, gradients and
+    optimizer states, for models that do not fit one card (FSDP2, arXiv:2304.11277). The weights of a layer are put
+    together while it computes."""
     num_processes: PositiveInt = 1
     """How many there are: the launcher says it, and a run writes it down; ``lowmem-db plan --num-processes`` plans for
     it. Each of them computes ``training.gradient_accumulation_steps`` batches of ``training.train_batch_size``."""

@@ -23,6 +23,8 @@ _BLOCK = 4096  # bytes of a message that needs one exchange
 _LENGTH = 8
 _PARCEL = 1 << 18  # elements
 _ON_THE_WAY = 4  # parcels: they take memory
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as torch 2.13 calls it
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class World:
@@ -129,6 +131,33 @@ class World:
         """Overwrite dense tensors with those of one process."""
         self._exchange(tensors, lambda parcel: dist.broadcast(parcel, rank, group=self._group, async_op=True))
 
+    def collect(self, parts: Tensor, part: Tensor) -> None:
+        """Overwrite ``parts`` with the part of each process, by rank; all parts have the same length."""
+        self._wait(_all_gather(parts, part, group=self._group, async_op=True), parts)
+
+    def add_parts(self, part: Tensor, parts: Tensor) -> None:
+        """Overwrite ``part`` with this process's part of the sum of ``parts`` over all processes."""
+        if part.is_cuda and self._has_nccl:
+            self._wait(_reduce_scatter(part, parts, group=self._group, async_op=True), part)
+            return
+        received = torch.empty_like(parts)
+        self.swap(received, parts)
+        first, *others = received.chunk(self.size)
+        part.copy_(first)
+        for other in others:
+            part.add_(other)
+
+    def swap(self, received: Tensor, parts: Tensor) -> None:
+        """Give each process its part of ``parts``, and overwrite ``received`` with what all have given, by rank."""
+        self._wait(dist.all_to_all_single(received, parts, group=self._group, async_op=True), received)
+
+    def mesh(self, device: torch.device) -> Any:
+        """Return the processes as torch's ``DeviceMesh`` of one dimension."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        assert self._group is not None, "one process has nobody to share with"
+        return DeviceMesh.from_group(self._group, device.type)
+
     def _exchange(self, tensors: Sequence[Tensor], start: Callable[[Tensor], Any]) -> None:
         """Exchange tensors in place, small ones together: an exchange takes a while even if it moves nothing."""
         on_the_way: deque[tuple[Any, list[Tensor], Tensor]] = deque()
@@ -142,13 +171,17 @@ class World:
 
     def _unpack(self, work: Any, together: Sequence[Tensor], packed: Tensor) -> None:
         """Wait for a parcel, and copy its elements to where they belong."""
-        if packed.is_cuda and self._has_nccl:
-            work.wait()  # the stream waits; this process goes on
-        else:
-            self._finish(work)
+        self._wait(work, packed)
         if len(together) > 1:
             pieces = packed.split([tensor.numel() for tensor in together])
             torch._foreach_copy_([flat(tensor) for tensor in together], list(pieces))
+
+    def _wait(self, work: Any, tensor: Tensor) -> None:
+        """Wait for the exchange of a tensor."""
+        if tensor.is_cuda and self._has_nccl:
+            work.wait()  # the stream waits; this process goes on
+        else:
+            self._finish(work)
 
     def _finish(self, work: Any) -> None:
         """Wait for an exchange, and no longer than the other processes live.

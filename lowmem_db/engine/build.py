@@ -1,6 +1,7 @@
 """Building what a training step needs from a configuration: the model, the loss and the optimizer."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +12,18 @@ from lowmem_db.adaptation.finding import find_adaptation
 from lowmem_db.adaptation.layers import count_trained, that_train
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import autocast, check_resolved, resolve
+from lowmem_db.distributed.reduction import reduction_for
+from lowmem_db.distributed.shards import rows_of
 from lowmem_db.distributed.world import ALONE, World
 from lowmem_db.errors import ConfigError
 from lowmem_db.host_memory import to_device
-from lowmem_db.memory import techniques
+from lowmem_db.memory import sharding, techniques
 from lowmem_db.memory.weight_stream import weights_on_host
 from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
 from lowmem_db.objective.objective import Objective
-from lowmem_db.optimizers.build import build_optimizer
+from lowmem_db.optimizers.build import build_optimizer, stays_whole
 from lowmem_db.optimizers.ema import ExponentialMovingAverage
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.optimizers.weights import named_parameters
@@ -79,15 +82,21 @@ def build_step(
         with_variance=config.objective.variance == "hybrid",
     )
     techniques.apply(denoiser, config, device)
+    reduction = reduction_for(world, config)
+    is_shared_out = config.distributed.sharding == "full" and world.size > 1
+    if is_shared_out:
+        sharding.apply(denoiser, device, reduction, partial(stays_whole, config=config))
     for module in denoiser.modules().values():
-        to_device(module, device)
+        if not is_shared_out:
+            to_device(module, device)
         module.train()
     trained = that_train(denoiser.modules())
     on_host = weights_on_host(denoiser.modules().values())
-    optimizer = build_optimizer(config, trained, device, world, on_host)
+    optimizer = build_optimizer(config, trained, device, reduction, on_host)
     extra_bits = {name: bits for name, bits in prepared.extra_bits.items() if name.partition(".")[0] in trained}
     for name, bits in optimizer.extra_bits().items():
-        bits.copy_(extra_bits.pop(name))
+        found = extra_bits.pop(name)
+        bits.copy_(found if bits.shape == found.shape else found[rows_of(len(found), world.size)[world.rank]])
     if device.type != "meta":
         optimizer.keep_extra_bits(extra_bits)  # of layers that do not train: the final model needs them
     return denoiser, _build_objective(config, model, device), optimizer

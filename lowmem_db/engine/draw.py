@@ -84,10 +84,13 @@ class Thrift:
     Attributes:
         at_once: The most images in a batch; None: as many as a job asks for.
         tiled: Whether pictures are decoded in tiles.
+        is_shared: Whether other processes compute with the same weights at the same time, so that this one must not
+            begin anew when its memory runs out.
     """
 
     at_once: int | None = None
     tiled: bool = False
+    is_shared: bool = False
 
     @property
     def is_reduced(self) -> bool:
@@ -98,7 +101,7 @@ class Thrift:
         """Yield the batch size to try first, and smaller ones down to a single image."""
         size = min(wanted, self.at_once or wanted)
         yield size
-        while size > 1:
+        while size > 1 and not self.is_shared:
             size = -(-size // 2)
             self.at_once = size
             yield size

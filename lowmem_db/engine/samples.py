@@ -57,10 +57,13 @@ def draw_images(
     if world.is_first:
         world.from_first(lambda: prompts)
     codec = loaded_for_use(partial(load_decoder, config, model, denoiser), denoiser.device)
-    jobs = world.share([sample_job(config, prompt) for prompt in prompts])
+    jobs = [sample_job(config, prompt) for prompt in prompts]
+    own = world.share(jobs)
+    if config.distributed.sharding == "full":
+        own = [*own, *jobs[: -(-len(jobs) // world.size) - len(own)]]  # no weights without the others: all draw as many
     artist = sample_artist(config, model)
-    own = list(draw(artist, table, jobs, partial(evaluating, denoiser), codec, thrift=thrift)) if jobs else []
-    return list(zip(prompts, world.gathered_in_turn(own), strict=True))
+    drawn = list(draw(artist, table, own, partial(evaluating, denoiser), codec, thrift=thrift)) if own else []
+    return list(zip(prompts, world.gathered_in_turn(drawn)[: len(prompts)], strict=True))
 
 
 def sample_artist(config: Config, model: ModelFolder) -> Artist:

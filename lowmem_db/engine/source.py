@@ -20,8 +20,15 @@ from lowmem_db.engine.checkpoint_weights import checkpoint_weights, trained_comp
 from lowmem_db.errors import CheckpointError, DataError
 from lowmem_db.memory.drawing import load_all
 from lowmem_db.models.denoiser import Denoiser
-from lowmem_db.models.embedding_file import read_base, read_embedding
-from lowmem_db.models.finding import final_model_of, find_base, find_model, find_suggested, with_words
+from lowmem_db.models.embedding_file import read_base, read_embedding, words_beside
+from lowmem_db.models.finding import (
+    final_model_of,
+    find_base,
+    find_model,
+    find_suggested,
+    with_words,
+    with_words_beside,
+)
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.new_words import NewWord
 from lowmem_db.models.text_encoders import embed_prompts
@@ -245,9 +252,9 @@ def _embedding_source(file: Path, config: Config | None, base: str | None, run: 
     """Return the base model with the word of an embedding, as ``final/`` of Textual Inversion has it."""
     word = read_embedding(file)
     if config is not None:
-        return ImageSource(
-            model=_with_word(config, word, base, str(file if run is None else run.root)), run_config=config
-        )
+        trained_on = with_words_beside(config.model, file.parent)
+        own = config.model_copy(update={"model": trained_on})
+        return ImageSource(model=_with_word(own, word, base, str(file if run is None else run.root)), run_config=config)
     model = find_suggested(read_base(file), of=f"{file.parent} is an embedding", given=base)
     return ImageSource(model=with_words(model, [word]))
 
@@ -263,8 +270,10 @@ def _lora_source(file: Path, config: Config | None, run: RunFolder | None, base:
     owner = config or _config_of_owner(file.parent)
     if owner is None:
         model = find_suggested(lora.base, of=f"{file.parent} is a LoRA", given=base)
+        model = with_words(model, [read_embedding(each) for each in words_beside(file.parent)])
     else:
-        model = _base(owner.model, base, str(file if run is None else run.root), owner)
+        trained_on = with_words_beside(owner.model, file.parent)
+        model = _base(trained_on, base, str(file if run is None else run.root), owner)
     return ImageSource(model=model, lora=lora, lora_files=(file,), run_config=config)
 
 

@@ -4,8 +4,9 @@ For one text encoder a file holds one tensor, named after the word (diffusers; A
 tensor, and the name of the file as the word). For SDXL it holds ``clip_l`` and ``clip_g``, the names of all three.
 """
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from lowmem_db.errors import ModelError
 from lowmem_db.models.new_words import NewWord
 from lowmem_db.models.suggested_base import SuggestedBase
+from lowmem_db.storage.places import EMBEDDING_FILE, EMBEDDINGS_DIR
 from lowmem_db.storage.tensors import read_tensors, write_tensors
 
 _TOKEN = "lowmem_db_token"
@@ -41,13 +43,38 @@ def write_embedding(file: Path, word: NewWord, base: SuggestedBase) -> None:
     write_tensors(file, {name: rows.cpu().contiguous() for name, rows in tensors.items()}, metadata)
 
 
-def read_embedding(file: Path) -> NewWord:
-    """Read a word from a safetensors file, or from a pickled one with ``weights_only=True``.
+def read_embedding(path: Path) -> NewWord:
+    """Read a word from a safetensors file, from a pickled one with ``weights_only=True``, or from a finished run.
 
     Raises:
         ModelError: It is missing or damaged, or holds no embedding.
     """
-    return _read(file)[0]
+    return _read(_file_in(path) if path.is_dir() else path)[0]
+
+
+def files_of_words(words: Sequence[NewWord]) -> list[tuple[str, NewWord]]:
+    """Return the learned words of a model and names of files for them, by which AUTOMATIC1111 and ComfyUI know them."""
+    learned = [word for word in words if word.vectors]
+    bare = [re.sub(r"[^\w-]", "", word.token) or "word" for word in learned]
+    numbered = [name if bare.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(bare)]
+    return [(f"{name}.safetensors", word) for name, word in zip(numbered, learned, strict=True)]
+
+
+def write_words(folder: Path, words: Sequence[NewWord]) -> None:
+    """Write the learned words that a model was trained with beside it: it can be drawn with wherever it is.
+
+    Args:
+        folder: Folder of the model.
+        words: Its words; those without rows are left out.
+    """
+    for name, word in files_of_words(words):
+        (folder / EMBEDDINGS_DIR).mkdir(exist_ok=True)
+        write_embedding(folder / EMBEDDINGS_DIR / name, word, SuggestedBase())
+
+
+def words_beside(folder: Path) -> list[Path]:
+    """Return the files of :func:`write_words`."""
+    return sorted((folder / EMBEDDINGS_DIR).glob("*.safetensors"))
 
 
 def read_base(file: Path) -> SuggestedBase:
@@ -61,6 +88,16 @@ def read_base(file: Path) -> SuggestedBase:
         return SuggestedBase.of(metadata)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: its metadata is damaged ({' '.join(str(error).split())[:200]})") from error
+
+
+def _file_in(folder: Path) -> Path:
+    found = [file for place in (folder / "final", folder) if (file := place / EMBEDDING_FILE).is_file()]
+    if found:
+        return found[0]
+    raise ModelError(
+        f"model.embeddings: {folder} holds no {EMBEDDING_FILE}; allowed: a finished run of Textual Inversion, or "
+        f"{_ALLOWED}"
+    )
 
 
 def _read(file: Path) -> tuple[NewWord, Mapping[str, str]]:

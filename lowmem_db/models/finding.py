@@ -18,7 +18,7 @@ from lowmem_db.environment import without_downloads
 from lowmem_db.errors import ConfigError, ModelError
 from lowmem_db.models.autoencoder_override import AUTOENCODER_FILE, with_autoencoder
 from lowmem_db.models.checking import check_model
-from lowmem_db.models.embedding_file import read_embedding
+from lowmem_db.models.embedding_file import read_embedding, words_beside
 from lowmem_db.models.families import FAMILIES, families_of, find_family
 from lowmem_db.models.families.base import Reading
 from lowmem_db.models.files import ModelFiles
@@ -213,9 +213,15 @@ def _find(fields: ModelConfig, cache_dir: Path | None, *, weights: bool = True, 
 
 def final_model_of(config: Config, folder: Path) -> ModelFolder:
     """Find the model that a run has written; its prompts are read as in the run, learned words included."""
-    chosen = config.model
+    chosen = with_words_beside(config.model, folder)
     reading = {"clip_skip": chosen.clip_skip, "prompt_chunks": chosen.prompt_chunks}
     return find_model(str(folder), **reading, embeddings=chosen.embeddings)
+
+
+def with_words_beside(chosen: ModelConfig, folder: Path) -> ModelConfig:
+    """Return the fields that name a model, with the learned words that a finished run keeps beside what it has made."""
+    files = words_beside(folder)
+    return chosen.model_copy(update={"embeddings": tuple(map(str, files))}) if files else chosen
 
 
 def find_file(base: str, revision: str | None = None) -> Path | None:

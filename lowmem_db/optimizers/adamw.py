@@ -65,5 +65,5 @@ class AdamW:
         exp_avg_sq.mul_(config.beta2).addcmul_(gradient, gradient, value=1.0 - config.beta2)
         root = exp_avg_sq.sqrt().div_(math.sqrt(1.0 - config.beta2**step)).add_(config.epsilon)
         update = root.reciprocal_().mul_(exp_avg).div_(1.0 - config.beta1**step)
-        update.mul_(update_scale(update)).add_(weight, alpha=config.weight_decay)
+        update.mul_(update_scale(update, scalars.sums)).add_(weight, alpha=config.weight_decay)
         weight.sub_(update.mul_(scalars.learning_rate))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lowmem_db_kernels import AdamW8bitState, adamw8bit_step, bias_corrections
+from lowmem_db_kernels.adamw8bit_state import scale_of_squares
 from lowmem_db_kernels.codec import BLOCK_SIZE, dynamic_map
 from lowmem_db_kernels.dispatch import choose
 from torch import Tensor
@@ -18,6 +19,7 @@ from lowmem_db.config.schema import OptimizerConfig
 from lowmem_db.optimizers.rules import StepScalars
 from lowmem_db.optimizers.states import StateTensor, flat, like
 from lowmem_db.optimizers.weights import EXTRA_BITS
+from lowmem_db.side_streams import current_stream_id
 
 _ABSMAX = ("absmax1", "absmax2")
 
@@ -36,7 +38,7 @@ class AdamW8bit:
         self._bitsandbytes: Any = None if leaves_out_overflow else _bitsandbytes_for(device)
         self._maps = [dynamic_map(signed=signed).to(device) for signed in (True, False)] if self._bitsandbytes else []
         self.reports_norm = self._bitsandbytes is None
-        self._corrections: tuple[int, Tensor] | None = None
+        self._corrections: dict[tuple[int, int], Tensor] = {}
 
     def state_tensors(self, parameter: Tensor, *, small: bool) -> Sequence[StateTensor]:
         """Return 8-bit moments with the maxima of their blocks, or fp32 moments for small parameters."""
@@ -73,16 +75,20 @@ class AdamW8bit:
         }
         if scalars.clip_update:
             sums = adamw8bit_step(parameter, gradient, moments, **arguments, dry_run=True)
-            arguments["update_squares"] = sums[1]
+            if scalars.sums is None:
+                arguments["update_squares"] = sums[1]
+            else:
+                arguments["update_scale"] = scale_of_squares(scalars.sums.total(sums[1]), scalars.sums.count)
         return adamw8bit_step(parameter, gradient, moments, **arguments)[0]
 
     def _corrections_of(self, scalars: StepScalars) -> Tensor:
-        """Return the bias corrections of a step, computed once for all parameters."""
-        if self._corrections is None or self._corrections[0] != scalars.host_step:
-            self._corrections = (
-                scalars.host_step, bias_corrections(scalars.step, (self.config.beta1, self.config.beta2)),
-            )  # fmt: skip
-        return self._corrections[1]
+        """Return the bias corrections of a step, computed once for all parameters that a stream steps."""
+        key = scalars.host_step, current_stream_id(scalars.step.device)
+        if key not in self._corrections:
+            of_step = {known: found for known, found in self._corrections.items() if known[0] == scalars.host_step}
+            made = bias_corrections(scalars.step, (self.config.beta1, self.config.beta2))
+            self._corrections = of_step | {key: made}
+        return self._corrections[key]
 
     def _step_with_bitsandbytes(
         self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Tensor], scalars: StepScalars

@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
+from lowmem_db_kernels.codec import BLOCK_SIZE
 from torch import Tensor, nn
 
 from lowmem_db.config.schema import Config, Weights
 from lowmem_db.config.strategy import autocast, check_resolved
-from lowmem_db.distributed.reduction import reduction_for
-from lowmem_db.distributed.world import ALONE, World
+from lowmem_db.distributed.reduction import NO_REDUCTION, Reduction
+from lowmem_db.distributed.shards import can_be_shared, is_shared, own
 from lowmem_db.errors import ConfigError
 from lowmem_db.optimizers.adafactor import Adafactor
 from lowmem_db.optimizers.adamw import AdamW
@@ -18,7 +19,7 @@ from lowmem_db.optimizers.clipping import GradientClipping, LossScale
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.optimizers.in_backward import InBackwardHandle
 from lowmem_db.optimizers.on_host import HostStep
-from lowmem_db.optimizers.rules import UpdateRule
+from lowmem_db.optimizers.rules import Sums, UpdateRule
 from lowmem_db.optimizers.states import ResidentStates, StateLayout, States, like
 from lowmem_db.optimizers.streaming import StreamedStates
 from lowmem_db.optimizers.units import LargeParameter, SmallParameterRow, StepUnit
@@ -33,7 +34,7 @@ def build_optimizer(
     config: Config,
     modules: Mapping[str, nn.Module],
     device: torch.device,
-    world: World = ALONE,
+    reduction: Reduction = NO_REDUCTION,
     on_host: Mapping[nn.Parameter, Tensor] | None = None,
 ) -> OptimizerHandle:
     """Build the optimizer of a configuration, with a group for each component that trains.
@@ -42,7 +43,7 @@ def build_optimizer(
         config: The resolved configuration; the modules already have its weight format.
         modules: The components, by name.
         device: Device of the modules.
-        world: The processes that share each step.
+        reduction: Adds up the gradients of all processes. Default: there is one.
         on_host: The weights that are on the host, where they are. Default: none.
 
     Raises:
@@ -51,7 +52,7 @@ def build_optimizer(
     """
     check_resolved(config)
     rule = _RULES[config.optimizer.name](config, device)
-    units = _units(config, rule, modules, device)
+    units = _units(config, rule, modules, device, reduction)
     step = _host_step(config, units, on_host or {}, device) if config.memory.optimizer_step == "host" else None
     kind = partial(InBackwardHandle, on_host=step) if config.memory.optimizer_in_backward else OptimizerHandle
     return kind(
@@ -60,7 +61,7 @@ def build_optimizer(
         clipping=GradientClipping(config.training.clipping or "none", config.training.max_grad_norm, device),
         loss_scale=LossScale(device) if autocast(config) == "fp16" else None,
         device=device,
-        reduction=reduction_for(world, config),
+        reduction=reduction,
     )
 
 
@@ -83,18 +84,35 @@ _RULES: dict[str, Callable[[Config, torch.device], UpdateRule]] = {
 }
 
 
-def _units(config: Config, rule: UpdateRule, modules: Mapping[str, nn.Module], device: torch.device) -> list[StepUnit]:
+def stays_whole(parameter: Tensor, config: Config) -> bool:
+    """Return whether every process keeps the whole of a parameter where ``distributed.sharding`` shares them out.
+
+    Small ones stay, which are stepped in one row; and those whose rows cannot be shared out without separating what an
+    8-bit state scales together.
+    """
+    block = BLOCK_SIZE if config.optimizer.name == "adamw8bit" else 1
+    is_small = parameter.numel() <= _LARGEST_SMALL
+    return is_small or not can_be_shared(parameter.shape, config.distributed.num_processes, block)
+
+
+def _units(
+    config: Config, rule: UpdateRule, modules: Mapping[str, nn.Module], device: torch.device, reduction: Reduction
+) -> list[StepUnit]:
     trained = _trained_parameters(modules)
     large = {name: parameter for name, parameter in trained.items() if parameter.numel() > _LARGEST_SMALL}
     rows = _rows({name: parameter for name, parameter in trained.items() if name not in large})
     layout = partial(_layout, rule, extra_bits=config.memory.weights == "bf16_extra_bits")
-    large_states = _states({name: layout(parameter, small=False) for name, parameter in large.items()}, config, device)
+    large_states = _states({name: layout(own(each), small=False) for name, each in large.items()}, config, device)
     row_states = ResidentStates({name: layout(_in_a_row(row), small=True) for name, row in rows.items()}, device)
     seed = partial(_rounding_seed, config.seed, config.memory.weights)
     return [
-        *(LargeParameter(name, parameter, large_states, seed(name)) for name, parameter in large.items()),
+        *(LargeParameter(name, each, large_states, seed(name), _sums(each, reduction)) for name, each in large.items()),
         *(SmallParameterRow(name, row, row_states, seed(name)) for name, row in rows.items()),
     ]
+
+
+def _sums(parameter: nn.Parameter, reduction: Reduction) -> Sums | None:
+    return Sums(parameter.numel(), reduction.total) if is_shared(parameter) else None
 
 
 def _states(layouts: Mapping[str, StateLayout], config: Config, device: torch.device) -> States:

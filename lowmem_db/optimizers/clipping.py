@@ -29,6 +29,7 @@ class GradientClipping:
         self.mode = mode
         self.max_norm = max_norm
         self.average_norm = torch.zeros((), device=device)
+        self._lagged_scale: Tensor | None = None  # the same for all gradients of a step
 
     def scale(self, norm: Tensor | None) -> Tensor | None:
         """Return the factor for a gradient, or None for no scaling.
@@ -37,12 +38,10 @@ class GradientClipping:
             norm: Norm of the gradient for ``per_tensor``, of all gradients for ``global``; otherwise not used.
         """
         if self.mode == "lagged":
-            norm = self.average_norm
-        elif self.mode not in {"global", "per_tensor"}:
-            return None
-        assert norm is not None, f"clipping {self.mode} needs a norm"
-        assert self.max_norm is not None, f"clipping {self.mode} needs max_norm"
-        return (self.max_norm / norm).clamp(max=1.0)
+            if self._lagged_scale is None:
+                self._lagged_scale = self._limited(self.average_norm)
+            return self._lagged_scale
+        return self._limited(norm) if self.mode in {"global", "per_tensor"} else None
 
     def update(self, norm: Tensor) -> None:
         """Record the joint norm of a step, unless it is infinite or NaN."""
@@ -50,6 +49,7 @@ class GradientClipping:
             decay = torch.where(self.average_norm > 0, _LAGGED_DECAY, 0.0)
             average = decay * self.average_norm + (1.0 - decay) * norm
             self.average_norm.copy_(torch.where(norm.isfinite(), average, self.average_norm))
+            self._lagged_scale = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state."""
@@ -58,6 +58,12 @@ class GradientClipping:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
         self.average_norm.copy_(state["average_norm"])
+        self._lagged_scale = None
+
+    def _limited(self, norm: Tensor | None) -> Tensor:
+        assert norm is not None, f"clipping {self.mode} needs a norm"
+        assert self.max_norm is not None, f"clipping {self.mode} needs max_norm"
+        return (self.max_norm / norm).clamp(max=1.0)
 
 
 class LossScale:

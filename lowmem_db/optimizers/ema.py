@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_db.distributed.shards import is_shared, own
 from lowmem_db.optimizers.states import load_into
 from lowmem_db.optimizers.weights import in_fp32
 
@@ -48,14 +49,21 @@ class ExponentialMovingAverage:
         Args:
             dtype: Type of the weights in the context; fp32 uses the average without rounding. Default: the model's.
         """
-        trained = {name: parameter.data for name, parameter in self.parameters.items()}
+        shared = {name: parameter for name, parameter in self.parameters.items() if is_shared(parameter)}
+        others = {name: parameter for name, parameter in self.parameters.items() if name not in shared}
+        trained = {name: parameter.data for name, parameter in others.items()}
+        trained |= {name: own(parameter).clone() for name, parameter in shared.items()}
         try:
-            for name, parameter in self.parameters.items():
+            for name, parameter in others.items():
                 parameter.data = self.average[name].to(dtype or parameter.dtype)
+            for name, parameter in shared.items():  # whose memory FSDP2 refers to
+                own(parameter).copy_(self.average[name])
             yield
         finally:
-            for name, parameter in self.parameters.items():
+            for name, parameter in others.items():
                 parameter.data = trained[name]
+            for name, parameter in shared.items():
+                own(parameter).copy_(trained[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the average, by name."""
@@ -75,4 +83,4 @@ class ExponentialMovingAverage:
         """Yield each weight in fp32: the parameter itself, or a new tensor."""
         extra_bits = self.extra_bits()
         for name, parameter in self.parameters.items():
-            yield name, in_fp32(parameter.detach(), extra_bits.get(name))
+            yield name, in_fp32(own(parameter).detach(), extra_bits.get(name))

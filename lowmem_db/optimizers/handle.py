@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_db.distributed.reduction import NO_REDUCTION, Reduction
+from lowmem_db.distributed.shards import is_shared, own
 from lowmem_db.errors import NonFiniteError
 from lowmem_db.finite import first_not_finite
 from lowmem_db.optimizers.clipping import GradientClipping, LossScale
@@ -182,7 +183,7 @@ class OptimizerHandle:
         """Return the bytes of optimizer state per trained parameter, including extra bits."""
         states = self._states_by_parameter().values()
         used = sum(tensor.nbytes for tensors in states for tensor in tensors.values())
-        return used / sum(parameter.numel() for parameter in self.parameters())
+        return used / sum(own(parameter).numel() for parameter in self.parameters())
 
     def _states_by_parameter(self) -> dict[str, Mapping[str, Tensor]]:
         frozen = {name: {EXTRA_BITS: bits} for name, bits in self._extra_bits_of_frozen.items()}
@@ -212,9 +213,9 @@ class OptimizerHandle:
         gradient = unit.gradient()
         if gradient is None:
             return None
-        scalars = replace(self._scalars[unit.group], gradient_scale=scale)
+        scalars = replace(self._scalars[unit.group], gradient_scale=scale, sums=unit.sums)
         with unit.states.on_device(unit.name) as state, unit.weight() as weight:
-            return self.rule.step(weight, gradient, state, scalars, rounding_seed=unit.rounding_seed)
+            return self.rule.step(weight, own(gradient), state, scalars, rounding_seed=unit.rounding_seed)
 
     def _scale_of(self, unit: StepUnit, joint_norm: Tensor) -> Tensor | None:
         """Return the factor for a unit's gradient, from clipping and loss scaling."""
@@ -226,12 +227,12 @@ class OptimizerHandle:
     def _joint_norm(self) -> Tensor:
         """Return the joint norm of all gradients, without the loss scale."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        return self._norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)))
+        return self._without_loss_scale(torch.linalg.vector_norm(self.reduction.norms(gradients)))
 
     def _where_not_finite(self) -> str:
         """Return the parameter whose gradient is infinite or NaN, in words; or that their norm is."""
         gradients = {
-            name: parameter.grad
+            name: own(parameter.grad)
             for unit in self.units
             for name, parameter in unit.parameters.items()
             if parameter.grad is not None
@@ -241,7 +242,11 @@ class OptimizerHandle:
 
     def _norm(self, gradient: Tensor) -> Tensor:
         """Return the norm of a gradient, without the loss scale."""
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        if is_shared(gradient):
+            return self._without_loss_scale(self.reduction.norms([gradient])[0])
+        return self._without_loss_scale(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+
+    def _without_loss_scale(self, norm: Tensor) -> Tensor:
         return norm if self.loss_scale is None else norm / self.loss_scale.value
 
     def _unscaled(self, scale: Tensor | None) -> Tensor | None:

@@ -36,6 +36,7 @@ class InBackwardHandle(OptimizerHandle):
         super().__init__(*args, **kwargs)
         self._on_host = on_host
         self._squared_norms: dict[str, Tensor] = {}
+        self._shares: list[str] = []  # those of which each process has squared its rows alone
         self._usable: Tensor | None = None  # 1, or NaN if the loss is not finite
         self._hooks: dict[str, RemovableHandle] = {}
         self.apply()
@@ -58,7 +59,7 @@ class InBackwardHandle(OptimizerHandle):
         self._begin_step()
         finite = None if finite is None else self.reduction.world.least(finite)
         self._usable = None if finite is None else torch.where(finite > 0, 1.0, torch.nan)
-        self._squared_norms = {}
+        self._squared_norms, self._shares = {}, []
         if self._on_host is None:
             self._scaled(loss).backward()
             return
@@ -79,6 +80,7 @@ class InBackwardHandle(OptimizerHandle):
         for unit in self.units:
             if not isinstance(unit, LargeParameter):
                 self._on_gradient(unit)
+        self._add_up_shares()
         norm = torch.stack(list(self._squared_norms.values())).sum().sqrt()
         self.clipping.update(norm)
         if self.loss_scale is not None:
@@ -119,10 +121,18 @@ class InBackwardHandle(OptimizerHandle):
             scale = self._usable if scale is None else scale * self._usable
         by_product = self._step_or_send(unit, gradient, scale)
         squared_norm = by_product if norm is None else norm.square()
+        if norm is None and unit.sums is not None:
+            self._shares.append(unit.name)
         assert squared_norm is not None, f"{type(self.rule).__name__} did not report the norm of {unit.name}"
         self._squared_norms[unit.name] = squared_norm
         for parameter in unit.parameters.values():
             parameter.grad = None
+
+    def _add_up_shares(self) -> None:
+        """Complete the squared norms of gradients that are shared out."""
+        if self._shares:
+            squares = torch.stack([self._squared_norms[name] for name in self._shares])
+            self._squared_norms |= dict(zip(self._shares, self.reduction.total(squares), strict=True))
 
     def _step_or_send(self, unit: StepUnit, gradient: Tensor, scale: Tensor | None) -> Tensor | None:
         """Step a unit, here or on the host; return the square of its norm if the rule computes it, or NaN before."""

@@ -1,6 +1,6 @@
 """The interface of an optimizer's arithmetic on one parameter; the handle decides how and when it runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -8,6 +8,19 @@ from lowmem_db_kernels.adamw8bit_state import scale_of_squares
 from torch import Tensor
 
 from lowmem_db.optimizers.states import StateTensor
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the whole of a parameter of which each process steps some rows.
+
+    Attributes:
+        count: Elements of the whole.
+        total: Returns the sum over all processes of what each has summed up.
+    """
+
+    count: int
+    total: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +34,7 @@ class StepScalars:
         host_step: The step number as a number.
         gradient_scale: Factor for the gradient, an fp32 scalar on the device. Default: 1.
         clip_update: Whether the update of each tensor is scaled down to a root mean square of at most 1.
+        sums: Sums over the whole of a parameter that is shared out. Default: the parameter is whole.
     """
 
     learning_rate: Tensor
@@ -29,6 +43,7 @@ class StepScalars:
     host_step: int
     gradient_scale: Tensor | None
     clip_update: bool
+    sums: Sums | None = None
 
 
 @runtime_checkable
@@ -66,6 +81,9 @@ class UpdateRule(Protocol):
         ...
 
 
-def update_scale(update: Tensor) -> Tensor:
+def update_scale(update: Tensor, sums: Sums | None) -> Tensor:
     """Return the factor that limits an update to a root mean square of 1 (arXiv:1804.04235, section 6, with d = 1)."""
-    return scale_of_squares(update.square().sum(), update.numel())
+    squares = update.square().sum()
+    return (
+        scale_of_squares(squares, update.numel()) if sums is None else scale_of_squares(sums.total(squares), sums.count)
+    )

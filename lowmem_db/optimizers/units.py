@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lowmem_db.distributed.shards import own
+from lowmem_db.optimizers.rules import Sums
 from lowmem_db.optimizers.states import States
 
 
@@ -17,10 +19,19 @@ class LargeParameter:
         parameter: The parameter.
         states: The states, with this parameter's under its name.
         rounding_seed: Seed of its stochastic rounding, or None for other weight formats.
+        sums: If it is shared out, what sums over the whole of it.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, states: States, rounding_seed: int | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        states: States,
+        rounding_seed: int | None,
+        sums: Sums | None = None,
+    ) -> None:
         self.name = name
+        self.sums = sums
         self.parameters = {name: parameter}
         self.states = states
         self.rounding_seed = rounding_seed
@@ -31,13 +42,13 @@ class LargeParameter:
         return self.name.partition(".")[0]
 
     def gradient(self) -> Tensor | None:
-        """Return its gradient, or None if it has none."""
+        """Return its gradient, which is shared out if the parameter is, or None if it has none."""
         return self.parameters[self.name].grad
 
     @contextmanager
     def weight(self) -> Iterator[Tensor]:
         """Return a context with the weight, to be stepped in place."""
-        yield self.parameters[self.name].data
+        yield own(self.parameters[self.name]).data
 
     def states_by_parameter(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Return its state under its name."""
@@ -60,6 +71,7 @@ class SmallParameterRow:
         self, name: str, parameters: Mapping[str, nn.Parameter], states: States, rounding_seed: int | None
     ) -> None:
         self.name = name
+        self.sums: Sums | None = None
         self.parameters = dict(parameters)
         self.states = states
         self.rounding_seed = rounding_seed

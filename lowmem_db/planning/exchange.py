@@ -10,7 +10,7 @@ from lowmem_db.planning.cards import Card, pcie_seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """The gradients that cross between the cards in one step.
+    """The gradients, and weights that are shared out, that cross between the cards in one step.
 
     Attributes:
         sent_bytes: What the busiest process sends.
@@ -41,6 +41,26 @@ def exchange_of(strategy: Config, gradient_bytes: int, card: Card) -> Exchange:
     received = rounds * (count - 1) * gradient_bytes
     seconds = pcie_seconds(received + gradient_bytes, card)
     return Exchange(sent_bytes=gradient_bytes, received_bytes=received, seconds=seconds)
+
+
+def exchange_of_shards(strategy: Config, weight_bytes: int, gradient_bytes: int, card: Card) -> Exchange:
+    """Predict what crosses in a step if the model is shared out: a ring for each time that it is put together.
+
+    That happens to the weights in the forward and in the backward pass of every batch, to their gradients after it, and
+    once more to the gradients where clipping needs norms in the order of one process.
+
+    Args:
+        strategy: The resolved configuration.
+        weight_bytes: Bytes of the weights of the whole model.
+        gradient_bytes: Bytes of all gradients.
+        card: The card of each process.
+    """
+    count = strategy.distributed.num_processes
+    batches = strategy.training.gradient_accumulation_steps * (strategy.memory.micro_batches or 1)
+    has_norms = is_ordered(strategy) and strategy.training.clipping in {"global", "per_tensor"}
+    moved = batches * (2 * weight_bytes + gradient_bytes) + gradient_bytes * has_norms
+    around = (count - 1) * moved // count
+    return Exchange(sent_bytes=around, received_bytes=around, seconds=pcie_seconds(around, card))
 
 
 def in_words(strategy: Config, exchange: Exchange) -> str:

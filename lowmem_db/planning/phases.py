@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from lowmem_db.config.strategy import autocast, changed
 from lowmem_db.engine.build import Prepared, build_ema, build_step, prepare_modules
 from lowmem_db.engine.samples import evaluating, load_decoder, sample_artist, sample_job
 from lowmem_db.engine.step import train_step
+from lowmem_db.memory import sharding
 from lowmem_db.memory.weight_stream import weights_on_host
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU, META
 from lowmem_db.models.saving import DTYPES
-from lowmem_db.optimizers.build import build_optimizer
+from lowmem_db.optimizers.build import build_optimizer, stays_whole
 from lowmem_db.planning.caching_allocator import Event
 from lowmem_db.planning.cards import Card
 from lowmem_db.planning.copying import copy_of
@@ -54,6 +56,7 @@ class Traced:
         num_trained: How many parameters of each component train.
         streamed_bytes: Bytes of the weights that are on the host.
         streamed_trained_bytes: Bytes of those among them that train.
+        passing: Bytes of weights and of gradients that are put together for a layer of a model that is shared out.
     """
 
     peak: MemoryParts
@@ -66,6 +69,7 @@ class Traced:
     num_trained: Mapping[str, int] = field(default_factory=dict)
     streamed_bytes: int = 0
     streamed_trained_bytes: int = 0
+    passing: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +250,7 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
     prepared = replace(run, config=after_backward[0]).prepare()
     with run.tracing() as (tracker, costs):
         denoiser, _, optimizer = build_step(after_backward[0], run.model, META, copy_of(prepared))
+        passing = _share_out(denoiser, after_backward[0])
         tracker.register(weights_of(denoiser.modules().values()), "weights")
         on_host = weights_on_host(denoiser.modules().values())
         for strategy in after_backward:
@@ -263,10 +268,21 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
                     num_trained=count_trained(denoiser.modules()),
                     streamed_bytes=sum(weight.nbytes for weight in streamed),
                     streamed_trained_bytes=sum(weight.nbytes for weight in streamed if weight.requires_grad),
+                    passing=passing,
                 )
             )
             del ema
     return found
+
+
+def _share_out(denoiser: Denoiser, config: Config) -> tuple[int, int]:
+    """Leave of a model what one of several processes holds; return the bytes that are put together at a time."""
+    if config.distributed.sharding == "none":
+        return 0, 0
+    whole = partial(stays_whole, config=config)
+    passing = sharding.passing_bytes(denoiser, whole)
+    sharding.shrink(denoiser, config.distributed.num_processes, whole)
+    return passing
 
 
 def trace_sample(run: TracedRun) -> Traced:

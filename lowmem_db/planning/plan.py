@@ -11,7 +11,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import StrategyField, changed, describe, effort_of, open_paths
 from lowmem_db.engine.fitting import check_fits
 from lowmem_db.environment import GIB
-from lowmem_db.errors import BudgetError
+from lowmem_db.errors import BudgetError, ConfigError
 from lowmem_db.models.finding import model_of
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.allowance import allocator_bytes
@@ -19,10 +19,11 @@ from lowmem_db.planning.candidates import candidates, open_choices
 from lowmem_db.planning.cards import Card
 from lowmem_db.planning.disk import cache_bytes, checkpoint_bytes, final_bytes, record_bytes
 from lowmem_db.planning.duration import seconds_of_phases
-from lowmem_db.planning.exchange import exchange_of, in_words
+from lowmem_db.planning.exchange import in_words
 from lowmem_db.planning.needs import Needs
 from lowmem_db.planning.phases import TracedRun
 from lowmem_db.planning.predictor import Predictor, Traces
+from lowmem_db.planning.shared_predictor import SharedPredictor
 from lowmem_db.planning.smallest import Smallest, find_smallest, given_fields, in_the_way, without
 from lowmem_db.planning.target import Target
 from lowmem_db.records import MemoryPlan, PhaseMemory, Refusal
@@ -46,6 +47,12 @@ def plan(config: Config, target: Target, *, model: ModelFolder | None = None) ->
     """
     model = model or model_of(config, weights=False)
     check_fits(config, model)
+    if config.distributed.sharding == "full" and config.distributed.num_processes == 1:
+        raise ConfigError(
+            "distributed.sharding: 'full' shares the model out between processes, and there is one; start two with "
+            "torchrun --nproc_per_node 2 -m lowmem_db, plan for them with --num-processes 2, or set "
+            "distributed.sharding=none"
+        )
     run = TracedRun(config=config, model=model, card=target.card)
     try:
         return Planner(run).plan(target.budget_bytes, host_bytes=target.host_bytes, notes=target.notes)
@@ -67,7 +74,8 @@ class Planner:
     def __init__(self, run: TracedRun, traces: Traces | None = None) -> None:
         self._started = time.perf_counter()
         self.run = run
-        self.predictor = Predictor(run, open_choices(run.config, run.card), traces)
+        kind = SharedPredictor if run.config.distributed.sharding == "full" else Predictor
+        self.predictor = kind(run, open_choices(run.config, run.card), traces)
         self.needs = Needs(self.predictor)
 
     def candidates(self) -> tuple[list[Config], list[Refusal]]:
@@ -224,7 +232,7 @@ class _Search:
     def _plan(self, strategy: Config, phases: list[PhaseMemory], refused: list[Refusal]) -> Plan:
         peak = max(phases, key=lambda phase: phase.parts.total)
         needed = self._needs.of_phases(phases)
-        exchange = exchange_of(strategy, self._predictor.resident(strategy).trained_bytes, self._card)
+        exchange = self._predictor.exchange(strategy)
         notes = [] if peak.name == "train" else [f"the peak of the run is in the phase {peak.name}, not in train"]
         notes += self._note_of_streams(strategy, phases)
         notes += [in_words(strategy, exchange)] if strategy.distributed.num_processes > 1 else []

@@ -17,6 +17,7 @@ from lowmem_db.config.strategy import Trace, changed, key_of, overhead_of
 from lowmem_db.planning.candidates import placement_of
 from lowmem_db.planning.cards import Crossing, measured_ratio, seconds_per_step
 from lowmem_db.planning.costs import Attention, Costs
+from lowmem_db.planning.exchange import Exchange, exchange_of
 from lowmem_db.planning.phases import (
     Traced,
     TracedRun,
@@ -164,6 +165,10 @@ class Predictor:
             backward=times * kept.streamed_bytes + states,
             back=kept.streamed_trained_bytes + states,
         )
+
+    def exchange(self, strategy: Config) -> Exchange:
+        """Return what crosses between the cards of several processes in a step."""
+        return exchange_of(strategy, self.resident(strategy).trained_bytes, self.run.card)
 
     def _traced(self, phase: Trace, strategy: Config, trace: Callable[[TracedRun], Traced]) -> Traced:
         """Return the trace of a phase, which is shared by all strategies with the same key."""

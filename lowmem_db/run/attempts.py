@@ -27,6 +27,7 @@ from lowmem_db.engine.samples import draw_images, draw_samples
 from lowmem_db.errors import BudgetError
 from lowmem_db.evaluation.during_training import Scorer
 from lowmem_db.models.folder import ModelFolder
+from lowmem_db.models.loading import CPU
 from lowmem_db.out_of_memory import Place
 from lowmem_db.planning.allowance import held_by_others
 from lowmem_db.planning.ladder import Ladder, Phase
@@ -121,7 +122,7 @@ class Attempts:
         self._prepared = prepared
         self._config = prepared.config
         self._trainer: Trainer | None = None
-        self._thrift = Thrift()
+        self._thrift = Thrift(is_shared=prepared.config.distributed.sharding == "full")
         traced = TracedRun(config=prepared.config, model=prepared.model, card=prepared.target.card)
         self._ladder = Ladder(traced, prepared.chosen, prepared.target.budget_bytes)
 
@@ -208,14 +209,17 @@ class Attempts:
         if device.type == "cuda":
             write_measured(run, trainer.peak_step_bytes)
         best = trainer.step_to_keep()
-        if best is not None and best != trainer.step:
-            say(f"the final model is taken from step {best}, which scored best")
+        step = trainer.step if best is None else best
+        if step != trainer.step:
+            say(f"the final model is taken from step {step}, which scored best")
+        if step != trainer.step or trainer.is_shared_out:
+            config, device = (_on_host(self._config), CPU) if trainer.is_shared_out else (self._config, device)
             trainer.observers = ()  # which refer to it, so that the model would stay in memory
             self._trainer = None
             del trainer
-            environment.release_memory(device)
-            trainer = self._trainer = build_trainer(self._config, model, device, self._prepared.batches, run)
-            trainer.resume(best)
+            environment.release_memory(self._prepared.device)
+            trainer = self._trainer = build_trainer(config, model, device, self._prepared.batches, run)
+            trainer.resume(step)
         write_final(trainer, model)
         write_page(run)
         say(f"done: {run.final_dir} holds the {trainer.adaptation.noun}; draw with it:")
@@ -284,6 +288,11 @@ def build_trainer(
     batches = batches.in_parts(max(1, config.memory.micro_batches or 0)).of_rank(world.rank, world.size)
     ema = build_ema(config, denoiser, optimizer)
     return Trainer(config, run, denoiser, find_adaptation(config), objective, optimizer, batches, ema, world=world)
+
+
+def _on_host(config: Config) -> Config:
+    """Return a configuration that builds the same weights on the host, which has no kernels of a card."""
+    return changed(config, {"memory.fused_layers": False, "memory.attention": "sdpa"})
 
 
 def _newest_checkpoint(run: RunFolder) -> str:

@@ -10,7 +10,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.engine.build import count_on_meta
 from lowmem_db.errors import StorageError
-from lowmem_db.memory import techniques
+from lowmem_db.memory import sharding, techniques
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.disk import checkpoint_bytes, final_bytes
 from lowmem_db.storage import hub
@@ -24,13 +24,15 @@ def check_machine(config: Config, device: torch.device) -> None:
     Raises:
         BudgetError: Other programs hold the device's memory.
         ConfigError: The device does not support ``training.mixed_precision``.
-        DependencyError: A library or login that was asked for is missing, or ``LOWMEM_DB_KERNELS`` asks for kernels
-            that cannot run here.
+        DependencyError: A library or login that was asked for is missing, torch is too old, or
+            ``LOWMEM_DB_KERNELS`` asks for kernels that cannot run here.
         StorageError: The final model is to be uploaded, but nobody is logged in.
     """
     environment.check_room(device)
     environment.check_precision(config.training.mixed_precision or "no", device)
     techniques.check(config, device)
+    if config.distributed.sharding == "full":
+        sharding.check()
     if environment.will_compile(device):
         say(f"compiling kernels, once for {device} and this Triton: up to a minute, here and in the first step")
     environment.check_kernels(device)

@@ -12,6 +12,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.console import say
 from lowmem_db.exporting.lora import LoraSource, export_lora, is_dora
 from lowmem_db.models.copying import SAMPLES_FILE
+from lowmem_db.models.embedding_file import write_words
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.saving import forget_places
 from lowmem_db.run.model_card import CARD_FILE, model_card
@@ -47,6 +48,7 @@ def _save_final(trainer: Trainer, model: ModelFolder, folder: Path) -> None:
         extra_bits = {name: bits for name, bits in extra_bits.items() if name not in trainer.ema.parameters}
     with nullcontext() if trainer.ema is None else trainer.ema.applied(torch.float32):
         trainer.adaptation.write(folder, model, trainer.trained_modules, extra_bits)
+    write_words(folder, model.words)
     has_samples = _add_samples(folder, trainer.run.newest_sample("grid.png", step=trainer.step))
     card = model_card(trainer.config, model, trainer.adaptation.noun, trainer.step, has_samples=has_samples)
     write_text(folder / CARD_FILE, card)

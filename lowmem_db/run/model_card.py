@@ -12,8 +12,9 @@ import yaml
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
 from lowmem_db.models.copying import SAMPLES_FILE
+from lowmem_db.models.embedding_file import files_of_words
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.storage.places import EMBEDDING_FILE
+from lowmem_db.storage.places import EMBEDDING_FILE, EMBEDDINGS_DIR
 
 CARD_FILE = "README.md"
 LICENSES = {
@@ -156,6 +157,7 @@ def _usage(config: Config, model: ModelFolder, base: str) -> list[str]:
             "from diffusers import DiffusionPipeline",
             "",
             'pipeline = DiffusionPipeline.from_pretrained("FOLDER_OR_HUB_ID")',
+            *_learned_words(model),
             call,
         ]
     return [
@@ -163,9 +165,28 @@ def _usage(config: Config, model: ModelFolder, base: str) -> list[str]:
         "",
         f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base)})",
         'pipeline.load_lora_weights("FOLDER_OR_HUB_ID", weight_name="pytorch_lora_weights.safetensors")',
+        *_learned_words(model),
         *_changed_scheduler(config, model),
         call,
     ]
+
+
+def _learned_words(model: ModelFolder) -> list[str]:
+    """Return how diffusers is told the words that the model was trained with."""
+    found = []
+    for file, word in files_of_words(model.words):
+        token = json.dumps(word.token, ensure_ascii=False)
+        place = f'"FOLDER/{EMBEDDINGS_DIR}/{file}"'
+        if len(word.vectors) == 1:
+            found.append(f"pipeline.load_textual_inversion({place}, token={token})")
+        else:
+            found += [
+                f"rows = safetensors.torch.load_file({place})",
+                f'pipeline.load_textual_inversion(rows["clip_l"], token={token})',
+                f'pipeline.load_textual_inversion(rows["clip_g"], token={token}, text_encoder=pipeline.text_encoder_2, '
+                "tokenizer=pipeline.tokenizer_2)",
+            ]
+    return found
 
 
 def _given(config: Config, model: ModelFolder) -> str:

@@ -13,6 +13,8 @@ DEMO_DIR = Path(__file__).parents[1] / "models" / "demo" / "base"
 INDEX = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDING_FILE = "learned_embeds.safetensors"
+EMBEDDINGS_DIR = "embeddings"
+"""Beside a model: the learned words that it was trained with."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w.-]+)/(.+\.safetensors)")
 _RUN_CONFIG = "config.yaml"

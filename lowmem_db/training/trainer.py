@@ -1,7 +1,7 @@
 """The loop: when to step, save and stop. Observers do everything else."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from lowmem_db.storage.run_folder import RunFolder
 from lowmem_db.training.checkpoint import restore_checkpoint, save_checkpoint
 from lowmem_db.training.observers import Event, Observer
 from lowmem_db.training.rescue import save_with_room, write_memory_summary
+from lowmem_db.training.shared_state import SharedState, parameters_shared_out
 from lowmem_db.training.signals import StopRequest, stop_on_signals
 
 
@@ -85,6 +86,7 @@ class Trainer:
         self.num_samples: tuple[int, ...] = ()
         self.draw: Callable[[Sequence[str]], object] | None = None
         self._saved = time.monotonic()
+        self._shared_parameters = parameters_shared_out(denoiser.modules())
         self.trained_modules: dict[str, nn.Module] = that_train(denoiser.modules())
         self.step = 0
         self.peak_step_bytes = 0
@@ -112,14 +114,35 @@ class Trainer:
             return
         self.step = complete[-1] if step is None else step
         self._stop_text_encoders_where_due()
+        data_key = self._restore()
+        if data_key != self._data_key():
+            say("resume: photos, class images or captions have changed since the checkpoint; the new ones are used")
+        say(f"resume: continuing after step {self.step}")
+
+    def _restore(self) -> str:
+        """Restore the checkpoint of a step in all processes; return the key of its data."""
+        if (shared := self._shared_state()) is not None:
+            return self._restore_parts(shared)
         data_key = self.world.from_first(lambda: restore_checkpoint(self.run, self.step, self.stateful_objects()))
         for stateful in self.stateful_objects().values() if self.world.size > 1 else ():
             received = share_state(self.world, stateful.state_dict())
             if not self.world.is_first:
                 stateful.load_state_dict(received)
-        if data_key != self._data_key():
-            say("resume: photos, class images or captions have changed since the checkpoint; the new ones are used")
-        say(f"resume: continuing after step {self.step}")
+        return data_key
+
+    def _restore_parts(self, shared: SharedState) -> str:
+        if not self.world.is_first:
+            shared.answer()
+            return self.world.from_first(str)
+        with shared.asking() as objects:
+            data_key = restore_checkpoint(self.run, self.step, objects)
+        return self.world.from_first(lambda: data_key)
+
+    def _shared_state(self) -> SharedState | None:
+        """Return what makes whole objects of the parts of all processes; None if each has the whole model."""
+        if not self.is_shared_out:
+            return None
+        return SharedState(self.world, self.stateful_objects(), self._shared_parameters)
 
     def train(self) -> None:
         """Train to the last step, or until an observer has a reason to stop.
@@ -178,6 +201,8 @@ class Trainer:
         out_of_memory.release()
         if self._counts() != self._whole_at or self.step in {0, *self.run.complete_steps()}:
             return
+        if self.is_shared_out:
+            return  # a process that has ended takes its part of the model with it
         try:
             self.save_checkpoint()
         except Exception as second:
@@ -188,6 +213,11 @@ class Trainer:
     def _counts(self) -> tuple[int, int]:
         """Return the steps done and those the optimizer has begun; in between, weights are neither old nor new."""
         return self.step, self.optimizer.num_steps
+
+    @property
+    def is_shared_out(self) -> bool:
+        """Whether this process holds only a part of the model."""
+        return self.config.distributed.sharding == "full" and self.world.size > 1
 
     @property
     def is_done(self) -> bool:
@@ -247,7 +277,7 @@ class Trainer:
         is_saved = is_due or self.is_done or bool(stop)
         if is_saved:
             self._check_same_weights()
-            self.save_checkpoint()
+            self._save_together()
             self.world.wait_for_all()
         if stop and not self.is_done:
             stop.stop()
@@ -298,18 +328,33 @@ class Trainer:
 
         Raises:
             NonFiniteError: A weight is infinite or NaN; the newest checkpoint is untouched.
-            StorageError: The disk is full; the newest checkpoint is untouched.
+            StorageError: The disk is full, or other processes hold parts of the model; the newest checkpoint is
+                untouched.
         """
-        if not self.world.is_first:
-            return
-        try:
+        if self.is_shared_out:
+            raise StorageError(f"{self.run.root}: the first of several processes cannot save what the others hold")
+        if self.world.is_first:
             with self.world.undisturbed():
-                save_with_room(
-                    self.run,
-                    lambda: save_checkpoint(self.run, self.step, self.stateful_objects(), data_key=self._data_key()),
-                    keep=self.config.checkpointing.keep,
-                    also=self.step_to_keep(),
-                )
+                self._save(self.stateful_objects())
+
+    def _save_together(self) -> None:
+        """Save a checkpoint; all processes call this at the same time, because each may hold a part of it."""
+        if (shared := self._shared_state()) is None:
+            self.save_checkpoint()
+        elif self.world.is_first:
+            with shared.asking() as objects:
+                self._save(objects)
+        else:
+            shared.answer()
+
+    def _save(self, objects: Mapping[str, Stateful]) -> None:
+        try:
+            save_with_room(
+                self.run,
+                lambda: save_checkpoint(self.run, self.step, objects, data_key=self._data_key()),
+                keep=self.config.checkpointing.keep,
+                also=self.step_to_keep(),
+            )
         except StorageError as error:
             raise StorageError(f"{error}, with --resume; {self._last_good_checkpoint()}") from error
         except NonFiniteError as error:

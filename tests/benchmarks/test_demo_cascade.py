@@ -35,7 +35,8 @@ def arguments(tmp_path: Path) -> argparse.Namespace:
     write_tokenizer(T5, tmp_path / "tokenizer")
     return argparse.Namespace(
         stage=1, pictures=pictures, tokenizer=tmp_path / "tokenizer", first=None, out=tmp_path / "one",
-        minutes=0.0, piece=None, channels=(32, 32), batch=2, lr=1e-3, ema=0.9, save_every=100.0, threads=1, seed=0,
+        minutes=0.0, piece=None, channels=(32, 32), batch=2, lr=1e-3, ema=0.9, bf16=False, crop=32,
+        save_every=100.0, threads=1, seed=0,
     )  # fmt: skip
 
 

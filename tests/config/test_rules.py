@@ -22,7 +22,25 @@ _LEARNS = {
     "textual_inversion.token": "<my-dog>",
     "subject.instance_prompt": "a <my-dog>",
 }
+_SHARED_OUT = {"distributed.sharding": "full"}
 CASES = [
+    (_SHARED_OUT | {"lora.enabled": True}, "distributed.sharding", {"lora.enabled": False}),
+    *(
+        (_SHARED_OUT | {field: True}, field, {field: False})
+        for field in (
+            "memory.stream_weights",
+            "memory.stream_optimizer_state",
+            "memory.channels_last",
+            "training.compile",
+        )
+    ),
+    (_SHARED_OUT | {"optimizer.name": "adafactor"}, "optimizer.name", {"optimizer.name": "adamw8bit"}),
+    (_SHARED_OUT | {"memory.weights": "bf16_stochastic"}, "memory.weights", {"memory.weights": "bf16_extra_bits"}),
+    (
+        _SHARED_OUT | {"training.train_text_encoder": True, "training.stop_text_encoder_training": 3},
+        "training.stop_text_encoder_training",
+        {"training.stop_text_encoder_training": None},
+    ),
     ({"textual_inversion.num_vectors": 2}, "textual_inversion.enabled", {"textual_inversion.num_vectors": 1}),
     (_LEARNS | {"lora.enabled": True}, "lora.enabled", {"lora.enabled": False}),
     (_LEARNS | {"prior.enabled": True}, "prior.enabled", {"prior.enabled": False}),

@@ -25,6 +25,14 @@ _ON_CARDS: dict[str, Fields] = {
         "training.clipping": "none",
     },
     "LoRA": {"lora.enabled": True, "lora.rank": 2},
+    "shared out": {"distributed.sharding": "full", "memory.optimizer_in_backward": False},
+    "shared out, in the backward pass, 24-bit weights": {
+        "distributed.sharding": "full",
+        "memory.optimizer_in_backward": True,
+        "memory.weights": "bf16_extra_bits",
+        "optimizer.name": "adamw8bit",
+        "training.clipping": "none",
+    },
 }
 
 
@@ -39,13 +47,31 @@ def test_launcher_starts_two_processes_of_one_run(launcher: Sequence[str], tiny_
     assert_same_run(tmp_path / "two" / "run", tmp_path / "one" / "run", norm=SAME_NORM)
 
 
+@pytest.mark.long
+def test_launcher_starts_two_processes_that_share_a_model_out(
+    tiny_fields: Fields, wide_model: Path, tmp_path: Path
+) -> None:
+    fields = {**tiny_fields, "model.base": str(wide_model), "training.max_train_steps": 2}
+    said = start(
+        [*_TORCHRUN, str(free_port()), "-m", "lowmem_db"], fields | {"distributed.sharding": "full"}, tmp_path / "two"
+    )
+    assert said.count("done: ") == 1
+    start(["lowmem_db"], {**fields, "training.gradient_accumulation_steps": 2}, tmp_path / "one")
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("variant", _ON_CARDS)
-def test_two_cards_are_one_that_accumulates_two_batches(variant: str, tiny_fields: Fields, tmp_path: Path) -> None:
+def test_two_cards_are_one_that_accumulates_two_batches(
+    variant: str, tiny_fields: Fields, wide_model: Path, tmp_path: Path
+) -> None:
     fields = {**tiny_fields, **_ON_CARDS[variant], "device": "cuda", "training.max_train_steps": 4}
+    if "distributed.sharding" in fields:
+        fields["model.base"] = str(wide_model)
     start([*_TORCHRUN, str(free_port()), "-m", "lowmem_db"], fields, tmp_path / "two" / "run")
     alone = {"training.gradient_accumulation_steps": 2, "memory.optimizer_in_backward": False}
+    alone |= {"distributed.sharding": "none"}
     start(["lowmem_db"], {**fields, **alone}, tmp_path / "one" / "run")
     assert_same_run(tmp_path / "two" / "run", tmp_path / "one" / "run", norm=SAME_NORM)
 

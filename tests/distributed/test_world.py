@@ -9,6 +9,8 @@ import torch
 
 from lowmem_db.distributed import world as world_module
 from lowmem_db.distributed.reduction import OrderedReduction, Reduction, bits_of
+from lowmem_db.distributed.scattering import OrderedSum, PartOfSum
+from lowmem_db.distributed.shards import can_be_shared, joined_parts, rows_of
 from lowmem_db.distributed.world import ALONE, World, joined, share_state
 from lowmem_db.errors import ConfigError, DataError, RunInterrupted
 from tests.distributed.ranks import kill_myself, run_ranks
@@ -40,6 +42,8 @@ def _exchange() -> None:
         assert world.least(torch.tensor([3.0 - own, own])).tolist() == [1.0, 0.0]
         _add(world)
         _add_in_order(world)
+        _add_parts(world)
+        _share_rows(world)
         state = {"a": torch.full((2, 2), own), "deep": {"b": torch.tensor(own), "number": own}, "none": {}}
         shared = share_state(world, state)
         assert shared["a"].tolist() == [[0, 0], [0, 0]]
@@ -80,6 +84,54 @@ def _add_in_order(world: World) -> None:
     assert parameter.grad is not None
     assert torch.equal(parameter.grad, expected)
     assert frozen.grad is None
+
+
+def _add_parts(world: World) -> None:
+    """The sums of what is shared out are those of one process, batch by batch."""
+    values = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0)).exp()
+    own = slice(2 * world.rank, 2 * world.rank + 2)
+    part = torch.empty(2)
+    PartOfSum(world)(part, values[0, world.rank].clone(), None, None)
+    assert part.tolist() == pytest.approx(values[0].sum(0)[own].tolist())
+    summing = OrderedSum(world, accumulates=True)
+    expected = torch.zeros(6)
+    for batch in values:
+        part = torch.empty(2)
+        summing(part, batch[world.rank].clone(), None, None)
+        for value in batch:
+            expected += value
+    assert torch.equal(part, expected[own])
+    summing.forget()
+    summing(part, torch.ones(6), None, None)
+    assert part.tolist() == [3, 3]
+
+
+def _share_rows(world: World) -> None:
+    whole = torch.arange(14.0).view(7, 2)
+    rows = rows_of(len(whole), world.size)
+    assert [(each.start, each.stop) for each in rows] == [(0, 3), (3, 6), (6, 7)]
+    lengths = [each.stop - each.start for each in rows]
+    assert torch.equal(joined_parts(whole[rows[world.rank]], whole.shape, lengths, world), whole)
+    parts = torch.empty(6)
+    world.collect(parts, torch.full((2,), float(world.rank)))
+    assert parts.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "block", "can_be"),
+    [
+        ((320, 320), 2, 256, True),
+        ((320, 4, 3, 3), 2, 256, False),  # 22.5 blocks in each half
+        ((320, 4, 3, 3), 2, 1, True),
+        ((77, 768), 2, 256, True),  # 39 and 38 rows
+        ((5, 100), 4, 1, False),  # 2, 2, 1 and none
+        ((), 2, 1, False),
+    ],
+)
+def test_rows_are_shared_out_where_every_process_has_some_and_no_block_is_cut(
+    shape: tuple[int, ...], size: int, block: int, can_be: bool
+) -> None:
+    assert can_be_shared(torch.Size(shape), size, block) == can_be
 
 
 def test_what_differs_in_one_bit_has_another_checksum() -> None:

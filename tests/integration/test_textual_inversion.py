@@ -158,16 +158,48 @@ def test_folder_of_an_embedding_is_drawn_with_its_base(fields: dict[str, object]
     assert [word.token for word in find_source(str(copied)).model.words] == ["<z>"]
 
 
-def test_learned_words_can_be_used_in_training(fields: dict[str, object], tiny_fields: dict[str, object]) -> None:
-    file = run_of(fields) / "final" / "learned_embeds.safetensors"
-    own = tiny_fields | {
-        "output_dir": str(file.parents[2] / "second"), "model.embeddings": [str(file)],
-        "subject.instance_prompt": "a <z> d", "training.train_text_encoder": True, "training.max_train_steps": 1,
-    }  # fmt: skip
-    run = run_of(own)
+def pivotal(tiny_fields: dict[str, object], first: Path, **changes: object) -> dict[str, object]:
+    """Return the fields of a run that goes on with the word of a first run."""
+    own = {"output_dir": str(first.parent / "second"), "model.embeddings": str(first), "training.max_train_steps": 1}
+    return tiny_fields | own | {"subject.instance_prompt": "a <z> d", "subject.class_prompt": "a d"} | changes
+
+
+def test_weights_go_on_with_a_learned_word_and_the_model_keeps_it(
+    fields: dict[str, object], tiny_fields: dict[str, object]
+) -> None:
+    first = run_of(fields)
+    run = run_of(pivotal(tiny_fields, first, **{"training.train_text_encoder": True, "training.max_train_steps": 2}))
+    file = run / "final" / "embeddings" / "z.safetensors"
+    assert torch.equal(load_file(file)["<z>"], load_file(first / "final" / "learned_embeds.safetensors")["<z>"])
     names = load_file(run / "final" / "text_encoder" / "model.safetensors").keys()
     assert not any("rows" in name or "learned" in name for name in names)
+    shutil.rmtree(first)  # the model has the word itself
     assert [word.token for word in find_source(str(run)).model.words] == ["<z>"]
+    card = (run / "final" / "README.md").read_text()
+    assert 'pipeline.load_textual_inversion("FOLDER/embeddings/z.safetensors", token="<z>")' in card
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(run / "final", local_files_only=True)
+    pipeline.load_textual_inversion(str(file), token="<z>")
+    ours = drawn_by_diffusers(of_run(run, StableDiffusionPipeline, run / "final"))
+    assert torch.equal(drawn_by_diffusers(pipeline), ours)
+    (found,) = find_runs(run, PromptChoice(), Limits())
+    assert (found.prompts[0], found.captions[0]) == ("a <z> d in the jungle", "a d in the jungle")
+
+
+def test_lora_goes_on_with_a_learned_word_and_keeps_it_without_its_run(
+    fields: dict[str, object], tiny_fields: dict[str, object]
+) -> None:
+    first = run_of(fields)
+    run = run_of(pivotal(tiny_fields, first, **{"lora.enabled": True}))
+    shutil.rmtree(first)
+    assert [word.token for word in find_source(str(run)).model.words] == ["<z>"]
+    (copied := run.parent / "copied").mkdir()
+    (run / "final").rename(copied / "lora")
+    assert [word.token for word in find_source(str(copied / "lora")).model.words] == ["<z>"]
+
+
+def test_run_without_a_word_is_no_embedding(fields: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(LowmemDbError, match=r"holds no learned_embeds.safetensors; allowed: a finished run of Textual"):
+        run_of(fields | {"model.embeddings": [str(tmp_path)]})
 
 
 def test_suite_says_the_word_alone_and_captions_say_the_class(fields: dict[str, object]) -> None:

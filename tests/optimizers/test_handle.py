@@ -180,6 +180,9 @@ def test_lagged_clipping_uses_the_norms_of_past_steps() -> None:
         average = 0.9 * average + 0.1 * norm
     assert handle.clipping.average_norm.item() == pytest.approx(average, rel=1e-5)
     assert handle.clipping.scale(None).item() == pytest.approx(min(1.0, 0.5 / average), rel=1e-5)
+    assert handle.clipping.scale(None) is handle.clipping.scale(None), "computed once for all gradients of a step"
+    handle.clipping.load_state_dict({"average_norm": torch.tensor(5.0)})
+    assert handle.clipping.scale(None).item() == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(("name", "kind"), itertools.product(RULES, KINDS))

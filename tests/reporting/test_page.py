@@ -34,6 +34,12 @@ def test_the_page_loads_nothing_and_its_policy_fits_its_style_and_script(run_fol
     assert " on" not in "".join(re.findall(r"<[a-z]+ [^>]*", page)).replace(" once", "")
 
 
+def test_every_row_of_the_metrics_is_a_point_of_a_curve(run_folder):
+    page = render([read_run(run_folder)])
+    curves = re.findall(r"""<polyline class="raw[^"]*" points="([^"]*)\"""", page)
+    assert [len(points.split()) for points in curves] == [29, 30, 30]  # one instance loss is not a number
+
+
 def test_foreign_text_is_escaped(run_folder):
     page = render([read_run(run_folder)])
     assert "alert(1)" in page
