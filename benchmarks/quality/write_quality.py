@@ -26,6 +26,8 @@ FEW = 5
 """With fewer subjects an interval is hardly more than the spread between them, and no direction is called shown."""
 WORDS = {1: "higher", -1: "lower", 0: "no difference shown", None: "not measured"}
 CEILING = "metric_ceiling.json"
+Ceiling = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""What `metric_ceiling` found, by subject and metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +39,8 @@ class Page:
         ablations: What it shows.
         reference: The variant whose recipe the introduction describes.
         control: A second run of the reference, with a learning rate 0.1 % higher.
-        off: The variant without prior preservation.
-        untrained: The base as it is.
+        ceiling: The metric whose ceiling is shown.
+        reached: What is shown beside it: variants and their metrics, by heading.
         pictured: Subjects of the contact sheets.
     """
 
@@ -46,8 +48,8 @@ class Page:
     ablations: Mapping[str, Ablation]
     reference: str
     control: str
-    off: str
-    untrained: str
+    ceiling: str
+    reached: Mapping[str, tuple[str, str]]
     pictured: tuple[str, ...]
 
 
@@ -56,8 +58,13 @@ TEN = Page(
     ablations=ten_subjects.ABLATIONS,
     reference="demo",
     control="demo_again",
-    off="demo_without_prior",
-    untrained="demo_untrained",
+    ceiling="ID-I",
+    reached={
+        "untrained base, in contexts": ("demo_untrained", "ID-I context"),
+        "reference, plain": ("demo", "ID-I plain"),
+        "reference, in contexts": ("demo", "ID-I context"),
+        "prior preservation off, in contexts": ("demo_without_prior", "ID-I context"),
+    },
     pictured=("drawn_backpack", "drawn_shoe"),
 )
 FIRST = Page(
@@ -65,8 +72,12 @@ FIRST = Page(
     ablations=first_regimes.ABLATIONS,
     reference="reference",
     control="nearly_the_reference",
-    off="without_prior",
-    untrained="untrained",
+    ceiling="EN0-I",
+    reached={
+        "untrained base": ("untrained", "EN0-I"),
+        "reference": ("reference", "EN0-I"),
+        "off": ("without_prior", "EN0-I"),
+    },
     pictured=("drawn_dog", "dog3"),
 )
 PAGES = (TEN, FIRST)
@@ -78,7 +89,7 @@ def write(
     introduction: str,
     notes: str,
     *,
-    ceiling: Mapping[str, Mapping[str, float]] | None = None,
+    ceiling: Ceiling | None = None,
     sheets: Path | None = None,
 ) -> str:
     """Return the text of a page.
@@ -88,7 +99,7 @@ def write(
         all_rows: The rows, also those of other pages.
         introduction: How it begins, with places for what the recipe says.
         notes: What was found out by hand, in Markdown.
-        ceiling: What `metric_ceiling` found, by subject.
+        ceiling: What `metric_ceiling` found.
         sheets: Folder of the contact sheets, or None for a page without pictures.
     """
     variants = {variant for ablation in page.ablations.values() for variant in ablation.labels}
@@ -100,29 +111,26 @@ def write(
     return "\n".join([*parts, _ceiling(page, rows, ceiling or {}), notes.strip()]) + "\n"
 
 
-def _ceiling(page: Page, rows: Sequence[Row], ceiling: Mapping[str, Mapping[str, float]]) -> str:
+def _ceiling(page: Page, rows: Sequence[Row], ceiling: Ceiling) -> str:
     measured = {row["subject"] for row in rows}
-    found = {subject: figures for subject, figures in ceiling.items() if subject in measured}
-    if not found:
+    figures = {subject: found[page.ceiling] for subject, found in ceiling.items() if subject in measured}
+    if not figures:
         return ""
+    kinds = list(dict.fromkeys(kind for found in figures.values() for kind in found))
+    heading = ["subject", *kinds, *page.reached]
     lines = [
-        "## What EN0-I can reach",
+        f"## What {page.ceiling} can reach",
         "",
-        "Each picture of a subject against its other pictures (`python -m benchmarks.quality.metric_ceiling`), beside "
-        "what runs reach.",
+        "Each picture of a subject against its other pictures, as they are, worsened, and the drawing itself composed "
+        "into the contexts (`python -m benchmarks.quality.metric_ceiling`), beside what runs reach.",
         "",
-        "| subject | pictures | through the autoencoder | blurred by 2 pixels | untrained base | reference | off |",
-        "|---|---|---|---|---|---|---|",
+        f"| {' | '.join(heading)} |",
+        "|---" * len(heading) + "|",
     ]
-    for subject, figures in found.items():
-        reached = [
-            mean_of(values_of(rows, variant, "EN0-I", [subject])).value
-            for variant in (page.untrained, page.reference, page.off)
-        ]
-        cells = [f"{value:.3f}" for value in figures.values()] + [
-            "-" if value is None else f"{value:.3f}" for value in reached
-        ]
-        lines.append(f"| {subject} | {' | '.join(cells)} |")
+    for subject, found in figures.items():
+        reached = [mean_of(values_of(rows, *run, [subject])).value for run in page.reached.values()]
+        cells = [*map(found.get, kinds), *reached]
+        lines.append(f"| {subject} | {' | '.join('-' if cell is None else f'{cell:.3f}' for cell in cells)} |")
     return "\n".join([*lines, ""])
 
 

@@ -27,6 +27,7 @@ from lowmem_db.optimizers.weights import EXTRA_BITS, named_parameters
 from lowmem_db.randomness import derive_seed
 
 _HOST = torch.device("cpu")
+_AT_ONCE = 64  # elements; the vectors of a CPU are shorter
 _LARGEST_SMALL = 4095  # elements; bitsandbytes keeps fp32 states up to this size
 
 
@@ -88,9 +89,9 @@ def stays_whole(parameter: Tensor, config: Config) -> bool:
     """Return whether every process keeps the whole of a parameter where ``distributed.sharding`` shares them out.
 
     Small ones stay, which are stepped in one row; and those whose rows cannot be shared out without separating what an
-    8-bit state scales together.
+    8-bit state scales together, or what torch computes at once: it may round what is left over at an end otherwise.
     """
-    block = BLOCK_SIZE if config.optimizer.name == "adamw8bit" else 1
+    block = BLOCK_SIZE if config.optimizer.name == "adamw8bit" else _AT_ONCE
     is_small = parameter.numel() <= _LARGEST_SMALL
     return is_small or not can_be_shared(parameter.shape, config.distributed.num_processes, block)
 
