@@ -1,10 +1,11 @@
 """The device memory that the phases of a run need with a strategy, including the allowance."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lowmem_db.config.schema import Config
 from lowmem_db.planning.allowance import allowance_bytes, communicator_bytes
-from lowmem_db.planning.predictor import Predictor
+from lowmem_db.planning.predictor import Predictor, phase_of
 from lowmem_db.records import PhaseMemory
 
 _HOST_REST = 256 << 20  # pictures, batches, what is copied at a time
@@ -26,10 +27,10 @@ class Needs:
         """Return the phases of a run, with an exact trace of training."""
         traced = self._predictor.train(strategy)
         phases = self._predictor.before_training(strategy)
-        phases.append(PhaseMemory(name="train", parts=traced.peak, host_bytes=traced.host_bytes))
+        phases.append(phase_of("train", traced))
         if strategy.prompts_drawn:
-            host_bytes = self._predictor.resident(strategy).host_bytes
-            phases.append(PhaseMemory(name="sample", parts=self._predictor.sample(strategy), host_bytes=host_bytes))
+            kept = self._predictor.resident(strategy)
+            phases.append(replace(phase_of("sample", kept), parts=self._predictor.sample(strategy)))
         return phases
 
     def of_phases(self, phases: Sequence[PhaseMemory]) -> int:
