@@ -140,6 +140,14 @@ def stream_weights(config: Config, where: Situation) -> Iterator[bool]:
         yield True
 
 
+def optimizer_steps(config: Config, where: Situation) -> Iterator[Literal["device", "host"]]:
+    """Yield where the optimizer steps: also on the host, if its states and the weights are there."""
+    yield "device"
+    memory = config.memory
+    if config.trains_weights and memory.stream_weights and memory.stream_optimizer_state and not where.card.is_cpu:
+        yield "host"
+
+
 def fused_layers(config: Config, where: Situation) -> Iterator[bool]:
     """Yield whether layers are fused; not on the CPU, where the eager twins are slower."""
     del config

@@ -17,6 +17,7 @@ from lowmem_db.engine.build import Prepared, build_ema, build_step, prepare_modu
 from lowmem_db.engine.samples import evaluating, load_decoder, sample_artist, sample_job
 from lowmem_db.engine.step import train_step
 from lowmem_db.memory import sharding
+from lowmem_db.memory.weight_stream import weights_on_host
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU, META
@@ -48,6 +49,7 @@ class Traced:
         peak: Bytes on the device at the peak.
         resident: Bytes on the device that stay in use when the phase is done.
         host_bytes: Peak bytes on the host.
+        pinned_bytes: Peak bytes of those that are pinned.
         costs: The costs of its operators.
         blocks: Figures of the blocks in a training step, in the order of the forward pass.
         trained_bytes: Bytes of the parameters that train.
@@ -61,6 +63,7 @@ class Traced:
     resident: MemoryParts
     host_bytes: int
     costs: Costs
+    pinned_bytes: int = 0
     blocks: Mapping[str, BlockFigures] = field(default_factory=dict)
     trained_bytes: int = 0
     num_trained: Mapping[str, int] = field(default_factory=dict)
@@ -120,8 +123,12 @@ def trace_class_images(run: TracedRun) -> Traced:
     if not run.config.memory.stream_weights:
         return drawn
     text = _trace_class_text(run)
-    host_bytes = max(drawn.host_bytes, text.host_bytes)
-    return replace(drawn, peak=max(drawn.peak, text.peak, key=lambda parts: parts.total), host_bytes=host_bytes)
+    return replace(
+        drawn,
+        peak=max(drawn.peak, text.peak, key=lambda parts: parts.total),
+        host_bytes=max(drawn.host_bytes, text.host_bytes),
+        pinned_bytes=max(drawn.pinned_bytes, text.pinned_bytes),
+    )
 
 
 def _trace_class_drawing(run: TracedRun) -> Traced:
@@ -245,11 +252,12 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
         denoiser, _, optimizer = build_step(after_backward[0], run.model, META, copy_of(prepared))
         passing = _share_out(denoiser, after_backward[0])
         tracker.register(weights_of(denoiser.modules().values()), "weights")
+        on_host = weights_on_host(denoiser.modules().values())
         for strategy in after_backward:
             del optimizer
             tracker.reset_peak()
             with tracker.new_tensors_are("optimizer_state"):
-                optimizer = build_optimizer(strategy, denoiser.modules(), META)
+                optimizer = build_optimizer(strategy, denoiser.modules(), META, on_host=on_host)
             with tracker.new_tensors_are("other"):
                 ema = build_ema(strategy, denoiser, optimizer)
             streamed = [weight for weight in weights_of(denoiser.modules().values()) if tracker.is_on_host(weight)]
@@ -308,6 +316,7 @@ def _found(tracker: AllocationTracker, costs: CostRecorder, blocks: Mapping[str,
         peak=tracker.peak,
         resident=tracker.live,
         host_bytes=tracker.peak_host_bytes,
+        pinned_bytes=tracker.peak_pinned_bytes,
         costs=costs.costs(),
         blocks=blocks or {},
     )

@@ -1,6 +1,7 @@
 """FSDP2's hooks learn when the backward pass of a module has ended, and its gradients keep their bits."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,13 +60,13 @@ def _hooked(*, applied: bool) -> _Model:
     for block, told in zip(model.blocks, model.told, strict=True):
         for name, weight in block.named_parameters():
             weight.register_post_accumulate_grad_hook(lambda _, name=name, told=told: told.append(name))
-        block.register_forward_pre_hook(lambda _, args, told=told: _with_ending(told, args))
+        block.register_forward_pre_hook(partial(_with_ending, told))
         if applied:
             end_of_backward.apply(block, torch.device("cpu"))
     return model
 
 
-def _with_ending(told: list[str], args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _with_ending(told: list[str], _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     trained = [index for index, each in enumerate(args) if isinstance(each, Tensor) and each.requires_grad]
     replaced = _Ending.apply(told, *(args[index] for index in trained)) if trained else ()
     return tuple(replaced[trained.index(index)] if index in trained else each for index, each in enumerate(args))
