@@ -83,8 +83,16 @@ class Needs:
 
 
 def _loaded(strategy: Config, phase: PhaseMemory) -> int:
-    """Return the bytes of a phase's models on the host, where they are converted before they go to the card."""
-    if phase.name == "train" and strategy.memory.weights == "bf16_extra_bits":
-        return phase.parts.weights * 3 // 2
+    """Return the bytes of a phase's models on the host, where they are converted before they go to the card.
+
+    What several processes share out is on the host of each as a whole, and in checkpoints on that of the first.
+    """
+    if phase.name == "train":
+        has_extra_bits = strategy.memory.weights == "bf16_extra_bits"
+        weights = phase.parts.weights * 3 // 2 if has_extra_bits else phase.parts.weights
+        if strategy.distributed.sharding == "full":
+            return strategy.distributed.num_processes * max(weights, phase.parts.optimizer_state)
+        if has_extra_bits:
+            return weights
     is_quantized = phase.name in {"train", "class_images"}
     return phase.parts.weights * (_QUANTIZED.get(str(strategy.lora.base_weights), 1) if is_quantized else 1)
