@@ -160,7 +160,7 @@ ABLATIONS: Mapping[str, Ablation] = {
             (IDENTITY, "demo_early_no_noun"): -1,
         },
         paper_text="Table 4, as above.",
-        subjects=FIVE,
+        subjects=NAMES,
     ),
     "table_5": Ablation(
         title="One to five pictures of the subject (Table 5)",

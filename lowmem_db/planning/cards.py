@@ -8,12 +8,13 @@ told it to, so that a step takes as long as the slower of the two: on a fast car
 import difflib
 import re
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from lowmem_db_kernels.dispatch import choose
 
+from lowmem_db import nvidia
 from lowmem_db.config.schema import Config
 from lowmem_db.environment import GIB
 from lowmem_db.errors import ConfigError
@@ -46,7 +47,7 @@ class Card:
         tflops: Dense half-precision TFLOPS of the tensor cores, accumulated in fp32.
         fp32_tflops: TFLOPS in fp32.
         pcie_generation: 3, 4 or 5; 0 for the host itself.
-        pcie_lanes: 8 or 16.
+        pcie_lanes: 1 to 16.
         capability: CUDA compute capability, or None for the CPU.
         multiprocessors: How many it has.
         host_threads: Threads of its host that compute beside it.
@@ -169,7 +170,7 @@ def card_of(name: str, *, total_bytes: int, capability: tuple[int, int], multipr
 
 
 def card_here(device: torch.device) -> Card:
-    """Return the card of a CUDA device of this machine, and what computes the optimizer's step on it."""
+    """Return the card of a CUDA device of this machine, with its own lanes, and what computes the optimizer's step."""
     found = torch.cuda.get_device_properties(device)
     card = card_of(
         found.name,
@@ -178,7 +179,16 @@ def card_here(device: torch.device) -> Card:
         multiprocessors=found.multi_processor_count,
     )
     eager_step = choose("adamw8bit_step", device).backend == "eager"
-    return replace(card, eager_step=eager_step, host_threads=torch.get_num_threads())
+    card = replace(card, eager_step=eager_step, host_threads=torch.get_num_threads())
+    link = _link_of(found)
+    return card if link is None else replace(card, pcie_generation=link[0], pcie_lanes=link[1])
+
+
+def _link_of(properties: Any) -> tuple[int, int] | None:
+    """Return PCIe generation and lanes of a device, or None if torch or the driver does not tell."""
+    names = ("pci_domain_id", "pci_bus_id", "pci_device_id")  # not in older versions of torch
+    place = [getattr(properties, name, None) for name in names]
+    return None if None in place else nvidia.pcie_link(*place)
 
 
 def is_known(name: str) -> bool:

@@ -173,6 +173,21 @@ def test_a_run_may_go_on_with_weights_that_stay(tiny_fields: dict[str, object], 
 
 
 @pytest.mark.long
+def test_a_run_may_go_on_with_the_step_at_the_other_place(
+    tiny_fields: dict[str, object], tmp_path: Path, capsys
+) -> None:
+    fields = tiny_fields | {"checkpointing.every": 2, "memory.stream_weights": True} | FULL
+    whole = run(fields | {"output_dir": str(tmp_path / "whole" / "run")})
+    for first, then in (("device", "host"), ("host", "device")):
+        parts = fields | {"output_dir": str(tmp_path / first / "run")}
+        run(parts | {"training.max_train_steps": 2, "memory.optimizer_step": first})
+        found = run(parts | {"memory.optimizer_step": then}, resume=True)
+        assert f"resume: memory.optimizer_step was '{first}', is now '{then}'" in "".join(capsys.readouterr())
+        assert final_bytes(found) == final_bytes(whole)
+        assert metric_rows(found) == metric_rows(whole)
+
+
+@pytest.mark.long
 def test_tiles_before_training_have_latents_of_their_own(tiny_fields: dict[str, object], tmp_path: Path) -> None:
     fields = tiny_fields | FULL | {"training.max_train_steps": 1, "prior.num_class_images": 1}
     tiled = run(fields | {"memory.tiled_preparation": True} | own_places(tmp_path / "tiled"))
