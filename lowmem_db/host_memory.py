@@ -1,4 +1,4 @@
-"""Tensors in the host's memory that a device reads and writes asynchronously.
+"""Tensors in the host's memory that a device reads and writes asynchronously, or that the host itself computes with.
 
 Data that leaves a device for the host is allocated here: pinned for a CUDA device, so that copies overlap with the
 computation; pageable for the CPU. In a trace on the meta device nothing is allocated, and observers are told, so that
@@ -8,11 +8,13 @@ host bytes can be counted separately from device bytes.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
 _CHUNK_BYTES = 256 * 2**20  # torch rounds pinned allocations up to a power of two; small ones waste little
+_computes: ContextVar[bool] = ContextVar("computes_on_host", default=False)
 _observers: list[Callable[[Tensor], None]] = []
 
 
@@ -46,6 +48,19 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         raise MemoryError(f"the host has no {mib:.1f} MiB of pinned memory left") from None
 
 
+def full_on_host(shape: Sequence[int], value: float, dtype: torch.dtype, *, device: torch.device) -> Tensor:
+    """Return a tensor that the host computes with, and that is not copied to or from a device.
+
+    Args:
+        shape: Its shape.
+        value: Its elements.
+        dtype: Its type.
+        device: The device that the host computes beside.
+    """
+    with computing():
+        return torch.full(tuple(shape), value, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
+
+
 def pieces_on_host(sizes: Sequence[int], *, device: torch.device) -> list[Tensor]:
     """Allocate zeroed uint8 tensors on the host, many of them in one allocation.
 
@@ -77,6 +92,21 @@ def _chunks(sizes: Sequence[int]) -> Iterator[list[int]]:
         chunk.append(size)
     if chunk:
         yield chunk
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Say that this thread computes on the host inside the block: in a trace, whatever is made there is on the host."""
+    token = _computes.set(True)
+    try:
+        yield
+    finally:
+        _computes.reset(token)
+
+
+def is_computing() -> bool:
+    """Return whether this thread is in :func:`computing`."""
+    return _computes.get()
 
 
 @contextmanager

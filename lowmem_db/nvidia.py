@@ -94,6 +94,18 @@ def installed_cards() -> tuple[InstalledCard, ...]:
     return tuple(InstalledCard(_model_in(file)) for file in files)
 
 
+def pcie_link(domain: int, bus: int, slot: int) -> tuple[int, int] | None:
+    """Return the PCIe generation and the lanes of the card at a place, or None if its driver does not tell.
+
+    A card at rest may lower its generation, so that the highest one of card and slot is asked for, but not its lanes.
+    """
+    for line in _ask("pci.bus_id,pcie.link.gen.max,pcie.link.width.current"):
+        place, generation, lanes = line.lower().split(", ")
+        if place == f"{domain:08x}:{bus:02x}:{slot:02x}.0" and generation.isdecimal() and lanes.isdecimal():
+            return int(generation), int(lanes)
+    return None
+
+
 def _card_of(line: str) -> InstalledCard:
     name, _, capability = line.rpartition(", ")
     major, _, minor = capability.partition(".")

@@ -123,11 +123,13 @@ class PhaseMemory:
         name: ``class_images``, ``encode_images``, ``encode_text``, ``train`` or ``sample``.
         parts: Bytes of the device.
         host_bytes: Bytes on the host that belong to the device's work.
+        pinned_bytes: Bytes of those that are pinned.
     """
 
     name: str
     parts: MemoryParts
     host_bytes: int = 0
+    pinned_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

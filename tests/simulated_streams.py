@@ -55,18 +55,19 @@ class Stream:
 
 
 class Device:
-    """Three streams, run in a random order."""
+    """Three streams and a thread of its host, run in a random order."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.computation, self.inward, self.outward = (Stream(self) for _ in range(3))
-        self.weights = self.random.choice([(1, 1, 1), (100, 1, 1), (1, 100, 1), (1, 1, 100), (100, 100, 1)])
+        self.streams = tuple(Stream(self) for _ in range(4))
+        self.computation, self.inward, self.outward, self.host = self.streams
+        self.weights = self.random.choice(
+            [(1, 1, 1, 1), (100, 1, 1, 1), (1, 100, 1, 1), (1, 1, 100, 1), (1, 1, 1, 100), (100, 100, 1, 1)]
+        )
 
     def run_one(self) -> bool:
         streams = [
-            (stream, weight)
-            for stream, weight in zip((self.computation, self.inward, self.outward), self.weights, strict=True)
-            if stream.can_run()
+            (stream, weight) for stream, weight in zip(self.streams, self.weights, strict=True) if stream.can_run()
         ]
         if streams:
             self.random.choices(*zip(*streams, strict=True))[0].run_one()

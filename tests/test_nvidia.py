@@ -74,6 +74,12 @@ def test_cards_are_those_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_lanes_are_those_of_the_card_at_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = "pci.bus_id,pcie.link.gen.max,pcie.link.width.current"
+    answers(monkeypatch, {fields: "00000000:0A:00.0, 4, 16\n00000000:41:00.0, 3, 4\n00000000:42:00.0, [N/A], [N/A]\n"})
+    assert [nvidia.pcie_link(0, bus, 0) for bus in (0x0A, 0x41, 0x42, 0x43)] == [(4, 16), (3, 4), None, None]
+
+
 def test_old_driver_tells_names_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, {"name": "GeForce GTX 1080\n"})
     assert nvidia.installed_cards() == (nvidia.InstalledCard("GeForce GTX 1080"),)

@@ -21,6 +21,13 @@ TECHNIQUES: tuple[Fields, ...] = (
     {"training.mixed_precision": "fp16", "memory.optimizer_in_backward": True},
     {"memory.checkpointing": "segments", "memory.offload_checkpoints": True},
     {"memory.checkpointing": "segments", "memory.optimizer_in_backward": True, "memory.stream_weights": True},
+    {
+        "memory.checkpointing": "segments",
+        "memory.optimizer_in_backward": True,
+        "memory.stream_weights": True,
+        "memory.stream_optimizer_state": True,
+        "memory.optimizer_step": "host",
+    },
     {"memory.fused_layers": True},
     {"memory.channels_last": True},
     {"lora.enabled": True, "lora.base_weights": "bf16"},

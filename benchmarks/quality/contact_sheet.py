@@ -36,16 +36,21 @@ def read_strip(path: Path) -> list[Image.Image]:
     return [strip.crop((left, 0, left + side, side)) for left in range(0, strip.width, side)]
 
 
+def small(path: Path) -> Image.Image:
+    """Return one picture, made small."""
+    return _shrunk(Image.open(path).convert("RGB"))
+
+
 def thumbnails(path: Path) -> list[Image.Image]:
     """Return the first two images of each prompt from a strip, made small."""
-    return [
-        image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-        for index, image in enumerate(read_strip(path))
-        if index % NUM_IMAGES < SHOWN
-    ]
+    return [_shrunk(image) for index, image in enumerate(read_strip(path)) if index % NUM_IMAGES < SHOWN]
 
 
-def save_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:
+def _shrunk(image: Image.Image) -> Image.Image:
+    return image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+
+
+def save_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path, colours: int = COLOURS) -> None:
     """Save labelled rows as a PNG of few colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(rows).quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    labelled_grid(rows).quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)

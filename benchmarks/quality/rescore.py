@@ -1,4 +1,4 @@
-"""Adds to rows what the pictures of their runs say by metrics that came later; figures that a row has stay.
+"""Writes into rows what the pictures of their runs say by the metrics of today; what both have must be equal.
 
     python -m benchmarks.quality.rescore --work runs/quality
 
@@ -8,7 +8,6 @@ Rows whose pictures are not in ``WORK/pictures`` stay as they are.
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -30,7 +29,7 @@ def drawn_from(images: list[Image.Image], variant: Variant) -> Drawn:
 
 
 def rescored(row: Row, work: Path) -> Row:
-    """Return a row with the metrics that it lacks before its number of seconds.
+    """Return a row with its metrics, and none that are no longer measured.
 
     Raises:
         SystemExit: The pictures give another figure than the row has.
@@ -43,13 +42,13 @@ def rescored(row: Row, work: Path) -> Row:
     for metric in scores.keys() & row.keys():
         if abs(scores[metric] - row[metric]) > 1e-4:
             raise SystemExit(f"{strip}: {metric} is {scores[metric]}, and {row[metric]} in the row: not its pictures")
-    added = {metric: value for metric, value in scores.items() if metric not in row}
-    end: dict[str, Any] = {name: row[name] for name in ("seconds", "recipe")}
-    return {name: value for name, value in row.items() if name not in end} | added | end
+    kept = {name: row[name] for name in ("variant", "subject", "seed", "base")}
+    losses = {name: loss for name, loss in row.items() if name.startswith("loss_")}
+    return kept | scores | losses | {name: row[name] for name in ("seconds", "recipe")}
 
 
 def main() -> None:
-    """Add to all rows."""
+    """Go through all rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="folder of the runs")

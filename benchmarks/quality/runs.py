@@ -33,7 +33,6 @@ from lowmem_db.evaluation.metrics import (
     cosine_distances,
     cosine_similarities,
     fidelity_pairs,
-    identity_pairs,
     preservation_pairs,
     real_pairs,
 )
@@ -146,6 +145,7 @@ def scores_of(drawn: Drawn, subject: Subject, variant: Variant, work: Path) -> d
     """Return what a row holds of the images of a run."""
     of_class = _embed_class(subject, work, mixed=variant.mixes_class_images)
     scores = score(_encoder(), drawn, _embed_photos(subject), of_class)
+    scores |= identify(_identity(), drawn, _identify_photos(subject))
     scores |= read_captions(_classifier(), drawn, subject)
     return {name: round(value, 5) for name, value in scores.items()}
 
@@ -166,28 +166,33 @@ def score(
     of_plain = _mean(fidelity_pairs([plain], photos))
     by_context = {f"EN0-I {context}": _mean(fidelity_pairs([images], photos)) for context, images in contexts.items()}
     of_context = _mean_of(by_context)
-    identity = {
-        context: _mean(identity_pairs([images], photos, class_images))
-        for context, images in {"plain": plain, **contexts, "class": of_class}.items()
-    }
-    in_contexts = _mean_of({context: identity[context] for context in contexts})
-    centre = class_images.mean(dim=0)
     return {
         **(by_context if len(by_context) > 1 else {}),
         "EN0-I": (of_plain + of_context) / 2,
         "EN0-I plain": of_plain,
         "EN0-I context": of_context,
         "EN0-I real": _mean(real_pairs(photos)),
-        **({f"EN0-ID {context}": identity[context] for context in contexts} if len(contexts) > 1 else {}),
-        "EN0-ID": (identity["plain"] + in_contexts) / 2,
-        "EN0-ID plain": identity["plain"],
-        "EN0-ID context": in_contexts,
-        "EN0-ID class": identity["class"],
-        "EN0-ID real": _mean(real_pairs(photos - centre)),
         "EN0-PRES": _mean(preservation_pairs(of_class, photos)),
         "EN0-DIV": _mean([cosine_distances(images) for images in (plain, *contexts.values())]),
         "EN0-DIV class": _mean([cosine_distances(of_class)]),
         "EN0-CLASS": float(cosine_similarities(of_class, class_images).mean()),
+    }
+
+
+def identify(encoder: Encoder, drawn: Drawn, photos: Float[Tensor, "m d"]) -> dict[str, float]:
+    """Return subject fidelity and preservation by features that tell subjects of one class apart."""
+    found = {
+        group: _mean(fidelity_pairs([encoder.embed_images(images)], photos))
+        for group, images in {"plain": drawn.plain, **drawn.contexts, "class": drawn.of_class}.items()
+    }
+    in_contexts = _mean_of({context: found[context] for context in drawn.contexts})
+    return {
+        **({f"ID-I {context}": found[context] for context in drawn.contexts} if len(drawn.contexts) > 1 else {}),
+        "ID-I": (found["plain"] + in_contexts) / 2,
+        "ID-I plain": found["plain"],
+        "ID-I context": in_contexts,
+        "ID-I real": _mean(real_pairs(photos)),
+        "ID-PRES": found["class"],
     }
 
 
@@ -275,6 +280,16 @@ def _untrained(config: Config, model: ModelFolder) -> Denoiser:
 @cache
 def _encoder() -> Encoder:
     return load_encoder(find_encoders(["en0"])[0], CPU)
+
+
+@cache
+def _identity() -> Encoder:
+    return load_encoder(find_encoders(["identity"])[0], CPU)
+
+
+@cache
+def _identify_photos(subject: Subject) -> Float[Tensor, "m d"]:
+    return _identity().embed_images([read_photo(path) for path in subject.pictures])
 
 
 @cache

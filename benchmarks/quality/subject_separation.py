@@ -4,8 +4,7 @@
 
 PHOTOS has a folder of photos for each subject, such as `dataset/` of github.com/google/dreambooth. Printed as one JSON
 line: the probability that two photos of one subject are more alike than two of different subjects (AUC), how often the
-nearest photo is of the same subject, and the mean cosines. With subjects of one class, `centred` has the same after the
-mean of the class is taken from both photos, as `EN0-ID` does; that mean is of photos of other subjects than theirs.
+nearest photo is of the same subject, and the mean cosines.
 """
 
 import argparse
@@ -40,23 +39,12 @@ def separation(cosines: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def centred_cosines(features: torch.Tensor, labels: np.ndarray) -> np.ndarray:
-    """Return the cosine of each pair less the mean features of all photos of other subjects than those of the pair."""
-    cosines = np.empty((len(labels), len(labels)))
-    for first in np.unique(labels):
-        for second in np.unique(labels):
-            centre = features[(labels != first) & (labels != second)].mean(dim=0)
-            rows, columns = features[labels == first] - centre, features[labels == second] - centre
-            cosines[np.ix_(labels == first, labels == second)] = cosine_similarities(rows, columns).numpy()
-    return cosines
-
-
 def main() -> None:
     """Measure one encoder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
     parser.add_argument("--encoder", default="en0")
-    parser.add_argument("--subjects", nargs="+", help="only these folders, of one class")
+    parser.add_argument("--subjects", nargs="+", help="only these folders, such as those of one class")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     arguments = parser.parse_args()
     files = find_encoders([arguments.encoder])[0]
@@ -67,9 +55,7 @@ def main() -> None:
     photos = [(folder.name, file) for folder in folders for file in scan_pictures(folder, "PHOTOS")]
     embedded = encoder.embed_images([read_photo(file) for _, file in photos])
     labels = np.array([subject for subject, _ in photos])
-    found: dict[str, object] = dict(separation(cosine_similarities(embedded, embedded).numpy(), labels))
-    if arguments.subjects is not None:
-        found["centred"] = separation(centred_cosines(embedded.double(), labels), labels)
+    found = separation(cosine_similarities(embedded, embedded).numpy(), labels)
     print(json.dumps({"encoder": files.name, "photos": len(photos), "subjects": len(folders)} | found))
 
 

@@ -64,12 +64,18 @@ LEARN_A_WORD: Mapping[str, Any] = {
 }
 """Textual Inversion in the same steps, at the rate of its authors' code: 5e-3 times the batch size."""
 
+EARLY: Mapping[str, Any] = {"training.max_train_steps": 100, "training.lr_warmup_steps": 7}
+"""A third of the steps, to see whether a wrong noun slows learning down."""
+
 VARIANTS: Mapping[str, Variant] = {
     "demo_untrained": _variant(trained=False),
     "demo": _variant(),
     "demo_without_prior": _variant(WITHOUT_PRIOR),
     "demo_random_noun": _variant(noun="random"),
     "demo_no_noun": _variant(noun="missing"),
+    "demo_early": _variant(EARLY),
+    "demo_early_random_noun": _variant(EARLY, noun="random"),
+    "demo_early_no_noun": _variant(EARLY, noun="missing"),
     "demo_1_image": _seen_as_often(1),
     "demo_2_images": _seen_as_often(2),
     "demo_3_images": _seen_as_often(3),
@@ -85,7 +91,7 @@ VARIANTS: Mapping[str, Variant] = {
 
 NAMES = tuple(subject.name for subject in TEN)
 FIVE = NAMES[:5]
-IN_CONTEXT, OF_CLASS = "EN0-ID context", "EN0-ID class"
+IN_CONTEXT, OF_CLASS = "ID-I context", "ID-PRES"
 
 ABLATIONS: Mapping[str, Ablation] = {
     "table_3": Ablation(
@@ -135,6 +141,26 @@ ABLATIONS: Mapping[str, Ablation] = {
             "demo_random_noun": "DINO 0.454, CLIP-I 0.728",
             "demo_no_noun": "DINO 0.303, CLIP-I 0.607",
         },
+    ),
+    "table_4_early": Ablation(
+        title="Class noun right, wrong, missing, after a third of the steps",
+        question="Does a wrong noun only slow learning down, so that 300 steps hide it? 100 steps, all else as above.",
+        labels={
+            "demo_early": "right",
+            "demo_early_random_noun": "wrong",
+            "demo_early_no_noun": "none",
+            "demo_untrained": "untrained base, right noun",
+        },
+        reference="demo_early",
+        metrics=(FIDELITY, IDENTITY, IN_CONTEXT, PRESERVATION, OF_CLASS, DIVERSITY, CLASS_KEPT, PLACE),
+        paper={
+            (FIDELITY, "demo_early_random_noun"): -1,
+            (IDENTITY, "demo_early_random_noun"): -1,
+            (FIDELITY, "demo_early_no_noun"): -1,
+            (IDENTITY, "demo_early_no_noun"): -1,
+        },
+        paper_text="Table 4, as above.",
+        subjects=NAMES,
     ),
     "table_5": Ablation(
         title="One to five pictures of the subject (Table 5)",

@@ -85,7 +85,7 @@ def further_class_prompts(noun: str) -> list[str]:
 WITHOUT_PRIOR = {"prior.enabled": False}
 EIGHT_BIT = {"optimizer.name": "adamw8bit"}
 FIDELITY, PRESERVATION, DIVERSITY, CLASS_KEPT = "EN0-I", "EN0-PRES", "EN0-DIV", "EN0-CLASS"
-IDENTITY, PLACE = "EN0-ID", "CAP-BG"
+IDENTITY, PLACE = "ID-I", "CAP-BG"
 
 
 @dataclass(frozen=True, kw_only=True)

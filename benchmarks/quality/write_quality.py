@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.quality import first_regimes, ten_subjects
-from benchmarks.quality.contact_sheet import save_sheet, thumbnails
+from benchmarks.quality.contact_sheet import save_sheet, small, thumbnails
 from benchmarks.quality.lists import VARIANTS
 from benchmarks.quality.results import Row, read_rows, values_of
 from benchmarks.quality.statistics import direction, mean_of, paired_difference
@@ -26,6 +26,8 @@ FEW = 5
 """With fewer subjects an interval is hardly more than the spread between them, and no direction is called shown."""
 WORDS = {1: "higher", -1: "lower", 0: "no difference shown", None: "not measured"}
 CEILING = "metric_ceiling.json"
+Ceiling = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""What `metric_ceiling` found, by subject and metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +39,8 @@ class Page:
         ablations: What it shows.
         reference: The variant whose recipe the introduction describes.
         control: A second run of the reference, with a learning rate 0.1 % higher.
-        off: The variant without prior preservation.
-        untrained: The base as it is.
+        ceiling: The metric whose ceiling is shown.
+        reached: What is shown beside it: variants and their metrics, by heading.
         pictured: Subjects of the contact sheets.
     """
 
@@ -46,8 +48,8 @@ class Page:
     ablations: Mapping[str, Ablation]
     reference: str
     control: str
-    off: str
-    untrained: str
+    ceiling: str
+    reached: Mapping[str, tuple[str, str]]
     pictured: tuple[str, ...]
 
 
@@ -56,8 +58,13 @@ TEN = Page(
     ablations=ten_subjects.ABLATIONS,
     reference="demo",
     control="demo_again",
-    off="demo_without_prior",
-    untrained="demo_untrained",
+    ceiling="ID-I",
+    reached={
+        "untrained base, in contexts": ("demo_untrained", "ID-I context"),
+        "reference, plain": ("demo", "ID-I plain"),
+        "reference, in contexts": ("demo", "ID-I context"),
+        "prior preservation off, in contexts": ("demo_without_prior", "ID-I context"),
+    },
     pictured=("drawn_backpack", "drawn_shoe"),
 )
 FIRST = Page(
@@ -65,8 +72,12 @@ FIRST = Page(
     ablations=first_regimes.ABLATIONS,
     reference="reference",
     control="nearly_the_reference",
-    off="without_prior",
-    untrained="untrained",
+    ceiling="EN0-I",
+    reached={
+        "untrained base": ("untrained", "EN0-I"),
+        "reference": ("reference", "EN0-I"),
+        "off": ("without_prior", "EN0-I"),
+    },
     pictured=("drawn_dog", "dog3"),
 )
 PAGES = (TEN, FIRST)
@@ -78,7 +89,7 @@ def write(
     introduction: str,
     notes: str,
     *,
-    ceiling: Mapping[str, Mapping[str, float]] | None = None,
+    ceiling: Ceiling | None = None,
     sheets: Path | None = None,
 ) -> str:
     """Return the text of a page.
@@ -88,41 +99,38 @@ def write(
         all_rows: The rows, also those of other pages.
         introduction: How it begins, with places for what the recipe says.
         notes: What was found out by hand, in Markdown.
-        ceiling: What `metric_ceiling` found, by subject.
+        ceiling: What `metric_ceiling` found.
         sheets: Folder of the contact sheets, or None for a page without pictures.
     """
     variants = {variant for ablation in page.ablations.values() for variant in ablation.labels}
     rows = [row for row in all_rows if row["variant"] in variants]
     if not rows:
         return "# Does DreamBooth do here what the paper says?\n\nNothing has been measured yet.\n"
-    parts = [_introduction(page, rows, introduction), _summary(page, rows)]
+    parts = [_introduction(page, rows, introduction), *_all_subjects(page, sheets), _summary(page, rows)]
     parts += [_section(page, name, rows, sheets) for name in page.ablations]
     return "\n".join([*parts, _ceiling(page, rows, ceiling or {}), notes.strip()]) + "\n"
 
 
-def _ceiling(page: Page, rows: Sequence[Row], ceiling: Mapping[str, Mapping[str, float]]) -> str:
+def _ceiling(page: Page, rows: Sequence[Row], ceiling: Ceiling) -> str:
     measured = {row["subject"] for row in rows}
-    found = {subject: figures for subject, figures in ceiling.items() if subject in measured}
-    if not found:
+    figures = {subject: found[page.ceiling] for subject, found in ceiling.items() if subject in measured}
+    if not figures:
         return ""
+    kinds = list(dict.fromkeys(kind for found in figures.values() for kind in found))
+    heading = ["subject", *kinds, *page.reached]
     lines = [
-        "## What EN0-I can reach",
+        f"## What {page.ceiling} can reach",
         "",
-        "Each picture of a subject against its other pictures (`python -m benchmarks.quality.metric_ceiling`), beside "
-        "what runs reach.",
+        "Each picture of a subject against its other pictures, as they are, worsened, and the drawing itself composed "
+        "into the contexts (`python -m benchmarks.quality.metric_ceiling`), beside what runs reach.",
         "",
-        "| subject | pictures | through the autoencoder | blurred by 2 pixels | untrained base | reference | off |",
-        "|---|---|---|---|---|---|---|",
+        f"| {' | '.join(heading)} |",
+        "|---" * len(heading) + "|",
     ]
-    for subject, figures in found.items():
-        reached = [
-            mean_of(values_of(rows, variant, "EN0-I", [subject])).value
-            for variant in (page.untrained, page.reference, page.off)
-        ]
-        cells = [f"{value:.3f}" for value in figures.values()] + [
-            "-" if value is None else f"{value:.3f}" for value in reached
-        ]
-        lines.append(f"| {subject} | {' | '.join(cells)} |")
+    for subject, found in figures.items():
+        reached = [mean_of(values_of(rows, *run, [subject])).value for run in page.reached.values()]
+        cells = [*map(found.get, kinds), *reached]
+        lines.append(f"| {subject} | {' | '.join('-' if cell is None else f'{cell:.3f}' for cell in cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -150,6 +158,25 @@ def _introduction(page: Page, rows: Sequence[Row], introduction: str) -> str:
     return text + (
         f"* **Measured**: {len(rows)} runs, {hours:.1f} hours on one thread of a busy CPU, base {', '.join(keys)}.\n"
     )
+
+
+def _all_subjects(page: Page, sheets: Path | None) -> list[str]:
+    if sheets is None or not (sheets / f"{page.name}.png").is_file():
+        return []
+    return [
+        "## All subjects",
+        "",
+        f"![Every subject after the reference run](images/quality/{page.name}.png)",
+        "",
+        f"Two of the five pictures of each subject; then, after the reference run, {_columns(page.reference)}. Seed 0, "
+        "the first two of four images.",
+        "",
+    ]
+
+
+def _columns(variant: str) -> str:
+    """Say what a row of a contact sheet shows."""
+    return f"two images of the subject, two {', two '.join(VARIANTS[variant].contexts)}, and two of the class"
 
 
 def _summary(page: Page, rows: Sequence[Row]) -> str:
@@ -195,11 +222,10 @@ def _section(page: Page, name: str, rows: Sequence[Row], sheets: Path | None) ->
             "",
         ]
     if sheets is not None and (sheets / f"{name}.png").is_file():
-        groups = VARIANTS[ablation.reference].contexts
         parts += [
             f"![{ablation.title}](images/quality/{name}.png)",
             "",
-            f"Each row: two images of the subject, two {', two '.join(groups)}, and two of the class.",
+            f"Each row: {_columns(ablation.reference)}.",
             "",
         ]
     return "\n".join(parts)
@@ -306,17 +332,35 @@ def _signed(score: Score) -> str:
     return f"{score.value:+.3f} [{score.interval[0]:+.3f}, {score.interval[1]:+.3f}]"
 
 
+def write_subjects(page: Page, pictures: Path, sheets: Path) -> None:
+    """Make a contact sheet of all subjects of a page: two of their pictures beside what the reference draws."""
+    names = dict.fromkeys(name for ablation in page.ablations.values() for name in ablation.subjects)
+    strips = {name: pictures / f"{page.reference}-{name}-0.png" for name in names}
+    rows = [
+        (BY_NAME[name].noun, [*map(small, BY_NAME[name].pictures[:2]), *thumbnails(strip)])
+        for name, strip in strips.items()
+        if strip.is_file()
+    ]
+    if rows:
+        save_sheet(rows, sheets / f"{page.name}.png", colours=256)
+
+
 def write_sheets(page: Page, pictures: Path, sheets: Path) -> None:
-    """Make a contact sheet for each ablation from the pictures of a few of its subjects."""
+    """Make a contact sheet for each ablation from the pictures of a few subjects that all variants have."""
     for name, ablation in page.ablations.items():
         rows = []
         for subject in [one for one in page.pictured if one in ablation.subjects] or ablation.subjects[:2]:
-            for variant, label in ablation.labels.items():
-                strip = pictures / f"{variant}-{subject}-0.png"
-                if strip.is_file():
-                    rows.append((f"{subject}: {label.replace('λ', 'lambda')}", thumbnails(strip)))  # not in the font
+            strips = {variant: pictures / f"{variant}-{subject}-0.png" for variant in ablation.labels}
+            if all(strip.is_file() for strip in strips.values()):
+                rows += [
+                    (f"{subject}: {_in_font(label)}", thumbnails(strips[one])) for one, label in ablation.labels.items()
+                ]
         if rows:
             save_sheet(rows, sheets / f"{name}.png")
+
+
+def _in_font(label: str) -> str:
+    return label.replace("λ", "lambda")
 
 
 def main() -> None:
@@ -331,6 +375,7 @@ def main() -> None:
     ceiling = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
     for page in PAGES:
         if arguments.pictures is not None:
+            write_subjects(page, arguments.pictures, sheets)
             write_sheets(page, arguments.pictures, sheets)
         introduction, notes = (
             (FOLDER / f"{page.name}_{part}.md").read_text(encoding="utf-8") for part in ("introduction", "notes")

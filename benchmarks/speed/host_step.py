@@ -1,12 +1,10 @@
-"""Where an optimizer on the host's CPU would beat one on the card, with streamed weights: by the planner's time model.
+"""Where an optimizer on the host's CPU beats one on the card, with streamed weights: by the planner's time model.
 
 ``python benchmarks/speed/host_step.py [--only sd15_full_2gb] [--output FILE.json]``
 
 On the card, 24-bit weights and 8-bit moments cross both ways in the backward pass: 5.03 bytes a parameter. With the
-step on the host, gradients leave (2 bytes) and weights arrive (2 bytes), and the host steps at the measured 3.62 ns a
-parameter and thread (``benchmarks/results/adamw8bit_cpu.json``). The model favours the host: its threads do not slow
-each other down, all of its work hides behind the card's, nothing waits for the step of the first layers,
-``update_rms`` costs it no second pass, and the card's own step costs nothing any more.
+step on the host (``memory.optimizer_step=host``), gradients leave (2 bytes) and weights arrive (2 bytes), and the host
+steps beside the backward pass, at the measured rate of the compiled step of one thread times the threads.
 """
 
 import argparse
@@ -17,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_db.cli.arguments import read_arguments
-from lowmem_db.config.strategy import resolve
+from lowmem_db.config.strategy import changed, resolve
 from lowmem_db.models.finding import model_of
-from lowmem_db.planning.cards import Card, Crossing, find_card, seconds_per_step
+from lowmem_db.planning.cards import Card, find_card
 from lowmem_db.planning.phases import TracedRun
-from lowmem_db.planning.predictor import Predictor
+from lowmem_db.planning.predictor import Predictor, Traces
 
 CONFIGURATIONS = ("sd15_full_2gb", "sdxl_full_4gb")
 PLACES = (  # card, PCIe generation, lanes
@@ -29,36 +27,30 @@ PLACES = (  # card, PCIe generation, lanes
     ("RTX 4060", 3, 8), ("RTX 4060", 3, 4), ("RTX 3060", 4, 16), ("RTX 3060", 3, 4), ("T4", 3, 16),
     ("RTX 4090", 4, 16), ("RTX 4090", 3, 4), ("A100", 4, 16),
 )  # fmt: skip
-THREADS = (6, 8, 16)
-_TIMES = json.loads((Path(__file__).parents[1] / "results" / "adamw8bit_cpu.json").read_text())["times"]
-SECONDS_PER_PARAMETER = next(each["ns_per_parameter"] for each in _TIMES if each["way"] == "native") * 1e-9
+THREADS = (4, 8, 16)
 
 
 def rows_of(name: str) -> Iterator[dict[str, Any]]:
     """Yield the seconds of a step at each place."""
-    config = resolve(read_arguments([name], needs_photos=False).config)
-    run = TracedRun(config=config, model=model_of(config, weights=False), card=find_card("RTX 3060"))
-    predictor = Predictor(run, [config])
-    kept = predictor.resident(config)
-    costs, again = predictor._costs(config)
-    num_trained = sum(kept.num_trained.values())
-    steps = (costs.is_kernel == 1) & (costs.in_backward == 1)
-    without = replace(costs, moved_bytes=costs.moved_bytes * ~steps)
-    gradients = kept.streamed_trained_bytes
-    crossing = Crossing(forward=kept.streamed_bytes, backward=kept.streamed_bytes, back=gradients)
+    on_card = resolve(read_arguments([name], needs_photos=False).config)
+    on_host = changed(on_card, {"memory.optimizer_step": "host"})
+    resident = changed(on_card, {"memory.stream_weights": False, "memory.stream_optimizer_state": False})
+    run = TracedRun(config=on_card, model=model_of(on_card, weights=False), card=find_card("RTX 3060"))
+    traces = Traces()
     for card_name, generation, lanes in PLACES:
         card: Card = replace(find_card(card_name), pcie_generation=generation, pcie_lanes=lanes)
-        on_card = seconds_per_step(costs, card, again=again, crossing=predictor.crossing(config))
-        beside = seconds_per_step(without, card, again=again, crossing=crossing)
-        host = {count: SECONDS_PER_PARAMETER * num_trained / count for count in THREADS}
+        by_threads = {
+            count: Predictor(replace(run, card=replace(card, host_threads=count)), [on_card, on_host, resident], traces)
+            for count in THREADS
+        }
+        predictor = by_threads[THREADS[0]]
         yield {
             "configuration": name,
             "card": card_name,
             "pcie": f"{generation}.0 x{lanes}",
-            "resident": seconds_per_step(costs, card, again=again),
-            "step_on_card": on_card,
-            "step_on_host_for_nothing": beside,
-            "step_on_host": {str(count): max(beside, seconds) for count, seconds in host.items()},
+            "resident": predictor.seconds(resident),
+            "step_on_card": predictor.seconds(on_card),
+            "step_on_host": {str(count): each.seconds(on_host) for count, each in by_threads.items()},
         }
 
 

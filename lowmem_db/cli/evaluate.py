@@ -30,8 +30,8 @@ def evaluate(
     encoder: Annotated[
         list[str] | None,
         typer.Option(
-            help="en0 (no network), captions (no network, only for simple drawings), dino, clip, lpips, or paper for "
-            "the last three; NAME=FOLDER_OR_HUB_ID chooses the model. Can be repeated.",
+            help="en0 and identity (no network), captions (no network, only for simple drawings), dino, clip, lpips, "
+            "or paper for the last three; NAME=FOLDER_OR_HUB_ID chooses the model. Can be repeated.",
             show_default="en0",
         ),
     ] = None,

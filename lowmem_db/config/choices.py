@@ -54,7 +54,8 @@ def weights(config: Config, where: Situation) -> Iterator[Weights]:
         yield "fp32"
     else:
         yield "bf16_extra_bits"
-        yield "bf16_stochastic"
+        if not _shares_out(config):
+            yield "bf16_stochastic"
 
 
 def base_weights(config: Config, where: Situation) -> Iterator[BaseWeights]:
@@ -102,7 +103,7 @@ def gradients(config: Config, where: Situation) -> Iterator[bool]:
 def optimizer_states(config: Config, where: Situation) -> Iterator[bool]:
     """Yield whether optimizer states go to the host; not for adapters, whose states are small, nor on the CPU."""
     yield False
-    if config.trains_weights and not where.card.is_cpu:
+    if config.trains_weights and not where.card.is_cpu and not _shares_out(config):
         yield True
 
 
@@ -130,11 +131,21 @@ def stream_weights(config: Config, where: Situation) -> Iterator[bool]:
     memory, placement = config.memory, config.memory.checkpointing
     if where.card.is_cpu or not isinstance(placement, str) or placement not in {"segments", "nested"}:
         return
+    if _shares_out(config):
+        return
     streams_states = memory.stream_optimizer_state or "memory.stream_optimizer_state" not in where.open_paths
     can_train = not config.trains_weights or (memory.optimizer_in_backward and streams_states)
     is_quantized = config.lora.base_weights in {"int8", "nf4"}
     if can_train and not (is_quantized or config.training.compile):
         yield True
+
+
+def optimizer_steps(config: Config, where: Situation) -> Iterator[Literal["device", "host"]]:
+    """Yield where the optimizer steps: also on the host, if its states and the weights are there."""
+    yield "device"
+    memory = config.memory
+    if config.trains_weights and memory.stream_weights and memory.stream_optimizer_state and not where.card.is_cpu:
+        yield "host"
 
 
 def fused_layers(config: Config, where: Situation) -> Iterator[bool]:
@@ -148,7 +159,8 @@ def fused_layers(config: Config, where: Situation) -> Iterator[bool]:
 def channels_last(config: Config, where: Situation) -> Iterator[bool]:
     """Yield whether convolutions are in channels_last: with fused layers, on cards that were measured to gain by it."""
     yield False
-    if config.trains_weights and config.memory.fused_layers and "memory.channels_last" in where.card.faster_with:
+    is_faster = "memory.channels_last" in where.card.faster_with
+    if config.trains_weights and config.memory.fused_layers and is_faster and not _shares_out(config):
         yield True
 
 
@@ -185,6 +197,11 @@ def clipping(config: Config, where: Situation | None = None) -> Iterator[Clippin
     else:
         is_default = training.max_grad_norm == TrainingConfig.model_fields["max_grad_norm"].default
         yield "update_rms" if is_default else "lagged"
+
+
+def _shares_out(config: Config) -> bool:
+    """Return whether several processes share the model out, which cannot be combined with some choices."""
+    return config.distributed.sharding == "full"
 
 
 def _partial(block_names: Sequence[str]) -> Iterator[Mapping[str, Placement]]:

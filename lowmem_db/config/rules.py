@@ -38,6 +38,10 @@ def _streams(rule: Callable[[Config], bool]) -> Callable[[Config], bool]:
     return lambda c: bool(c.memory.stream_weights) and rule(c)
 
 
+def _steps_on_host(rule: Callable[[Config], bool]) -> Callable[[Config], bool]:
+    return lambda c: c.memory.optimizer_step == "host" and rule(c)
+
+
 def _shares_out(rule: Callable[[Config], bool]) -> Callable[[Config], bool]:
     return lambda c: c.distributed.sharding == "full" and rule(c)
 
@@ -101,6 +105,24 @@ _STREAMED_WEIGHTS = (
         _streams(lambda c: c.lora.base_weights in {"int8", "nf4"}),
         "lora.base_weights: {config.lora.base_weights!r} has weights of its own kind, which memory.stream_weights "
         "cannot move; set lora.base_weights=bf16, or memory.stream_weights=false",
+    ),
+)
+_STEP_ON_HOST = (
+    Rule(
+        _steps_on_host(lambda c: not c.trains_weights),
+        "memory.optimizer_step: host is for weights that stream, but adapters and embeddings stay on the device and "
+        "are stepped there; set memory.optimizer_step=device, or leave it out",
+    ),
+    Rule(
+        _steps_on_host(lambda c: c.trains_weights and c.memory.stream_weights is False),
+        "memory.optimizer_step: host steps weights that are on the host, but memory.stream_weights is "
+        "false; set memory.stream_weights=true (with memory.checkpointing=segments), or "
+        "memory.optimizer_step=device",
+    ),
+    Rule(
+        _steps_on_host(lambda c: c.trains_weights and c.memory.stream_optimizer_state is False),
+        "memory.optimizer_step: host keeps optimizer states in host memory, but memory.stream_optimizer_state is "
+        "false; set it to true, or memory.optimizer_step=device",
     ),
 )
 _SHARED_OUT = (
@@ -316,6 +338,7 @@ RULES = (
         "host; set ema.enabled=false, memory.stream_optimizer_state=false, or memory.weights=fp32",
     ),
     *_STREAMED_WEIGHTS,
+    *_STEP_ON_HOST,
     *_SHARED_OUT,
     Rule(
         lambda c: (c.memory.micro_batches or 0) > 1 and c.memory.micro_batches not in [*choices.micro_batches(c)],

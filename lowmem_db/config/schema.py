@@ -363,6 +363,10 @@ class MemoryConfig(Section):
     stream_weights: bool | None = None
     """Keep the weights of checkpointed segments in host memory; each segment's pass through the device while it is
     computed. Weights that train must step in the backward pass (``optimizer_in_backward``)."""
+    optimizer_step: Literal["device", "host"] | None = None
+    """Where the optimizer steps: ``device``; ``host``, on the processor, with ``stream_weights`` and
+    ``stream_optimizer_state``: gradients go out and weights come in, for cards behind few PCIe lanes. Results of a card
+    and of the processor differ by rounding."""
     checkpointing: Placement | Annotated[dict[str, Placement], Field(min_length=1)] | None = None
     """Activation checkpointing, that is, what is recomputed in the backward pass: ``none``; ``layers``, each residual
     block and transformer block by itself; ``segments``, longer stretches with whole transformers and skip connections;

@@ -228,6 +228,16 @@ FIELDS: tuple[StrategyField, ...] = (
         traced=("weights", "resident", "class_images", "encode_images", "encode_text", "train", "sample"),
         is_exact=True,
     ),
+    StrategyField(
+        path="memory.optimizer_step",
+        choices=choices.optimizer_steps,
+        plain=lambda config: "device",
+        words=lambda config: "optimizer step on the host" if config.memory.optimizer_step == "host" else None,
+        rank=5,
+        effort=lambda where: int(where == "host"),
+        overhead=_free,
+        traced={"resident": _itself, "train": _itself},
+    ),
     switch(
         "memory.offload_checkpoints",
         "checkpoints on the host",

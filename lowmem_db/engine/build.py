@@ -18,6 +18,7 @@ from lowmem_db.distributed.world import ALONE, World
 from lowmem_db.errors import ConfigError
 from lowmem_db.host_memory import to_device
 from lowmem_db.memory import sharding, techniques
+from lowmem_db.memory.weight_stream import weights_on_host
 from lowmem_db.models.denoiser import AUTOCAST_TYPES, Denoiser
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU
@@ -90,7 +91,8 @@ def build_step(
             to_device(module, device)
         module.train()
     trained = that_train(denoiser.modules())
-    optimizer = build_optimizer(config, trained, device, reduction)
+    on_host = weights_on_host(denoiser.modules().values())
+    optimizer = build_optimizer(config, trained, device, reduction, on_host)
     extra_bits = {name: bits for name, bits in prepared.extra_bits.items() if name.partition(".")[0] in trained}
     for name, bits in optimizer.extra_bits().items():
         found = extra_bits.pop(name)

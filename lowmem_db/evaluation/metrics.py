@@ -57,23 +57,6 @@ def fidelity_pairs(images: Sequence[Float[Tensor, "_ d"]], photos: Float[Tensor,
     return [cosine_similarities(of_prompt, photos).flatten() for of_prompt in images]
 
 
-def identity_pairs(
-    images: Sequence[Float[Tensor, "_ d"]], photos: Float[Tensor, "m d"], class_images: Float[Tensor, "n d"]
-) -> Pairs:
-    """Compare the images of each prompt with all photos by what sets them apart from the class.
-
-    The mean of the class images is taken from both before their cosine, so that another member of the class is near 0,
-    whatever it has in common with the subject as one of the class.
-
-    Args:
-        images: Embeddings of the images of each prompt.
-        photos: Embeddings of photos of the subject.
-        class_images: Embeddings of other members of the class, such as the model drew before training.
-    """
-    centre = class_images.double().mean(dim=0)
-    return fidelity_pairs([of_prompt.double() - centre for of_prompt in images], photos.double() - centre)
-
-
 def real_pairs(photos: Float[Tensor, "m d"]) -> Pairs:
     """Compare the photos of a subject with each other: the row "Real Images" of Table 1."""
     return [_of_two(cosine_similarities(photos, photos))]

@@ -24,13 +24,14 @@ from lowmem_db.evaluation.metrics import (
 Role = Literal["fidelity", "prompt", "preservation", "diversity", "noun", "colour", "background"]
 METRICS: dict[str, dict[Role, str]] = {
     "en0": {"fidelity": "EN0-I", "preservation": "EN0-PRES", "diversity": "EN0-DIV"},
+    "identity": {"fidelity": "ID-I", "preservation": "ID-PRES"},
     "captions": {"noun": "caption_noun", "colour": "caption_colour", "background": "caption_background"},
     "dino": {"fidelity": "DINO", "preservation": "PRES"},
     "clip": {"fidelity": "CLIP-I", "prompt": "CLIP-T"},
     "lpips": {"diversity": "DIV"},
 }
 """Names of the metrics, by encoder and role. Only the paper's encoders have the paper's names."""
-LOWER_IS_BETTER = ("EN0-PRES", "PRES")
+LOWER_IS_BETTER = ("EN0-PRES", "ID-PRES", "PRES")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,8 +95,8 @@ def shrink(denoiser: Denoiser, num_processes: int, stays_whole: Callable[[nn.Par
                 parameter.data = parameter.data[rows].clone()
 
 
-def passing_bytes(denoiser: Denoiser, stays_whole: Callable[[nn.Parameter], bool]) -> int:
-    """Return the bytes of weights and gradients that are put together at a time, beside what a process holds.
+def passing_bytes(denoiser: Denoiser, stays_whole: Callable[[nn.Parameter], bool]) -> tuple[int, int]:
+    """Return the bytes of weights and of gradients that are put together at a time, beside what a process holds.
 
     Those are the weights of a layer and of the next one, which is fetched meanwhile; its gradients as they were
     computed, packed, and received; and both of what is left of its block and of its component.
@@ -106,7 +106,8 @@ def passing_bytes(denoiser: Denoiser, stays_whole: Callable[[nn.Parameter], bool
         stays_whole: As for :func:`apply`.
     """
     taken: set[nn.Parameter] = set()
-    layers, rests = [0], [0]
+    layers: list[tuple[int, int]] = [(0, 0)]
+    rests: list[tuple[int, int]] = [(0, 0), (0, 0)]
     parts = list(units(denoiser))
     for unit in parts:
         own = [each for each in unit.parameters() if each not in taken and not stays_whole(each)]
@@ -114,6 +115,9 @@ def passing_bytes(denoiser: Denoiser, stays_whole: Callable[[nn.Parameter], bool
         weights = sum(each.nbytes for each in own)
         gradients = sum(each.nbytes for each in own if each.requires_grad)
         inside = set(unit.modules()) - {unit}
-        is_rest = any(other in inside for other in parts)
-        (rests if is_rest else layers).append(weights + gradients if is_rest else 2 * weights + 3 * gradients)
-    return max(layers) + sum(sorted(rests)[-2:])
+        if any(other in inside for other in parts):
+            rests.append((weights, gradients))
+        else:
+            layers.append((2 * weights, 3 * gradients))
+    largest = [max(layers, key=sum), *sorted(rests, key=sum)[-2:]]
+    return sum(weights for weights, _ in largest), sum(gradients for _, gradients in largest)

@@ -70,7 +70,7 @@ def _compiling(denoiser: Denoiser, config: Config, device: torch.device) -> Undo
 
 def _checkpointing(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:
     placement, offload = config.memory.checkpointing, bool(config.memory.offload_checkpoints)
-    stream = WeightStream(device, trained=config.trains_weights) if config.memory.stream_weights else None
+    stream = _stream(config, device) if config.memory.stream_weights else None
     try:
         undo = checkpointing.apply(denoiser.blocks(), placement or "none", offload=offload, stream=stream)
     except ValueError as error:
@@ -84,6 +84,10 @@ def _checkpointing(denoiser: Denoiser, config: Config, device: torch.device) -> 
         undo()
 
     return undo_both
+
+
+def _stream(config: Config, device: torch.device) -> WeightStream:
+    return WeightStream(device, trained=config.trains_weights, steps_on_host=config.memory.optimizer_step == "host")
 
 
 def _elsewhere(denoiser: Denoiser, config: Config, device: torch.device) -> Undo:

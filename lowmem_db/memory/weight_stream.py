@@ -4,7 +4,8 @@ The unit is the segment of activation checkpointing. It needs its weights in the
 recomputation to the end of its backward pass; in between they are in pinned host memory only. Each segment's large
 weights are one run of bytes there, so that one copy brings them to a slot. Where the optimizer steps in the backward
 pass, it steps in the slot, and one copy takes the weights back. Copies run on two side streams, one per direction; a
-segment is fetched while those before it compute. On the CPU the same code copies synchronously.
+segment is fetched while those before it compute. On the CPU the same code copies synchronously. Where the optimizer
+steps on the host, in the run of bytes itself, no weights are copied back.
 
 Weights of less than :data:`MIN_NUMEL` elements, and all that are in no segment, stay on the device. Bytes move,
 arithmetic does not: results are bit for bit those of weights that stay.
@@ -207,6 +208,18 @@ def _after(before: Tensor, made: Any) -> Any:
     return values if isinstance(made, tuple) else values[0]
 
 
+def weights_on_host(modules: Iterable[nn.Module]) -> dict[nn.Parameter, Tensor]:
+    """Return the weights of some components that stream, where they are on the host."""
+    streams = [getattr(module, _STREAM, None) for module in modules]
+    return {
+        parameter: weight
+        for stream in streams
+        if stream is not None
+        for group in stream._groups
+        for parameter, weight in zip(group.parameters, group.own, strict=True)
+    }
+
+
 def rest(modules: Iterable[nn.Module]) -> None:
     """Free the slots that weights of some components stream through, until their next pass."""
     for module in modules:
@@ -225,11 +238,13 @@ class WeightStream:
         device: Device of the slots.
         trained: Whether weights that train are streamed too, which must then step in the backward pass. If not, they
             stay on the device.
+        steps_on_host: Whether the optimizer steps the weights on the host, and not those on the device.
     """
 
-    def __init__(self, device: torch.device, *, trained: bool) -> None:
+    def __init__(self, device: torch.device, *, trained: bool, steps_on_host: bool = False) -> None:
         self.device = device
         self._trained = trained
+        self._steps_on_host = steps_on_host
         self._residences: list[Residence] = []
         self._groups: list[_Group] = []
         self._slots: list[_Slot] = []
@@ -336,7 +351,7 @@ class WeightStream:
     def let_go(self, group: _Group) -> None:
         """Undo :meth:`hold`: all gradients of the group's weights have been used, and its weights may have changed."""
         self._held.remove(group)
-        if group.num_users == 1 and group.trains:
+        if group.num_users == 1 and group.trains and not self._steps_on_host:
             self._send_back(group)
         self.leave(group)
 

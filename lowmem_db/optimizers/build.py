@@ -1,6 +1,6 @@
 """Building an optimizer from the configuration."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from lowmem_db.optimizers.adamw8bit import AdamW8bit
 from lowmem_db.optimizers.clipping import GradientClipping, LossScale
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.optimizers.in_backward import InBackwardHandle
+from lowmem_db.optimizers.on_host import HostStep
 from lowmem_db.optimizers.rules import Sums, UpdateRule
 from lowmem_db.optimizers.states import ResidentStates, StateLayout, States, like
 from lowmem_db.optimizers.streaming import StreamedStates
@@ -25,11 +26,17 @@ from lowmem_db.optimizers.units import LargeParameter, SmallParameterRow, StepUn
 from lowmem_db.optimizers.weights import EXTRA_BITS, named_parameters
 from lowmem_db.randomness import derive_seed
 
+_HOST = torch.device("cpu")
+_AT_ONCE = 64  # elements; the vectors of a CPU are shorter
 _LARGEST_SMALL = 4095  # elements; bitsandbytes keeps fp32 states up to this size
 
 
 def build_optimizer(
-    config: Config, modules: Mapping[str, nn.Module], device: torch.device, reduction: Reduction = NO_REDUCTION
+    config: Config,
+    modules: Mapping[str, nn.Module],
+    device: torch.device,
+    reduction: Reduction = NO_REDUCTION,
+    on_host: Mapping[nn.Parameter, Tensor] | None = None,
 ) -> OptimizerHandle:
     """Build the optimizer of a configuration, with a group for each component that trains.
 
@@ -38,6 +45,7 @@ def build_optimizer(
         modules: The components, by name.
         device: Device of the modules.
         reduction: Adds up the gradients of all processes. Default: there is one.
+        on_host: The weights that are on the host, where they are. Default: none.
 
     Raises:
         ConfigError: Nothing trains.
@@ -45,15 +53,24 @@ def build_optimizer(
     """
     check_resolved(config)
     rule = _RULES[config.optimizer.name](config, device)
-    kind = InBackwardHandle if config.memory.optimizer_in_backward else OptimizerHandle
+    units = _units(config, rule, modules, device, reduction)
+    step = _host_step(config, units, on_host or {}, device) if config.memory.optimizer_step == "host" else None
+    kind = partial(InBackwardHandle, on_host=step) if config.memory.optimizer_in_backward else OptimizerHandle
     return kind(
-        _units(config, rule, modules, device, reduction),
+        units,
         rule,
         clipping=GradientClipping(config.training.clipping or "none", config.training.max_grad_norm, device),
         loss_scale=LossScale(device) if autocast(config) == "fp16" else None,
         device=device,
         reduction=reduction,
     )
+
+
+def _host_step(
+    config: Config, units: Sequence[StepUnit], on_host: Mapping[nn.Parameter, Tensor], device: torch.device
+) -> HostStep:
+    rule = _RULES[config.optimizer.name](config, _HOST)
+    return HostStep([unit for unit in units if isinstance(unit, LargeParameter)], rule, on_host, device)
 
 
 def _adamw8bit(config: Config, device: torch.device) -> UpdateRule:
@@ -72,9 +89,9 @@ def stays_whole(parameter: Tensor, config: Config) -> bool:
     """Return whether every process keeps the whole of a parameter where ``distributed.sharding`` shares them out.
 
     Small ones stay, which are stepped in one row; and those whose rows cannot be shared out without separating what an
-    8-bit state scales together.
+    8-bit state scales together, or what torch computes at once: it may round what is left over at an end otherwise.
     """
-    block = BLOCK_SIZE if config.optimizer.name == "adamw8bit" else 1
+    block = BLOCK_SIZE if config.optimizer.name == "adamw8bit" else _AT_ONCE
     is_small = parameter.numel() <= _LARGEST_SMALL
     return is_small or not can_be_shared(parameter.shape, config.distributed.num_processes, block)
 
@@ -101,6 +118,8 @@ def _sums(parameter: nn.Parameter, reduction: Reduction) -> Sums | None:
 
 def _states(layouts: Mapping[str, StateLayout], config: Config, device: torch.device) -> States:
     """Return the states of large parameters; where weights stream too, the smallest ring will do."""
+    if config.memory.optimizer_step == "host":
+        return ResidentStates(layouts, device, on_host=True)
     if not config.memory.stream_optimizer_state:
         return ResidentStates(layouts, device)
     largest = max((layout.nbytes for layout in layouts.values()), default=0)

@@ -1,4 +1,4 @@
-"""The optimizer inside the backward pass: a gradient is used and freed as soon as it is complete.
+"""The optimizer inside the backward pass: a gradient is used, or sent to the host, and freed as soon as it is complete.
 
 This saves the memory of all gradients except the largest one and those of small parameters, which wait for the end of
 the pass. There is no synchronization until the step is done. Anything that needs all gradients at once, such as
@@ -17,14 +17,24 @@ from torch.utils.hooks import RemovableHandle
 from lowmem_db.errors import NonFiniteError
 from lowmem_db.finite import first_not_finite
 from lowmem_db.optimizers.handle import OptimizerHandle
+from lowmem_db.optimizers.on_host import HostStep
 from lowmem_db.optimizers.units import LargeParameter, StepUnit
+
+_NOT_YET = torch.tensor(torch.nan)  # until the host has it
 
 
 class InBackwardHandle(OptimizerHandle):
-    """An optimizer that steps in the backward pass; arguments as for :class:`OptimizerHandle`."""
+    """An optimizer that steps in the backward pass.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        *args: As for :class:`OptimizerHandle`.
+        on_host: Steps large parameters on the host. Default: they are stepped on the device.
+        **kwargs: As for :class:`OptimizerHandle`.
+    """
+
+    def __init__(self, *args: Any, on_host: HostStep | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._on_host = on_host
         self._squared_norms: dict[str, Tensor] = {}
         self._shares: list[str] = []  # those of which each process has squared its rows alone
         self._usable: Tensor | None = None  # 1, or NaN if the loss is not finite
@@ -42,7 +52,7 @@ class InBackwardHandle(OptimizerHandle):
     @property
     def withstands_non_finite_loss(self) -> bool:
         """Whether the rule leaves a parameter unchanged whose gradient is scaled by NaN."""
-        return self.rule.reports_norm
+        return self.rule.reports_norm and (self._on_host is None or self._on_host.rule.reports_norm)
 
     def backward(self, loss: Tensor, *, finite: Tensor | None = None) -> None:
         """Run the backward pass and step large parameters in it; see :meth:`OptimizerHandle.backward`."""
@@ -50,7 +60,14 @@ class InBackwardHandle(OptimizerHandle):
         finite = None if finite is None else self.reduction.world.least(finite)
         self._usable = None if finite is None else torch.where(finite > 0, 1.0, torch.nan)
         self._squared_norms, self._shares = {}, []
-        self._scaled(loss).backward()
+        if self._on_host is None:
+            self._scaled(loss).backward()
+            return
+        self._on_host.begin_step(self._scalars)
+        with self._on_host.running():
+            self._scaled(loss).backward()
+        found = self._on_host.squared_norms()
+        self._squared_norms |= {name: found[name] for name, known in self._squared_norms.items() if known is _NOT_YET}
 
     def step_and_read(self, report: Tensor) -> tuple[float, list[float]]:
         """Step the small parameters; see :meth:`OptimizerHandle.step_and_read`.
@@ -96,13 +113,13 @@ class InBackwardHandle(OptimizerHandle):
         gradient = unit.gradient()
         if gradient is None:
             return
-        norm = None if self._rule_reports_norm() else self._norm(gradient)
+        norm = None if self._rule_reports_norm(unit) else self._norm(gradient)
         scale = self._unscaled(self.clipping.scale(norm))
         if self.loss_scale is not None and norm is not None and scale is not None:
             scale = torch.where(norm.isfinite(), scale, torch.nan)  # the fused step leaves such a parameter unchanged
         if self.withstands_non_finite_loss and self._usable is not None:
             scale = self._usable if scale is None else scale * self._usable
-        by_product = self._step_unit(unit, scale)
+        by_product = self._step_or_send(unit, gradient, scale)
         squared_norm = by_product if norm is None else norm.square()
         if norm is None and unit.sums is not None:
             self._shares.append(unit.name)
@@ -117,9 +134,18 @@ class InBackwardHandle(OptimizerHandle):
             squares = torch.stack([self._squared_norms[name] for name in self._shares])
             self._squared_norms |= dict(zip(self._shares, self.reduction.total(squares), strict=True))
 
-    def _rule_reports_norm(self) -> bool:
+    def _step_or_send(self, unit: StepUnit, gradient: Tensor, scale: Tensor | None) -> Tensor | None:
+        """Step a unit, here or on the host; return the square of its norm if the rule computes it, or NaN before."""
+        if self._on_host is None or not isinstance(unit, LargeParameter):
+            return self._step_unit(unit, scale)
+        self._on_host.send(unit, gradient, scale)
+        return _NOT_YET
+
+    def _rule_reports_norm(self, unit: StepUnit) -> bool:
         """Return whether the step itself computes the norm, which clipping does not need beforehand."""
-        return self.rule.reports_norm and self.loss_scale is None and self.clipping.mode != "per_tensor"
+        host = self._on_host if isinstance(unit, LargeParameter) else None
+        rule = self.rule if host is None else host.rule
+        return rule.reports_norm and self.loss_scale is None and self.clipping.mode != "per_tensor"
 
 
 def _step(handle: weakref.ref[InBackwardHandle], unit: weakref.ref[LargeParameter], _: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Memory of optimizer states: all tensors of a parameter's state in one contiguous buffer that stays on the device.
+"""Memory of optimizer states: all tensors of a parameter's state in one contiguous buffer that stays where it is used.
 
 :mod:`lowmem_db.optimizers.streaming` has the same interface for states in host memory.
 """
@@ -7,10 +7,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from lowmem_db.host_memory import full_on_host
 
 _ALIGNMENT = 256  # bytes; the widest access of a kernel is 16
 
@@ -93,21 +96,22 @@ class States(Protocol):
 
 
 class ResidentStates:
-    """States that stay on the device.
+    """States that stay on the device, or on the host if the optimizer steps there.
 
     Args:
         layouts: Layout of each parameter's state.
         device: Device of the parameters.
+        on_host: Whether they are on the host.
     """
 
-    def __init__(self, layouts: Mapping[str, StateLayout], device: torch.device) -> None:
+    def __init__(self, layouts: Mapping[str, StateLayout], device: torch.device, *, on_host: bool = False) -> None:
+        zeros = partial(full_on_host, value=0, device=device) if on_host else partial(torch.zeros, device=device)
         self._views = {
-            name: layout.views(torch.zeros(layout.nbytes, dtype=torch.uint8, device=device))
-            for name, layout in layouts.items()
+            name: layout.views(zeros((layout.nbytes,), dtype=torch.uint8)) for name, layout in layouts.items()
         }
 
     def begin_step(self) -> None:
-        """Do nothing: the states are on the device."""
+        """Do nothing: the states are where they are used."""
 
     @contextmanager
     def on_device(self, name: str) -> Iterator[Mapping[str, Tensor]]:

@@ -8,12 +8,13 @@ told it to, so that a step takes as long as the slower of the two: on a fast car
 import difflib
 import re
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from lowmem_db_kernels.dispatch import choose
 
+from lowmem_db import nvidia
 from lowmem_db.config.schema import Config
 from lowmem_db.environment import GIB
 from lowmem_db.errors import ConfigError
@@ -26,6 +27,9 @@ _SECONDS_OF_SMALLEST = 2.5e-6  # an operator on a card, however small
 _SECONDS_OF_SMALLEST_ON_CPU = 5e-6
 _HOST_SECONDS = 8e-6  # Python, autograd and torch's dispatcher, for each operator
 _WORTH_A_TECHNIQUE = 0.98  # of a step's seconds; closer to 1 is what two measurements of the same thing differ by
+_FEW_LANES = 8e9  # bytes per second: fewer than eight lanes of PCIe 4.0
+_HOST_BANDWIDTH = 50e9  # bytes per second, the public figure of two channels of DDR4
+_HOST_RATE_OF_THREAD = 2.5e9  # bytes per second of the compiled step of 8-bit AdamW, measured: 14 bytes in 5.5 ns
 _HOST_SECONDS_OF_KERNEL = 25e-6  # the same for a kernel of ours, which Triton launches
 _NO_PART_OF_NAME = re.compile(r"nvidia|geforce|tesla|\bgpu\b|[\s_-](sxm\d?|pcie|hbm\d\w?)\b")
 _MEMORY = re.compile(r"[\s_-]\d+\s?gb\b", re.IGNORECASE)
@@ -43,9 +47,10 @@ class Card:
         tflops: Dense half-precision TFLOPS of the tensor cores, accumulated in fp32.
         fp32_tflops: TFLOPS in fp32.
         pcie_generation: 3, 4 or 5; 0 for the host itself.
-        pcie_lanes: 8 or 16.
+        pcie_lanes: 1 to 16.
         capability: CUDA compute capability, or None for the CPU.
         multiprocessors: How many it has.
+        host_threads: Threads of its host that compute beside it.
         eager_step: Whether plain PyTorch computes the optimizer's step there, as without Triton.
     """
 
@@ -58,6 +63,7 @@ class Card:
     pcie_lanes: int
     capability: tuple[int, int] | None
     multiprocessors: int
+    host_threads: int = 8
     eager_step: bool = False
 
     @property
@@ -69,6 +75,11 @@ class Card:
     def is_cpu(self) -> bool:
         """Whether it is the CPU."""
         return self.capability is None
+
+    @property
+    def has_few_lanes(self) -> bool:
+        """Whether so little crosses PCIe that an optimizer's step on the host may be faster."""
+        return not self.is_cpu and pcie_rate(self) < _FEW_LANES
 
     @property
     def faster_with(self) -> frozenset[str]:
@@ -159,7 +170,7 @@ def card_of(name: str, *, total_bytes: int, capability: tuple[int, int], multipr
 
 
 def card_here(device: torch.device) -> Card:
-    """Return the card of a CUDA device of this machine, and what computes the optimizer's step on it."""
+    """Return the card of a CUDA device of this machine, with its own lanes, and what computes the optimizer's step."""
     found = torch.cuda.get_device_properties(device)
     card = card_of(
         found.name,
@@ -167,7 +178,17 @@ def card_here(device: torch.device) -> Card:
         capability=(found.major, found.minor),
         multiprocessors=found.multi_processor_count,
     )
-    return replace(card, eager_step=choose("adamw8bit_step", device).backend == "eager")
+    eager_step = choose("adamw8bit_step", device).backend == "eager"
+    card = replace(card, eager_step=eager_step, host_threads=torch.get_num_threads())
+    link = _link_of(found)
+    return card if link is None else replace(card, pcie_generation=link[0], pcie_lanes=link[1])
+
+
+def _link_of(properties: Any) -> tuple[int, int] | None:
+    """Return PCIe generation and lanes of a device, or None if torch or the driver does not tell."""
+    names = ("pci_domain_id", "pci_bus_id", "pci_device_id")  # not in older versions of torch
+    place = [getattr(properties, name, None) for name in names]
+    return None if None in place else nvidia.pcie_link(*place)
 
 
 def is_known(name: str) -> bool:
@@ -210,8 +231,13 @@ def seconds_per_step(
     on_card, is_backward = operator_seconds(costs, card), costs.in_backward == 1
     forward, backward = on_card[~is_backward].sum(), on_card[is_backward].sum() + (again * on_card).sum()
     copying = [pcie_seconds(num_bytes, card) for num_bytes in crossing or Crossing()]
-    computing = max(forward, copying[0]) + max(backward, *copying[1:])
-    on_host = 0.0 if card.is_cpu else ((1.0 + again) * host_seconds(costs)).sum()
+    beside = seconds_on_host(costs.host_bytes_in_backward, card)
+    if card.is_cpu:
+        backward, beside = backward + beside, 0.0
+    computing = max(forward, copying[0]) + max(backward, beside, *copying[1:])
+    computing += seconds_on_host(costs.host_bytes, card)
+    launching = ((1.0 + again) * host_seconds(costs)).sum() + costs.num_on_host * _HOST_SECONDS_OF_KERNEL
+    on_host = 0.0 if card.is_cpu else launching
     return float(max(computing, on_host)) * calibration.SECONDS.get(known_name(card.name), 1.0)
 
 
@@ -236,6 +262,14 @@ def operator_seconds(costs: Costs, card: Card) -> np.ndarray:
 def host_seconds(costs: Costs) -> np.ndarray:
     """Predict how long the host takes to launch each operator on a card."""
     return np.where(costs.is_kernel == 1, _HOST_SECONDS_OF_KERNEL, _HOST_SECONDS)
+
+
+def seconds_on_host(num_bytes: int, card: Card) -> float:
+    """Predict the seconds in which the processor beside a card reads and writes so many bytes."""
+    if card.is_cpu:
+        return num_bytes / (card.bandwidth * 1e9 * calibration.SHARE_OF_BANDWIDTH)
+    rate = min(_HOST_BANDWIDTH * calibration.SHARE_OF_BANDWIDTH, card.host_threads * _HOST_RATE_OF_THREAD)
+    return num_bytes / rate
 
 
 def pcie_seconds(num_bytes: int, card: Card) -> float:

@@ -34,6 +34,9 @@ class Costs:
         block_names: Blocks of the model to which the rows belong.
         host_to_device_bytes: Bytes copied from the host over PCIe.
         device_to_host_bytes: Bytes copied to the host over PCIe.
+        host_bytes_in_backward: Bytes that the host's own operators read and write beside the backward pass.
+        host_bytes: The same, for what runs at another time.
+        num_on_host: How many operators the host computes itself.
         attentions: What attention computes the backward pass of.
     """
 
@@ -46,6 +49,9 @@ class Costs:
     block_names: tuple[str, ...] = ()
     host_to_device_bytes: int = 0
     device_to_host_bytes: int = 0
+    host_bytes_in_backward: int = 0
+    host_bytes: int = 0
+    num_on_host: int = 0
     attentions: frozenset["Attention"] = frozenset()
 
 
@@ -82,6 +88,7 @@ class CostRecorder:
         self._block_names: list[str] = []
         self._block = -1
         self._crossed = [0, 0]
+        self._on_host, self._num_on_host = [0, 0], 0
         self._attentions: set[Attention] = set()
 
     def clear(self) -> None:
@@ -89,6 +96,7 @@ class CostRecorder:
         self._rows.clear()
         self._attentions.clear()
         self._crossed = [0, 0]
+        self._on_host, self._num_on_host = [0, 0], 0
 
     def start_block(self, name: str) -> None:
         """Assign the following operators to a block, until :meth:`end_block`."""
@@ -122,6 +130,12 @@ class CostRecorder:
         """Add a copy to the host, or from it."""
         self._crossed[to_host] += num_bytes
 
+    @no_type_check
+    def add_on_host(self, row: Row) -> None:
+        """Add an operator that the host computes beside the card."""
+        self._on_host[torch._C._current_graph_task_id() != -1] += row.moved_bytes
+        self._num_on_host += 1
+
     def costs(self) -> Costs:
         """Return all rows so far."""
         table = np.array(self._rows, dtype=np.int64).reshape(-1, len(Row._fields) + 2)
@@ -135,6 +149,9 @@ class CostRecorder:
             block_names=tuple(self._block_names),
             host_to_device_bytes=self._crossed[0],
             device_to_host_bytes=self._crossed[1],
+            host_bytes=self._on_host[0],
+            host_bytes_in_backward=self._on_host[1],
+            num_on_host=self._num_on_host,
             attentions=frozenset(self._attentions),
         )
 

@@ -1,10 +1,11 @@
 """The device memory that the phases of a run need with a strategy, including the allowance."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lowmem_db.config.schema import Config
 from lowmem_db.planning.allowance import allowance_bytes, communicator_bytes
-from lowmem_db.planning.predictor import Predictor
+from lowmem_db.planning.predictor import Predictor, phase_of
 from lowmem_db.records import PhaseMemory
 
 _HOST_REST = 256 << 20  # pictures, batches, what is copied at a time
@@ -26,10 +27,10 @@ class Needs:
         """Return the phases of a run, with an exact trace of training."""
         traced = self._predictor.train(strategy)
         phases = self._predictor.before_training(strategy)
-        phases.append(PhaseMemory(name="train", parts=traced.peak, host_bytes=traced.host_bytes))
+        phases.append(phase_of("train", traced))
         if strategy.prompts_drawn:
-            host_bytes = self._predictor.resident(strategy).host_bytes
-            phases.append(PhaseMemory(name="sample", parts=self._predictor.sample(strategy), host_bytes=host_bytes))
+            kept = self._predictor.resident(strategy)
+            phases.append(replace(phase_of("sample", kept), parts=self._predictor.sample(strategy)))
         return phases
 
     def of_phases(self, phases: Sequence[PhaseMemory]) -> int:
@@ -82,8 +83,16 @@ class Needs:
 
 
 def _loaded(strategy: Config, phase: PhaseMemory) -> int:
-    """Return the bytes of a phase's models on the host, where they are converted before they go to the card."""
-    if phase.name == "train" and strategy.memory.weights == "bf16_extra_bits":
-        return phase.parts.weights * 3 // 2
+    """Return the bytes of a phase's models on the host, where they are converted before they go to the card.
+
+    What several processes share out is on the host of each as a whole, and in checkpoints on that of the first.
+    """
+    if phase.name == "train":
+        has_extra_bits = strategy.memory.weights == "bf16_extra_bits"
+        weights = phase.parts.weights * 3 // 2 if has_extra_bits else phase.parts.weights
+        if strategy.distributed.sharding == "full":
+            return strategy.distributed.num_processes * max(weights, phase.parts.optimizer_state)
+        if has_extra_bits:
+            return weights
     is_quantized = phase.name in {"train", "class_images"}
     return phase.parts.weights * (_QUANTIZED.get(str(strategy.lora.base_weights), 1) if is_quantized else 1)

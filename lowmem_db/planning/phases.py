@@ -17,6 +17,7 @@ from lowmem_db.engine.build import Prepared, build_ema, build_step, prepare_modu
 from lowmem_db.engine.samples import evaluating, load_decoder, sample_artist, sample_job
 from lowmem_db.engine.step import train_step
 from lowmem_db.memory import sharding
+from lowmem_db.memory.weight_stream import weights_on_host
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.loading import CPU, META
@@ -48,25 +49,27 @@ class Traced:
         peak: Bytes on the device at the peak.
         resident: Bytes on the device that stay in use when the phase is done.
         host_bytes: Peak bytes on the host.
+        pinned_bytes: Peak bytes of those that are pinned.
         costs: The costs of its operators.
         blocks: Figures of the blocks in a training step, in the order of the forward pass.
         trained_bytes: Bytes of the parameters that train.
         num_trained: How many parameters of each component train.
         streamed_bytes: Bytes of the weights that are on the host.
         streamed_trained_bytes: Bytes of those among them that train.
-        passing_bytes: Bytes that are put together for a layer of a model that is shared out between processes.
+        passing: Bytes of weights and of gradients that are put together for a layer of a model that is shared out.
     """
 
     peak: MemoryParts
     resident: MemoryParts
     host_bytes: int
     costs: Costs
+    pinned_bytes: int = 0
     blocks: Mapping[str, BlockFigures] = field(default_factory=dict)
     trained_bytes: int = 0
     num_trained: Mapping[str, int] = field(default_factory=dict)
     streamed_bytes: int = 0
     streamed_trained_bytes: int = 0
-    passing_bytes: int = 0
+    passing: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +123,12 @@ def trace_class_images(run: TracedRun) -> Traced:
     if not run.config.memory.stream_weights:
         return drawn
     text = _trace_class_text(run)
-    host_bytes = max(drawn.host_bytes, text.host_bytes)
-    return replace(drawn, peak=max(drawn.peak, text.peak, key=lambda parts: parts.total), host_bytes=host_bytes)
+    return replace(
+        drawn,
+        peak=max(drawn.peak, text.peak, key=lambda parts: parts.total),
+        host_bytes=max(drawn.host_bytes, text.host_bytes),
+        pinned_bytes=max(drawn.pinned_bytes, text.pinned_bytes),
+    )
 
 
 def _trace_class_drawing(run: TracedRun) -> Traced:
@@ -245,11 +252,12 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
         denoiser, _, optimizer = build_step(after_backward[0], run.model, META, copy_of(prepared))
         passing = _share_out(denoiser, after_backward[0])
         tracker.register(weights_of(denoiser.modules().values()), "weights")
+        on_host = weights_on_host(denoiser.modules().values())
         for strategy in after_backward:
             del optimizer
             tracker.reset_peak()
             with tracker.new_tensors_are("optimizer_state"):
-                optimizer = build_optimizer(strategy, denoiser.modules(), META)
+                optimizer = build_optimizer(strategy, denoiser.modules(), META, on_host=on_host)
             with tracker.new_tensors_are("other"):
                 ema = build_ema(strategy, denoiser, optimizer)
             streamed = [weight for weight in weights_of(denoiser.modules().values()) if tracker.is_on_host(weight)]
@@ -260,17 +268,17 @@ def trace_residents(run: TracedRun, strategies: Sequence[Config]) -> list[Traced
                     num_trained=count_trained(denoiser.modules()),
                     streamed_bytes=sum(weight.nbytes for weight in streamed),
                     streamed_trained_bytes=sum(weight.nbytes for weight in streamed if weight.requires_grad),
-                    passing_bytes=passing,
+                    passing=passing,
                 )
             )
             del ema
     return found
 
 
-def _share_out(denoiser: Denoiser, config: Config) -> int:
+def _share_out(denoiser: Denoiser, config: Config) -> tuple[int, int]:
     """Leave of a model what one of several processes holds; return the bytes that are put together at a time."""
     if config.distributed.sharding == "none":
-        return 0
+        return 0, 0
     whole = partial(stays_whole, config=config)
     passing = sharding.passing_bytes(denoiser, whole)
     sharding.shrink(denoiser, config.distributed.num_processes, whole)
@@ -308,6 +316,7 @@ def _found(tracker: AllocationTracker, costs: CostRecorder, blocks: Mapping[str,
         peak=tracker.peak,
         resident=tracker.live,
         host_bytes=tracker.peak_host_bytes,
+        pinned_bytes=tracker.peak_pinned_bytes,
         costs=costs.costs(),
         blocks=blocks or {},
     )

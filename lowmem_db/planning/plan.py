@@ -16,6 +16,7 @@ from lowmem_db.models.finding import model_of
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.allowance import allocator_bytes
 from lowmem_db.planning.candidates import candidates, open_choices
+from lowmem_db.planning.cards import Card
 from lowmem_db.planning.disk import cache_bytes, checkpoint_bytes, final_bytes, record_bytes
 from lowmem_db.planning.duration import seconds_of_phases
 from lowmem_db.planning.exchange import in_words
@@ -117,7 +118,7 @@ class Planner:
 
     def preference(self, strategy: Config) -> tuple[object, ...]:
         """Return the sort key of strategies: weights that stay first, then exact ones, then speed, then effort."""
-        return *_last_resorts(strategy), round(self.predictor.seconds(strategy), 4), effort_of(strategy)
+        return *_last_resorts(strategy, self.run.card), round(self.predictor.seconds(strategy), 4), effort_of(strategy)
 
     def with_tiled_preparation(self, strategy: Config) -> list[Config]:
         """Return a strategy, and also the same with tiles before training if that is open."""
@@ -146,7 +147,7 @@ class _Search:
     def run(self) -> Plan | None:
         kept, refused = self._planner.candidates()
         too_large: set[str] = set()
-        for strategy in chain.from_iterable(map(self._sorted, _by_last_resort(kept))):
+        for strategy in chain.from_iterable(map(self._sorted, _by_last_resort(kept, self._card))):
             family = _name_without_activations(strategy)
             if family in too_large:
                 continue
@@ -154,7 +155,7 @@ class _Search:
             if refusal is None:
                 phases = self._needs.phases(chosen)
                 needed, on_host = self._needs.of_phases(phases), self._needs.host_peak(chosen, phases)
-                pinned = max(phase.host_bytes for phase in phases)
+                pinned = max(phase.pinned_bytes for phase in phases)
                 if needed <= self._budget_bytes and on_host <= self._host_bytes and pinned <= self._pinnable_bytes:
                     return self._plan(chosen, phases, refused)
                 if needed <= self._budget_bytes:
@@ -184,7 +185,7 @@ class _Search:
         """Yield what streamed weights need beside the card."""
         if not strategy.memory.stream_weights:
             return
-        crossing, pinned = self._predictor.crossing(strategy), max(phase.host_bytes for phase in phases)
+        crossing, pinned = self._predictor.crossing(strategy), max(phase.pinned_bytes for phase in phases)
         inward, outward = gib(crossing.forward + crossing.backward), gib(crossing.back)
         yield f"each step brings {inward} to the card and {outward} back; {gib(pinned)} of the host are pinned"
 
@@ -213,7 +214,7 @@ class _Search:
             gradients = "" if strategy.memory.optimizer_in_backward else " and gradients"
             held = f"weights{',' if gradients else ' and'} optimizer state{gradients}"
             return self._refusal(_name_without_activations(strategy), needed, f", for {held} alone"), strategy
-        if (kept := self._predictor.resident(strategy).host_bytes) > self._pinnable_bytes:
+        if (kept := self._predictor.resident(strategy).pinned_bytes) > self._pinnable_bytes:
             return self._refusal_of_host(strategy, kept, kept), strategy
         if (needed := needs.training(strategy)) > budget:
             return self._refusal(describe(strategy), needed), strategy
@@ -294,16 +295,20 @@ def _is_rounded(strategy: Config) -> bool:
     return strategy.memory.weights == "bf16_stochastic" or strategy.lora.base_weights in {"int8", "nf4"}
 
 
-def _last_resorts(strategy: Config) -> tuple[bool, bool]:
-    """Return what a strategy does that others, whatever they cost, are preferred to."""
-    return bool(strategy.memory.stream_weights), _is_rounded(strategy)
+def _last_resorts(strategy: Config, card: Card) -> tuple[bool, bool, bool]:
+    """Return what a strategy does that others, whatever they cost, are preferred to.
+
+    A step on the host is preferred to nothing but where few lanes may make it the faster one.
+    """
+    steps_on_host = strategy.memory.optimizer_step == "host" and not card.has_few_lanes
+    return bool(strategy.memory.stream_weights), _is_rounded(strategy), steps_on_host
 
 
-def _by_last_resort(strategies: Sequence[Config]) -> list[list[Config]]:
+def _by_last_resort(strategies: Sequence[Config], card: Card) -> list[list[Config]]:
     """Return strategies in groups; a later one is for when nothing in those before it fits."""
-    groups: dict[tuple[bool, bool], list[Config]] = {}
+    groups: dict[tuple[bool, bool, bool], list[Config]] = {}
     for strategy in strategies:
-        groups.setdefault(_last_resorts(strategy), []).append(strategy)
+        groups.setdefault(_last_resorts(strategy, card), []).append(strategy)
     return [groups[key] for key in sorted(groups)]
 
 

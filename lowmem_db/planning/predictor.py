@@ -31,6 +31,10 @@ from lowmem_db.planning.phases import (
 from lowmem_db.planning.timeline import END, BlockFigures, mixed_peak
 from lowmem_db.records import MemoryParts, PhaseMemory
 
+_ON_HOST = {
+    "memory.optimizer_step": "host", "memory.stream_weights": True, "memory.stream_optimizer_state": True,
+    "memory.optimizer_in_backward": True, "memory.checkpointing": "segments",
+}  # fmt: skip
 _RECOMPUTED = {"none": 0.0, "layers": 1.0, "segments": 1.0, "nested": 2.0}  # forward passes of a block
 
 
@@ -80,10 +84,10 @@ class Predictor:
         """Return the phases before training."""
         found = []
         if strategy.prior.enabled:
-            found.append(_phase("class_images", self.class_images(strategy)))
-        found.append(_phase("encode_images", self.encode_images(strategy)))
+            found.append(phase_of("class_images", self.class_images(strategy)))
+        found.append(phase_of("encode_images", self.encode_images(strategy)))
         if not strategy.runs_text_encoders:
-            found.append(_phase("encode_text", self._traced("encode_text", strategy, trace_encode_text)))
+            found.append(phase_of("encode_text", self._traced("encode_text", strategy, trace_encode_text)))
         return found
 
     def class_images(self, strategy: Config) -> Traced:
@@ -142,10 +146,20 @@ class Predictor:
         return seconds * measured_ratio(self.run.card, strategy) * (1.0 + overhead_of(strategy))
 
     def crossing(self, strategy: Config) -> Crossing:
-        """Return what streams beside a step: states both ways, and weights as often as their segments compute."""
+        """Return what streams beside a step: weights as often as their segments compute, and states both ways.
+
+        Where the step is on the host, gradients go out, and the weights that stay on the device with them and back.
+        """
         kept = self.resident(strategy)
-        states = kept.host_bytes - kept.streamed_bytes
+        states = kept.pinned_bytes - kept.streamed_bytes
         times = 2 if strategy.memory.checkpointing == "nested" else 1
+        if strategy.memory.optimizer_step == "host":
+            staying = kept.trained_bytes - kept.streamed_trained_bytes
+            return Crossing(
+                forward=kept.streamed_bytes,
+                backward=times * kept.streamed_bytes + staying,
+                back=kept.trained_bytes + staying,
+            )
         return Crossing(
             forward=kept.streamed_bytes,
             backward=times * kept.streamed_bytes + states,
@@ -166,6 +180,8 @@ class Predictor:
     def _costs(self, strategy: Config) -> tuple[Costs, np.ndarray]:
         """Return the costs of the first trace, and how often more than there a strategy runs each operator."""
         first = self._first
+        if strategy.memory.optimizer_step == "host" != first.memory.optimizer_step:
+            first = changed(first, _ON_HOST | {"training.clipping": strategy.training.clipping})
         if not strategy.trains_weights:
             frozen = {"lora.base_weights": strategy.lora.base_weights}
             first = changed(first, frozen | {"training.mixed_precision": strategy.training.mixed_precision})
@@ -202,5 +218,6 @@ def _differ_only_in_stepping(strategy: Config, other: Config) -> bool:
     return changed(strategy, when) == other
 
 
-def _phase(name: str, traced: Traced) -> PhaseMemory:
-    return PhaseMemory(name=name, parts=traced.peak, host_bytes=traced.host_bytes)
+def phase_of(name: str, traced: Traced) -> PhaseMemory:
+    """Return what a phase needs."""
+    return PhaseMemory(name=name, parts=traced.peak, host_bytes=traced.host_bytes, pinned_bytes=traced.pinned_bytes)

@@ -33,21 +33,21 @@ class SharedPredictor(Predictor):
             part: getattr(traced.peak, part) - getattr(whole, part) + getattr(kept.resident, part) for part in PARTS
         }
         parts["gradients"] += _gradients(strategy, kept)
-        parts["other"] += kept.passing_bytes
+        parts["other"] += sum(kept.passing)
         return replace(traced, peak=MemoryParts(**parts))
 
     def train_bytes(self, strategy: Config) -> int:
         """Predict the peak of training."""
         kept = self.resident(strategy)
         added = mixed_peak(self._of_one._figures(_alone(strategy)))
-        return kept.resident.total + added + _gradients(strategy, kept) + kept.passing_bytes
+        return kept.resident.total + added + _gradients(strategy, kept) + sum(kept.passing)
 
     def samples(self, strategy: Config) -> Traced:
         """Return the trace of the samples of one prompt, drawn in one step."""
         drawn, kept = self._of_one.samples(_alone(strategy)), self.resident(strategy)
         more = drawn.peak.weights - self._of_one.resident(_alone(strategy)).resident.weights
         weights = kept.resident.weights + more
-        return replace(drawn, peak=replace(drawn.peak, weights=weights, other=drawn.peak.other + kept.passing_bytes))
+        return replace(drawn, peak=replace(drawn.peak, weights=weights, other=drawn.peak.other + kept.passing[0]))
 
     def exchange(self, strategy: Config) -> Exchange:
         """Return what crosses between the cards in a step."""

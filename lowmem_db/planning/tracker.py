@@ -39,6 +39,7 @@ class _Storage:
     part: int
     on_host: bool
     reference: Any
+    is_pinned: bool = False
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -69,7 +70,7 @@ class AllocationTracker(TorchDispatchMode):
         self._eager_step = eager_step
         self._storages: dict[int, _Storage] = {}
         self._totals = [0] * len(PARTS)
-        self._live_bytes = self._host_bytes = 0
+        self._live_bytes = self._host_bytes = self._pinned_bytes = 0
         self._peak_before: tuple[int, tuple[int, ...], int] = (0, (), 0)
         self._interval_peak = 0
         self._part_of_new = PARTS.index("other")
@@ -88,13 +89,18 @@ class AllocationTracker(TorchDispatchMode):
 
     @property
     def peak_host_bytes(self) -> int:
-        """Peak bytes allocated by :mod:`lowmem_db.host_memory` since the last :meth:`reset_peak`."""
+        """Peak bytes on the host since the last :meth:`reset_peak`."""
         return self._peak_host_bytes
+
+    @property
+    def peak_pinned_bytes(self) -> int:
+        """Peak bytes of those that a device reads and writes, by :mod:`lowmem_db.host_memory`."""
+        return self._peak_pinned_bytes
 
     def reset_peak(self) -> None:
         """Restart the peak from what is in use now."""
         self._peak_bytes, self._peak_totals = self._live_bytes, tuple(self._totals)
-        self._peak_host_bytes = self._host_bytes
+        self._peak_host_bytes, self._peak_pinned_bytes = self._host_bytes, self._pinned_bytes
 
     @property
     def live_bytes(self) -> int:
@@ -116,7 +122,7 @@ class AllocationTracker(TorchDispatchMode):
     @contextmanager
     def tracking(self) -> Iterator[None]:
         """Follow what is made inside the block."""
-        with host_memory.observed(self._is_on_host), self:
+        with host_memory.observed(self._is_pinned), self:
             yield
 
     def register(self, tensors: Iterable[Tensor], part: str) -> None:
@@ -166,7 +172,7 @@ class AllocationTracker(TorchDispatchMode):
         if self._cpu_kernels and func.namespace == KERNELS and not _is_native(func):
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        if self._eager_step and func is _STEP:
+        if self._eager_step and func is _STEP and not host_memory.is_computing():
             self._follow(torch.empty(temporary_bytes(args[0].numel()), dtype=torch.uint8, device=self.device_type))
         if self.device_type != "meta":
             made = func(*args, **kwargs)
@@ -181,9 +187,12 @@ class AllocationTracker(TorchDispatchMode):
     @no_type_check
     def _record(self, func: Any, args: tuple[Any, ...], row: Row) -> None:
         """Record the costs of an operator; a copy between host and device crosses PCIe."""
-        if func is _ATTENTION_BACKWARD:
+        if self._are_on_host(args):
+            self._costs.add_on_host(row)
+        elif func is _ATTENTION_BACKWARD:
             self._costs.add_attention(args[1])
-        if func is _COPY and (to_host := self.is_on_host(args[0])) != self.is_on_host(args[1]):
+            self._costs.add(row)
+        elif func is _COPY and (to_host := self.is_on_host(args[0])) != self.is_on_host(args[1]):
             self._costs.add_crossing(args[1].nbytes, to_host=to_host)
         elif self._eager_step and func is _STEP:
             self._costs.add_several(*launches_and_bytes(args[0].numel(), dry_run=StepOperands(*args).dry_run))
@@ -226,6 +235,7 @@ class AllocationTracker(TorchDispatchMode):
         storage = self._storages.pop(key)
         if storage.on_host:
             self._host_bytes -= storage.num_bytes
+            self._pinned_bytes -= storage.num_bytes * storage.is_pinned
         else:
             self._totals[storage.part] -= storage.num_bytes
             self._live_bytes -= storage.num_bytes
@@ -239,6 +249,16 @@ class AllocationTracker(TorchDispatchMode):
             self._totals[storage.part] -= storage.num_bytes
             self._totals[part] += storage.num_bytes
             storage.part = part
+
+    @no_type_check
+    def _is_pinned(self, tensor: Tensor) -> None:
+        """Move the tensor that was followed last to the host, to memory that a device reads and writes."""
+        self._is_on_host(tensor)
+        storage = self._storages.get(tensor.untyped_storage()._cdata)
+        if storage is not None:
+            storage.is_pinned = True
+            self._pinned_bytes += storage.num_bytes
+            self._peak_pinned_bytes = max(self._peak_pinned_bytes, self._pinned_bytes)
 
     def _is_on_host(self, tensor: Tensor) -> None:
         """Move the tensor that was followed last from the device to the host."""
@@ -258,13 +278,17 @@ class AllocationTracker(TorchDispatchMode):
     def _follow_made(self, made: Any, args: tuple[Any, ...]) -> bool:
         """Follow what an operator made of its arguments; return whether it is new."""
         is_new = self._follow_all(made)
-        if is_new and self._host_bytes and isinstance(made, Tensor) and self._are_on_host(args):
+        if is_new and isinstance(made, Tensor) and self._are_on_host(args):
             self._is_on_host(made)
         return is_new
 
     @no_type_check
     def _are_on_host(self, args: tuple[Any, ...]) -> bool:
-        """Return whether an operator's tensors are on the host, where it computes then."""
+        """Return whether an operator computes on the host: it is told to, or its tensors are there."""
+        if host_memory.is_computing():
+            return True
+        if not self._host_bytes:
+            return False
         tensors = [value for value in args if isinstance(value, Tensor)]
         return bool(tensors) and all(map(self.is_on_host, tensors))
 

@@ -93,6 +93,8 @@ def test_the_recipe_of_the_demo_has_class_images_of_other_nouns(variant: str, tm
     instance, noun = {
         "demo_random_noun": (f"a sks {RANDOM_NOUNS['drawn_cup']}", RANDOM_NOUNS["drawn_cup"]),
         "demo_no_noun": ("a sks", "cup"),
+        "demo_early_random_noun": (f"a sks {RANDOM_NOUNS['drawn_cup']}", RANDOM_NOUNS["drawn_cup"]),
+        "demo_early_no_noun": ("a sks", "cup"),
         "demo_common_word": ("a pink cup", "cup"),
         "demo_random_letters": ("a xxy5syt00 cup", "cup"),
         "demo_textual_inversion": ("a <subject>", "cup"),

@@ -10,7 +10,18 @@ from benchmarks.quality.lists import VARIANTS
 from benchmarks.quality.results import append_row, read_rows
 from benchmarks.quality.runs import Drawn, recipe_of
 from benchmarks.quality.statistics import direction, mean_of, paired_difference
-from benchmarks.quality.write_quality import CEILING, FIRST, FOLDER, PAGES, RESULTS, TEN, Page, write, write_sheets
+from benchmarks.quality.write_quality import (
+    CEILING,
+    FIRST,
+    FOLDER,
+    PAGES,
+    RESULTS,
+    TEN,
+    Page,
+    write,
+    write_sheets,
+    write_subjects,
+)
 
 FIDELITY = {("drawn_dog", 0): 0.6, ("drawn_dog", 1): 0.8, ("dog3", 0): 0.3}
 
@@ -112,8 +123,8 @@ def test_what_is_missing_is_said(rows: list[dict[str, Any]]) -> None:
 
 
 def test_the_ceiling_stands_beside_what_runs_reach(rows: list[dict[str, Any]]) -> None:
-    text = page(rows, "", ceiling={"dog3": {"pictures": 0.529, "through the autoencoder": 0.4, "blurred": 0.3}})
-    assert "| dog3 | 0.529 | 0.400 | 0.300 | - | 0.700 | 0.600 |" in text
+    text = page(rows, "", ceiling={"dog3": {"EN0-I": {"pictures": 0.529, "blurred": 0.3}}})
+    assert "| dog3 | 0.529 | 0.300 | - | 0.700 | 0.600 |" in text
 
 
 def test_rows_stand_on_the_page_of_their_recipe_beside_the_papers_figures(rows: list[dict[str, Any]]) -> None:
@@ -143,10 +154,24 @@ def test_a_page_without_rows_says_so() -> None:
 
 def test_sheets_are_small_pictures_of_few_colours(tmp_path: Path) -> None:
     images = [Image.effect_noise((128, 128), 60).convert("RGB") for _ in range(4)]
-    for variant in ("without_prior", "reference"):
+    for variant in ("without_prior", "reference", "untrained", "wrong_noun"):
         drawn = Drawn(plain=images, contexts={"in the snow": images}, of_class=images)
         save_strip(drawn, tmp_path / "pictures" / f"{variant}-drawn_dog-0.png")
     write_sheets(FIRST, tmp_path / "pictures", tmp_path / "sheets")
+    assert [file.name for file in (tmp_path / "sheets").iterdir()] == ["prior.png"]
     with Image.open(tmp_path / "sheets" / "prior.png") as sheet:
         assert sheet.mode == "P"
         assert sheet.width < 600
+
+
+def test_a_sheet_shows_every_subject_that_was_run(tmp_path: Path) -> None:
+    images = [Image.new("RGB", (16, 16), "blue")] * 4
+    drawn = Drawn(plain=images, contexts=dict.fromkeys(("a", "b", "c"), images), of_class=images)
+    for subject in ("drawn_cup", "drawn_fish"):
+        save_strip(drawn, tmp_path / f"demo-{subject}-0.png")
+    write_subjects(TEN, tmp_path, tmp_path / "sheets")
+    write_subjects(FIRST, tmp_path, tmp_path / "sheets")
+    assert [file.name for file in (tmp_path / "sheets").iterdir()] == ["quality.png"]
+    with Image.open(tmp_path / "sheets" / "quality.png") as sheet:
+        assert sheet.width > 12 * 80
+        assert 2 * 80 < sheet.height < 3 * 80

@@ -22,7 +22,16 @@ def row(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(rescore, "scores_of", scores_of)
     recipe = recipe_of(VARIANTS["demo"])
-    return {"variant": "demo", "subject": "drawn_cup", "seed": 0, "EN0-I": 0.5, "seconds": 1.0, "recipe": recipe}
+    return {
+        "variant": "demo",
+        "subject": "drawn_cup",
+        "seed": 0,
+        "base": "b",
+        "EN0-I": 0.5,
+        "loss_prior": 0.2,
+        "seconds": 1.0,
+        "recipe": recipe,
+    }
 
 
 def save(work: Path) -> None:
@@ -31,9 +40,9 @@ def save(work: Path) -> None:
     save_strip(Drawn(plain=plain, contexts=contexts, of_class=of_class), work / "pictures" / "demo-drawn_cup-0.png")
 
 
-def test_new_figures_come_from_the_pictures_of_a_run(row: dict[str, Any], tmp_path: Path) -> None:
+def test_figures_of_today_come_from_the_pictures_of_a_run(row: dict[str, Any], tmp_path: Path) -> None:
     save(tmp_path)
-    found = rescore.rescored(row, tmp_path)
+    found = rescore.rescored({**row, "old": 0.1}, tmp_path)
     assert found == {**row, "new": 3.0}
     assert list(found)[-2:] == ["seconds", "recipe"]
 

@@ -177,6 +177,17 @@ CASES = [
         "memory.stream_weights",
         {"memory.optimizer_in_backward": True},
     ),
+    (
+        {"memory.optimizer_step": "host", "memory.stream_weights": False},
+        "memory.optimizer_step",
+        {"memory.stream_weights": True},
+    ),
+    (
+        {"memory.optimizer_step": "host", "memory.stream_optimizer_state": False},
+        "memory.optimizer_step",
+        {"memory.stream_optimizer_state": True},
+    ),
+    ({"memory.optimizer_step": "host", "lora.enabled": True}, "memory.optimizer_step", {"lora.enabled": False}),
     ({"memory.stream_weights": True, "training.compile": True}, "training.compile", {"training.compile": False}),
     (
         {"memory.stream_weights": True, "lora.enabled": True, "lora.base_weights": "nf4"},

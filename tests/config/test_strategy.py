@@ -34,6 +34,7 @@ CHOICES = {
     "lora.base_weights": ("fp32", "fp16", "bf16", "int8", "nf4"),
     "training.mixed_precision": ("no", "fp16", "bf16"),
     "memory.checkpointing": ("none", "layers", "segments", "nested", {"unet.mid_block": "segments"}),
+    "memory.optimizer_step": ("device", "host"),
     "memory.micro_batches": (0, 2, 4),
     "training.clipping": ("global", "update_rms", "lagged", "per_tensor", "none"),
 }
@@ -106,6 +107,7 @@ def test_what_nobody_planned_is_plain():
         "channels_last",
     )
     assert not any(getattr(config.memory, name) for name in switches)
+    assert config.memory.optimizer_step == "device"
     assert config.training.clipping == "global"
     assert overhead_of(config) == 0.0
     assert describe(config) == "fp32, no checkpointing"

@@ -50,9 +50,9 @@ def test_clip_embeds_pictures_and_texts_in_one_space(clip_folder: Path) -> None:
     torch.testing.assert_close(normalise(encoder.embed_texts(texts)), output.text_embeds.detach())
 
 
-@pytest.mark.parametrize("name", ["en0", "dino", "clip"])
+@pytest.mark.parametrize("name", ["en0", "identity", "dino", "clip"])
 def test_a_batch_gives_what_each_picture_gives(name: str, dino_folder: Path, clip_folder: Path) -> None:
-    folder = {"en0": "", "dino": f"={dino_folder}", "clip": f"={clip_folder}"}[name]
+    folder = {"en0": "", "identity": "", "dino": f"={dino_folder}", "clip": f"={clip_folder}"}[name]
     encoder = load(name + folder)
     together = encoder.embed_images(pictures(BATCH_SIZE + 2))
     assert len(together) == BATCH_SIZE + 2
@@ -88,7 +88,7 @@ def test_only_the_papers_architecture_is_the_papers(dino_folder: Path, clip_fold
 @pytest.mark.parametrize(
     ("requests", "part"),
     [
-        (["foo"], "'foo' is unknown; allowed: en0, captions, dino, clip, lpips"),
+        (["foo"], "'foo' is unknown; allowed: en0, identity, captions, dino, clip, lpips"),
         (["en0", "en0"], "en0 is given 2 times"),
         (["paper", "clip"], "clip is given 2 times"),
     ],

@@ -10,7 +10,6 @@ from lowmem_db.evaluation.metrics import (
     cosine_distances,
     cosine_similarities,
     fidelity_pairs,
-    identity_pairs,
     preservation_pairs,
     prompt_pairs,
     real_pairs,
@@ -37,17 +36,6 @@ def test_cosines_ignore_lengths() -> None:
 def test_fidelity_compares_every_image_with_every_photo() -> None:
     found = fidelity_pairs([rows(EAST), rows(NORTH, WEST)], rows(EAST, NORTH_EAST))
     assert numbers(found) == [[1, DIAGONAL], [0, DIAGONAL, -1, -DIAGONAL]]
-
-
-def test_identity_is_what_sets_subject_and_class_apart() -> None:
-    centre = torch.tensor([10.0, 10.0])
-    photos, others = (
-        centre + rows(EAST),
-        torch.stack([centre + torch.tensor([0.0, 1.0]), centre - torch.tensor([0.0, 1.0])]),
-    )
-    found = identity_pairs([centre + rows(EAST, WEST), centre + rows(NORTH, NORTH_EAST)], photos, others)
-    assert numbers(found) == [[1, -1], [0, DIAGONAL]]
-    assert all(float(value) > 0.9 for value in torch.cat(fidelity_pairs([centre + rows(NORTH)], photos)))
 
 
 def test_photos_are_compared_once_and_never_with_themselves() -> None:

@@ -89,6 +89,15 @@ VARIANTS |= {
         "memory.checkpointing": "nested",
         "training.stop_text_encoder_training": 4,
     },
+    "24-bit weights, stepped on the host, past norms": _IN_BACKWARD
+    | {
+        "memory.weights": "bf16_extra_bits",
+        "memory.stream_optimizer_state": True,
+        "memory.stream_weights": True,
+        "memory.optimizer_step": "host",
+        "memory.checkpointing": "segments",
+        "training.clipping": "lagged",
+    },
     "adamw in backward": {"memory.optimizer_in_backward": True, "training.gradient_accumulation_steps": 1},
 }
 _LORA = {"lora.enabled": True, "lora.rank": 2, "lora.dropout": 0.2, "lora.targets": ["attention", "convolutions"]}

@@ -1,6 +1,7 @@
 """Runs with streamed weights: files have the bytes of those of a run whose weights stay."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,16 @@ VARIANTS = {
     },
 }
 QUICK = "24-bit weights, samples"
+ON_HOST = {"memory.stream_weights": True, "memory.stream_optimizer_state": True, "memory.optimizer_step": "host"}
+STEPPED_ON_HOST = (
+    "24-bit weights, samples",
+    "the average of 24-bit weights, samples of it",
+    "buckets, stochastic rounding, nested checkpoints on the host, text encoder stopped",
+    "fp16 autocast",
+    "adamw",
+    "adafactor",
+    "chosen layers, some blocks",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +141,16 @@ def test_runs_are_those_with_weights_that_stay(variant: str, tiny_fields: dict[s
         assert drawn(streamed) == drawn(resident)
 
 
+@pytest.mark.parametrize(
+    "variant", [name if name == QUICK else pytest.param(name, marks=pytest.mark.long) for name in STEPPED_ON_HOST]
+)
+def test_a_step_on_the_host_is_that_on_the_device(variant: str, tiny_fields: dict[str, object], tmp_path: Path) -> None:
+    fields = tiny_fields | {"checkpointing.every": 2, "prior.num_class_images": 2} | VARIANTS[variant]
+    on_host = run(fields | ON_HOST | own_places(tmp_path / "streamed"))
+    assert_same(on_host, run(fields | own_places(tmp_path / "resident")))
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("optimizer_step")]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("trains", [False, True])
 def test_sdxl_too(trains: bool, tiny_fields: dict[str, object], tiny_sdxl: Path, tmp_path: Path) -> None:
@@ -147,6 +168,21 @@ def test_a_run_may_go_on_with_weights_that_stay(tiny_fields: dict[str, object], 
         parts = fields | {"output_dir": str(tmp_path / str(first) / "run")}
         run(parts | {"training.max_train_steps": 2, "memory.stream_weights": first})
         found = run(parts | {"memory.stream_weights": not first}, resume=True)
+        assert final_bytes(found) == final_bytes(whole)
+        assert metric_rows(found) == metric_rows(whole)
+
+
+@pytest.mark.long
+def test_a_run_may_go_on_with_the_step_at_the_other_place(
+    tiny_fields: dict[str, object], tmp_path: Path, capsys
+) -> None:
+    fields = tiny_fields | {"checkpointing.every": 2, "memory.stream_weights": True} | FULL
+    whole = run(fields | {"output_dir": str(tmp_path / "whole" / "run")})
+    for first, then in (("device", "host"), ("host", "device")):
+        parts = fields | {"output_dir": str(tmp_path / first / "run")}
+        run(parts | {"training.max_train_steps": 2, "memory.optimizer_step": first})
+        found = run(parts | {"memory.optimizer_step": then}, resume=True)
+        assert f"resume: memory.optimizer_step was '{first}', is now '{then}'" in "".join(capsys.readouterr())
         assert final_bytes(found) == final_bytes(whole)
         assert metric_rows(found) == metric_rows(whole)
 

@@ -24,6 +24,10 @@ RULES = ["adamw", "adamw8bit", "adafactor"]
 KINDS = ["fp32", "bf16_extra_bits", "bf16_stochastic"]
 IN_BACKWARD = {"memory.optimizer_in_backward": True}
 STREAMED = IN_BACKWARD | {"memory.stream_optimizer_state": True}
+ON_HOST = STREAMED | {
+    "memory.checkpointing": "segments", "memory.stream_weights": True, "memory.optimizer_step": "host",
+}  # fmt: skip
+PLACES = ["after", "in backward", "streamed", "on the host"]
 RATES = [{"unet": 1e-2 / (step + 1), "text_encoder": 3e-3 * (step + 1)} for step in range(6)]
 Modules = dict[str, nn.Module]
 
@@ -186,7 +190,7 @@ def test_lagged_clipping_uses_the_norms_of_past_steps() -> None:
 def test_stepping_in_the_backward_pass_and_streaming_change_no_bit(name: str, kind: str, clipping: str) -> None:
     fields = {"optimizer.name": name, "memory.weights": kind, "training.clipping": clipping}
     results = []
-    for strategy in ({}, IN_BACKWARD, STREAMED, {"memory.stream_optimizer_state": True}):
+    for strategy in ({}, IN_BACKWARD, STREAMED, ON_HOST, {"memory.stream_optimizer_state": True}):
         trained = modules()
         handle = build(trained, fields | strategy)
         norms = [do_step(handle, trained, step) for step in range(4)]
@@ -216,7 +220,9 @@ def test_gradients_are_freed_as_they_come() -> None:
     assert all(parameter.grad is None for parameter in handle.parameters())
 
 
-@pytest.mark.parametrize("strategy", [{}, IN_BACKWARD, STREAMED], ids=["after", "in backward", "streamed"])
+@pytest.mark.parametrize(
+    "strategy", [{}, IN_BACKWARD, STREAMED, ON_HOST], ids=["after", "in backward", "streamed", "on the host"]
+)
 def test_optimizer_and_model_are_freed(strategy: dict) -> None:
     trained = modules()
     handle = build(trained, strategy)
@@ -255,7 +261,9 @@ def test_gradients_of_several_backward_passes_add_up() -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), itertools.product(RULES, KINDS))
-@pytest.mark.parametrize("strategy", [{}, IN_BACKWARD, STREAMED], ids=["after", "in backward", "streamed"])
+@pytest.mark.parametrize(
+    "strategy", [{}, IN_BACKWARD, STREAMED, ON_HOST], ids=["after", "in backward", "streamed", "on the host"]
+)
 def test_restored_optimizer_goes_on_bit_for_bit_with_rates_that_move(name: str, kind: str, strategy: dict) -> None:
     fields = {"optimizer.name": name, "memory.weights": kind, "training.max_grad_norm": 1.0} | strategy
     trained = modules()
@@ -276,7 +284,9 @@ def test_restored_optimizer_goes_on_bit_for_bit_with_rates_that_move(name: str, 
     )
 
 
-@pytest.mark.parametrize("strategy", [{}, IN_BACKWARD, STREAMED], ids=["after", "in backward", "streamed"])
+@pytest.mark.parametrize(
+    "strategy", [{}, IN_BACKWARD, STREAMED, ON_HOST], ids=["after", "in backward", "streamed", "on the host"]
+)
 @pytest.mark.parametrize("name", RULES)
 def test_each_group_has_its_own_rate_also_after_a_resume(name: str, strategy: dict) -> None:
     trained = modules()
@@ -298,7 +308,9 @@ def test_each_group_has_its_own_rate_also_after_a_resume(name: str, strategy: di
     assert restored.group_names() == ["unet", "text_encoder"]
 
 
-@pytest.mark.parametrize("strategy", [{}, IN_BACKWARD, STREAMED], ids=["after", "in backward", "streamed"])
+@pytest.mark.parametrize(
+    "strategy", [{}, IN_BACKWARD, STREAMED, ON_HOST], ids=["after", "in backward", "streamed", "on the host"]
+)
 @pytest.mark.parametrize("name", RULES)
 def test_removed_group_stays_as_it_is_and_the_other_goes_on_as_alone(name: str, strategy: dict) -> None:
     trained = modules()
@@ -334,7 +346,7 @@ def test_each_parameter_is_rounded_with_a_seed_of_its_own() -> None:
     assert len(set(seeds)) == len(seeds) == 2 * 6  # four large parameters and two rows
 
 
-@pytest.mark.parametrize("strategy", [IN_BACKWARD, STREAMED], ids=["in backward", "streamed"])
+@pytest.mark.parametrize("strategy", [IN_BACKWARD, STREAMED, ON_HOST], ids=["in backward", "streamed", "on the host"])
 def test_gradients_of_a_removed_group_are_left_alone(strategy: dict) -> None:
     trained = modules()
     handle = build(trained, strategy)
@@ -345,7 +357,7 @@ def test_gradients_of_a_removed_group_are_left_alone(strategy: dict) -> None:
     assert_equal(weights_of(trained)[6:], before[6:])
 
 
-@pytest.mark.parametrize("strategy", [IN_BACKWARD, STREAMED], ids=["in backward", "streamed"])
+@pytest.mark.parametrize("strategy", [IN_BACKWARD, STREAMED, ON_HOST], ids=["in backward", "streamed", "on the host"])
 def test_24_bit_weights_of_a_removed_group_stay_whole(strategy: dict) -> None:
     """Also in a run that goes on after the group was removed, where the optimizer is built with it at first."""
     fields = {"memory.weights": "bf16_extra_bits", "optimizer.name": "adamw8bit"} | strategy
@@ -412,7 +424,9 @@ def test_rounding_part_by_part_changes_no_bit(name: str, kind: str, monkeypatch:
     assert_equal(*found)
 
 
-@pytest.mark.parametrize("strategy", [{}, IN_BACKWARD, STREAMED], ids=["after", "in backward", "streamed"])
+@pytest.mark.parametrize(
+    "strategy", [{}, IN_BACKWARD, STREAMED, ON_HOST], ids=["after", "in backward", "streamed", "on the host"]
+)
 @pytest.mark.parametrize("bias", [True, False], ids=["no large", "no small"])
 def test_module_without_large_or_without_small_parameters_trains(strategy: dict, bias: bool) -> None:
     trained: Modules = {"unet": nn.Linear(*((8, 8) if bias else (80, 80)), bias=bias)}

@@ -4,7 +4,7 @@ import pytest
 
 from lowmem_db.config.loading import load_config
 from lowmem_db.planning.cards import find_card
-from lowmem_db.planning.exchange import Exchange, exchange_of, in_words
+from lowmem_db.planning.exchange import Exchange, exchange_of, exchange_of_shards, in_words
 from tests.distributed.ranks import Fields
 
 
@@ -33,6 +33,25 @@ def test_gradients_go_round_or_through_the_first(fields: Fields, sent: int, rece
     found = exchange_of(config, 1200, card)
     assert (found.sent_bytes, found.received_bytes) == (sent, received)
     assert (found.seconds > 0) == (sent > 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "crosses"),
+    [
+        ({"training.clipping": "none"}, (2 * 1000 + 600) // 2),
+        ({"training.clipping": "global"}, (2 * 1000 + 600 + 600) // 2),  # and once more for its norm
+        ({"training.clipping": "global", "distributed.reduce": "sum"}, (2 * 1000 + 600) // 2),
+        ({"training.clipping": "none", "training.gradient_accumulation_steps": 3}, 3 * (2 * 1000 + 600) // 2),
+        ({"training.clipping": "none", "distributed.num_processes": 4}, 3 * (2 * 1000 + 600) // 4),
+    ],
+)
+def test_weights_that_are_shared_out_cross_twice_for_each_batch(
+    fields: Fields, crosses: int, tiny_fields: Fields
+) -> None:
+    shared_out = {"distributed.num_processes": 2, "distributed.sharding": "full"}
+    config = load_config(None, list({**tiny_fields, **shared_out, **fields}.items()))
+    found = exchange_of_shards(config, 1000, 600, find_card("rtx 3060"))
+    assert (found.sent_bytes, found.received_bytes) == (crosses, crosses)
 
 
 def test_words_say_whose_figures_they_are(tiny_fields: Fields) -> None:

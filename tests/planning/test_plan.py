@@ -294,7 +294,8 @@ def test_weights_stream_where_nothing_else_fits_and_the_host_is_large_enough():
         memory__checkpointing="segments", memory__offload_checkpoints=False, memory__fused_layers=False,
     )  # fmt: skip
     planner = Planner(make_run(config))
-    by_place = {bool(each.memory.stream_weights): each for each in planner.candidates()[0]}
+    kept = [each for each in planner.candidates()[0] if each.memory.optimizer_step == "device"]
+    by_place = {bool(each.memory.stream_weights): each for each in kept}
     needed = {streams: planner.needs.whole_run(each) for streams, each in by_place.items()}
     assert needed[True] < needed[False]
     assert planner.plan(needed[False]).config.memory.stream_weights is False
@@ -305,3 +306,31 @@ def test_weights_stream_where_nothing_else_fits_and_the_host_is_large_enough():
     assert planner.predictor.seconds(by_place[True]) > planner.predictor.seconds(by_place[False])
     with pytest.raises(BudgetError, match="memory of the host"):
         planner.find(needed[False] - 1, host_bytes=1 << 20)
+
+
+def test_step_is_on_the_host_behind_few_lanes_where_nothing_else_fits_or_where_asked_for(monkeypatch):
+    fields = {
+        "training__train_text_encoder": True, "optimizer__name": "adamw8bit", "prior__enabled": False,
+        "memory__weights": "bf16_extra_bits", "memory__optimizer_in_backward": True,
+        "memory__stream_optimizer_state": True, "memory__stream_weights": True, "memory__checkpointing": "segments",
+        "memory__offload_checkpoints": False, "memory__fused_layers": False,
+    }  # fmt: skip
+    few = replace(ASSUMED, pcie_generation=3, pcie_lanes=1)
+    planner, behind_few = (Planner(make_run(make_config(**fields), card)) for card in (ASSUMED, few))
+    assert planner.plan(GIB).config.memory.optimizer_step == "device"
+    assert behind_few.plan(GIB).config.memory.optimizer_step == "host"
+    by_place = {each.memory.optimizer_step: each for each in planner.candidates()[0]}
+    assert behind_few.predictor.seconds(by_place["host"]) < behind_few.predictor.seconds(by_place["device"])
+    assert planner.needs.training(by_place["host"]) < planner.needs.training(by_place["device"])
+    kept = {place: planner.predictor.resident(each) for place, each in by_place.items()}
+    assert kept["host"].pinned_bytes < 0.7 * kept["device"].pinned_bytes
+    assert kept["host"].host_bytes > kept["device"].host_bytes
+    traced, crossing = planner.predictor.train(by_place["host"]).costs, planner.predictor.crossing(by_place["host"])
+    assert traced.device_to_host_bytes == pytest.approx(crossing.back, rel=0.02)
+    assert traced.host_to_device_bytes <= crossing.forward + crossing.backward
+    monkeypatch.setattr(environment, "pinnable_host_bytes", lambda free: kept["device"].pinned_bytes - 1)
+    found = planner.plan(GIB, host_bytes=9 * GIB)  # Windows pins a part of the memory alone
+    assert found.config.memory.optimizer_step == "host"
+    asked = Planner(make_run(make_config(**fields, memory__optimizer_step="device")))
+    with pytest.raises(BudgetError, match="memory of the host"):
+        asked.plan(GIB, host_bytes=9 * GIB)
