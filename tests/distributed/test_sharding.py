@@ -17,7 +17,7 @@ from lowmem_db.run.run import train
 from lowmem_db.storage.run_folder import RunFolder, read_rows
 from lowmem_db.storage.tensors import read_state
 from lowmem_db.training.trainer import Trainer
-from tests.distributed.ranks import Fields, folder_bytes, kill_myself, rank, run_ranks
+from tests.distributed.ranks import Fields, folder_bytes, kill_myself, rank, run_ranks, skip_without_fsdp2
 from tests.distributed.test_ends import _terminate_me as terminate_me
 from tests.distributed.test_ends import _train as train_until
 from tests.distributed.test_ends import assert_same_final
@@ -72,6 +72,7 @@ QUICK = {"adamw, average, samples", "8-bit in the backward pass, 24-bit weights"
 
 @pytest.fixture
 def fields(tiny_fields: Fields, wide_model: Path) -> Fields:
+    skip_without_fsdp2()
     return {**tiny_fields, **_COMMON, "model.base": str(wide_model)}
 
 
@@ -191,9 +192,9 @@ def test_one_process_has_nobody_to_share_with(fields: Fields) -> None:
 
 
 def test_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without_fsdp2()
     from torch.distributed.fsdp import FSDPModule
 
-    sharding.check()
     monkeypatch.delattr(FSDPModule, "set_custom_reduce_scatter")
     with pytest.raises(DependencyError, match=r"distributed.sharding: 'full' needs .* set distributed.sharding=none"):
         sharding.check()
