@@ -92,6 +92,8 @@ VARIANTS: Mapping[str, Variant] = {
 
 NAMES = tuple(subject.name for subject in TEN)
 FIVE = NAMES[:5]
+OF_ONE_TOKEN = NAMES[1:6]
+"""The first five whose noun is one token of the base, as the word of Textual Inversion has to begin."""
 IN_CONTEXT, OF_CLASS = "ID-I context", "ID-PRES"
 
 ABLATIONS: Mapping[str, Ablation] = {
@@ -255,7 +257,7 @@ ABLATIONS: Mapping[str, Ablation] = {
         metrics=(FIDELITY, IDENTITY, IN_CONTEXT, DIVERSITY, PLACE),
         paper={(FIDELITY, "demo_textual_inversion"): -1, (IDENTITY, "demo_textual_inversion"): -1},
         paper_text="Table 1 (30 subjects). Its last column, CLIP-T, is 0.305 and 0.255; `CAP-BG` stands for it here.",
-        subjects=FIVE,
+        subjects=OF_ONE_TOKEN,
         figures={
             "demo": "Stable Diffusion: DINO 0.668, CLIP-I 0.803",
             "demo_textual_inversion": "DINO 0.569, CLIP-I 0.780",
