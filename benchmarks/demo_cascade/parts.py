@@ -16,7 +16,8 @@ WIDTH, ENTRIES = 48, 10_112  # ranks 5000 to 10000, where the paper takes identi
 SIZES = {1: 16, 2: 64}
 CHANNELS = {1: (32, 48, 80), 2: (16, 32, 48, 64)}
 _CROSS_ATTENTION = 64
-_GROUPS = 16
+_GROUPS = 4
+"""Of channels. With a group for each of few channels the last layer cannot tell a mean colour."""
 _PIPELINES = {1: "IFPipeline", 2: "IFSuperResolutionPipeline"}
 
 

@@ -77,6 +77,7 @@ VARIANTS: Mapping[str, Variant] = {
     "demo_early_random_noun": _variant(EARLY, noun="random"),
     "demo_early_no_noun": _variant(EARLY, noun="missing"),
     "demo_1_image": _seen_as_often(1),
+    "demo_1_image_all_steps": _variant(num_images=1),
     "demo_2_images": _seen_as_often(2),
     "demo_3_images": _seen_as_often(3),
     "demo_4_images": _seen_as_often(4),
@@ -160,7 +161,7 @@ ABLATIONS: Mapping[str, Ablation] = {
             (IDENTITY, "demo_early_no_noun"): -1,
         },
         paper_text="Table 4, as above.",
-        subjects=FIVE,
+        subjects=NAMES,
     ),
     "table_5": Ablation(
         title="One to five pictures of the subject (Table 5)",
@@ -187,6 +188,21 @@ ABLATIONS: Mapping[str, Ablation] = {
             "demo_4_images": "0.604, 0.876",
             "demo": "0.597, 0.864",
         },
+    ),
+    "table_5_steps": Ablation(
+        title="One picture, and as many steps as for five",
+        question="Is it the picture or the number of steps? One picture in 300 steps is seen 600 times.",
+        labels={
+            "demo": "5 pictures, 300 steps",
+            "demo_1_image": "1 picture, 60 steps",
+            "demo_1_image_all_steps": "1 picture, 300 steps",
+            "demo_untrained": "untrained base",
+        },
+        reference="demo",
+        metrics=(FIDELITY, IDENTITY, IN_CONTEXT, DIVERSITY, OF_CLASS, PLACE),
+        paper={(FIDELITY, "demo_1_image_all_steps"): -1, (IDENTITY, "demo_1_image_all_steps"): -1},
+        paper_text="Table 5, as above.",
+        subjects=FIVE,
     ),
     "identifiers": Ablation(
         title="Identifier: rare token, common word, random letters (section 3.2)",

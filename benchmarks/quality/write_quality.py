@@ -193,7 +193,8 @@ def _summary(page: Page, rows: Sequence[Row]) -> str:
         for (metric, variant), expected in ablation.paper.items():
             difference = _difference(rows, ablation, variant, metric)
             control = _difference(rows, ablation, variant, metric, against=page.control)
-            again = _verdict(control) if ablation.reference == page.reference and control.value is not None else ""
+            is_compared = ablation.reference == page.reference and control.num_subjects >= FEW
+            again = _verdict(control) if is_compared else ""
             compared = f"{ablation.labels[variant]} against {ablation.labels[ablation.reference]}"
             cells = (ablation.title, metric, compared, WORDS[expected], _verdict(difference), again)
             lines.append(f"| {' | '.join(cells)} |")
@@ -251,7 +252,8 @@ def _differences(ablation: Ablation, rows: Sequence[Row], reference: str, headin
 def _against_control(page: Page, ablation: Ablation, rows: Sequence[Row]) -> list[str]:
     if ablation.reference != page.reference:
         return []
-    table = _differences(ablation, rows, page.control, "against the control")
+    done = len({subject for subject, _ in _values(rows, ablation, page.control, ablation.metrics[0])})
+    table = _differences(ablation, rows, page.control, "against the control") if done >= FEW else []
     return (
         ["", "The control is a second run of the reference with a learning rate 0.1 % higher:", "", *table]
         if table

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowmem_db.storage.places import EMBEDDED
+
 _FIELDS = "lowmem_db_base"
 _KEY = "lowmem_db_base_key"
 _NAMES = ("base", "revision", "variant")
@@ -66,7 +68,7 @@ class SuggestedBase:
     def is_local(self) -> bool:
         """Return whether the name is that of a model on this machine, without a look at another one."""
         is_remote = self.name.startswith(("//", "\\\\"))
-        return self.name == "demo" or (not is_remote and Path(self.name).exists())
+        return self.name in EMBEDDED or (not is_remote and Path(self.name).exists())
 
     def metadata(self) -> dict[str, str]:
         """Return what :meth:`of` reads."""

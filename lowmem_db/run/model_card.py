@@ -14,7 +14,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.models.copying import SAMPLES_FILE
 from lowmem_db.models.embedding_file import files_of_words
 from lowmem_db.models.folder import ModelFolder
-from lowmem_db.storage.places import EMBEDDING_FILE, EMBEDDINGS_DIR
+from lowmem_db.storage.places import EMBEDDED, EMBEDDING_FILE, EMBEDDINGS_DIR
 
 CARD_FILE = "README.md"
 LICENSES = {
@@ -95,13 +95,13 @@ def license_of(config: Config, model: ModelFolder) -> str | None:
 
 def _is_hub_id(config: Config) -> bool:
     base = config.model.base
-    return base != "demo" and base.count("/") == 1 and not Path(base).exists() and not base.startswith((".", "~"))
+    return base not in EMBEDDED and base.count("/") == 1 and not Path(base).exists() and not base.startswith((".", "~"))
 
 
 def _base_name(config: Config) -> str:
     """Return the name of the base without folders of this machine."""
     base = config.model.base
-    return base if _is_hub_id(config) or base == "demo" else Path(base).name
+    return base if _is_hub_id(config) or base in EMBEDDED else Path(base).name
 
 
 def _front_matter(config: Config, base: str, license_name: str | None) -> str:

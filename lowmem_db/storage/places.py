@@ -9,7 +9,10 @@ from pathlib import Path
 from lowmem_db.console import quoted
 from lowmem_db.errors import ModelError
 
-DEMO_DIR = Path(__file__).parents[1] / "models" / "demo" / "base"
+_EMBEDDED = Path(__file__).parents[1] / "models" / "demo"
+DEMO_DIR = _EMBEDDED / "base"
+EMBEDDED = {"demo": DEMO_DIR, "demo_if": _EMBEDDED / "if"}
+"""The models in this package: the demo base, and the first stage of a small pixel cascade."""
 INDEX = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDING_FILE = "learned_embeds.safetensors"
@@ -18,7 +21,7 @@ EMBEDDINGS_DIR = "embeddings"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w.-]+)/(.+\.safetensors)")
 _RUN_CONFIG = "config.yaml"
-_ALLOWED = "demo, a folder in diffusers' layout, a run, a .safetensors file, owner/name"
+_ALLOWED = "demo, demo_if, a folder in diffusers' layout, a run, a .safetensors file, owner/name"
 _IN_HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _NO_MODELS = {
     ".yaml": "a configuration: lowmem-db train {file}", ".yml": "a configuration: lowmem-db train {file}",
@@ -38,8 +41,8 @@ def place_of(base: str) -> Path | None:
     Raises:
         ModelError: There is nothing by that name, or it is no model; the message says what it is and what to do.
     """
-    if base == "demo":
-        return DEMO_DIR
+    if base in EMBEDDED:
+        return EMBEDDED[base]
     path = Path(base)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -61,7 +64,7 @@ def place_of(base: str) -> Path | None:
 def absolute_base(base: str) -> str:
     """Return a model's name so that it means the same in every working folder."""
     try:
-        return str(absolute_path(Path(base))) if base != "demo" and Path(base).exists() else base
+        return str(absolute_path(Path(base))) if base not in EMBEDDED and Path(base).exists() else base
     except (OSError, ValueError):
         return base
 
@@ -177,10 +180,10 @@ def near(path: Path) -> str:
     if not parent.is_dir():
         return f"; the folder {parent} does not exist either"
     names = [entry.name for entry in _entries(parent) if entry.is_dir() or entry.suffix == ".safetensors"]
-    nearest = difflib.get_close_matches(path.name, ["demo", *names], n=1)
+    nearest = difflib.get_close_matches(path.name, [*EMBEDDED, *names], n=1)
     if not nearest:
         return "" if path.is_absolute() else f"; relative paths start at {Path.cwd()}"
-    return f"; did you mean {nearest[0] if nearest[0] == 'demo' else parent / nearest[0]}?"
+    return f"; did you mean {nearest[0] if nearest[0] in EMBEDDED else parent / nearest[0]}?"
 
 
 def _entries(folder: Path) -> Iterator[Path]:

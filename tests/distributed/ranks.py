@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_db.errors import LowmemDbError, RunInterrupted
+import pytest
+
+from lowmem_db.errors import DependencyError, LowmemDbError, RunInterrupted
+from lowmem_db.memory import sharding
 
 Fields = Mapping[str, Any]
 _SECONDS = 300
@@ -35,6 +38,14 @@ def run_ranks(
         if process.is_alive():
             process.kill()
     return [process.exitcode for process in processes]
+
+
+def skip_without_fsdp2() -> None:
+    """Skip a test that shares a model out where torch is too old for it."""
+    try:
+        sharding.check()
+    except DependencyError as error:
+        pytest.skip(str(error))
 
 
 def free_port() -> int:

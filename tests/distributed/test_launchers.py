@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowmem_db.storage.run_folder import read_rows
-from tests.distributed.ranks import Fields, arguments_of, free_port
+from tests.distributed.ranks import Fields, arguments_of, free_port, skip_without_fsdp2
 from tests.distributed.test_law import SAME_NORM, assert_same_run
 
 _ROOT = Path(__file__).parents[2]
@@ -51,6 +51,7 @@ def test_launcher_starts_two_processes_of_one_run(launcher: Sequence[str], tiny_
 def test_launcher_starts_two_processes_that_share_a_model_out(
     tiny_fields: Fields, wide_model: Path, tmp_path: Path
 ) -> None:
+    skip_without_fsdp2()
     fields = {**tiny_fields, "model.base": str(wide_model), "training.max_train_steps": 2}
     said = start(
         [*_TORCHRUN, str(free_port()), "-m", "lowmem_db"], fields | {"distributed.sharding": "full"}, tmp_path / "two"
@@ -68,6 +69,7 @@ def test_two_cards_are_one_that_accumulates_two_batches(
 ) -> None:
     fields = {**tiny_fields, **_ON_CARDS[variant], "device": "cuda", "training.max_train_steps": 4}
     if "distributed.sharding" in fields:
+        skip_without_fsdp2()
         fields["model.base"] = str(wide_model)
     start([*_TORCHRUN, str(free_port()), "-m", "lowmem_db"], fields, tmp_path / "two" / "run")
     alone = {"training.gradient_accumulation_steps": 2, "memory.optimizer_in_backward": False}

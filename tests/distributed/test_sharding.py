@@ -14,10 +14,11 @@ from lowmem_db.memory import sharding
 from lowmem_db.optimizers.handle import OptimizerHandle
 from lowmem_db.planning.phases import weights_of
 from lowmem_db.run.run import train
-from lowmem_db.storage.run_folder import RunFolder
+from lowmem_db.storage.run_folder import RunFolder, read_rows
 from lowmem_db.storage.tensors import read_state
 from lowmem_db.training.trainer import Trainer
-from tests.distributed.ranks import Fields, folder_bytes, kill_myself, rank, run_ranks
+from tests.distributed.ranks import Fields, folder_bytes, kill_myself, rank, run_ranks, skip_without_fsdp2
+from tests.distributed.test_ends import _terminate_me as terminate_me
 from tests.distributed.test_ends import _train as train_until
 from tests.distributed.test_ends import assert_same_final
 from tests.distributed.test_law import SAME_NORM, SAME_NORM_OF_TENSORS, assert_same_run, one_process
@@ -43,6 +44,12 @@ _8_BITS = {
 VARIANTS = {
     "adamw, average, samples": {"ema.enabled": True, **_SAMPLES},
     "8-bit in the backward pass, 24-bit weights": _8_BITS,
+    "scores, the best step is kept": {
+        "evaluation.every": 1,
+        "evaluation.keep_best": True,
+        "training.learning_rate": 0.1,
+        **_SAMPLES,
+    },
     "two batches each": {"training.gradient_accumulation_steps": 2},
     "adamw in the backward pass": {"memory.optimizer_in_backward": True, "training.clipping": "none"},
     "norm of each tensor": {"memory.optimizer_in_backward": True, "training.clipping": "per_tensor"},
@@ -65,6 +72,7 @@ QUICK = {"adamw, average, samples", "8-bit in the backward pass, 24-bit weights"
 
 @pytest.fixture
 def fields(tiny_fields: Fields, wide_model: Path) -> Fields:
+    skip_without_fsdp2()
     return {**tiny_fields, **_COMMON, "model.base": str(wide_model)}
 
 
@@ -80,6 +88,9 @@ def test_model_that_is_shared_out_trains_the_bits_of_one_process(variant: str, f
     assert_same_run(tmp_path / "two" / "run", one, norm=SAME_NORM_OF_TENSORS if is_of_tensors else SAME_NORM)
     if "sampling.prompts" in fields:
         assert folder_bytes(tmp_path / "two" / "run" / "samples") == folder_bytes(one / "samples") != {}
+    if "evaluation.every" in fields:
+        scores = [(folder / "scores.jsonl").read_text() for folder in (tmp_path / "two" / "run", one)]
+        assert scores[0] == scores[1]
 
 
 def test_each_of_two_processes_holds_half(fields: Fields, tmp_path: Path) -> None:
@@ -112,6 +123,29 @@ def test_killed_process_ends_the_run_and_one_that_holds_all_goes_on(
 
 
 @pytest.mark.long
+def test_signal_to_one_process_saves_what_all_hold(fields: Fields, tmp_path: Path) -> None:
+    fields = {**fields, **VARIANTS["8-bit in the backward pass, 24-bit weights"], "output_dir": str(tmp_path / "run")}
+    assert run_ranks(2, _train_until_asked_to_stop, {**fields, **_FULL}, 1) == [130, 130]
+    assert RunFolder(tmp_path / "run").complete_steps() == [2]
+    assert run_ranks(2, _resume, {**fields, **_FULL}) == [0, 0]
+    assert_same_final(tmp_path / "run", one_process(fields, tmp_path / "one", accumulation=2))
+
+
+@pytest.mark.long
+def test_checkpoint_that_does_not_fit_ends_all_with_its_line(
+    fields: Fields, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fields = {**fields, **_FULL, "output_dir": str(tmp_path / "run"), "training.max_train_steps": 1}
+    assert run_ranks(2, _train, fields) == [0, 0]
+    file = RunFolder(tmp_path / "run").checkpoint_dir(1) / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    assert run_ranks(2, _resume, {**fields, "training.max_train_steps": 2}) == [2, 2]
+    said = capfd.readouterr().err
+    assert f"rank 0: {file}" in said
+    assert f"rank 1: ended, because rank 0 did: {file}" in said
+
+
+@pytest.mark.long
 def test_checkpoints_pass_between_both_ways_to_share_a_run(fields: Fields, tmp_path: Path) -> None:
     fields = {**fields, **VARIANTS["adamw, average, samples"], "training.max_train_steps": 1}
     folder = {"output_dir": str(tmp_path / "run")}
@@ -127,7 +161,7 @@ def test_checkpoints_pass_between_both_ways_to_share_a_run(fields: Fields, tmp_p
 def test_update_limited_over_all_processes_differs_in_the_last_bits(fields: Fields, tmp_path: Path) -> None:
     """The squares of an update are summed in each process first."""
     fields = {**fields, "memory.optimizer_in_backward": True, "training.clipping": "update_rms"}
-    fields |= {"optimizer.epsilon": 1e-30, "training.learning_rate": 1e-4}
+    fields |= {"optimizer.beta1": 0.1, "training.learning_rate": 1e-4}  # with which updates are large enough
     assert run_ranks(2, _train, {**fields, **_FULL, "output_dir": str(tmp_path / "two")}) == [0, 0]
     one = one_process(fields, tmp_path / "one", accumulation=2)
     folders = [RunFolder(folder).checkpoint_dir(3) for folder in (tmp_path / "two", one)]
@@ -145,7 +179,11 @@ def test_any_number_of_processes_shares_a_model(size: int, reduce: str, fields: 
     one = one_process(fields, tmp_path / "one", accumulation=size)
     if reduce == "ordered":
         assert_same_run(tmp_path / "many", one)
-    assert RunFolder(tmp_path / "many").complete_steps() == [2, 3]
+    else:
+        rows = [read_rows(folder / "metrics.jsonl") for folder in (tmp_path / "many", one)]
+        for name in ("loss", "grad_norm"):
+            found, expected = ([row[name] for row in each] for each in rows)
+            assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_one_process_has_nobody_to_share_with(fields: Fields) -> None:
@@ -154,9 +192,9 @@ def test_one_process_has_nobody_to_share_with(fields: Fields) -> None:
 
 
 def test_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without_fsdp2()
     from torch.distributed.fsdp import FSDPModule
 
-    sharding.check()
     monkeypatch.delattr(FSDPModule, "set_custom_reduce_scatter")
     with pytest.raises(DependencyError, match=r"distributed.sharding: 'full' needs .* set distributed.sharding=none"):
         sharding.check()
@@ -173,6 +211,10 @@ def _train(fields: Fields) -> None:
 
 def _resume(fields: Fields) -> None:
     train(load_config(None, list(fields.items())), resume=True)
+
+
+def _train_until_asked_to_stop(fields: Fields, in_step: int) -> None:
+    train_until(fields, 1, in_step, terminate_me)
 
 
 def _train_until_killed(fields: Fields, in_step: int) -> None:

@@ -246,6 +246,26 @@ def test_final_model_loads_in_diffusers_and_draws_what_it_drew_here(
     assert (refused.code, "--format diffusers" in refused.err) == (2, True)
 
 
+def test_small_model_of_this_package_draws_as_in_diffusers() -> None:
+    model = find_model("demo_if")
+    pipeline = pipeline_of(model.path, torch_dtype=torch.float32)
+    ours = drawn_here(model, Denoiser(model.family, {"unet": model.load("unet")}), "a red car", [1])
+    torch.testing.assert_close(ours, drawn_by(pipeline, "a red car", [1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.long
+def test_small_model_of_this_package_trains(run: Run, tmp_path: Path) -> None:
+    few = (
+        "training.max_train_steps=2",
+        "training.lr_warmup_steps=0",
+        "prior.num_class_images=2",
+        "prior.num_inference_steps=2",
+    )
+    places = (f"output_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}", "sampling.num_inference_steps=2")
+    assert run("train", "demo_cascade", *few, *places).code == 0
+    assert find_model(str(tmp_path / "run")).resolution == 16
+
+
 @pytest.mark.long
 def test_adapters_load_in_diffusers(run: Run, fields: dict[str, object], tmp_path: Path, tiny_if: Path) -> None:
     lora = {"lora.enabled": True, "lora.rank": 2, "training.learning_rate": 0.1, "prior.enabled": False}

@@ -46,6 +46,13 @@ def test_demo_is_found_wherever_the_command_runs(monkeypatch: pytest.MonkeyPatch
     assert sum(file.stat().st_size for file in model.path.rglob("*") if file.is_file()) <= 40 << 20
 
 
+def test_small_pixel_model_is_found_wherever_the_command_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = find_model("demo_if")
+    assert (model.family.name, model.resolution) == ("DeepFloyd IF, stage I", 16)
+    assert sum(file.stat().st_size for file in model.path.rglob("*") if file.is_file()) <= 8 << 20
+
+
 @pytest.mark.parametrize(
     ("width", "family"),
     [(768, "Stable Diffusion 1.x"), (1024, "Stable Diffusion 2.x"), (16, "Stable Diffusion architecture")],

@@ -29,6 +29,7 @@ def test_places_of_models(tmp_path: Path) -> None:
     run = make(tmp_path / "run", "config.yaml", "final/model_index.json")
     file = make(tmp_path, "one.safetensors") / "one.safetensors"
     assert place_of("demo") == DEMO_DIR
+    assert place_of("demo_if") == DEMO_DIR.parent / "if"
     assert place_of(str(folder)) == folder
     assert place_of(str(run)) == run / "final"
     assert place_of(str(file)) == file
@@ -98,5 +99,5 @@ def test_misspelt_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_base_means_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(make(tmp_path, "tiny/model_index.json"))
     assert absolute_base("tiny") == absolute_base("./tiny") == str(tmp_path / "tiny")
-    assert absolute_base("demo") == "demo"
+    assert [absolute_base(name) for name in ("demo", "demo_if")] == ["demo", "demo_if"]
     assert absolute_base("owner/name") == "owner/name"
