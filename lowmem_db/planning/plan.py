@@ -109,12 +109,8 @@ class Planner:
         return _Search(self, budget_bytes, host_bytes).run()
 
     def smallest(self) -> Smallest:
-        """Find the strategy that needs the least memory, with a step on the host only where the configuration says so.
-
-        It would need a little less still, for times as long.
-        """
+        """Find the strategy that needs the least memory."""
         kept, _ = self.candidates()
-        kept = [each for each in kept if each.memory.optimizer_step == "device"] or kept
         prepared = [tiled for strategy in kept for tiled in self.with_tiled_preparation(strategy)]
         return find_smallest(
             self.needs, [tiled for strategy in prepared for tiled in self.with_tiled_samples(strategy)]

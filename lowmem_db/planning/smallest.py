@@ -36,7 +36,16 @@ class Smallest:
     @property
     def budget(self) -> str:
         """A budget that is enough, rounded up to a tenth of a GiB."""
-        return f"{math.ceil(self.num_bytes / GIB * 10) / 10:.1f}GiB"
+        return f"{self._tenths / 10:.1f}GiB"
+
+    @property
+    def budget_bytes(self) -> int:
+        """The bytes of that budget."""
+        return self._tenths * GIB // 10
+
+    @property
+    def _tenths(self) -> int:
+        return math.ceil(self.num_bytes / GIB * 10)
 
     def describe(self) -> str:
         """Return its budget, its name and the phase of its peak, in words."""
@@ -78,7 +87,7 @@ def without(config: Config, given: Sequence[StrategyField]) -> Config:
 
 
 def in_the_way(config: Config, needs: Needs, best: Smallest) -> list[StrategyField]:
-    """Return the given fields of a configuration that must be left out for a smaller strategy.
+    """Return the given fields of a configuration that must be left out for the smallest budget that is named.
 
     Args:
         config: The configuration.
@@ -90,7 +99,7 @@ def in_the_way(config: Config, needs: Needs, best: Smallest) -> list[StrategyFie
         kept = changed(strategy, {field.path: field.of(config)})
         if kept == strategy:
             continue
-        if refusals(kept) or needs.whole_run(kept) > best.num_bytes:
+        if refusals(kept) or needs.whole_run(kept) > best.budget_bytes:
             needed.append(field)
         else:
             strategy = kept
