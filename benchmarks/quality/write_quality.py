@@ -150,7 +150,7 @@ def _introduction(page: Page, rows: Sequence[Row], introduction: str) -> str:
         rate=recipe["training.learning_rate"],
         text_rate=recipe["training.learning_rate_text_encoder"],
         class_images=recipe["prior.num_class_images"],
-        context=recipe["samples"]["context"],
+        context=", ".join(VARIANTS[page.reference].contexts),
         sampling_steps=recipe["samples"]["num_inference_steps"],
         last_steps=recipe["last_steps"],
     )
@@ -183,8 +183,8 @@ def _summary(page: Page, rows: Sequence[Row]) -> str:
     lines = [
         "## What is expected, and what is seen here",
         "",
-        "Last column: against a second run of the reference, with a learning rate 0.1 % higher, where there is one. "
-        "Where the two columns differ, chance decides.",
+        "Last column: against a second run of the reference, with a learning rate 0.1 % higher, on the subjects "
+        "that have one. Where the two columns differ, chance or these subjects decide.",
         "",
         "| ablation | metric | variant | expected | here | against the control |",
         "|---|---|---|---|---|---|",
