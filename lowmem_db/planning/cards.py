@@ -186,9 +186,9 @@ def card_here(device: torch.device) -> Card:
 
 def _link_of(properties: Any) -> tuple[int, int] | None:
     """Return PCIe generation and lanes of a device, or None if torch or the driver does not tell."""
-    names = ("pci_domain_id", "pci_bus_id", "pci_device_id")  # not in older versions of torch
-    place = [getattr(properties, name, None) for name in names]
-    return None if None in place else nvidia.pcie_link(*place)
+    if not hasattr(properties, "pci_bus_id"):  # an older version of torch
+        return None
+    return nvidia.pcie_link(properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id)
 
 
 def is_known(name: str) -> bool:
