@@ -319,8 +319,8 @@ def evaluate(
         source: A run, a folder of runs, or a folder of images made by any tool.
         real: Photos of the subject, or a folder with one folder of photos per subject.
         class_images: Images drawn for the class prompt, for PRES. For a run they are drawn here.
-        encoders: ``en0`` and ``captions`` need no network; ``dino``, ``clip``, ``lpips``, or ``paper`` for these three;
-            ``NAME=FOLDER_OR_HUB_ID`` chooses the model.
+        encoders: ``en0``, ``identity`` and ``captions`` need no network; ``dino``, ``clip``, ``lpips``, or ``paper``
+            for these three; ``NAME=FOLDER_OR_HUB_ID`` chooses the model.
         subjects: How many subjects to use, or their names separated by commas.
         num_prompts: Use only the first so many prompts.
         num_images: Images per prompt. Default: 4 are drawn for a run, all are read from a folder.

@@ -446,7 +446,7 @@ class EvaluationConfig(Section):
     prompts: tuple[str, ...] = ()
     """Prompts whose images should show the subject. Default: the instance prompt."""
     encoder: str = "en0"
-    """Image encoder: ``en0``, ``dino`` or ``clip``; NAME=FOLDER_OR_HUB_ID chooses the model."""
+    """Image encoder: ``en0``, ``identity``, ``dino`` or ``clip``; NAME=FOLDER_OR_HUB_ID chooses the model."""
     keep_best: bool = True
     """Keep the checkpoint with the highest score (the first one among equals) and make it the final model."""
     patience: PositiveInt | None = None

@@ -134,23 +134,27 @@ def page(
 
 def test_what_is_entered_before_the_scripts_have_loaded_is_kept(page: Page) -> None:
     held: list[Route] = []
+    holding = True
 
-    def hold() -> None:
-        page.route("**/*.js", lambda route: held.append(route))
+    def asked_for(script: Route) -> None:
+        if holding:
+            held.append(script)
+        else:
+            script.continue_()
 
     def let_go() -> None:
-        page.unroute("**/*.js")  # those that are still to be asked for are not held either
-        for script in held:
-            script.continue_()
-        held.clear()
+        nonlocal holding
+        holding = False
+        while held:
+            held.pop().continue_()
 
     page.get_by_label("What do the photos show?").fill("dog")
-    hold()
+    page.route("**/*.js", asked_for)
     page.get_by_role("button", name="Begin").click(no_wait_after=True)
     page.set_input_files("#files", PHOTOS[:1])
     let_go()
     expect(page.locator(".photos-edit li")).to_have_count(1)
-    hold()
+    holding = True
     page.goto(page.url, wait_until="commit")
     page.get_by_label("Caption of 00.jpg").fill("a dog on grass")
     page.get_by_label("Rare word for it").fill("zwx")
