@@ -91,8 +91,8 @@ def correlate(
         }
     if not found:
         raise DataError(
-            "--correlate: no encoder has a metric for these studies; allowed: en0, identity, dino or clip for the one about "
-            "the subject, clip for the one about the prompt"
+            "--correlate: no encoder has a metric for these studies; allowed: en0, identity, dino or clip for the one "
+            "about the subject, clip for the one about the prompt"
         )
     return found
 
