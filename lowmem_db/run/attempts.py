@@ -202,6 +202,7 @@ class Attempts:
             return
         trainer.observers = [*self._own_observers(trainer), *self._prepared.observers]
         write_trained(run, count_trained(trainer.denoiser.modules()))
+        _say_what_is_slow(self._config, device)
         _say_what_trains(model, trainer, device)
         if resume:
             trainer.resume()
@@ -305,8 +306,13 @@ def _from_where(run: RunFolder) -> str:
     return f"after step {complete[-1]}" if complete else "from the start"
 
 
+def _say_what_is_slow(config: Config, device: torch.device) -> None:
+    """Say which operators have no compiled kernel, also on the host where the optimizer steps there."""
+    for computing in [device, CPU] if config.memory.optimizer_step == "host" and device != CPU else [device]:
+        if (note := environment.slow_kernels(computing)) is not None:
+            say(note)
+
+
 def _say_what_trains(model: ModelFolder, trainer: Trainer, device: torch.device) -> None:
     trained = ", ".join(f"{name} {count:,}" for name, count in count_trained(trainer.denoiser.modules()).items())
-    if (note := environment.slow_kernels(device)) is not None:
-        say(note)
     say(f"training {model.name} ({model.family.name}) on {device}: {trained} parameters train")
