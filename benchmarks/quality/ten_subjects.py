@@ -76,6 +76,8 @@ VARIANTS: Mapping[str, Variant] = {
     "demo_early": _variant(EARLY),
     "demo_early_random_noun": _variant(EARLY, noun="random"),
     "demo_early_no_noun": _variant(EARLY, noun="missing"),
+    "demo_early_common_word": _variant(EARLY, identifier="pink"),
+    "demo_early_random_letters": _variant(EARLY, identifier="xxy5syt00"),
     "demo_1_image": _seen_as_often(1),
     "demo_1_image_all_steps": _variant(num_images=1),
     "demo_2_images": _seen_as_often(2),
@@ -113,6 +115,7 @@ ABLATIONS: Mapping[str, Ablation] = {
         paper_text="Table 3 (Imagen, 15 subjects; CLIP-I 0.815 with and 0.828 without, CLIP-T 0.308 and 0.306). Figure "
         "19 shows PRES, figure 6 DIV.",
         subjects=NAMES,
+        seeds=(0, 1),
         figures={
             "demo": "DINO 0.684, PRES 0.493, DIV 0.391",
             "demo_without_prior": "DINO 0.712, PRES 0.664, DIV 0.371",
@@ -139,6 +142,7 @@ ABLATIONS: Mapping[str, Ablation] = {
         },
         paper_text="Table 4 (Imagen, 5 subjects; the wrong noun is drawn at random).",
         subjects=NAMES,
+        seeds=(0, 1),
         figures={
             "demo": "DINO 0.744, CLIP-I 0.853",
             "demo_random_noun": "DINO 0.454, CLIP-I 0.728",
@@ -224,6 +228,25 @@ ABLATIONS: Mapping[str, Ablation] = {
         },
         paper_text="Section 3.2, in words: existing words are “suboptimal”, random characters have “similar "
         "weaknesses”.",
+        subjects=FIVE,
+    ),
+    "identifiers_early": Ablation(
+        title="Identifier, after a third of the steps",
+        question="Has a word that means something to be unlearnt first? 100 steps, all else as above.",
+        labels={
+            "demo_early": "rare token",
+            "demo_early_common_word": "common word",
+            "demo_early_random_letters": "random letters",
+            "demo_untrained": "untrained base",
+        },
+        reference="demo_early",
+        metrics=(FIDELITY, IDENTITY, IN_CONTEXT, OF_CLASS, CLASS_KEPT, PLACE),
+        paper={
+            (metric, f"demo_early_{words}"): -1
+            for words in ("common_word", "random_letters")
+            for metric in (FIDELITY, IDENTITY)
+        },
+        paper_text="Section 3.2, as above: existing words have to be disentangled from their meaning.",
         subjects=FIVE,
     ),
     "saving_memory": Ablation(
