@@ -151,6 +151,7 @@ def test_questionnaire_is_written_and_tallied(run: Run, images: Path, tmp_path: 
         (("images", "--real", "images", "--shard", "1/2"), "--shard: cannot be used here, because images is not a run"),
         (("images", "--real", "images", "--suite", "objects", "--sampler", "ddim"), "--suite, --sampler: cannot be"),
         (("images", "--real", "images", "--subjects", "0"), "--subjects: '0'"),
+        (("images", "--real", "images", "--subjects", "cat"), "--subjects: cat not found; allowed: images"),
         (("images", "--real", "images", "--device", "cuda:9"), "device: 'cuda:9' does not exist"),
         (("images", "--real", "images", "-o", "file"), "file: cannot be written"),
         (("--pairs", "images", "--real", "images"), "--pairs: allowed: two different folders"),

@@ -100,7 +100,7 @@ def test_run_that_is_not_done_is_refused(run: Run, config_file: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("nowhere",), "model.base: 'nowhere' is not a folder, a file or a hub id"),
+        (("nowhere",), "RUN_OR_MODEL: 'nowhere' is not a folder, a file or a hub id"),
         (("demo",), "a single file cannot hold AutoencoderTAEF2; export --format diffusers"),
         (("notes.safetensors",), "notes.safetensors: is truncated or not a safetensors file"),
     ],

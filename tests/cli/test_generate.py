@@ -99,7 +99,7 @@ def test_size_is_that_of_the_model_or_the_one_asked_for(run: Run, tiny_model: Pa
 
 
 def test_suites_are_listed(run: Run) -> None:
-    outcome = run("generate", "demo", "--list-suites")
+    outcome = run("generate", "--list-suites")
     assert outcome.code == 0
     assert "live_subjects" in outcome.out.split()
 
@@ -113,6 +113,11 @@ def test_suites_are_listed(run: Run) -> None:
         (("--prompt-file", "nothing.txt"), "nothing.txt: cannot be read"),
         (("--prompt", "x", "--resolution", 33), "--resolution: 33 is not a multiple of 2, the size of a latent pixel"),
         (("--prompt", "x", "--device", "cuda:9"), "device: 'cuda:9' does not exist"),
+        (("--prompt", "x", "--identifier", "sks"), "--identifier: is for the prompts of --suite and --comic"),
+        (("--comic", "x.yaml", "--suite", "objects"), "--suite: no effect with --comic"),
+        (("--prompt", "x", "--upscale", "nothing"), "--upscale: 'nothing' is not a folder"),
+        (("--prompt", "x", "--upscale", ""), "--upscale: is empty"),
+        (("--prompt", "x", "--base", "nothing"), "--base: 'nothing' is not a folder"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(run: Run, tiny_model: Path, arguments: tuple, part: str) -> None:
@@ -158,7 +163,7 @@ def test_comic_is_drawn_from_its_script_as_a_picture_and_a_page(run: Run, config
     for markup in ("<script>alert", "<b>Breakfast"):
         assert markup not in page
     for options, message in (
-        (("--prompt", "a cat"), "--comic and --prompt: only one"),
+        (("--prompt", "a cat"), "--prompt: no effect with --comic"),
         (("--steps", "2,final"), "--comic and --steps: only one"),
         (("--num-images", 1), "shows image 1, counted from 0; allowed: at least 2"),
     ):

@@ -202,7 +202,7 @@ def test_unquoted_no_is_a_precision(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "holds NoneType; allowed: a mapping"),
+        (b"", "is empty; allowed: a mapping"),
         (b"- a\n- b\n", "holds list; allowed: a mapping"),
         (b"training: [", "cannot be read as YAML"),
         (b"training: {a: b: c}", "cannot be read as YAML"),
