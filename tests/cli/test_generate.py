@@ -143,10 +143,9 @@ panels:
 """
 
 
-def test_comic_is_drawn_from_its_script_as_a_picture_and_a_page(run: Run, config_file: Path, tmp_path: Path) -> None:
-    assert run("train", config_file).code == 0
+def test_comic_is_drawn_from_its_script_as_a_picture_and_a_page(run: Run, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "story.yaml").write_text(STORY)
-    comic = ("generate", tmp_path / "run", "--comic", tmp_path / "story.yaml", "--num-inference-steps", 1)
+    comic = ("generate", trained, "--comic", tmp_path / "story.yaml", "--num-inference-steps", 1)
     outcome = run(*comic, "-o", tmp_path / "comic")
     assert (outcome.code, outcome.out.strip()) == (0, str(tmp_path / "comic" / "comic.png"))
     names = {"00-00.png", "00-01.png", "01-00.png", "01-01.png", "grid.png", "images.json", "comic.png", "comic.html"}
