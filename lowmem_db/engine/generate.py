@@ -40,7 +40,7 @@ class Wishes:
         seed: Seed of the noise.
         sampler: Default: that of the run's samples, or ``ddim``.
         num_inference_steps: Default: those of the run's samples, or 50.
-        guidance_scale: Default: that of the run's samples, or 7.5; 2 for a model in this package that no run has trained.
+        guidance_scale: Default: that of the run's samples, or 7.5; 2 for a model in this package.
         width: In pixels. Default: the resolution of the run, or the model's own.
         height: In pixels. Default: as for the width.
         upscale: Super-resolution models, as in :func:`find_source`, that enlarge the images one after the other.

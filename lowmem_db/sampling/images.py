@@ -79,7 +79,7 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Im
     """Return one picture with a row for each label and the label above it.
 
     Args:
-        rows: Labels and pictures; all pictures have the same size. Small ones are shown a whole number of times as large.
+        rows: Labels and pictures, all of one size. Small pictures are shown a whole number of times as large.
     """
     times = -(-_LEAST_WIDTH // rows[0][1][0].width)
     width, height = (times * side for side in rows[0][1][0].size)
