@@ -201,7 +201,8 @@ def generate(
         negative_prompt: What guidance leads away from.
         sampler: ``"ddim"``, ``"dpm_solver"``, or ``"ddpm"``, the ancestral sampler. Default without a run: ``"ddim"``.
         num_inference_steps: Sampling steps. Default without a run: 50.
-        guidance_scale: Classifier-free guidance (arXiv:2207.12598). Default without a run: 7.5.
+        guidance_scale: Classifier-free guidance (arXiv:2207.12598). Default without a run: 7.5, or 2 for the models in
+            this package.
         resolution: Width and height in pixels. Default: that of the run, or the model's native one.
         width: Width alone.
         height: Height alone.

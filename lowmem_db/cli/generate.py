@@ -74,7 +74,10 @@ def generate(
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Classifier-free guidance. Default: that of the run's samples, or 7.5."),
+        typer.Option(
+            min=0.0,
+            help="Classifier-free guidance. Default: that of the run's samples, or 7.5; 2 for models of this package.",
+        ),
     ] = None,
     resolution: Annotated[
         int | None,

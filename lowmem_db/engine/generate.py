@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lowmem_db.config.schema import Sampler
+from lowmem_db.config.schema import Sampler, SamplingConfig
 from lowmem_db.console import say, warn
 from lowmem_db.distributed.world import ALONE, World
 from lowmem_db.engine.draw import Artist, Job, draw, loaded_for_use
@@ -22,6 +22,7 @@ from lowmem_db.randomness import derive_seed, generator
 from lowmem_db.records import Size
 from lowmem_db.sampling.images import make_folder, save_rows
 from lowmem_db.sampling.latents import SamplingSettings
+from lowmem_db.storage.places import EMBEDDED, EMBEDDED_GUIDANCE
 from lowmem_db.storage.run_folder import write_json
 
 STREAM = "samples"
@@ -39,7 +40,7 @@ class Wishes:
         seed: Seed of the noise.
         sampler: Default: that of the run's samples, or ``ddim``.
         num_inference_steps: Default: those of the run's samples, or 50.
-        guidance_scale: Default: that of the run's samples, or 7.5.
+        guidance_scale: Default: that of the run's samples, or 7.5; 2 for a model in this package.
         width: In pixels. Default: the resolution of the run, or the model's own.
         height: In pixels. Default: as for the width.
         upscale: Super-resolution models, as in :func:`find_source`, that enlarge the images one after the other.
@@ -247,7 +248,6 @@ def _with_defaults(source: ImageSource, wishes: Wishes) -> Work:
         raise DataError('there is nothing to draw; add --prompt "a sks dog", --prompt-file FILE or --suite NAME')
     if not wishes.prompts and config is not None:
         say(f"drawing {config.subject.instance_prompt!r}, the prompt of the run")
-    guidance = wishes.guidance_scale
     return Work(
         prompts=tuple(wishes.prompts) or ((config.subject.instance_prompt,) if config is not None else ()),
         negative_prompt=wishes.negative_prompt or ("" if own is None else own.negative_prompt),
@@ -256,10 +256,16 @@ def _with_defaults(source: ImageSource, wishes: Wishes) -> Work:
         settings=SamplingSettings(
             sampler=wishes.sampler or ("ddim" if own is None else own.sampler),
             num_inference_steps=wishes.num_inference_steps or (50 if own is None else own.num_inference_steps),
-            guidance_scale=guidance if guidance is not None else 7.5 if own is None else own.guidance_scale,
+            guidance_scale=_usual_guidance(source) if wishes.guidance_scale is None else wishes.guidance_scale,
         ),
         size=(wishes.height or source.resolution, wishes.width or source.resolution),
     )
+
+
+def _usual_guidance(source: ImageSource) -> float:
+    if source.run_config is not None:
+        return source.run_config.sampling.guidance_scale
+    return EMBEDDED_GUIDANCE if source.model.path in EMBEDDED.values() else SamplingConfig().guidance_scale
 
 
 def _check(source: ImageSource, work: Work) -> None:

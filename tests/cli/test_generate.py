@@ -1,5 +1,6 @@
 """``lowmem-db generate``: from a run, a checkpoint, a model folder."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def test_run_and_its_checkpoint_draw_the_same(run: Run, config_file: Path, tmp_p
     nothing = run("generate", folder.root, *QUICK)
     assert nothing.code == 2
     assert "has no final model and no complete checkpoint yet" in nothing.err
+
+
+def test_models_in_the_package_are_guided_as_suits_them(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    quick = ("--prompt", "a dog", "--num-images", "1", "--num-inference-steps", "1")
+    chosen = {"embedded": ("demo_if",), "asked": ("demo_if", "--guidance-scale", "5"), "usual": (tiny_model,)}
+    for name, arguments in chosen.items():
+        assert run("generate", *arguments, *quick, "-o", tmp_path / name).code == 0
+    told = {name: json.loads((tmp_path / name / "images.json").read_text())["guidance_scale"] for name in chosen}
+    assert told == {"embedded": 2.0, "asked": 5.0, "usual": 7.5}
 
 
 @pytest.mark.parametrize("fields", [(), ("lora.dora=true", "ema.enabled=true")])
@@ -148,10 +158,9 @@ panels:
 """
 
 
-def test_comic_is_drawn_from_its_script_as_a_picture_and_a_page(run: Run, config_file: Path, tmp_path: Path) -> None:
-    assert run("train", config_file).code == 0
+def test_comic_is_drawn_from_its_script_as_a_picture_and_a_page(run: Run, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "story.yaml").write_text(STORY)
-    comic = ("generate", tmp_path / "run", "--comic", tmp_path / "story.yaml", "--num-inference-steps", 1)
+    comic = ("generate", trained, "--comic", tmp_path / "story.yaml", "--num-inference-steps", 1)
     outcome = run(*comic, "-o", tmp_path / "comic")
     assert (outcome.code, outcome.out.strip()) == (0, str(tmp_path / "comic" / "comic.png"))
     names = {"00-00.png", "00-01.png", "01-00.png", "01-01.png", "grid.png", "images.json", "comic.png", "comic.html"}
