@@ -50,7 +50,7 @@ def test_models_in_the_package_are_guided_as_suits_them(run: Run, tiny_model: Pa
     assert told == {"embedded": 2.0, "asked": 5.0, "usual": 7.5}
 
 
-@pytest.mark.parametrize("fields", [(), ("lora.dora=true", "ema.enabled=true")])
+@pytest.mark.parametrize("fields", [pytest.param((), marks=pytest.mark.long), ("lora.dora=true", "ema.enabled=true")])
 def test_lora_run_draws_the_same_from_its_run_its_folder_and_its_checkpoint(
     run: Run, config_file: Path, tiny_model: Path, tmp_path: Path, fields: tuple[str, ...]
 ) -> None:
