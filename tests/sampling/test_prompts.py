@@ -50,8 +50,8 @@ def test_names_with_braces_are_kept() -> None:
 def test_misspelt_name_in_braces_is_refused() -> None:
     names: dict[str, Any] = {"identifier": "{x}", "class_noun": "dog", "run_config": None}
     assert fill_in("--comic", ["a {identifier} {class_noun}"], **names) == ["a {x} dog"]
-    with pytest.raises(DataError, match=r"--comic: 'a \{identifer\} dog': \{identifer\} stands for nothing; allowed: "):
-        fill_in("--comic", ["a {identifer} dog"], **names)
+    with pytest.raises(DataError, match=r"--comic: 'a \{token\} dog': \{token\} stands for nothing; allowed: "):
+        fill_in("--comic", ["a {token} dog"], **names)
 
 
 def test_unknown_suite_lists_the_known_ones() -> None:
