@@ -159,6 +159,8 @@ def _read_subjects(parsed: Arguments, file: Path, has_prior: bool | None) -> Non
 
 def _read_as_script(parsed: Arguments, launch: Launch) -> None:
     """Apply the defaults of the script, and drop what has no effect there either."""
+    if "validation_images" in parsed.flags:
+        parsed.overrides = [pair for pair in parsed.overrides if pair[0] != "sampling.prompts"]
     if launch.mixed_precision is not None:
         parsed.overrides.insert(0, ("training.mixed_precision", launch.mixed_precision))
     values = dict(parsed.overrides)
@@ -203,8 +205,6 @@ def _count_for_a_word(parsed: Arguments, script: Script) -> None:
 
 
 def _drop_what_has_no_effect(parsed: Arguments, script: Script) -> None:
-    if "validation_images" in parsed.flags:
-        parsed.overrides = [pair for pair in parsed.overrides if pair[0] != "sampling.prompts"]
     values = {**script.defaults, **dict(parsed.overrides)}
     for paths, has_effect, needed in _HAVE_NO_EFFECT:
         given = {flag: path for flag, path in _PATHS.items() if flag in parsed.flags and path in paths}

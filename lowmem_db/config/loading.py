@@ -192,6 +192,12 @@ def _describe(field: str, problems: list[dict[str, Any]]) -> str:
         return f"{field}: {inner} is missing; add it"
     if problem["type"] == "missing":
         return f"{field}: is missing; set {field}=VALUE"
+    if problem["input"] is None:
+        return f"{field}: is empty; set {field}=VALUE"
+    if problem["type"] == "tuple_type":
+        return (
+            f"{field}: {show(problem['input'])} is not allowed: it must be a list, such as {field}=[{problem['input']}]"
+        )
     said = [_WITHOUT_SPACES if found["type"] == "string_pattern_mismatch" else found["msg"] for found in problems]
     said = [message.removeprefix("Value error, ") for message in said]
     messages = dict.fromkeys(message[0].lower() + message[1:] for message in said)

@@ -193,7 +193,7 @@ def near(path: Path) -> str:
     if not parent.is_dir():
         return f"; the folder {parent} does not exist either"
     names = [entry.name for entry in _entries(parent) if entry.is_dir() or entry.suffix == ".safetensors"]
-    nearest = difflib.get_close_matches(path.name, [*EMBEDDED, *names], n=1)
+    nearest = difflib.get_close_matches(path.name, [name for name in (*EMBEDDED, *names) if name != str(path)], n=1)
     if not nearest:
         return "" if path.is_absolute() else f"; relative paths start at {Path.cwd()}"
     return f"; did you mean {nearest[0] if nearest[0] in EMBEDDED else parent / nearest[0]}?"

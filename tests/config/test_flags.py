@@ -297,3 +297,9 @@ def test_flag_after_a_line_break_in_one_line_is_read() -> None:
         ("seed", "3"),
         ("data.resolution", "64"),
     ]
+
+
+def test_prompt_beside_validation_images_leaves_no_default_behind() -> None:
+    command = "--pretrained_model_name_or_path=x --instance_data_dir=y --validation_prompt=z --validation_images a.png"
+    parsed = parse_arguments(command.split())
+    assert {"sampling.every", "sampling.prompts"} & {*parsed.defaults, *dict(parsed.overrides)} == set()
