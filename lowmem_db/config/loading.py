@@ -193,7 +193,7 @@ def _describe(field: str, problems: list[dict[str, Any]]) -> str:
     if problem["type"] == "missing":
         return f"{field}: is missing; set {field}=VALUE"
     if problem["input"] is None:
-        return f"{field}: is empty; set {field}=VALUE"
+        return f"{field}: null is not allowed: it is empty; set {field}=VALUE"
     if problem["type"] == "tuple_type":
         return (
             f"{field}: {show(problem['input'])} is not allowed: it must be a list, such as {field}=[{problem['input']}]"

@@ -330,8 +330,11 @@ def test_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
     ("argument", "said"),
     [
         ("sampling.prompts=a dog", "sampling.prompts: 'a dog' is not allowed: it must be a list, such as "),
-        ("output_dir=", "output_dir: is empty; set output_dir=VALUE"),
-        ("subject.instance_prompt=null", "subject.instance_prompt: is empty; set subject.instance_prompt=VALUE"),
+        ("output_dir=", "output_dir: null is not allowed: it is empty; set output_dir=VALUE"),
+        (
+            "subject.instance_prompt=null",
+            "subject.instance_prompt: null is not allowed: it is empty; set subject.instance_prompt=VALUE",
+        ),
     ],
 )
 def test_value_of_another_kind_says_how_it_is_written(argument: str, said: str) -> None:
