@@ -234,7 +234,7 @@ def generate(
 
     from lowmem_db.run.inputs import check_source
 
-    check_source(str(source), None if base is None else str(base))
+    check_source(str(source), None if base is None else str(base), [str(each) for each in upscale])
 
     from lowmem_db import environment
     from lowmem_db.distributed.world import joined
@@ -538,8 +538,17 @@ def gallery(
 
 
 def _page(output: PathLike, name: str) -> Path:
-    """Return the file to write: the one that is named or, in a folder, one with a name."""
-    return Path(output) / name if Path(output).is_dir() else Path(output)
+    """Return the page to write: the file that is named or, in a folder, one with a name.
+
+    Raises:
+        ConfigError: The file is not called a page, and may be something else that would be overwritten.
+    """
+    path = Path(output)
+    if path.is_dir():
+        return path / name
+    if path.suffix.lower() not in {".html", ".htm"}:
+        raise ConfigError(f"--output: {output} is not named like a page; allowed: NAME.html, or an existing folder")
+    return path
 
 
 def class_noun(photos: PathLike) -> "ClassNoun":

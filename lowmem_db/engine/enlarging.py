@@ -50,16 +50,22 @@ class Stage:
     def prompts(self, prompts: Sequence[str], config: Config | None) -> list[str]:
         """Return what it is told for the prompts of the first stage.
 
-        A model that was not fine-tuned is not told the identifier, which it does not know.
+        A model that was not fine-tuned is not told the identifier, which it does not know; in the place of a learned
+        word it is told the word that this began as.
 
         Args:
             prompts: The prompts.
             config: The run of the first stage, or None.
         """
-        if self.source.run_config is not None or config is None or config.subject.class_prompt is None:
+        if self.source.run_config is not None or config is None:
             return list(prompts)
         own, of_class = config.subject.instance_prompt, config.subject.class_prompt
-        found = [without_identifier(each, own, of_class) for each in prompts]
+        if config.textual_inversion.enabled:
+            found = [each.replace(config.textual_inversion.token, str(config.initializer)) for each in prompts]
+        elif of_class is not None:
+            found = [without_identifier(each, own, of_class) for each in prompts]
+        else:
+            return list(prompts)
         if found != list(prompts):
             say(f"{self.source.model.name} is not fine-tuned, and is told {found[0]!r} without the identifier")
         return found

@@ -136,6 +136,11 @@ def generate_at(
     work = _with_defaults(sources[0], wishes)
     for found in sources:
         _check(found, work)
+    if stages and work.size[0] != work.size[1]:
+        raise DataError(
+            f"--upscale: enlarges squares, but --width {work.size[1]} and --height {work.size[0]} draw none; leave "
+            "both out, or draw without --upscale"
+        )
     for message in cut_prompt_warnings(sources[0].model, [*work.prompts, work.negative_prompt]):
         warn(message)
     by_step = []
@@ -224,12 +229,15 @@ def check_size(source: ImageSource, size: Size, fields: Sequence[str]) -> None:
         fields: What they are called, for messages.
 
     Raises:
-        DataError: A side is not a multiple of the size of a latent pixel.
+        DataError: A side is not a multiple of what the model's family draws in one piece.
     """
-    cell = source.model.space.cell
+    model = source.model
+    step = model.family.drawing_step(model)
+    what = "size of a latent pixel" if step == model.space.cell else "pixels in one position at the UNet's lowest level"
     for field, side in zip(fields, size, strict=True):
-        if side % cell:
-            raise DataError(f"{field}: {side} is not a multiple of {cell}, the size of a latent pixel")
+        if side % step:
+            near = step * max(1, round(side / step))
+            raise DataError(f"{field}: {side} is not a multiple of {step}, the {what}; the nearest is {near}")
 
 
 def _with_defaults(source: ImageSource, wishes: Wishes) -> Work:

@@ -86,6 +86,7 @@ def prepare_data(config: Config) -> BatchSource:
     Raises:
         LowmemDbError: An error that the user can fix; each subclass says which.
     """
+    check_folders(config)
     sweep(config.cache_dir)
     device = environment.resolve_device(config.device)
     photos = check_photos(config)

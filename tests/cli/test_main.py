@@ -212,7 +212,7 @@ def test_missing_class_prompt_names_the_command_that_looks_for_it(run: Run, conf
 def test_identifiers_of_no_model_are_refused(run: Run, tmp_path: Path) -> None:
     outcome = run("identifiers", tmp_path / "nothing")
     assert outcome.code == 2
-    assert outcome.err.startswith("error: model.base: ")
+    assert outcome.err.startswith("error: MODEL: ")
 
 
 def test_module_and_program_are_the_same(start: Callable[..., subprocess.Popen]) -> None:
