@@ -261,7 +261,7 @@ def test_small_cascade_of_this_package_trains_and_draws(run: Run, tmp_path: Path
     first, second = (f"output_dir={tmp_path / name}" for name in ("first", "second"))
     assert run("train", "demo_cascade", *few, *of_class, first).code == 0
     assert run("train", "demo_cascade_ii", *few, second).code == 0
-    assert find_model(str(tmp_path / "first")).resolution == 16
+    assert [find_model(str(tmp_path / name)).resolution for name in ("first", "second")] == [16, 64]
     drawn = ("--num-images", 1, "--num-inference-steps", 2, "--output", tmp_path / "drawn")
     assert run("generate", tmp_path / "first", "--upscale", tmp_path / "second", *drawn).code == 0
     with Image.open(tmp_path / "drawn" / "00-00.png") as image:

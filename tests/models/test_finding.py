@@ -40,9 +40,6 @@ def test_folder_is_found(tiny_model: Path) -> None:
     assert (model.path, model.family.name) == (tiny_model, "Stable Diffusion architecture")
 
 
-TEXT_SIDE = ("tokenizer/tokenizer.json", "text_encoder/model.safetensors", "text_encoder/config.json")
-
-
 def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
@@ -61,7 +58,8 @@ def test_small_pixel_cascade_is_found_anywhere(monkeypatch: pytest.MonkeyPatch, 
         ("DeepFloyd IF, stage I", 16),
         ("DeepFloyd IF, super-resolution", 64),
     ]
-    assert all((stages[0].path / name).read_bytes() == (stages[1].path / name).read_bytes() for name in TEXT_SIDE)
+    assert stages[0].content_key("text_encoder", "tokenizer") == stages[1].content_key("text_encoder", "tokenizer")
+    assert sum(size_of(stage.path) for stage in stages) <= 8_000_000
     assert size_of(DEMO_DIR.parent) <= 38_000_000
 
 
