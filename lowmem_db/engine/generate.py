@@ -22,7 +22,7 @@ from lowmem_db.randomness import derive_seed, generator
 from lowmem_db.records import Size
 from lowmem_db.sampling.images import make_folder, save_rows
 from lowmem_db.sampling.latents import SamplingSettings
-from lowmem_db.storage.places import EMBEDDED, EMBEDDED_GUIDANCE
+from lowmem_db.storage.places import EMBEDDED_GUIDANCE
 from lowmem_db.storage.run_folder import write_json
 
 STREAM = "samples"
@@ -265,7 +265,7 @@ def _with_defaults(source: ImageSource, wishes: Wishes) -> Work:
 def _usual_guidance(source: ImageSource) -> float:
     if source.run_config is not None:
         return source.run_config.sampling.guidance_scale
-    return EMBEDDED_GUIDANCE if source.model.path in EMBEDDED.values() else SamplingConfig().guidance_scale
+    return EMBEDDED_GUIDANCE if source.is_embedded else SamplingConfig().guidance_scale
 
 
 def _check(source: ImageSource, work: Work) -> None:

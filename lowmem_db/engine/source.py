@@ -35,7 +35,7 @@ from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.new_words import NewWord
 from lowmem_db.models.text_encoders import embed_prompts
 from lowmem_db.storage.checksums import MANIFEST
-from lowmem_db.storage.places import EMBEDDING_FILE, INDEX, LORA_FILE
+from lowmem_db.storage.places import EMBEDDED, EMBEDDING_FILE, INDEX, LORA_FILE
 from lowmem_db.storage.run_folder import RunFolder
 
 _Result = TypeVar("_Result")
@@ -67,6 +67,12 @@ class ImageSource:
     def trained_files(self) -> tuple[Path, ...]:
         """Files that the images depend on, besides those of the model."""
         return self.lora_files if self.checkpoint is None else tuple(sorted(self.checkpoint.glob("*.safetensors")))
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it is a model in this package, or was trained on one."""
+        base = self.model.name if self.run_config is None else self.run_config.model.base
+        return base in EMBEDDED
 
     @property
     def resolution(self) -> int:

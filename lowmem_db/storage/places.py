@@ -11,8 +11,8 @@ from lowmem_db.errors import ModelError
 
 _EMBEDDED = Path(__file__).parents[1] / "models" / "demo"
 DEMO_DIR = _EMBEDDED / "base"
-EMBEDDED = {"demo": DEMO_DIR, "demo_if": _EMBEDDED / "if"}
-"""The models in this package: the demo base, and the first stage of a small pixel cascade."""
+EMBEDDED = {"demo": DEMO_DIR, "demo_if": _EMBEDDED / "if", "demo_if_ii": _EMBEDDED / "if_ii"}
+"""The models in this package: the demo base, and the two stages of a small pixel cascade."""
 EMBEDDED_GUIDANCE = 2.0
 """What they draw best with; 7.5, as for Stable Diffusion, spoils their colours."""
 INDEX = "model_index.json"
@@ -24,7 +24,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w.-]+)/(.+\.safetensors)")
 _RUN_CONFIG = "config.yaml"
 _CHECKPOINT_MARKER = "COMPLETE"
-_ALLOWED = "demo, demo_if, a folder in diffusers' layout, a run, a .safetensors file, owner/name"
+_ALLOWED = "demo, demo_if, demo_if_ii, a folder in diffusers' layout, a run, a .safetensors file, owner/name"
 _IN_HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _NO_MODELS = {
     ".yaml": "a configuration: lowmem-db train {file}", ".yml": "a configuration: lowmem-db train {file}",

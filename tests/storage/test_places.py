@@ -30,6 +30,7 @@ def test_places_of_models(tmp_path: Path) -> None:
     file = make(tmp_path, "one.safetensors") / "one.safetensors"
     assert place_of("demo") == DEMO_DIR
     assert place_of("demo_if") == DEMO_DIR.parent / "if"
+    assert place_of("demo_if_ii") == DEMO_DIR.parent / "if_ii"
     assert place_of(str(folder)) == folder
     assert place_of(str(run)) == run / "final"
     assert place_of(str(file)) == file
