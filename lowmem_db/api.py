@@ -201,7 +201,8 @@ def generate(
         negative_prompt: What guidance leads away from.
         sampler: ``"ddim"``, ``"dpm_solver"``, or ``"ddpm"``, the ancestral sampler. Default without a run: ``"ddim"``.
         num_inference_steps: Sampling steps. Default without a run: 50.
-        guidance_scale: Classifier-free guidance (arXiv:2207.12598). Default without a run: 7.5.
+        guidance_scale: Classifier-free guidance (arXiv:2207.12598). Default without a run: 7.5, or 2 for the models in
+            this package.
         resolution: Width and height in pixels. Default: that of the run, or the model's native one.
         width: Width alone.
         height: Height alone.
@@ -233,7 +234,7 @@ def generate(
 
     from lowmem_db.run.inputs import check_source
 
-    check_source(str(source), None if base is None else str(base))
+    check_source(str(source), None if base is None else str(base), [str(each) for each in upscale])
 
     from lowmem_db import environment
     from lowmem_db.distributed.world import joined
@@ -537,8 +538,17 @@ def gallery(
 
 
 def _page(output: PathLike, name: str) -> Path:
-    """Return the file to write: the one that is named or, in a folder, one with a name."""
-    return Path(output) / name if Path(output).is_dir() else Path(output)
+    """Return the page to write: the file that is named or, in a folder, one with a name.
+
+    Raises:
+        ConfigError: The file is not called a page, and may be something else that would be overwritten.
+    """
+    path = Path(output)
+    if path.is_dir():
+        return path / name
+    if path.suffix.lower() not in {".html", ".htm"}:
+        raise ConfigError(f"--output: {output} is not named like a page; allowed: NAME.html, or an existing folder")
+    return path
 
 
 def class_noun(photos: PathLike) -> "ClassNoun":

@@ -19,7 +19,8 @@ Handler = Callable[[int, FrameType | None], object]
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK")
 _IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
 _asked: list[str] = []
-_WAY_OUT = "run the same command again, with --resume if there is a checkpoint"
+_WAY_OUT = "run the same command again"
+_OF_TRAINING = ", with --resume if there is a checkpoint"
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -58,7 +59,8 @@ def exit_on_signals() -> None:
     _asked.clear()
 
     def end(number: int, frame: FrameType | None) -> None:
-        message = f"{signal.Signals(number).name}: stopped; {_WAY_OUT}"
+        way_out = _WAY_OUT + (_OF_TRAINING if "train" in sys.argv[1:2] else "")
+        message = f"{signal.Signals(number).name}: stopped; {way_out}"
         if _asked or _is_importing(frame):
             leave_at_once(message)
         _asked.append(message)

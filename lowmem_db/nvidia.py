@@ -98,11 +98,13 @@ def pcie_link(domain: int, bus: int, slot: int) -> tuple[int, int] | None:
     """Return the PCIe generation and the lanes of the card at a place, or None if its driver does not tell.
 
     A card at rest may lower its generation, so that the highest one of card and slot is asked for, but not its lanes.
+    Some virtual machines answer 0.
     """
     for line in _ask("pci.bus_id,pcie.link.gen.max,pcie.link.width.current"):
-        place, generation, lanes = line.lower().split(", ")
-        if place == f"{domain:08x}:{bus:02x}:{slot:02x}.0" and generation.isdecimal() and lanes.isdecimal():
-            return int(generation), int(lanes)
+        place, *link = line.lower().split(", ")
+        if place == f"{domain:08x}:{bus:02x}:{slot:02x}.0" and all(text.isdecimal() for text in link):
+            generation, lanes = map(int, link)
+            return (generation, lanes) if generation and lanes else None
     return None
 
 

@@ -40,13 +40,18 @@ def photos_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_fields(tiny_model: Path, photos_dir: Path, tmp_path: Path) -> dict[str, object]:
     """Fields of a run that takes a second."""
+    return fields_in(tmp_path, tiny_model, photos_dir)
+
+
+def fields_in(folder: Path, model: Path, photos: Path) -> dict[str, object]:
+    """Return the fields of ``tiny_fields`` for a run and a cache in any folder."""
     return {
-        "model.base": str(tiny_model),
-        "subject.instance_dir": str(photos_dir),
+        "model.base": str(model),
+        "subject.instance_dir": str(photos),
         "subject.instance_prompt": "a zx dog",
         "subject.class_prompt": "a dog",
-        "output_dir": str(tmp_path / "run"),
-        "cache_dir": str(tmp_path / "cache"),
+        "output_dir": str(folder / "run"),
+        "cache_dir": str(folder / "cache"),
         "device": "cpu",
         "data.resolution": RESOLUTION,
         "prior.num_class_images": 5,

@@ -65,7 +65,7 @@ def test_signal_while_anything_else_is_imported(module: str) -> None:
 
 def assert_interrupted(name: str, ended: subprocess.CompletedProcess[str]) -> None:
     assert ended.returncode == 130
-    assert ended.stderr == (f"{name}: stopped; run the same command again, with --resume if there is a checkpoint\n")
+    assert ended.stderr == f"{name}: stopped; run the same command again\n"
     assert ended.stdout == ""
 
 
@@ -116,3 +116,12 @@ def test_handlers_are_put_back() -> None:
     with pytest.raises(ZeroDivisionError), handling(lambda *_: None):
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in stop_signals()] == before
+
+
+def test_way_out_is_one_that_the_command_has(monkeypatch: pytest.MonkeyPatch, handlers: None) -> None:
+    for command, has_resume in (("train", True), ("generate", False)):
+        monkeypatch.setattr(sys, "argv", ["lowmem-db", command])
+        exit_on_signals()
+        with pytest.raises(RunInterrupted) as stopped:
+            signal.raise_signal(signal.SIGTERM)
+        assert ("--resume" in str(stopped.value)) == has_resume

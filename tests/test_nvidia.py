@@ -76,8 +76,10 @@ def test_cards_are_those_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lanes_are_those_of_the_card_at_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     fields = "pci.bus_id,pcie.link.gen.max,pcie.link.width.current"
-    answers(monkeypatch, {fields: "00000000:0A:00.0, 4, 16\n00000000:41:00.0, 3, 4\n00000000:42:00.0, [N/A], [N/A]\n"})
-    assert [nvidia.pcie_link(0, bus, 0) for bus in (0x0A, 0x41, 0x42, 0x43)] == [(4, 16), (3, 4), None, None]
+    places = ("0A:00.0, 4, 16", "41:00.0, 3, 4", "42:00.0, [N/A], [N/A]", "44:00.0, 0, 0", "45:00.0, 3, 0")
+    answers(monkeypatch, {fields: "".join(f"00000000:{place}\n" for place in places)})
+    assert [nvidia.pcie_link(0, bus, 0) for bus in (0x0A, 0x41)] == [(4, 16), (3, 4)]
+    assert [nvidia.pcie_link(0, bus, 0) for bus in (0x42, 0x43, 0x44, 0x45)] == [None] * 4
 
 
 def test_old_driver_tells_names_alone(monkeypatch: pytest.MonkeyPatch) -> None:

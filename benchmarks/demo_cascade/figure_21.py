@@ -1,12 +1,13 @@
 """Figure 21 as a measurement: super-resolution that is not fine-tuned, and fine-tuned with noise of several variances.
 
-    python -m benchmarks.demo_cascade.figure_21 STAGE_II --out runs/figure_21
+    python -m benchmarks.demo_cascade.figure_21 demo_if_ii --out runs/figure_21
 
 Of each subject in `benchmarks/quality/subjects` one photo is held out. Its low-resolution version is enlarged by the
 stage as it is, and fine-tuned on the other photos with noise augmentation of 1e-2 (a positive control: that much must
-blur), 1e-3 and 1e-5; all start from the same noise. Compared with the photo itself: PSNR, and the energy above half of
-what the low-resolution picture can hold (below 1: blurred; above 1: invented). Written to `rows.json`, and printed as a
-table of means and of paired differences to 1e-5, with 95 % intervals over subjects.
+blur), 1e-3 and 1e-5; all start from the same noise. Enlarging without a model stands beside them. Compared with the
+photo itself: PSNR, and the energy above half of what the low-resolution picture can hold (below 1: blurred; above 1:
+invented). Written to `rows.json`, and printed as a table of means and of paired differences to 1e-5, with 95 %
+intervals over subjects.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from lowmem_db.sampling.images import labelled_grid, to_images, to_pixels
 
 SUBJECTS = Path(__file__).parents[1] / "quality" / "subjects"
 VARIANCES = ("1e-2", "1e-3", "1e-5")
-REFERENCE, UNTUNED = "1e-5", "not fine-tuned"
+REFERENCE, UNTUNED, BILINEAR = "1e-5", "not fine-tuned", "bilinear"
 METRICS = ("PSNR", "high band")
 Rows = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Figures by subject, setting and metric."""
@@ -86,15 +87,20 @@ def measure(args: argparse.Namespace, subject: Path) -> tuple[dict[str, dict[str
     (untuned,) = find_stages([str(args.stage)])
     low_side = untuned.low_resolution.resolution
     (small,) = to_images(reduced(to_pixels([truth]), low_side))
-    found, pictures = {}, [truth, small.resize((side, side), Image.Resampling.BILINEAR)]
+    found, pictures = {}, [truth]
+
+    def add(setting: str, image: Image.Image) -> None:
+        found[setting] = {"PSNR": psnr(image, truth), "high band": high_band(image, truth, low_side)}
+        pictures.append(image)
+
+    add(BILINEAR, small.resize((side, side), Image.Resampling.BILINEAR))
     for setting in (UNTUNED, *VARIANCES):
         stage = untuned if setting == UNTUNED else fine_tuned(args, subject, photos, setting)
         prompt = f"a {noun_of(subject)}" if setting == UNTUNED else f"a sks {noun_of(subject)}"
         ((image,),) = stage.enlarge(
             [[small]], [prompt], seed=0, number=1, device=torch.device("cpu"), dtype=torch.float32
         )
-        found[setting] = {"PSNR": psnr(image, truth), "high band": high_band(image, truth, low_side)}
-        pictures.append(image)
+        add(setting, image)
     return found, pictures
 
 
@@ -104,7 +110,7 @@ def table(rows: Rows) -> str:
         "| setting | " + " | ".join(f"{metric} | against {REFERENCE}" for metric in METRICS) + " |",
         "|---" * 5 + "|",
     ]
-    for setting in (UNTUNED, *VARIANCES):
+    for setting in (BILINEAR, UNTUNED, *VARIANCES):
         cells = []
         for metric in METRICS:
             values, reference = (
@@ -127,7 +133,7 @@ def in_words(score: Score, sign: str = "") -> str:
 def main() -> None:
     """Measures all subjects and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", type=Path, help="a super-resolution stage, such as runs/cascade/stage_2/base")
+    parser.add_argument("stage", type=Path, help="a super-resolution stage: demo_if_ii, or a folder")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--subjects", type=Path, default=SUBJECTS)
     parser.add_argument("--only", nargs="+", help="names of subjects; all by default")

@@ -14,10 +14,10 @@ from lowmem_db.models.saving import save_component
 
 WIDTH, ENTRIES = 48, 10_112  # ranks 5000 to 10000, where the paper takes identifiers from, are among these entries
 SIZES = {1: 16, 2: 64}
-CHANNELS = {1: (32, 48, 80), 2: (16, 32, 48, 64)}
+CHANNELS = {1: (32, 48, 80), 2: (32, 48, 64)}
 _CROSS_ATTENTION = 64
-_GROUPS = 4
-"""Of channels. With a group for each of few channels the last layer cannot tell a mean colour."""
+_GROUPS = {1: 4, 2: 1}
+"""Of channels, in norms. The fewer, the less of a picture's mean colour and contrast a norm takes away."""
 _PIPELINES = {1: "IFPipeline", 2: "IFSuperResolutionPipeline"}
 
 
@@ -73,7 +73,7 @@ def build_unet(stage: int, channels: tuple[int, ...] | None = None) -> UNet2DCon
         "cross_attention_norm": "group_norm",
         "encoder_hid_dim": WIDTH,
         "encoder_hid_dim_type": "text_proj",
-        "norm_num_groups": _GROUPS,
+        "norm_num_groups": _GROUPS[stage],
         "resnet_time_scale_shift": "scale_shift",
     }
     if stage == 2:

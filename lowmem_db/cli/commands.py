@@ -1,9 +1,10 @@
 """The list of commands. Nothing here imports torch."""
 
 import logging
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from lowmem_db import __version__, environment, nvidia
 from lowmem_db.cli import (
@@ -25,7 +26,28 @@ from lowmem_db.cli import (
     ui,
 )
 from lowmem_db.console import warn
+from lowmem_db.errors import ConfigError
 from lowmem_db.launch import is_first
+
+
+class _FreeCommand(TyperCommand):
+    """A command that reads flags of other programs itself."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse a word that begins with one dash: ``-hflip`` would be read as ``-h``, and the help as success.
+
+        Raises:
+            ConfigError: There is one.
+        """
+        short = {option for parameter in self.params for option in parameter.opts if len(option) == 2}
+        for word in args:
+            if len(word) > 2 and word[0] == "-" and word[1].isalpha() and word[:2] not in short:
+                raise ConfigError(
+                    f"{word}: begins with one dash; flags begin with two (-{word}) and fields with none. If it is the "
+                    f"value of the flag before it, join them with =, as in --output_dir={word}"
+                )
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     name="lowmem-db",
@@ -37,10 +59,10 @@ app = typer.Typer(
 )
 _FREE_ARGUMENTS = {"ignore_unknown_options": True}
 app.command("new")(new.new)
-app.command("train", context_settings=_FREE_ARGUMENTS)(train.train)
-app.command("plan", context_settings=_FREE_ARGUMENTS)(plan.plan)
-app.command("prepare", context_settings=_FREE_ARGUMENTS)(prepare.prepare)
-app.command("photos", context_settings=_FREE_ARGUMENTS)(photos.photos)
+app.command("train", cls=_FreeCommand, context_settings=_FREE_ARGUMENTS)(train.train)
+app.command("plan", cls=_FreeCommand, context_settings=_FREE_ARGUMENTS)(plan.plan)
+app.command("prepare", cls=_FreeCommand, context_settings=_FREE_ARGUMENTS)(prepare.prepare)
+app.command("photos", cls=_FreeCommand, context_settings=_FREE_ARGUMENTS)(photos.photos)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)

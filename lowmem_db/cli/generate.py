@@ -1,11 +1,22 @@
 """``lowmem-db generate``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from lowmem_db.errors import ConfigError
 from lowmem_db.launch import is_first
+
+
+def _list_suites(is_asked: bool) -> bool:
+    if is_asked:
+        from lowmem_db.sampling.prompts import suite_names
+
+        typer.echo("\n".join(suite_names()))
+        raise typer.Exit
+    return is_asked
 
 
 def generate(
@@ -38,12 +49,17 @@ def generate(
             metavar="SCRIPT", help="A comic: a YAML file with panels, each with a prompt and the words drawn into it."
         ),
     ] = None,
-    list_suites: Annotated[bool, typer.Option("--list-suites", help="Print the names of the suites and exit.")] = False,
+    list_suites: Annotated[
+        bool,
+        typer.Option(
+            "--list-suites", help="Print the names of the suites and exit.", is_eager=True, callback=_list_suites
+        ),
+    ] = False,
     identifier: Annotated[
-        str | None, typer.Option(help="Rare token of the subject, for suites. Default: that of the run.")
+        str | None, typer.Option(help="Rare token of the subject, for suites and comics. Default: that of the run.")
     ] = None,
     class_noun: Annotated[
-        str | None, typer.Option(help="Class of the subject, for suites. Default: that of the run.")
+        str | None, typer.Option(help="Class of the subject, for suites and comics. Default: that of the run.")
     ] = None,
     num_images: Annotated[
         int | None, typer.Option(min=1, help="Images per prompt. Default: 4; for a comic those that are shown.")
@@ -58,7 +74,10 @@ def generate(
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Classifier-free guidance. Default: that of the run's samples, or 7.5."),
+        typer.Option(
+            min=0.0,
+            help="Classifier-free guidance. Default: that of the run's samples, or 7.5; 2 for models of this package.",
+        ),
     ] = None,
     resolution: Annotated[
         int | None,
@@ -96,12 +115,13 @@ def generate(
     """
     from lowmem_db.cli.steps import parse_step, parse_steps
     from lowmem_db.run.inputs import check_source, config_of
-    from lowmem_db.sampling.prompts import collect_prompts, suite_names
+    from lowmem_db.sampling.prompts import collect_prompts
 
-    if list_suites:
-        typer.echo("\n".join(suite_names()))
-        return
-    check_source(source, base)
+    del list_suites  # answered by its callback
+    _refuse_without_effect(comic, {"--prompt": prompt, "--prompt-file": prompt_file, "--suite": suite}, as_comic=True)
+    names = {"--identifier": identifier, "--class-noun": class_noun}
+    _refuse_without_effect(comic or suite, names, as_comic=False)
+    check_source(source, base, upscale or ())
 
     from lowmem_db import api
 
@@ -139,3 +159,15 @@ def generate(
     )
     if is_first():
         typer.echo(output / ("grid.png" if comic is None else "comic.png"))
+
+
+def _refuse_without_effect(mode: object, options: Mapping[str, object], *, as_comic: bool) -> None:
+    """Refuse options that have no effect with a comic, or that have one with a suite or a comic alone."""
+    given = ", ".join(name for name, value in options.items() if value)
+    if given and as_comic and mode:
+        raise ConfigError(f"{given}: no effect with --comic, whose script has the prompts; leave it out")
+    if given and not as_comic and not mode:
+        raise ConfigError(
+            f"{given}: is for the prompts of --suite and --comic, and there are none; leave it out, or write it into "
+            "the prompt"
+        )

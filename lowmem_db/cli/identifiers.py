@@ -36,6 +36,10 @@ def identifiers(
         typer.echo(_noun(class_noun))
         return
 
+    from lowmem_db.run.inputs import check_place
+
+    check_place("MODEL", model)
+
     from lowmem_db.data.identifiers import rare_identifiers
     from lowmem_db.models.finding import find_model
 

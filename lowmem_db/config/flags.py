@@ -47,6 +47,7 @@ KNOWN_FLAGS = frozenset(
     )
 )  # fmt: skip
 _CHECKPOINT = re.compile(r"(?:checkpoint|step)-0*(\d+)")
+_PRINTED_DASHES = "\u2013\u2014\u2212"
 _MAY_BE_EMPTY = {"instance_prompt", "class_prompt", "validation_prompt"}
 
 
@@ -91,8 +92,9 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
     while rest:
         argument = rest.pop(0)
         try:
-            if argument.startswith("--"):
-                _read_flag(argument, rest, parsed)
+            _refuse_left_over(argument)
+            if argument.lstrip().startswith("--"):  # of a line break in one line, "\\ --flag", the shell leaves a space
+                _read_flag(argument.lstrip(), rest, parsed)
             elif "=" in argument:
                 parsed.overrides.append(parse_override(argument))
             else:
@@ -114,6 +116,24 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
     if launch.left_out:
         parsed.notes.append(f"accelerate launch {', '.join(launch.left_out)}: have no effect here")
     return parsed
+
+
+def _refuse_left_over(argument: str) -> None:
+    """Refuse what pasted text leaves: a line break that the shell does not take for one, or a printed dash.
+
+    Raises:
+        ConfigError: The argument is one of these, or empty.
+    """
+    if not argument:
+        raise ConfigError("'': is an empty argument; leave it out (a shell variable that is not set is empty too)")
+    if argument.strip() in {"", "\\", "`", "^"}:
+        raise ConfigError(
+            f"{argument!r}: is left over from a line break, and what follows may be missing; in bash a backslash is "
+            "the last character of its line, without a space after it; PowerShell takes ` and cmd.exe ^ in its place"
+        )
+    if argument[0] in _PRINTED_DASHES:
+        name = argument.lstrip(f"-{_PRINTED_DASHES}")
+        raise ConfigError(f"{argument}: begins with a dash for printing, as text processors make it; use --{name}")
 
 
 def checkpoint_step(checkpoint: Path) -> int | None:
@@ -139,6 +159,8 @@ def _read_subjects(parsed: Arguments, file: Path, has_prior: bool | None) -> Non
 
 def _read_as_script(parsed: Arguments, launch: Launch) -> None:
     """Apply the defaults of the script, and drop what has no effect there either."""
+    if "validation_images" in parsed.flags:
+        parsed.overrides = [pair for pair in parsed.overrides if pair[0] != "sampling.prompts"]
     if launch.mixed_precision is not None:
         parsed.overrides.insert(0, ("training.mixed_precision", launch.mixed_precision))
     values = dict(parsed.overrides)
@@ -183,8 +205,6 @@ def _count_for_a_word(parsed: Arguments, script: Script) -> None:
 
 
 def _drop_what_has_no_effect(parsed: Arguments, script: Script) -> None:
-    if "validation_images" in parsed.flags:
-        parsed.overrides = [pair for pair in parsed.overrides if pair[0] != "sampling.prompts"]
     values = {**script.defaults, **dict(parsed.overrides)}
     for paths, has_effect, needed in _HAVE_NO_EFFECT:
         given = {flag: path for flag, path in _PATHS.items() if flag in parsed.flags and path in paths}

@@ -22,6 +22,8 @@ from lowmem_db.errors import ConfigError
 
 Tree = dict[str, Any]
 _SHOWN_CHARACTERS = 300
+_WITHOUT_SPACES = "it must be one word, without spaces"
+"""The only pattern that a field has."""
 
 
 def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> Config:
@@ -64,9 +66,9 @@ def read_yaml(path: Path) -> Tree:
     except (OSError, ValueError, YamlError) as error:
         raise ConfigError(f"{show_path(path)}: cannot be read as YAML: {_reason(error)}") from None
     if not isinstance(tree, dict):
+        found = "is empty" if tree is None else f"holds {type(tree).__name__}"
         raise ConfigError(
-            f"{path}: holds {type(tree).__name__}; allowed: a mapping of sections; `lowmem-db configs demo` writes "
-            "an example"
+            f"{path}: {found}; allowed: a mapping of sections; `lowmem-db configs demo` writes an example"
         )
     return shipped.with_photos(path, tree)
 
@@ -190,7 +192,14 @@ def _describe(field: str, problems: list[dict[str, Any]]) -> str:
         return f"{field}: {inner} is missing; add it"
     if problem["type"] == "missing":
         return f"{field}: is missing; set {field}=VALUE"
-    said = [found["msg"].removeprefix("Value error, ") for found in problems]
+    if problem["input"] is None:
+        return f"{field}: null is not allowed: it is empty; set {field}=VALUE"
+    if problem["type"] == "tuple_type":
+        return (
+            f"{field}: {show(problem['input'])} is not allowed: it must be a list, such as {field}=[{problem['input']}]"
+        )
+    said = [_WITHOUT_SPACES if found["type"] == "string_pattern_mismatch" else found["msg"] for found in problems]
+    said = [message.removeprefix("Value error, ") for message in said]
     messages = dict.fromkeys(message[0].lower() + message[1:] for message in said)
     return f"{field}: {show(problem['input'])} is not allowed: {', or '.join(messages)}"
 

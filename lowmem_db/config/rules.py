@@ -186,7 +186,8 @@ RULES = (
     Rule(
         lambda c: c.prior.enabled and len(c.prior.class_prompts) >= c.prior.num_class_images,
         "prior.num_class_images: {config.prior.num_class_images} is too few for one image of every prompt of "
-        "prior.class_prompts and of the class prompt; set it to eight for each, or name fewer prompts",
+        "prior.class_prompts and of the class prompt; allowed: one for each, and eight are usual. Raise it, or name "
+        "fewer prompts",
     ),
     Rule(
         lambda c: len({subject.instance_prompt for subject in c.subjects}) < len(c.subjects),

@@ -70,9 +70,9 @@ class ModelConfig(Section):
     """Which model is fine-tuned."""
 
     base: Annotated[str, AfterValidator(lambda base: str(_expand_home(Path(base))) if base[:1] == "~" else base)]
-    """``demo`` (the small model in this package), ``demo_if`` (a small one in DeepFloyd IF's layout), a folder in
-    diffusers' layout, a single ``.safetensors`` file in the original layout (Stable Diffusion 1.x, 2.x, XL), or a
-    Hugging Face hub id."""
+    """``demo`` (the small model in this package), ``demo_if`` and ``demo_if_ii`` (the two stages of a small one in
+    DeepFloyd IF's layout), a folder in diffusers' layout, a single ``.safetensors`` file in the original layout (Stable
+    Diffusion 1.x, 2.x, XL), or a Hugging Face hub id."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     variant: str | None = None

@@ -34,6 +34,8 @@ def read_text(path: Path) -> str:
         YamlError: It is not a regular file, too large, or not UTF-8.
         OSError: It cannot be read.
     """
+    if (path / "config.yaml").is_file():
+        raise YamlError(f"it is a folder; allowed: a YAML file, such as {path / 'config.yaml'}")
     if path.is_dir():
         raise YamlError("it is a folder; allowed: a YAML file")
     if path.exists() and not path.is_file():

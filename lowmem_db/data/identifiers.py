@@ -127,7 +127,9 @@ def invert(tokenizer: Tokenizer, token_ids: tuple[int, ...]) -> Identifier | Non
     return Identifier(text, token_ids)
 
 
-def identifier_warnings(prompt: str, class_prompt: str | None, tokenizer: Tokenizer) -> list[str]:
+def identifier_warnings(
+    prompt: str, class_prompt: str | None, tokenizer: Tokenizer, listed_by: str = "lowmem-db identifiers"
+) -> list[str]:
     """Explain what is wrong with the identifier in a prompt, in words for people who are new to DreamBooth.
 
     The identifier is one of the words that the instance prompt has and the class prompt does not.
@@ -136,18 +138,21 @@ def identifier_warnings(prompt: str, class_prompt: str | None, tokenizer: Tokeni
         prompt: The instance prompt.
         class_prompt: The class prompt; without one every word may be the identifier.
         tokenizer: The model's tokenizer.
+        listed_by: The command that lists rare words of this tokenizer.
     """
     class_words = {word.casefold() for word in _words(class_prompt or "")}
     own_words = [word for word in _words(prompt) if word.casefold() not in class_words]
     candidates = {word: tokenizer.encode(word, add_special_tokens=False) for word in own_words}
     split = {word: token_ids for word, token_ids in candidates.items() if len(token_ids) > MAX_TOKENS}
     if split:
-        return [_split_warning(word, len(token_ids)) for word, token_ids in split.items()]
+        return [_split_warning(word, len(token_ids), listed_by) for word, token_ids in split.items()]
     first_rank = default_rank_range(tokenizer)[0]
     common = [word for word, token_ids in candidates.items() if len(token_ids) == 1 and token_ids[0] < first_rank]
     if len(common) < len(candidates):
         return []
-    return [_common_warning(prompt, common) if common and class_prompt else _missing_warning(prompt, class_prompt)]
+    if common and class_prompt:
+        return [_common_warning(prompt, common, listed_by)]
+    return [_missing_warning(prompt, class_prompt, listed_by)]
 
 
 def _lengths(num_tokens: int | None, *, shortest: int = 1) -> tuple[int, ...]:
@@ -188,24 +193,24 @@ def _words(prompt: str) -> list[str]:
     return [word for word in stripped if word]
 
 
-def _split_warning(word: str, num_tokens: int) -> str:
+def _split_warning(word: str, num_tokens: int, listed_by: str) -> str:
     return (
         f"subject.instance_prompt: the identifier {word!r} is {num_tokens} tokens for this model, each with its own "
-        f"meaning; 1 to {MAX_TOKENS} work well. `lowmem-db identifiers` lists rare ones"
+        f"meaning; 1 to {MAX_TOKENS} work well. `{listed_by}` lists rare ones"
     )
 
 
-def _common_warning(prompt: str, words: list[str]) -> str:
+def _common_warning(prompt: str, words: list[str], listed_by: str) -> str:
     named = ", ".join(map(repr, words))
     return (
         f"subject.instance_prompt: {prompt!r} has no rare identifier: the model knows {named} well and mixes that "
-        "meaning into the subject. Use a rare word, as in 'a sks dog'; `lowmem-db identifiers` lists some"
+        f"meaning into the subject. Use a rare word, as in 'a sks dog'; `{listed_by}` lists some"
     )
 
 
-def _missing_warning(prompt: str, class_prompt: str | None) -> str:
+def _missing_warning(prompt: str, class_prompt: str | None, listed_by: str) -> str:
     reason = f"the class prompt {class_prompt!r} has all its words" if class_prompt else "the model knows all its words"
     return (
         f"subject.instance_prompt: {prompt!r} has no identifier, {reason}: the subject would replace the whole class. "
-        "Put a rare word before the class noun, as in 'a sks dog'; `lowmem-db identifiers` lists some"
+        f"Put a rare word before the class noun, as in 'a sks dog'; `{listed_by}` lists some"
     )

@@ -18,10 +18,10 @@ from lowmem_db.objective.low_resolution import LowResolution
 from lowmem_db.randomness import generator
 from lowmem_db.sampling.images import to_pixels
 from lowmem_db.sampling.latents import SamplingSettings
+from lowmem_db.storage.places import EMBEDDED_GUIDANCE
 
 STREAM = "enlarged"
-_SETTINGS = SamplingSettings(sampler="ddpm", num_inference_steps=50, guidance_scale=4.0)
-"""Those of diffusers' pipeline."""
+_GUIDANCE = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +41,31 @@ class Stage:
         """Height and width of what it draws, in pixels."""
         return self.source.resolution
 
+    @property
+    def settings(self) -> SamplingSettings:
+        """Those of diffusers' pipeline, but for the guidance of the small model in this package."""
+        guidance = EMBEDDED_GUIDANCE if self.source.is_embedded else _GUIDANCE
+        return SamplingSettings(sampler="ddpm", num_inference_steps=50, guidance_scale=guidance)
+
     def prompts(self, prompts: Sequence[str], config: Config | None) -> list[str]:
         """Return what it is told for the prompts of the first stage.
 
-        A model that was not fine-tuned is not told the identifier, which it does not know.
+        A model that was not fine-tuned is not told the identifier, which it does not know; in the place of a learned
+        word it is told the word that this began as.
 
         Args:
             prompts: The prompts.
             config: The run of the first stage, or None.
         """
-        if self.source.run_config is not None or config is None or config.subject.class_prompt is None:
+        if self.source.run_config is not None or config is None:
             return list(prompts)
         own, of_class = config.subject.instance_prompt, config.subject.class_prompt
-        found = [without_identifier(each, own, of_class) for each in prompts]
+        if config.textual_inversion.enabled:
+            found = [each.replace(config.textual_inversion.token, str(config.initializer)) for each in prompts]
+        elif of_class is not None:
+            found = [without_identifier(each, own, of_class) for each in prompts]
+        else:
+            return list(prompts)
         if found != list(prompts):
             say(f"{self.source.model.name} is not fine-tuned, and is told {found[0]!r} without the identifier")
         return found
@@ -86,7 +98,7 @@ class Stage:
             jobs = self._jobs(images, prompts, seed, number)
             return list(draw(artist, table, jobs, denoiser, codec, progress=f"enlarging to {self.size} px"))
 
-        artist = Artist(model=self.source.model, settings=_SETTINGS, objective=self.source.objective)
+        artist = Artist(model=self.source.model, settings=self.settings, objective=self.source.objective)
         return streamed_if_needed(self.source, enlarged, device)
 
     def _jobs(
@@ -106,7 +118,7 @@ class Stage:
     def as_json(self) -> dict[str, Any]:
         """Return how it draws, for ``images.json``."""
         own = {"resolution": self.size, "noise_augmentation": self.low_resolution.variance}
-        return own | {"noise_level": self.low_resolution.level} | asdict(_SETTINGS)
+        return own | {"noise_level": self.low_resolution.level} | asdict(self.settings)
 
 
 def find_stages(sources: Sequence[str], *, stream_weights: bool | None = None) -> list[Stage]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lowmem_db.config.schema import Sampler
+from lowmem_db.config.schema import Sampler, SamplingConfig
 from lowmem_db.console import say, warn
 from lowmem_db.distributed.world import ALONE, World
 from lowmem_db.engine.draw import Artist, Job, draw, loaded_for_use
@@ -22,6 +22,7 @@ from lowmem_db.randomness import derive_seed, generator
 from lowmem_db.records import Size
 from lowmem_db.sampling.images import make_folder, save_rows
 from lowmem_db.sampling.latents import SamplingSettings
+from lowmem_db.storage.places import EMBEDDED_GUIDANCE
 from lowmem_db.storage.run_folder import write_json
 
 STREAM = "samples"
@@ -39,7 +40,7 @@ class Wishes:
         seed: Seed of the noise.
         sampler: Default: that of the run's samples, or ``ddim``.
         num_inference_steps: Default: those of the run's samples, or 50.
-        guidance_scale: Default: that of the run's samples, or 7.5.
+        guidance_scale: Default: that of the run's samples, or 7.5; 2 for a model in this package.
         width: In pixels. Default: the resolution of the run, or the model's own.
         height: In pixels. Default: as for the width.
         upscale: Super-resolution models, as in :func:`find_source`, that enlarge the images one after the other.
@@ -135,6 +136,11 @@ def generate_at(
     work = _with_defaults(sources[0], wishes)
     for found in sources:
         _check(found, work)
+    if stages and work.size[0] != work.size[1]:
+        raise DataError(
+            f"--upscale: enlarges squares, but --width {work.size[1]} and --height {work.size[0]} draw none; leave "
+            "both out, or draw without --upscale"
+        )
     for message in cut_prompt_warnings(sources[0].model, [*work.prompts, work.negative_prompt]):
         warn(message)
     by_step = []
@@ -223,12 +229,15 @@ def check_size(source: ImageSource, size: Size, fields: Sequence[str]) -> None:
         fields: What they are called, for messages.
 
     Raises:
-        DataError: A side is not a multiple of the size of a latent pixel.
+        DataError: A side is not a multiple of what the model's family draws in one piece.
     """
-    cell = source.model.space.cell
+    model = source.model
+    step = model.family.drawing_step(model)
+    what = "size of a latent pixel" if step == model.space.cell else "pixels in one position at the UNet's lowest level"
     for field, side in zip(fields, size, strict=True):
-        if side % cell:
-            raise DataError(f"{field}: {side} is not a multiple of {cell}, the size of a latent pixel")
+        if side % step:
+            near = step * max(1, round(side / step))
+            raise DataError(f"{field}: {side} is not a multiple of {step}, the {what}; the nearest is {near}")
 
 
 def _with_defaults(source: ImageSource, wishes: Wishes) -> Work:
@@ -239,7 +248,6 @@ def _with_defaults(source: ImageSource, wishes: Wishes) -> Work:
         raise DataError('there is nothing to draw; add --prompt "a sks dog", --prompt-file FILE or --suite NAME')
     if not wishes.prompts and config is not None:
         say(f"drawing {config.subject.instance_prompt!r}, the prompt of the run")
-    guidance = wishes.guidance_scale
     return Work(
         prompts=tuple(wishes.prompts) or ((config.subject.instance_prompt,) if config is not None else ()),
         negative_prompt=wishes.negative_prompt or ("" if own is None else own.negative_prompt),
@@ -248,10 +256,16 @@ def _with_defaults(source: ImageSource, wishes: Wishes) -> Work:
         settings=SamplingSettings(
             sampler=wishes.sampler or ("ddim" if own is None else own.sampler),
             num_inference_steps=wishes.num_inference_steps or (50 if own is None else own.num_inference_steps),
-            guidance_scale=guidance if guidance is not None else 7.5 if own is None else own.guidance_scale,
+            guidance_scale=_usual_guidance(source) if wishes.guidance_scale is None else wishes.guidance_scale,
         ),
         size=(wishes.height or source.resolution, wishes.width or source.resolution),
     )
+
+
+def _usual_guidance(source: ImageSource) -> float:
+    if source.run_config is not None:
+        return source.run_config.sampling.guidance_scale
+    return EMBEDDED_GUIDANCE if source.is_embedded else SamplingConfig().guidance_scale
 
 
 def _check(source: ImageSource, work: Work) -> None:

@@ -1,6 +1,8 @@
 """The model that images are drawn from: a model on disk, with what a run has trained."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +16,10 @@ from lowmem_db.adaptation.embeddings import word_of_checkpoint
 from lowmem_db.adaptation.lora_file import LoraFile, lora_of_checkpoint, put_into, read_lora
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config, ModelConfig, ObjectiveConfig
-from lowmem_db.console import say
+from lowmem_db.console import quoted, say
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.engine.checkpoint_weights import checkpoint_weights, trained_components
-from lowmem_db.errors import CheckpointError, DataError
+from lowmem_db.errors import CheckpointError, DataError, ModelError, StorageError
 from lowmem_db.memory.drawing import load_all
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.embedding_file import read_base, read_embedding, words_beside
@@ -33,10 +35,12 @@ from lowmem_db.models.folder import ModelFolder
 from lowmem_db.models.new_words import NewWord
 from lowmem_db.models.text_encoders import embed_prompts
 from lowmem_db.storage.checksums import MANIFEST
-from lowmem_db.storage.places import EMBEDDING_FILE, INDEX, LORA_FILE
+from lowmem_db.storage.places import EMBEDDED, EMBEDDING_FILE, INDEX, LORA_FILE
 from lowmem_db.storage.run_folder import RunFolder
 
 _Result = TypeVar("_Result")
+_ADVICE = re.compile(r"; (delete it|download (the model|it) again|get the file again.*)$")
+"""What messages advise where a file has been damaged that somebody else has made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,12 @@ class ImageSource:
     def trained_files(self) -> tuple[Path, ...]:
         """Files that the images depend on, besides those of the model."""
         return self.lora_files if self.checkpoint is None else tuple(sorted(self.checkpoint.glob("*.safetensors")))
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it is a model in this package, or was trained on one."""
+        base = self.model.name if self.run_config is None else self.run_config.model.base
+        return base in EMBEDDED
 
     @property
     def resolution(self) -> int:
@@ -158,14 +168,15 @@ def find_source(source: str, *, step: Step | None = None, base: str | None = Non
         return _source_outside_runs(source, base)
     config = load_config(run.config_file)
     if step in (None, "final"):
-        if (run.final_dir / LORA_FILE).is_file():
-            return _lora_source(run.final_dir / LORA_FILE, config, run, base)
-        if (run.final_dir / EMBEDDING_FILE).is_file():
-            return _embedding_source(run.final_dir / EMBEDDING_FILE, config, base, run)
-        if run.final_dir.is_dir():
-            _refuse_base(base, run.final_dir)
-            _remark_on_age(run.final_dir)
-            return ImageSource(model=final_model_of(config, run.final_dir), run_config=config)
+        with _damage_in_final_told(run):
+            if (run.final_dir / LORA_FILE).is_file():
+                return _lora_source(run.final_dir / LORA_FILE, config, run, base)
+            if (run.final_dir / EMBEDDING_FILE).is_file():
+                return _embedding_source(run.final_dir / EMBEDDING_FILE, config, base, run)
+            if run.final_dir.is_dir():
+                _refuse_base(base, run.final_dir)
+                _remark_on_age(run.final_dir)
+                return ImageSource(model=final_model_of(config, run.final_dir), run_config=config)
     chosen = choose_step(run, step)
     if step is None:
         say(f"the run is not finished: drawing from its checkpoint of step {chosen}")
@@ -181,6 +192,25 @@ def find_source(source: str, *, step: Step | None = None, base: str | None = Non
         )
     model = _base(config.model, base, str(run.root), config, exact=True)
     return ImageSource(model=model, checkpoint=checkpoint, run_config=config)
+
+
+@contextmanager
+def _damage_in_final_told(run: RunFolder) -> Iterator[None]:
+    """Say of a damaged final model how its run writes it again; nobody can download it."""
+    try:
+        yield
+    except (ModelError, StorageError) as error:
+        found = _ADVICE.search(str(error))
+        if found is None or str(run.final_dir) not in str(error):
+            raise
+        if steps := run.complete_steps():
+            way_out = (
+                f"draw with a checkpoint: --step {steps[-1]}; or delete {run.final_dir} and write it again: lowmem-db "
+                f"train {quoted(run.config_file)} --resume"
+            )
+        else:
+            way_out = f"the run has no checkpoint to write it from; train again: lowmem-db train {run.config_file}"
+        raise type(error)(f"{str(error)[: found.start()]}; {way_out}") from error
 
 
 def streamed_if_needed(source: ImageSource, use: Callable[[ImageSource], _Result], device: torch.device) -> _Result:

@@ -73,7 +73,7 @@ def correlate(
         DataError: The questionnaires were made of other images, or too few were answered.
     """
     answers = read_answers(files)
-    check_methods(folders)
+    check_methods(folders, "--correlate")
     first, second = (find_subjects(folder, real, None, limits) for folder in folders)
     loaded = [load_encoder(each, device) for each in encoders]
     found: dict[str, dict[str, Any]] = {}

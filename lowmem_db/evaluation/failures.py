@@ -78,10 +78,10 @@ def failure_lines(name: str, failures: Mapping[str, Any]) -> list[str]:
         )
     if entanglement is not None:
         worst = "; ".join(f"{prompt} ({drop:.2f})" for prompt, drop in entanglement["most"].items())
-        lines.append(
-            f"{name}: entanglement: {entanglement['figure']} is lower than without a context by "
-            f"{entanglement['drop']:.3f}, most in: {worst}"
-        )
+        drop, figure = entanglement["drop"], entanglement["figure"]
+        is_it = f"lower than without a context by {drop:.3f}, most"
+        is_none = f"not lower than without a context (higher by {-drop:.3f}); least so"
+        lines.append(f"{name}: entanglement: {figure} is {is_it if drop > 0 else is_none} in: {worst}")
     if copies is not None:
         photos = copies["nearest_photo_of_photos"]
         beside = "" if photos is None else f", of a photo to another {photos:.2f}"

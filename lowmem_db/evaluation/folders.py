@@ -110,7 +110,8 @@ def find_subjects(images: Path, photos: Path | None, class_images: Path | None, 
     if photos is None:
         raise DataError(f"--real: is required, because {images} is not a run; give the photos of the subject")
     if _holds_pictures(photos):
-        return [read_subject(photos.resolve().name, _of_the_one_subject(images), photos, class_images, limits)]
+        (name,) = choose([photos.resolve().name], limits)
+        return [read_subject(name, _of_the_one_subject(images), photos, class_images, limits)]
     names = choose(_names_of_both(images, photos), limits)
     return gather(
         lambda name: read_subject(name, images / name, photos / name, class_images and class_images / name, limits),
@@ -151,7 +152,7 @@ def choose(names: Sequence[str], limits: Limits) -> list[str]:
         missing = [name for name in limits.subjects if name not in names]
         if missing:
             raise DataError(f"--subjects: {', '.join(missing)} not found; allowed: {', '.join(names)}")
-        return list(limits.subjects)
+        return list(dict.fromkeys(limits.subjects))
     return list(names)[: limits.subjects]
 
 

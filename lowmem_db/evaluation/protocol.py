@@ -14,7 +14,7 @@ import torch
 
 from lowmem_db import fingerprint
 from lowmem_db.config.schema import Config
-from lowmem_db.console import say
+from lowmem_db.console import quoted, say
 from lowmem_db.data.folder import MANIFEST
 from lowmem_db.engine.draw import Artist, Job, draw, kept
 from lowmem_db.engine.generate import check_size
@@ -401,6 +401,11 @@ def _read_run(name: str, folder: Path, choice: PromptChoice, photos: Path | None
     config = source.run_config
     if config is None:
         raise DataError(f"{folder}: is not a run folder; allowed: a folder that lowmem-db train has written")
+    if source.model.family.enlarges:
+        raise DataError(
+            f"RUN_OR_IMAGES: {folder} enlarges pictures and draws none itself; draw them (lowmem-db generate "
+            f"FIRST_STAGE --suite objects --upscale {quoted(folder)}), and evaluate their folder with --real PHOTOS"
+        )
     identifier, class_noun = _names(folder, config, choice)
     if choice.prompt_file is not None:
         prompts = read_prompt_file(choice.prompt_file)

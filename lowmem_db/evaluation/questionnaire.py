@@ -52,14 +52,18 @@ def is_swapped(seed: int, question: str) -> bool:
     return derive_seed(seed, f"questionnaire/{question}") % 2 == 1
 
 
-def check_methods(folders: Sequence[Path]) -> tuple[str, str]:
+def check_methods(folders: Sequence[Path], option: str = "--pairs") -> tuple[str, str]:
     """Return the names of the methods in two folders: the folder names or, if these are the same, the paths.
+
+    Args:
+        folders: The folders.
+        option: The option that they are given with, for the message.
 
     Raises:
         DataError: They are not two different folders.
     """
     if len(folders) != 2 or folders[0].resolve() == folders[1].resolve():
-        raise DataError("--pairs: allowed: two different folders of images, one for each method")
+        raise DataError(f"{option}: allowed: two different folders of images, one for each method")
     first, second = (folder.resolve().name for folder in folders)
     return (first, second) if first != second else (str(folders[0]), str(folders[1]))
 

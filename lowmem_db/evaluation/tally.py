@@ -5,6 +5,7 @@ three people, are 600 questions and 1,800 answers.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lowmem_db.errors import DataError
 from lowmem_db.evaluation.questionnaire import KINDS, Kind, is_swapped
 
 UNDECIDED = "undecided"
+_QUESTION = re.compile(rf"(?:{'|'.join(KINDS)})-\d+")
 _COUNTED = ("questionnaires", "raters", "questions", "votes")
 PAPER_TABLE: dict[str, dict[str, float]] = {
     "subject": {"DreamBooth (Stable Diffusion)": 68, "Textual Inversion (Stable Diffusion)": 22, UNDECIDED: 10},
@@ -154,6 +156,22 @@ def _kinds_of(answers: Answers) -> list[Kind]:
 
 
 def _read(file: Path) -> Answers:
+    answers = _parsed(file)
+    strange = [name for name in answers.answers if not _QUESTION.fullmatch(name)]
+    if strange:
+        raise DataError(f"--tally: {file}: {strange[0]!r} is no question of a questionnaire; get the file again")
+    numbers = sorted(int(name.rpartition("-")[2]) for name in answers.answers)
+    if not numbers:
+        raise DataError(f"--tally: {file}: has no answer; leave the file out, or ask for it again")
+    if missing := sorted(set(range(numbers[0], numbers[-1])) - set(numbers)):
+        raise DataError(
+            f"--tally: {file}: lacks the answers to {len(missing)} questions, such as {missing[0]:03d}; ask for the "
+            "whole file again: the page saves it after its last question"
+        )
+    return answers
+
+
+def _parsed(file: Path) -> Answers:
     try:
         return Answers.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:

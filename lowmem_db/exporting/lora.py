@@ -88,6 +88,16 @@ def export_lora(source: LoraSource, out: Path, layout: LoraLayout, precision: to
         write_tensors(out, kohya_state(lora), kohya_metadata(replace(source, lora=lora)))
 
 
+def refuse_family_without_kohya(family: Family) -> None:
+    """Refuse a family whose adapters have no names in kohya's layout.
+
+    Raises:
+        ModelError: It is one.
+    """
+    if not family.lora_prefixes:
+        raise ModelError(f"kohya's layout has no names for adapters of {family.name}; export --format lora-diffusers")
+
+
 def kohya_state(lora: LoraFile) -> dict[str, Tensor]:
     """Return the tensors of a LoRA under the names of kohya's scripts.
 
@@ -102,8 +112,8 @@ def kohya_state(lora: LoraFile) -> dict[str, Tensor]:
             "lora.dora: true, but kohya's layout has no norms that programs agree on; bake it into a LoRA with "
             "export --format lora-kohya, or into the model with export --merge"
         )
-    if (family := _family_of(lora)) is not None and not family.lora_prefixes:
-        raise ModelError(f"kohya's layout has no names for adapters of {family.name}; export --format lora-diffusers")
+    if (family := _family_of(lora)) is not None:
+        refuse_family_without_kohya(family)
     prefixes = find_lora_prefixes(lora.settings)
     state: dict[str, Tensor] = {}
     for name, tensor in lora.state.items():

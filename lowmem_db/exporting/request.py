@@ -15,7 +15,14 @@ from lowmem_db.engine.source import Step, choose_step, find_source
 from lowmem_db.errors import ModelError
 from lowmem_db.exporting.diffusers_folder import export_diffusers
 from lowmem_db.exporting.extraction import ChangeNorms, bake_dora, base_of, base_of_lora, extract_lora, total_of
-from lowmem_db.exporting.lora import LoraSource, export_lora, find_lora_source, is_dora
+from lowmem_db.exporting.lora import (
+    LoraLayout,
+    LoraSource,
+    export_lora,
+    find_lora_source,
+    is_dora,
+    refuse_family_without_kohya,
+)
 from lowmem_db.exporting.merging import merge_into_folder
 from lowmem_db.exporting.single_file import export_single_file
 from lowmem_db.exporting.source import ExportSource, find_export_source, refuse_existing, source_at_step
@@ -61,6 +68,8 @@ def export_model(request: Request) -> Path:
         StorageError: The disk is full.
     """
     run = RunFolder(Path(request.source))
+    if request.out is not None:
+        refuse_existing(request.out)
     if request.step is not None and not run.config_file.is_file():
         raise ModelError(
             f"--step: {request.step}, but {request.source} is not a run, which has checkpoints; leave it out"
@@ -84,6 +93,7 @@ def export_model(request: Request) -> Path:
         )
     if config.textual_inversion.enabled:
         return _export_embedding(request, step, name)
+    refuse_existing(_whole_file(request, name) if request.extract_rank is None else _lora_file(request, name))
     beside = (request.out or Path(name)).absolute().parent
     with source_at_step(find_source(request.source, step=step, base=request.base), name, beside) as source:
         return _export(request, None, lambda: replace(source, sample=run.newest_sample(step=step)))
@@ -121,7 +131,7 @@ def _export(request: Request, lora: LoraSource | None, find_whole: Callable[[], 
                 "lora-kohya, lora-diffusers"
             )
         if lora is not None:
-            return _export_lora(request, _baked(lora, request.extract_rank, request.base))
+            return _export_lora(request, _baked(request, lora, request.extract_rank))
         assert find_whole is not None, "neither a LoRA nor a complete model"
         return _export_extracted(request, find_whole(), request.extract_rank)
     if lora is None:
@@ -152,7 +162,7 @@ def _export_adapters(request: Request, lora: LoraSource) -> Path:
             "it into its base model, or use --format lora-kohya or lora-diffusers"
         )
     if is_baked:
-        lora = _baked(lora, _rank_of_baked(lora), request.base)
+        lora = _baked(request, lora, _rank_of_baked(lora))
     return _export_lora(request, lora)
 
 
@@ -161,20 +171,28 @@ def _is_of_lora(request: Request) -> bool:
 
 
 def _export_whole(request: Request, source: ExportSource) -> Path:
-    if request.layout == "diffusers":
-        out = request.out or Path(f"{source.name}-diffusers")
-        export_diffusers(source, out, request.precision)
-    else:
-        out = request.out or Path(f"{source.name}.safetensors")
-        export_single_file(source, out, request.precision)
+    out = _whole_file(request, source.name)
+    write = export_diffusers if request.layout == "diffusers" else export_single_file
+    write(source, out, request.precision)
     return out
+
+
+def _whole_file(request: Request, name: str) -> Path:
+    return request.out or Path(f"{name}-diffusers" if request.layout == "diffusers" else f"{name}.safetensors")
 
 
 def _export_lora(request: Request, source: LoraSource) -> Path:
-    layout = "lora-diffusers" if request.layout == "lora-diffusers" else "lora-kohya"
-    out = request.out or Path(f"{source.name}-{layout}.safetensors")
-    export_lora(source, out, layout, request.precision)
+    out = _lora_file(request, source.name)
+    export_lora(source, out, _lora_layout(request), request.precision)
     return out
+
+
+def _lora_layout(request: Request) -> LoraLayout:
+    return "lora-diffusers" if request.layout == "lora-diffusers" else "lora-kohya"
+
+
+def _lora_file(request: Request, name: str) -> Path:
+    return request.out or Path(f"{name}-{_lora_layout(request)}.safetensors")
 
 
 def _export_merged(request: Request, lora: LoraSource) -> Path:
@@ -194,14 +212,18 @@ def _export_merged(request: Request, lora: LoraSource) -> Path:
 
 
 def _export_extracted(request: Request, source: ExportSource, rank: int) -> Path:
+    refuse_existing(_lora_file(request, source.name))
+    if request.layout != "lora-diffusers":
+        refuse_family_without_kohya(source.model.family)
     made, kept = extract_lora(source, base_of(source, request.base), rank)
     _say_kept(kept, rank)
     return _export_lora(request, made)
 
 
-def _baked(source: LoraSource, rank: int, base: str | None) -> LoraSource:
+def _baked(request: Request, source: LoraSource, rank: int) -> LoraSource:
     """Return a DoRA as a plain LoRA, and say how much of it is kept."""
-    made, kept = bake_dora(source, base_of_lora(source, base), rank)
+    refuse_existing(_lora_file(request, source.name))
+    made, kept = bake_dora(source, base_of_lora(source, request.base), rank)
     say(
         f"{source.name} is a DoRA, which other programs read in different ways, none of them as it was trained; it is "
         f"baked into a plain LoRA of rank {rank} (--extract-lora RANK chooses another, --merge keeps all of it)"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_db.errors import ModelError
+from lowmem_db.errors import ModelError, StorageError
 from lowmem_db.models.new_words import NewWord
 from lowmem_db.models.suggested_base import SuggestedBase
 from lowmem_db.storage.places import EMBEDDING_FILE, EMBEDDINGS_DIR
@@ -24,6 +24,11 @@ _TOKEN = "lowmem_db_token"
 _OF_SDXL = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _WITHOUT_WORD = frozenset(("emb_params", "clip_l", "clip_g", "clip_h", "*"))
 _DAMAGED = (UnpicklingError, OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError)
+_RENAME = "rename the file, whose name is the word, to one such as my-dog"
+_SAVE_AGAIN = (
+    "learn it again with another textual_inversion.token, or save its tensor as emb_params into a safetensors file, "
+    "whose name is the word then"
+)
 _ALLOWED = "a file of Textual Inversion from diffusers, AUTOMATIC1111 or ComfyUI"
 
 
@@ -103,9 +108,10 @@ def _file_in(folder: Path) -> Path:
 def _read(file: Path) -> tuple[NewWord, Mapping[str, str]]:
     if not file.is_file():
         raise ModelError(f"model.embeddings: {file} does not exist; allowed: {_ALLOWED}")
-    content, metadata = read_tensors(file) if file.suffix == ".safetensors" else (_read_pickled(file), {})
+    content, metadata = _read_safetensors(file) if file.suffix == ".safetensors" else (_read_pickled(file), {})
     tensors, name = _tensors_in(file, content)
-    token = metadata.get(_TOKEN) or name or file.stem
+    inside = metadata.get(_TOKEN) or name
+    way_out = _RENAME if inside is None else _SAVE_AGAIN
     if set(_OF_SDXL.values()) <= tensors.keys():
         vectors = {component: _as_rows(file, tensors[key]) for component, key in _OF_SDXL.items()}
     else:
@@ -113,7 +119,22 @@ def _read(file: Path) -> tuple[NewWord, Mapping[str, str]]:
     counts = {len(rows) for rows in vectors.values()}
     if len(counts) != 1:
         raise ModelError(f"model.embeddings: {file} has unlike numbers of vectors for the two text encoders")
-    return NewWord(token=token, num_vectors=counts.pop(), vectors=vectors), metadata
+    word = NewWord(
+        token=inside or file.stem,
+        num_vectors=counts.pop(),
+        vectors=vectors,
+        origin=f"model.embeddings: {file}",
+        way_out=way_out,
+    )
+    return word, metadata
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        return read_tensors(file)
+    except StorageError as error:
+        reason = str(error).removesuffix("; delete it")
+        raise ModelError(f"model.embeddings: {reason}; get the file again, or export it again from its run") from error
 
 
 def _read_pickled(file: Path) -> Any:

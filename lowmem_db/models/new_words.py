@@ -4,6 +4,7 @@ The rows are the learned embeddings of Textual Inversion (arXiv:2208.01618), wit
 Because they stand beside the table and not in it, nothing in the table has a gradient, a state or a decay.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import AddedToken
 
 from lowmem_db import fingerprint
 from lowmem_db.errors import ConfigError
@@ -26,12 +28,16 @@ class NewWord:
         num_vectors: Number of rows, each read as one token.
         vectors: Its rows for each text encoder, by component. Empty for a word that is about to be learned.
         initializer: Word whose row it starts with if it has none.
+        origin: Where it comes from, for messages.
+        way_out: How it gets another spelling, for messages.
     """
 
     token: str
     num_vectors: int = 1
     vectors: Mapping[str, Float[Tensor, "vectors width"]] = field(default_factory=dict)
     initializer: str | None = None
+    origin: str = "textual_inversion.token"
+    way_out: str = "choose another spelling, such as <my-dog>"
 
     @property
     def tokens(self) -> list[str]:
@@ -87,14 +93,17 @@ class ExtendedEmbedding(nn.Embedding):
 
 
 def add_to_tokenizer(tokenizer: Any, words: Sequence[NewWord]) -> None:
-    """Add words to a tokenizer.
+    """Add words to a tokenizer; one that looks like a usual word is not read inside others.
 
     Raises:
-        ConfigError: A spelling cannot be a new word of this vocabulary.
+        ConfigError: A spelling cannot be a new word of this vocabulary, or is given twice.
     """
+    origins: dict[str, str] = {}
     for word in words:
+        if (other := origins.setdefault(word.token, word.origin)) is not word.origin:
+            raise ConfigError(f"{word.origin}: {word.token!r} is the word of {other} too; leave one of them out")
         _check_spelling(tokenizer, word)
-        tokenizer.add_tokens(word.tokens)
+        tokenizer.add_tokens([AddedToken(token, single_word=_is_like_a_word(token)) for token in word.tokens])
     for word in words:
         _check_reading(tokenizer, word)
 
@@ -107,7 +116,9 @@ def expanded(tokenizer: Any, prompt: str) -> str:
             others = 1
             while f"{token}_{others + 1}" in added:
                 others += 1
-            prompt = prompt.replace(token, " ".join([token, *(f"{token}_{i}" for i in range(1, others + 1))]))
+            whole = " ".join([token, *(f"{token}_{i}" for i in range(1, others + 1))])
+            edge = r"\b" if _is_like_a_word(token) else ""
+            prompt = re.sub(f"{edge}{re.escape(token)}{edge}", lambda _, whole=whole: whole, prompt)
     return prompt
 
 
@@ -191,19 +202,21 @@ def _check_spelling(tokenizer: Any, word: NewWord) -> None:
     known = set(word.tokens) & (tokenizer.added_tokens_encoder.keys() | tokenizer.get_vocab().keys())
     if known or len(tokenizer.encode(word.token, add_special_tokens=False)) == 1:
         raise ConfigError(
-            f"{word.token!r} is already a word of this model's vocabulary and cannot get a new meaning; choose another "
-            "spelling, such as <my-dog>"
+            f"{word.origin}: {word.token!r} is already a word of this model's vocabulary and cannot get a new meaning; "
+            f"{word.way_out}"
         )
 
 
 def _check_reading(tokenizer: Any, word: NewWord) -> None:
-    """Refuse a spelling that is not read as one word inside a prompt, or that is read inside other words."""
+    """Refuse a spelling that is not read as one word inside a prompt."""
     new = tokenizer.convert_tokens_to_ids(word.token)
     around = [tokenizer.encode(text, add_special_tokens=False) for text in ("a", "dog")]
-    read = tokenizer.encode(f"a {word.token} dog", add_special_tokens=False)
-    inside = tokenizer.encode(f"x{word.token}y", add_special_tokens=False)
-    if read != [*around[0], new, *around[1]] or (word.token.isalnum() and new in inside):
+    if tokenizer.encode(f"a {word.token} dog", add_special_tokens=False) != [*around[0], new, *around[1]]:
         raise ConfigError(
-            f"{word.token!r} cannot be a new word: the tokenizer also finds it inside other words, or not as one word; "
-            "choose a spelling without spaces that no word has in it, such as <my-dog>"
+            f"{word.origin}: {word.token!r} cannot be a new word: the tokenizer does not read it as one; {word.way_out}"
         )
+
+
+def _is_like_a_word(token: str) -> bool:
+    """Return whether it begins and ends with letters, digits or underscores, so that other words may have it inside."""
+    return re.fullmatch(r"\w(.*\w)?", token) is not None

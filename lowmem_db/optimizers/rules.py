@@ -84,6 +84,6 @@ class UpdateRule(Protocol):
 def update_scale(update: Tensor, sums: Sums | None) -> Tensor:
     """Return the factor that limits an update to a root mean square of 1 (arXiv:1804.04235, section 6, with d = 1)."""
     squares = update.square().sum()
-    return (
-        scale_of_squares(squares, update.numel()) if sums is None else scale_of_squares(sums.total(squares), sums.count)
-    )
+    if sums is None:
+        return scale_of_squares(squares, update.numel())
+    return scale_of_squares(sums.total(squares), sums.count)

@@ -46,7 +46,7 @@ class Card:
         bandwidth: Memory bandwidth in GB/s.
         tflops: Dense half-precision TFLOPS of the tensor cores, accumulated in fp32.
         fp32_tflops: TFLOPS in fp32.
-        pcie_generation: 3, 4 or 5; 0 for the host itself.
+        pcie_generation: 1 to 6; 0 for the host itself.
         pcie_lanes: 1 to 16.
         capability: CUDA compute capability, or None for the CPU.
         multiprocessors: How many it has.

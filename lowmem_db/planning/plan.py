@@ -65,7 +65,7 @@ class Planner:
 
     Args:
         run: The run to plan; its configuration may leave fields open.
-        traces: Those of the same run for another card. Default: none yet.
+        traces: Those of the same run for another card, or with other fields left open. Default: none yet.
 
     Raises:
         ConfigError: A rule refuses every strategy.
@@ -74,8 +74,9 @@ class Planner:
     def __init__(self, run: TracedRun, traces: Traces | None = None) -> None:
         self._started = time.perf_counter()
         self.run = run
+        self.traces = traces or Traces()
         kind = SharedPredictor if run.config.distributed.sharding == "full" else Predictor
-        self.predictor = kind(run, open_choices(run.config, run.card), traces)
+        self.predictor = kind(run, open_choices(run.config, run.card), self.traces)
         self.needs = Needs(self.predictor)
 
     def candidates(self) -> tuple[list[Config], list[Refusal]]:
@@ -272,12 +273,14 @@ def _too_small(planner: Planner, budget_bytes: int) -> str:
         f"{smallest.describe()}"
     )
     config = planner.run.config
-    opened = Planner(replace(planner.run, config=without(config, given_fields(config))))
+    if not (given := given_fields(config)):
+        return message
+    opened = Planner(replace(planner.run, config=without(config, given)), planner.traces)
     best = opened.smallest()
     if best.num_bytes >= smallest.num_bytes:
         return message
     fields = in_the_way(config, opened.needs, best)
-    found = Planner(replace(planner.run, config=without(config, fields))).smallest()
+    found = Planner(replace(planner.run, config=without(config, fields)), planner.traces).smallest()
     is_enough = ", which is within the budget" if found.num_bytes <= budget_bytes else ""
     return (
         f"{message}. The configuration sets {_listed(config, fields)}; without that, {found.budget} is enough"

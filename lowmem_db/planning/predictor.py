@@ -202,12 +202,14 @@ class Predictor:
 
     def _traced_uniformly(self, strategy: Config, placement: Placement) -> Traced:
         first = self._first.memory
-        uniform = {
+        uniform: dict[str, object] = {
             "memory.weights": "fp32" if strategy.memory.weights == "fp32" else first.weights,
-            "memory.stream_optimizer_state": first.stream_optimizer_state,
-            "memory.stream_weights": first.stream_weights,
             "memory.checkpointing": placement,
         }
+        is_itself = strategy.memory.optimizer_step == "host" and strategy.memory.checkpointing == placement
+        if not is_itself:  # else what its step adds depends on what streams, and no other strategy needs this trace
+            uniform["memory.stream_optimizer_state"] = first.stream_optimizer_state
+            uniform["memory.stream_weights"] = first.stream_weights
         return self.train(changed(strategy, uniform))
 
 

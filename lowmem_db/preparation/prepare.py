@@ -11,7 +11,7 @@ import torch
 
 from lowmem_db import environment
 from lowmem_db.config.schema import Config
-from lowmem_db.console import say, warn
+from lowmem_db.console import quoted, say, warn
 from lowmem_db.data.batches import BatchSource, EncodedImage
 from lowmem_db.data.buckets import share_out, sizes_of
 from lowmem_db.data.identifiers import identifier_warnings
@@ -77,9 +77,11 @@ def check_prompts(config: Config, model: ModelFolder, photos: list[ImageRecord])
     if config.textual_inversion.enabled:
         return  # the new word is the identifier
     for name in model.family.names_of("tokenizer")[:1]:
-        tokenizer = model.load(name)
+        tokenizer, listed_by = model.load(name), f"lowmem-db identifiers {quoted(Path(config.model.base))}"
         for subject in config.subjects:
-            for message in identifier_warnings(subject.instance_prompt, subject.class_prompt, tokenizer):
+            if any(word.token in subject.instance_prompt for word in model.words):
+                continue  # a learned word is the identifier
+            for message in identifier_warnings(subject.instance_prompt, subject.class_prompt, tokenizer, listed_by):
                 warn(message)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def read_run(folder: Path) -> RunRecord:
     if not folder.is_dir():
         raise CheckpointError(f"RUN: {folder} is not a folder; give the output_dir of a run")
     try:
-        config = parse_yaml(read_text(run.config_file))
+        config = _parsed(read_text(run.config_file))
     except (OSError, YamlError) as error:
         raise CheckpointError(
             f"RUN: {folder} has no readable config.yaml ({error}); give the output_dir of a run, which holds one"
@@ -101,6 +102,12 @@ def pictures_in(folder: Path) -> list[Path]:
         return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file())
     except OSError:
         return []
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """Return the value of a YAML text, which is not to be changed: the page of a run that goes on is written often."""
+    return parse_yaml(text)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

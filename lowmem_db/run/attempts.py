@@ -224,7 +224,8 @@ class Attempts:
         write_final(trainer, model)
         write_page(run)
         say(f"done: {run.final_dir} holds the {trainer.adaptation.noun}; draw with it:")
-        say(f"lowmem-db generate {quoted(run.root)}")
+        own = quoted(run.root)
+        say(f"lowmem-db generate {f'FIRST_STAGE --upscale {own}' if model.family.enlarges else own}")
 
     def _follow(self, trainer: Trainer, *, resume: bool) -> None:
         """Share the steps and the drawing of the first process, which does everything else."""

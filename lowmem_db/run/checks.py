@@ -14,6 +14,7 @@ from lowmem_db.memory import sharding, techniques
 from lowmem_db.models.folder import ModelFolder
 from lowmem_db.planning.disk import checkpoint_bytes, final_bytes
 from lowmem_db.storage import hub
+from lowmem_db.storage.atomic import as_storage_error
 from lowmem_db.storage.disk import check_path
 from lowmem_db.storage.run_folder import RunFolder
 
@@ -46,7 +47,7 @@ def check_machine(config: Config, device: torch.device) -> None:
 
 
 def check_folders(config: Config) -> None:
-    """Refuse folders that this system cannot write, as Windows cannot write ``aux``.
+    """Refuse folders that this system cannot write, as Windows cannot write ``aux``; make that of the caches.
 
     Raises:
         StorageError: The message names the field.
@@ -55,6 +56,10 @@ def check_folders(config: Config) -> None:
     for field, folder in fields.items():
         if folder is not None:
             check_path(folder.absolute(), field)
+    try:
+        config.cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cache_dir: {as_storage_error(error, config.cache_dir)}") from error
 
 
 def uses_wandb(config: Config) -> bool:

@@ -3,12 +3,13 @@
 Nothing here imports torch, so that the answer comes at once.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.data.folder import holds_nothing, look_into
-from lowmem_db.errors import ConfigError, DataError
+from lowmem_db.errors import ConfigError, DataError, ModelError
 from lowmem_db.storage.places import EMBEDDING_FILE, LORA_FILE, is_run, place_of
 
 
@@ -62,18 +63,33 @@ def check_class_dir(class_dir: Path, photos: Path) -> None:
         look_into(class_dir, "prior.class_dir")
 
 
-def check_source(source: str, base: str | None = None) -> None:
-    """Check by its name a run, a LoRA or a model, and the model that it was trained on.
+def check_source(source: str, base: str | None = None, upscale: Sequence[str] = ()) -> None:
+    """Check by its name a run, a LoRA or a model, the model that it was trained on, and those that enlarge.
 
     Raises:
         ModelError: There is nothing by that name, or it is neither.
     """
-    path = Path(source)
-    holds_trained = any((path / name).is_file() for name in (LORA_FILE, EMBEDDING_FILE))
-    if not (is_run(path) or holds_trained or path.name == LORA_FILE):
-        place_of(source)
+    for field, name in (("RUN_OR_MODEL", source), *(("--upscale", each) for each in upscale)):
+        path = Path(name)
+        holds_trained = any((path / file).is_file() for file in (LORA_FILE, EMBEDDING_FILE))
+        if not name.strip() or not (is_run(path) or holds_trained or path.name == LORA_FILE):
+            check_place(field, name)
     if base is not None:
-        place_of(base)
+        check_place("--base", base)
+
+
+def check_place(field: str, name: str) -> None:
+    """Check a model by its name; what is wrong is said of the option or argument that gives it.
+
+    Raises:
+        ModelError: There is nothing by that name, or it is no model.
+    """
+    if not name.strip():
+        raise ModelError(f"{field}: is empty; name a run or a model (a shell variable that is not set is empty too)")
+    try:
+        place_of(name)
+    except ModelError as error:
+        raise ModelError(f"{field}: {str(error).removeprefix('model.base: ')}") from error
 
 
 def config_of(source: str) -> Config | None:

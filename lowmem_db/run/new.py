@@ -92,7 +92,10 @@ def recipe_for(base: str) -> str:
         return "demo"
     family = find_model(base, weights=False).family
     if family.kohya_version not in _RECIPES:
-        raise ModelError(f"--base: {base} is {family.name}, for which there is no recipe; name one with --config")
+        raise ModelError(
+            f"--base: {base} is {family.name}, for which there is no recipe; `lowmem-db configs` "
+            "lists configurations to copy: demo_cascade for the small pixel model, those that begin with if_ for others"
+        )
     return _RECIPES[family.kohya_version]
 
 

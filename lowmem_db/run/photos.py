@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowmem_db.config import shipped
 from lowmem_db.config.loading import load_config, parse_override
 from lowmem_db.config.schema import Config
 from lowmem_db.data.folder import look_into
@@ -52,6 +53,8 @@ def inspect(source: Path, overrides: Sequence[str], output: Path | None) -> "dic
 def _config(source: Path, overrides: Sequence[str]) -> Config:
     """Return the configuration that photos are looked at with; nothing heavy is imported."""
     changes = [parse_override(override) for override in overrides]
+    if not source.exists() and (shipped_one := shipped.find(source)).is_file():
+        source = shipped_one
     if source.is_file() and source.suffix.lower() in {".yaml", ".yml"}:
         config = load_config(source, changes)
         check_inputs(config)

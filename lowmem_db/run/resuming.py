@@ -7,7 +7,7 @@ from lowmem_db.config.loading import read_yaml
 from lowmem_db.config.rules import refusals
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import fields, open_paths, resolve
-from lowmem_db.console import say
+from lowmem_db.console import quoted, say
 from lowmem_db.errors import CheckpointError, ConfigError
 from lowmem_db.planning.measured import read_chosen
 from lowmem_db.run.absolute import absolute_tree
@@ -82,11 +82,18 @@ def with_choices_of_run(run: RunFolder, config: Config) -> Config:
     return filled
 
 
-def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
+def check_run_folder(run: RunFolder, config: Config, *, resume: bool, step: int | None = None) -> None:
     """Refuse to overwrite a run, or to continue it with a changed fixed field; say which other fields differ.
+
+    Args:
+        run: Its folder.
+        config: The configuration.
+        resume: Whether it is to be continued.
+        step: The checkpoint to continue from. Default: the newest.
 
     Raises:
         CheckpointError: The folder holds checkpoints and ``--resume`` was not given, or a fixed field differs.
+        ConfigError: The run has more steps behind it than it is to have.
     """
     if not run.complete_steps():
         _refuse_finished_model(run)
@@ -114,9 +121,22 @@ def check_run_folder(run: RunFolder, config: Config, *, resume: bool) -> None:
             f"--resume: {run.root} cannot change {'; '.join(fixed)}; resume with {run.config_file}, or choose another "
             "output_dir"
         )
+    _refuse_fewer_steps(run, config.training.max_train_steps, step)
     for field, (old, new) in changed.items():
         say(f"resume: {field} was {old!r}, is now {new!r}")
     say_photos_per_step(before, now)
+
+
+def _refuse_fewer_steps(run: RunFolder, wanted: int, step: int | None) -> None:
+    done = run.complete_steps()
+    start = done[-1] if step is None else step
+    if start > wanted:
+        earlier = [each for each in done if each <= wanted]
+        back = f"; or go back with --resume_from_checkpoint checkpoint-{earlier[-1]}" if earlier else ""
+        raise ConfigError(
+            f"training.max_train_steps: {wanted}, but {run.root} continues from its checkpoint of step {start}; "
+            f"allowed: {start} or more. An earlier model: lowmem-db export {quoted(run.root)} --step N{back}"
+        )
 
 
 def _refuse_finished_model(run: RunFolder) -> None:

@@ -61,7 +61,7 @@ def train(
     """
     run, resume = RunFolder(config.output_dir), resume or step is not None
     with joined() as world, _owned(run) if world.is_first else nullcontext():
-        planned = _check_and_plan(run, with_processes(config, world.size), resume=resume, world=world)
+        planned = _check_and_plan(run, with_processes(config, world.size), resume=resume, step=step, world=world)
         if step is not None and world.is_first:
             run.forget_after(step)
         with environment.held_to(planned.device, allocator_bytes(planned.target.budget_bytes)):
@@ -86,6 +86,7 @@ def prepare_data(config: Config) -> BatchSource:
     Raises:
         LowmemDbError: An error that the user can fix; each subclass says which.
     """
+    check_folders(config)
     sweep(config.cache_dir)
     device = environment.resolve_device(config.device)
     photos = check_photos(config)
@@ -109,13 +110,13 @@ class _Planned:
     world: World
 
 
-def _check_and_plan(run: RunFolder, config: Config, *, resume: bool, world: World) -> _Planned:
+def _check_and_plan(run: RunFolder, config: Config, *, resume: bool, step: int | None, world: World) -> _Planned:
     """Check that the run is possible and choose its strategy, before anything expensive happens.
 
     The first of several processes chooses for all; each checks its own machine.
     """
     check_folders(config)
-    config, chosen = world.from_first(lambda: _with_choices(run, config, resume=resume))
+    config, chosen = world.from_first(lambda: _with_choices(run, config, resume=resume, step=step))
     device = environment.resolve_device(config.device)
     check_cards(world, device)
     check_machine(config, device)
@@ -127,7 +128,7 @@ def _check_and_plan(run: RunFolder, config: Config, *, resume: bool, world: Worl
     return _Planned(config=config, chosen=chosen, model=model, device=device, target=target, photos=photos, world=world)
 
 
-def _with_choices(run: RunFolder, config: Config, *, resume: bool) -> tuple[Config, frozenset[str]]:
+def _with_choices(run: RunFolder, config: Config, *, resume: bool, step: int | None) -> tuple[Config, frozenset[str]]:
     """Return the configuration with absolute paths and the run's choices, and the paths of the planner's fields."""
     sweep(config.cache_dir)
     if resume:
@@ -135,7 +136,7 @@ def _with_choices(run: RunFolder, config: Config, *, resume: bool) -> tuple[Conf
     config = with_absolute_paths(config)
     chosen = chosen_paths(run, config)
     config = with_choices_of_run(run, config)
-    check_run_folder(run, config, resume=resume)
+    check_run_folder(run, config, resume=resume, step=step)
     return config, chosen
 
 

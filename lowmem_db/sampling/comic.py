@@ -5,10 +5,10 @@ The model draws the pictures; the words are drawn here, because no model of this
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image, ImageDraw, ImageFont
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from lowmem_db.config.yaml_text import YamlError, parse_yaml, read_text
 from lowmem_db.errors import DataError
@@ -29,7 +29,7 @@ class Panel(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    prompt: str = Field(min_length=1)
+    prompt: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
     """What is drawn; ``{identifier}`` and ``{class_noun}`` stand for those of the run."""
     words: str = Field(default="", max_length=300)
     """What is said, in a speech balloon."""
@@ -262,6 +262,9 @@ def _problem(path: Path, error: Any) -> str:
         "extra_forbidden": f"is no field; allowed: {', '.join(fields)}",
         "missing": f"is missing; allowed: {_EXAMPLE}",
         "model_type": f"{error['input']!r} is no panel; allowed: {{prompt: 'a dog', words: 'Time to eat!'}}",
+        "list_type": f"{error['input']!r} is no list of panels; allowed: {_EXAMPLE}",
+        "too_short": f"is empty; allowed: {_EXAMPLE}",
+        "string_too_short": "is empty; write what is drawn",
         "string_type": f"{error['input']!r} is no text; write it in quotes",
     }
     reason = reasons.get(error["type"], f"{str(error['input'])[:40]!r}: {error['msg'][0].lower()}{error['msg'][1:]}")

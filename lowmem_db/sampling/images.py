@@ -17,6 +17,7 @@ from lowmem_db.storage.disk import check_path
 GRID_FILE = "grid.png"
 _MARGIN = 4
 _LABEL_HEIGHT = 18
+_LEAST_WIDTH = 96
 
 
 def to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
@@ -78,9 +79,10 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Im
     """Return one picture with a row for each label and the label above it.
 
     Args:
-        rows: Labels and pictures; all pictures have the same size.
+        rows: Labels and pictures, all of one size. Small pictures are shown a whole number of times as large.
     """
-    width, height = rows[0][1][0].size
+    times = -(-_LEAST_WIDTH // rows[0][1][0].width)
+    width, height = (times * side for side in rows[0][1][0].size)
     columns = max(len(pictures) for _, pictures in rows)
     row_height = height + _LABEL_HEIGHT + _MARGIN
     sheet = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, len(rows) * row_height + _MARGIN), "white")
@@ -90,7 +92,8 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Im
         top = row * row_height + _MARGIN
         draw.text((_MARGIN, top), _shortened(label, sheet.width - 2 * _MARGIN, font), fill="black", font=font)
         for column, picture in enumerate(pictures):
-            sheet.paste(picture, (column * (width + _MARGIN) + _MARGIN, top + _LABEL_HEIGHT))
+            shown = picture.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(shown, (column * (width + _MARGIN) + _MARGIN, top + _LABEL_HEIGHT))
     return sheet
 
 

@@ -1,5 +1,6 @@
 """Prompts to draw: the paper's suites, prompt files, and the identifier and class noun in them."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,8 +53,13 @@ def fill_in(
         run_config: Configuration of the run.
 
     Raises:
-        DataError: They need an identifier and a class noun that are not known.
+        DataError: They need an identifier and a class noun that are not known, or have another name in braces.
     """
+    for template in templates:
+        if unknown := set(re.findall(r"\{\w*\}", template)) - {"{identifier}", "{class_noun}"}:
+            raise DataError(
+                f"{field}: {template!r}: {min(unknown)} stands for nothing; allowed: {{identifier}}, {{class_noun}}"
+            )
     if not any(place in template for template in templates for place in ("{identifier}", "{class_noun}")):
         return list(templates)
     identifier, class_noun = names_of_subject(field, identifier, class_noun, run_config)

@@ -24,6 +24,7 @@ from lowmem_db.storage.disk import (
 from lowmem_db.storage.leftovers import sweep_writes_of, temporary_name
 
 _FAILURES = (OSError, SafetensorError)
+_IS_A_FILE = {errno.EEXIST, errno.ENOTDIR}
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -92,6 +93,11 @@ def as_storage_error(error: OSError | SafetensorError, path: Path) -> StorageErr
     if isinstance(error, OSError) and is_too_long(path, error):
         return StorageError(
             f"{path}: the name or the path is too long for this system ({len(str(path))} characters); choose a shorter "
+            "one"
+        )
+    if number in _IS_A_FILE:
+        return StorageError(
+            f"{path}: cannot be written, because a file is in its place, or in that of a folder above; choose another "
             "one"
         )
     reason = os.strerror(number) if number else str(error)

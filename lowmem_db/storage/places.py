@@ -11,8 +11,10 @@ from lowmem_db.errors import ModelError
 
 _EMBEDDED = Path(__file__).parents[1] / "models" / "demo"
 DEMO_DIR = _EMBEDDED / "base"
-EMBEDDED = {"demo": DEMO_DIR, "demo_if": _EMBEDDED / "if"}
-"""The models in this package: the demo base, and the first stage of a small pixel cascade."""
+EMBEDDED = {"demo": DEMO_DIR, "demo_if": _EMBEDDED / "if", "demo_if_ii": _EMBEDDED / "if_ii"}
+"""The models in this package: the demo base, and the two stages of a small pixel cascade."""
+EMBEDDED_GUIDANCE = 2.0
+"""What they draw best with; 7.5, as for Stable Diffusion, spoils their colours."""
 INDEX = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDING_FILE = "learned_embeds.safetensors"
@@ -21,7 +23,8 @@ EMBEDDINGS_DIR = "embeddings"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w.-]+)/(.+\.safetensors)")
 _RUN_CONFIG = "config.yaml"
-_ALLOWED = "demo, demo_if, a folder in diffusers' layout, a run, a .safetensors file, owner/name"
+_CHECKPOINT_MARKER = "COMPLETE"
+_ALLOWED = "demo, demo_if, demo_if_ii, a folder in diffusers' layout, a run, a .safetensors file, owner/name"
 _IN_HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _NO_MODELS = {
     ".yaml": "a configuration: lowmem-db train {file}", ".yml": "a configuration: lowmem-db train {file}",
@@ -107,6 +110,11 @@ def _final_of(run: Path) -> Path:
     final = run / "final"
     if (final / LORA_FILE).is_file():
         raise _is_lora(run, final / LORA_FILE)
+    if (final / EMBEDDING_FILE).is_file():
+        raise ModelError(
+            f"model.base: {run} has learned a word ({EMBEDDING_FILE}) and no model; allowed: a complete model. Name "
+            f"the base of that run, and the word beside it: model.embeddings={quoted(run)}"
+        )
     if not (final / INDEX).is_file():
         raise ModelError(
             f"model.base: {run} is a run without a final model; allowed: a finished one. Finish it (lowmem-db train "
@@ -147,6 +155,11 @@ def _snapshot_in(folder: Path, snapshots: Path) -> Path:
 
 def _what_else(folder: Path) -> str:
     """Return what a folder without a model is, and which one to name instead."""
+    if (folder / _CHECKPOINT_MARKER).is_file() and is_run(run := folder.parent.parent):
+        return (
+            f"is a checkpoint of a run; allowed: a complete model. To draw with it: lowmem-db generate {quoted(run)} "
+            f"--step N; for other programs: lowmem-db export {quoted(run)} --step N"
+        )
     if (folder.parent / INDEX).is_file() and (folder / "config.json").is_file():
         return f"is only the {folder.name} of a model; allowed: the whole model. Name {folder.parent}"
     entries = sorted(_entries(folder))
@@ -180,7 +193,7 @@ def near(path: Path) -> str:
     if not parent.is_dir():
         return f"; the folder {parent} does not exist either"
     names = [entry.name for entry in _entries(parent) if entry.is_dir() or entry.suffix == ".safetensors"]
-    nearest = difflib.get_close_matches(path.name, [*EMBEDDED, *names], n=1)
+    nearest = difflib.get_close_matches(path.name, [name for name in (*EMBEDDED, *names) if name != str(path)], n=1)
     if not nearest:
         return "" if path.is_absolute() else f"; relative paths start at {Path.cwd()}"
     return f"; did you mean {nearest[0] if nearest[0] in EMBEDDED else parent / nearest[0]}?"

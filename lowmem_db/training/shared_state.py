@@ -116,9 +116,8 @@ class SharedState:
         for key in (f"{name}.{path[-1]}", *path):
             if key in self._parameters:
                 parameter = self._parameters[key]
-                return (
-                    None if leaf.shape == parameter.shape else parameter
-                )  # whole: bits of a weight that does not train
+                is_whole = leaf.shape == parameter.shape  # the bits of a weight that does not train
+                return None if is_whole else parameter
         return None
 
     def _joined(self, name: str, path: Path, leaf: Tensor) -> Tensor:

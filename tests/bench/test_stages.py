@@ -89,7 +89,7 @@ def broken(*args: object, **kwargs: object) -> Any:
 BREAKS = {
     "environment": (machine.environment, "back_ends"),
     "kernels": (kernels.lowmem_db_kernels, "status"),
-    "bits": (bits, "Steps"),
+    "bits": (bits, "strategy"),
     "memory": (memory, "trace_train"),
     "speed": (speed, "PlainLoop"),
     "candidates": (candidates, "seconds_in_turn"),

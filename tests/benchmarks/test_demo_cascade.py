@@ -96,8 +96,8 @@ def test_figure_21_is_measured_on_every_subject(
     figure_21.main()
     rows = json.loads((out / "rows.json").read_text())
     assert {*rows} == {"drawn_dog", "rc_car"}
-    assert {*rows["rc_car"]} == {"not fine-tuned", "1e-2", "1e-3", "1e-5"}
-    assert len(capsys.readouterr().out.splitlines()) == 2 * 3
+    assert {*rows["rc_car"]} == {"bilinear", "not fine-tuned", "1e-2", "1e-3", "1e-5"}
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 5
     assert (out / "sheet.png").is_file()
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,11 @@ import pytest
 from lowmem_db.cli.main import main
 from lowmem_db.config.loading import load_config, write_yaml
 from lowmem_db.interruption import stop_signals
+from lowmem_db.run.run import train
+from tests.conftest import fields_in
 
 REPOSITORY = Path(__file__).parents[2]
+_SHORT = {"prior.enabled": False, "training.max_train_steps": 2}
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,18 @@ def start(environment_of_commands: dict[str, str], tmp_path: Path) -> Callable[.
 
 @pytest.fixture
 def config_file(tiny_fields: dict[str, object], tmp_path: Path) -> Path:
-    fields = tiny_fields | {"prior.enabled": False, "training.max_train_steps": 2}
-    write_yaml(load_config(None, list(fields.items())), tmp_path / "tiny.yaml")
+    write_yaml(load_config(None, list((tiny_fields | _SHORT).items())), tmp_path / "tiny.yaml")
     return tmp_path / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def _trained_once(tiny_model: Path, photos_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    train(load_config(None, list((fields_in(folder, tiny_model, photos_dir) | _SHORT).items())))
+    return folder / "run"
+
+
+@pytest.fixture
+def trained(_trained_once: Path, tmp_path: Path) -> Path:
+    """Return the run folder that ``train`` with ``config_file`` leaves."""
+    return Path(shutil.copytree(_trained_once, tmp_path / "run"))

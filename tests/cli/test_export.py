@@ -74,8 +74,7 @@ def test_plan_of_a_single_file_reads_its_header_alone(
     assert not cache.exists()
 
 
-def test_folder_of_diffusers_in_half_precision(run: Run, config_file: Path, tmp_path: Path) -> None:
-    assert run("train", config_file).code == 0
+def test_folder_of_diffusers_in_half_precision(run: Run, trained: Path) -> None:
     exported = run("export", "run", "--format", "diffusers", "--precision", "fp16")
     assert (exported.code, exported.out.strip()) == (0, "run-diffusers")
     assert run("generate", "run-diffusers", "-p", "a dog", "--num-inference-steps", 1, "--num-images", 1).code == 0
@@ -89,9 +88,8 @@ def test_single_file_becomes_a_folder(run: Run, tmp_path: Path) -> None:
         assert (tmp_path / "back" / file.relative_to(tmp_path / "base")).read_bytes() == file.read_bytes()
 
 
-def test_run_that_is_not_done_is_refused(run: Run, config_file: Path, tmp_path: Path) -> None:
-    assert run("train", config_file).code == 0
-    shutil.rmtree(RunFolder(tmp_path / "run").final_dir)
+def test_run_that_is_not_done_is_refused(run: Run, trained: Path) -> None:
+    shutil.rmtree(RunFolder(trained).final_dir)
     refused = run("export", "run")
     assert refused.code == 2
     assert "error: run: the run has no final model yet; finish it with: lowmem-db train run/config.yaml" in refused.err
@@ -100,7 +98,7 @@ def test_run_that_is_not_done_is_refused(run: Run, config_file: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("nowhere",), "model.base: 'nowhere' is not a folder, a file or a hub id"),
+        (("nowhere",), "RUN_OR_MODEL: 'nowhere' is not a folder, a file or a hub id"),
         (("demo",), "a single file cannot hold AutoencoderTAEF2; export --format diffusers"),
         (("notes.safetensors",), "notes.safetensors: is truncated or not a safetensors file"),
     ],

@@ -154,3 +154,20 @@ def test_folders_of_the_same_name_are_told_apart_without_their_paths(run: Run, p
     assert str(tmp_path) not in page
     refused = run("gallery", "x/one/dog", "y/one/dog", "--real", photos)
     assert (refused.code, "--name: is needed, because several folders are called dog" in refused.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--subjects", "cat"), "--subjects: cat not found; allowed: "),
+        (("--output", "precious.yaml"), "--output: precious.yaml is not named like a page; allowed: NAME.html"),
+    ],
+)
+def test_nothing_is_ignored_or_overwritten(
+    run: Run, photos: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    write_images(tmp_path / "ours", ["a dog"], 1)
+    (tmp_path / "precious.yaml").write_text("seed: 3")
+    refused = run("gallery", "ours", "--real", photos, *options)
+    assert (refused.code, message in refused.err) == (2, True), refused.err
+    assert (tmp_path / "precious.yaml").read_text() == "seed: 3"

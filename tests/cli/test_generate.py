@@ -1,5 +1,6 @@
 """``lowmem-db generate``: from a run, a checkpoint, a model folder."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -40,7 +41,16 @@ def test_run_and_its_checkpoint_draw_the_same(run: Run, config_file: Path, tmp_p
     assert "has no final model and no complete checkpoint yet" in nothing.err
 
 
-@pytest.mark.parametrize("fields", [(), ("lora.dora=true", "ema.enabled=true")])
+def test_models_in_the_package_are_guided_as_suits_them(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    quick = ("--prompt", "a dog", "--num-images", "1", "--num-inference-steps", "1")
+    chosen = {"embedded": ("demo_if",), "asked": ("demo_if", "--guidance-scale", "5"), "usual": (tiny_model,)}
+    for name, arguments in chosen.items():
+        assert run("generate", *arguments, *quick, "-o", tmp_path / name).code == 0
+    told = {name: json.loads((tmp_path / name / "images.json").read_text())["guidance_scale"] for name in chosen}
+    assert told == {"embedded": 2.0, "asked": 5.0, "usual": 7.5}
+
+
+@pytest.mark.parametrize("fields", [pytest.param((), marks=pytest.mark.long), ("lora.dora=true", "ema.enabled=true")])
 def test_lora_run_draws_the_same_from_its_run_its_folder_and_its_checkpoint(
     run: Run, config_file: Path, tiny_model: Path, tmp_path: Path, fields: tuple[str, ...]
 ) -> None:
@@ -99,7 +109,7 @@ def test_size_is_that_of_the_model_or_the_one_asked_for(run: Run, tiny_model: Pa
 
 
 def test_suites_are_listed(run: Run) -> None:
-    outcome = run("generate", "demo", "--list-suites")
+    outcome = run("generate", "--list-suites")
     assert outcome.code == 0
     assert "live_subjects" in outcome.out.split()
 
@@ -113,6 +123,11 @@ def test_suites_are_listed(run: Run) -> None:
         (("--prompt-file", "nothing.txt"), "nothing.txt: cannot be read"),
         (("--prompt", "x", "--resolution", 33), "--resolution: 33 is not a multiple of 2, the size of a latent pixel"),
         (("--prompt", "x", "--device", "cuda:9"), "device: 'cuda:9' does not exist"),
+        (("--prompt", "x", "--identifier", "sks"), "--identifier: is for the prompts of --suite and --comic"),
+        (("--comic", "x.yaml", "--suite", "objects"), "--suite: no effect with --comic"),
+        (("--prompt", "x", "--upscale", "nothing"), "--upscale: 'nothing' is not a folder"),
+        (("--prompt", "x", "--upscale", ""), "--upscale: is empty"),
+        (("--prompt", "x", "--base", "nothing"), "--base: 'nothing' is not a folder"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(run: Run, tiny_model: Path, arguments: tuple, part: str) -> None:
@@ -143,10 +158,9 @@ panels:
 """
 
 
-def test_comic_is_drawn_from_its_script_as_a_picture_and_a_page(run: Run, config_file: Path, tmp_path: Path) -> None:
-    assert run("train", config_file).code == 0
+def test_comic_is_drawn_from_its_script_as_a_picture_and_a_page(run: Run, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "story.yaml").write_text(STORY)
-    comic = ("generate", tmp_path / "run", "--comic", tmp_path / "story.yaml", "--num-inference-steps", 1)
+    comic = ("generate", trained, "--comic", tmp_path / "story.yaml", "--num-inference-steps", 1)
     outcome = run(*comic, "-o", tmp_path / "comic")
     assert (outcome.code, outcome.out.strip()) == (0, str(tmp_path / "comic" / "comic.png"))
     names = {"00-00.png", "00-01.png", "01-00.png", "01-01.png", "grid.png", "images.json", "comic.png", "comic.html"}
@@ -158,7 +172,7 @@ def test_comic_is_drawn_from_its_script_as_a_picture_and_a_page(run: Run, config
     for markup in ("<script>alert", "<b>Breakfast"):
         assert markup not in page
     for options, message in (
-        (("--prompt", "a cat"), "--comic and --prompt: only one"),
+        (("--prompt", "a cat"), "--prompt: no effect with --comic"),
         (("--steps", "2,final"), "--comic and --steps: only one"),
         (("--num-images", 1), "shows image 1, counted from 0; allowed: at least 2"),
     ):

@@ -212,7 +212,7 @@ def test_missing_class_prompt_names_the_command_that_looks_for_it(run: Run, conf
 def test_identifiers_of_no_model_are_refused(run: Run, tmp_path: Path) -> None:
     outcome = run("identifiers", tmp_path / "nothing")
     assert outcome.code == 2
-    assert outcome.err.startswith("error: model.base: ")
+    assert outcome.err.startswith("error: MODEL: ")
 
 
 def test_module_and_program_are_the_same(start: Callable[..., subprocess.Popen]) -> None:
@@ -237,3 +237,11 @@ def test_out_of_memory_is_one_line_whatever_was_being_done(
     assert ended.value.code == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("out of memory on the ")
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "prepare", "photos"])
+def test_flag_with_one_dash_is_no_call_for_help(run: Run, command: str) -> None:
+    for arguments in (["-hflip"], ["--instance_data_dir", "-photos"]):
+        told = run(command, "demo", *arguments)
+        assert (told.code, told.out) == (2, "")
+        assert f"{arguments[-1]}: begins with one dash; flags begin with two (-{arguments[-1]})" in told.err

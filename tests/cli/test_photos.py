@@ -110,3 +110,8 @@ def test_typo_is_told_without_torch(
     ended = subprocess.run(command, env=environment_of_commands, cwd=tmp_path, capture_output=True, text=True)
     assert ended.stdout == "2 False\n"
     assert ended.stderr.startswith(f"error: {said}")
+
+
+def test_configuration_of_this_package_is_found_by_its_name(run: Run) -> None:
+    told = run("photos", "demo")
+    assert (told.code, "00.png" in told.out) == (0, True), told.err

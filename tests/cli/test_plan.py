@@ -1,8 +1,6 @@
 """``lowmem-db plan``: the contract of its JSON, its exit codes, and what needs neither weights nor a GPU."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -112,14 +110,13 @@ def test_configuration_files_are_enough(run: Run, config_file: Path, tmp_path: P
 
 
 def test_sd15_is_planned_without_weights_and_spends_the_budget_on_speed(
-    environment_of_commands: dict[str, str],
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [sys.executable, "-m", "lowmem_db", "plan", str(SD15), "--json", "--budget", "24GiB"]
-    done = subprocess.run(
-        [*command, "training.train_text_encoder=true", "memory.checkpointing=null"],
-        env=environment_of_commands | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    found = json.loads(done.stdout)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    opened = ("training.train_text_encoder=true", "memory.checkpointing=null")
+    outcome = run("plan", SD15, "--json", "--budget", "24GiB", *opened)
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
     train = next(phase for phase in found["phases"] if phase["name"] == "train")
     assert train["parts"]["weights"] == pytest.approx(2 * (859_520_964 + 123_060_480), rel=0.001)
     strategy = found["strategy"]

@@ -172,11 +172,10 @@ def test_run_finds_its_base_wherever_it_is(
     assert torch.allclose(change, torch.ones_like(change))
 
 
-def test_finished_run_is_a_base(run: Run, config_file: Path, tmp_path: Path) -> None:
-    assert run("train", config_file).code == 0
-    outcome = run("train", config_file, f"model.base={tmp_path / 'run'}", "output_dir=second")
+def test_finished_run_is_a_base(run: Run, config_file: Path, trained: Path) -> None:
+    outcome = run("train", config_file, f"model.base={trained}", "output_dir=second")
     assert outcome.code == 0, outcome.err
-    assert read_yaml(Path("second/config.yaml"))["model"]["base"] == str(tmp_path / "run")
+    assert read_yaml(Path("second/config.yaml"))["model"]["base"] == str(trained)
     other = run("train", "second/config.yaml", "model.base=demo", "output_dir=third")
     assert other.code == 2
     assert "model.content_key: " in other.err

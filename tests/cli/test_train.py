@@ -179,33 +179,26 @@ def test_prepare_fills_the_caches_and_says_what_it_reused(run: Run, config_file:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("which", [-1, pytest.param(-2, marks=pytest.mark.long)])
 def test_signal_saves_a_checkpoint_and_ends_with_130(
-    start: Callable[..., subprocess.Popen], config_file: Path, tmp_path: Path
+    start: Callable[..., subprocess.Popen], config_file: Path, tmp_path: Path, which: int
 ) -> None:
-    """Both signals at the same time, because most of it is waiting for the start."""
-    endless = ("training.max_train_steps=100000", "checkpointing.every=100000")
-    processes = {
-        number: start("train", config_file, f"output_dir={tmp_path / number.name}", *endless)
-        for number in stop_signals()[-2:]
-    }
+    number, folder = stop_signals()[which], RunFolder(tmp_path / "run")
+    process = start("train", config_file, "training.max_train_steps=100000", "checkpointing.every=100000")
     try:
-        for number, process in processes.items():
-            wait_for_first_step(process, RunFolder(tmp_path / number.name))
-            process.send_signal(number)
-        for number, process in processes.items():
-            out, err = process.communicate(timeout=60)
-            folder = RunFolder(tmp_path / number.name)
-            (step,) = folder.complete_steps()
-            assert process.returncode == 130
-            assert len(folder.metrics_file.read_text().splitlines()) == step
-            assert err.splitlines()[-1] == f"{number.name}: stopped after step {step}; continue with --resume"
-            assert "Traceback" not in err
-            assert out == ""
-            assert not list(folder.checkpoints_dir.glob("*tmp*"))
+        wait_for_first_step(process, folder)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        (step,) = folder.complete_steps()
+        assert process.returncode == 130
+        assert len(folder.metrics_file.read_text().splitlines()) == step
+        assert err.splitlines()[-1] == f"{number.name}: stopped after step {step}; continue with --resume"
+        assert "Traceback" not in err
+        assert out == ""
+        assert not list(folder.checkpoints_dir.glob("*tmp*"))
     finally:
-        for process in processes.values():
-            process.kill()
-            process.communicate()
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("times", [1, 2])

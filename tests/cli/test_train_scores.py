@@ -34,9 +34,8 @@ def unet_of(folder: Path) -> dict[str, object]:
     return read_tensors(next(folder.glob("*.safetensors")))[0]
 
 
-def test_scores_are_off_by_default(run: Run, config_file: Path, tmp_path: Path) -> None:
-    assert run("train", config_file).code == 0
-    assert not (tmp_path / "run" / "scores.jsonl").exists()
+def test_scores_are_off_by_default(trained: Path) -> None:
+    assert not RunFolder(trained).scores_file.exists()
 
 
 def test_best_checkpoint_stays_and_becomes_the_final_model(

@@ -3,6 +3,7 @@
 ``tests/cli/test_commands_of_diffusers.py`` has every flag of its scripts.
 """
 
+import re
 import shlex
 from pathlib import Path
 
@@ -270,3 +271,35 @@ def test_flags_of_kohya_s_scripts_for_captions_and_prompts_are_understood() -> N
         "data.random_flip": True,
         "model.vae": "vae.safetensors",
     }
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("\\", "is left over from a line break"),
+        ("\\\n", "is left over from a line break"),
+        (" ", "is left over from a line break"),
+        ("`", "is left over from a line break"),
+        ("", "is an empty argument"),
+        ("\u2014seed=3", "begins with a dash for printing, as text processors make it; use --seed=3"),
+        ("\u2013-seed=3", "use --seed=3"),
+    ],
+)
+def test_what_pasting_leaves_is_named(argument: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as refused:
+        parse_arguments(["demo", argument, "--resolution=64"])
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_flag_after_a_line_break_in_one_line_is_read() -> None:
+    """The shell reads ``a \\ --seed=3`` in one line as ``a`` and `` --seed=3``."""
+    assert parse_arguments([" --seed=3", "\n--resolution", "64"]).overrides == [
+        ("seed", "3"),
+        ("data.resolution", "64"),
+    ]
+
+
+def test_prompt_beside_validation_images_leaves_no_default_behind() -> None:
+    command = "--pretrained_model_name_or_path=x --instance_data_dir=y --validation_prompt=z --validation_images a.png"
+    parsed = parse_arguments(command.split())
+    assert {"sampling.every", "sampling.prompts"} & {*parsed.defaults, *dict(parsed.overrides)} == set()

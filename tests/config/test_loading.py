@@ -1,5 +1,6 @@
 """From YAML and overrides to one checked configuration."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -202,7 +203,7 @@ def test_unquoted_no_is_a_precision(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "holds NoneType; allowed: a mapping"),
+        (b"", "is empty; allowed: a mapping"),
         (b"- a\n- b\n", "holds list; allowed: a mapping"),
         (b"training: [", "cannot be read as YAML"),
         (b"training: {a: b: c}", "cannot be read as YAML"),
@@ -323,3 +324,19 @@ def test_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
     lines = [number for number, line in enumerate(text.splitlines(), 1) if "seed" in line]
     with pytest.raises(ConfigError, match=f"seed appears twice, in line {lines[0]} and in line {lines[1]}"):
         read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("sampling.prompts=a dog", "sampling.prompts: 'a dog' is not allowed: it must be a list, such as "),
+        ("output_dir=", "output_dir: null is not allowed: it is empty; set output_dir=VALUE"),
+        (
+            "subject.instance_prompt=null",
+            "subject.instance_prompt: null is not allowed: it is empty; set subject.instance_prompt=VALUE",
+        ),
+    ],
+)
+def test_value_of_another_kind_says_how_it_is_written(argument: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(None, [parse_override(argument)])

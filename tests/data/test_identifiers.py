@@ -148,6 +148,11 @@ class TestWarnings:
         assert "`lowmem-db identifiers`" in warning
         assert all(reason in warning for reason in reasons)
 
+    def test_way_out_is_for_the_model_s_own_tokens(self, clip):
+        for prompt in ("a dog", "a emma dog", "a xxy5syt00 dog"):
+            (warning,) = identifier_warnings(prompt, "a dog", clip, "lowmem-db identifiers demo_if")
+            assert "`lowmem-db identifiers demo_if`" in warning
+
     def test_every_rare_identifier_is_without_warning(self, tokenizer):
         for identifier in rare_identifiers(tokenizer, count=30):
             assert identifier_warnings(f"a {identifier.text} dog", "a dog", tokenizer) == []

@@ -44,6 +44,7 @@ _8_BITS = {
 VARIANTS = {
     "adamw, average, samples": {"ema.enabled": True, **_SAMPLES},
     "8-bit in the backward pass, 24-bit weights": _8_BITS,
+    "8-bit in the backward pass, 24-bit weights, average, samples": {**_8_BITS, "ema.enabled": True, **_SAMPLES},
     "scores, the best step is kept": {
         "evaluation.every": 1,
         "evaluation.keep_best": True,
@@ -67,7 +68,7 @@ VARIANTS = {
         "ema.enabled": True,
     },
 }
-QUICK = {"adamw, average, samples", "8-bit in the backward pass, 24-bit weights"}
+QUICK = {"8-bit in the backward pass, 24-bit weights, average, samples"}  # adamw is killed below
 
 
 @pytest.fixture
@@ -93,26 +94,13 @@ def test_model_that_is_shared_out_trains_the_bits_of_one_process(variant: str, f
         assert scores[0] == scores[1]
 
 
-def test_each_of_two_processes_holds_half(fields: Fields, tmp_path: Path) -> None:
-    """Weights, gradients and states in fp32 are 16 bytes for every parameter of one process."""
-    run = tmp_path / "run"
-    assert run_ranks(2, _train_and_count, {**fields, **_FULL, "training.max_train_steps": 1}, tmp_path) == [0, 0]
-    held = [json.loads((tmp_path / f"held-{rank}.json").read_text()) for rank in range(2)]
-    whole = 16 * held[0]["parameters"]
-    for each in held:
-        assert 0.5 * whole < each["weights"] + each["gradients"] + each["states"] <= 0.55 * whole
-    planned = _parts(run)
-    assert planned["weights"] == held[0]["weights"]
-    assert held[0]["states"] <= planned["optimizer_state"] <= 1.02 * held[0]["states"]  # they begin at whole 256 bytes
-    assert held[0]["gradients"] <= planned["gradients"] <= 1.05 * held[0]["gradients"]
-
-
-def test_killed_process_ends_the_run_and_one_that_holds_all_goes_on(
+def test_each_of_two_processes_holds_half_and_one_that_holds_all_goes_on_when_one_is_killed(
     fields: Fields, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fields = {**fields, "output_dir": str(tmp_path / "run"), "training.max_train_steps": 4}
-    assert run_ranks(2, _train_until_killed, fields | _FULL, 3) == [2, -signal.SIGKILL]
+    assert run_ranks(2, _count_and_train_until_killed, fields | _FULL, 3, tmp_path) == [2, -signal.SIGKILL]
     said = capfd.readouterr().err
+    _assert_halves([json.loads((tmp_path / f"held-{rank}.json").read_text()) for rank in range(2)], tmp_path / "run")
     assert "rank 0: ended, because rank 1 did: it died without a word: it was killed" in said
     run = RunFolder(tmp_path / "run")
     assert f"the last good checkpoint is {run.checkpoint_dir(2)}, continue with --resume" in said
@@ -200,6 +188,17 @@ def test_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         sharding.check()
 
 
+def _assert_halves(held: list[dict[str, int]], run: Path) -> None:
+    """Weights, gradients and states in fp32 are 16 bytes for every parameter of one process."""
+    whole = 16 * held[0]["parameters"]
+    for each in held:
+        assert 0.5 * whole < each["weights"] + each["gradients"] + each["states"] <= 0.55 * whole
+    planned = _parts(run)
+    assert planned["weights"] == held[0]["weights"]
+    assert held[0]["states"] <= planned["optimizer_state"] <= 1.02 * held[0]["states"]  # they begin at whole 256 bytes
+    assert held[0]["gradients"] <= planned["gradients"] <= 1.05 * held[0]["gradients"]
+
+
 def _parts(run: Path) -> dict[str, int]:
     (phase,) = (each for each in json.loads((run / "plan.json").read_text())["phases"] if each["name"] == "train")
     return phase["parts"]
@@ -217,12 +216,8 @@ def _train_until_asked_to_stop(fields: Fields, in_step: int) -> None:
     train_until(fields, 1, in_step, terminate_me)
 
 
-def _train_until_killed(fields: Fields, in_step: int) -> None:
-    train_until(fields, 1, in_step, kill_myself)
-
-
-def _train_and_count(fields: Fields, folder: Path) -> None:
-    """Train, and write down the bytes that this process holds when it is about to step."""
+def _count_and_train_until_killed(fields: Fields, in_step: int, folder: Path) -> None:
+    """Train, and write down the bytes that this process holds when it is about to step; one is killed."""
     begin_step, step = OptimizerHandle._begin_step, Trainer._step
     training: list[Trainer] = []
 
@@ -244,4 +239,4 @@ def _train_and_count(fields: Fields, folder: Path) -> None:
 
     OptimizerHandle._begin_step = counting  # type: ignore[method-assign]
     Trainer._step = stepping  # type: ignore[method-assign, assignment]
-    _train(fields)
+    train_until(fields, 1, in_step, kill_myself)

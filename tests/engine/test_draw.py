@@ -15,7 +15,9 @@ from lowmem_db.config.strategy import changed, resolve
 from lowmem_db.data.batches import PromptTable
 from lowmem_db.engine import samples
 from lowmem_db.engine.draw import Artist, Job, Thrift, draw, kept, loaded_for_use
-from lowmem_db.errors import BudgetError
+from lowmem_db.engine.generate import check_size
+from lowmem_db.engine.source import find_source
+from lowmem_db.errors import BudgetError, DataError
 from lowmem_db.models.denoiser import Denoiser
 from lowmem_db.models.families.spaces import LatentCodec
 from lowmem_db.models.finding import find_model
@@ -185,3 +187,11 @@ def test_where_a_single_image_does_not_fit_the_way_out_is_named(
     drawn = draw(artist(model), table, jobs(), kept(load(model)), kept(model.space.load()))
     with pytest.raises(BudgetError, match=r"drawing: out of memory .* draw on the CPU"):
         next(drawn)
+
+
+@pytest.mark.parametrize(("base", "side", "nearest"), [("demo_if", 17, 16), ("demo", 101, 104)])
+def test_size_that_the_network_cannot_draw_is_refused(base: str, side: int, nearest: int) -> None:
+    source = find_source(base)
+    with pytest.raises(DataError, match=rf"^--width: {side} is not a multiple of .*; the nearest is {nearest}$"):
+        check_size(source, (16, side), ("--height", "--width"))
+    check_size(source, (nearest, nearest), ("--height", "--width"))

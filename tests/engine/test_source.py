@@ -1,14 +1,17 @@
 """A model whose weights do not fit a card is drawn from with streamed weights."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from lowmem_db.config.loading import load_config
+from lowmem_db.config.loading import load_config, write_yaml
+from lowmem_db.config.schema import Config
 from lowmem_db.engine.source import ImageSource, find_source, streamed_if_needed
-from lowmem_db.errors import BudgetError
+from lowmem_db.errors import BudgetError, LowmemDbError
+from lowmem_db.storage.run_folder import MARKER, RunFolder
 
 CUDA = torch.device("cuda")
 
@@ -72,3 +75,18 @@ def test_a_run_is_drawn_as_it_was_trained_or_as_asked(source: ImageSource) -> No
     assert of_run.streams_weights
     assert not replace(of_run, stream_weights=False).streams_weights
     assert not source.streams_weights
+
+
+def test_damaged_final_model_is_written_again_and_not_downloaded(tiny_config: Config, tiny_model: Path) -> None:
+    run = RunFolder(tiny_config.output_dir)
+    shutil.copytree(tiny_model, run.final_dir)
+    write_yaml(tiny_config, run.config_file)
+    (run.final_dir / "model_index.json").write_text("{")
+    with pytest.raises(LowmemDbError, match=r"is damaged .*the run has no checkpoint to write it from; train again"):
+        find_source(str(run.root))
+    run.checkpoint_dir(3).mkdir(parents=True)
+    (run.checkpoint_dir(3) / MARKER).write_text("{}")
+    with pytest.raises(LowmemDbError) as refused:
+        find_source(str(run.root))
+    assert f"--step 3; or delete {run.final_dir} and write it again: lowmem-db train" in str(refused.value)
+    assert "download" not in str(refused.value)

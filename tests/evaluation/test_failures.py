@@ -96,3 +96,13 @@ def test_clip_compares_prompts_with_the_class_before_and_after(clip_folder: Path
     other = score_pictures(encoder, swapped).of_prompts["a dog"]
     assert other["CLIP-T_context"] == pytest.approx(1 - rows["a dog in the snow"]["CLIP-T_context"])
     assert "CLIP-T_context" not in score_pictures(encoder, replace(pictures, class_caption=None)).of_prompts["a dog"]
+
+
+def test_entanglement_is_only_claimed_where_fidelity_is_lower() -> None:
+    for drop, told in (
+        (0.1, "is lower than without a context by 0.100, most in: a dog (0.10)"),
+        (-0.1, "is not lower"),
+    ):
+        (line,) = failure_lines("dog", failures_of({"a dog": {"EN0-I": 0.5, "EN0-I_drop": drop}}, None))
+        assert told in line
+        assert "-0.100" not in line

@@ -267,3 +267,12 @@ def test_files_that_hold_no_answers_are_refused(tmp_path: Path, text: str) -> No
         tally([tmp_path / "nothing.json"])
     with pytest.raises(DataError, match="needs answer files"):
         tally([])
+
+
+def test_files_that_are_not_whole_are_refused(page: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.json: has no answer"):
+        tally([answer(page, tmp_path, "a", {})])
+    with pytest.raises(DataError, match=r"b\.json: lacks the answers to 1 questions, such as 001"):
+        tally([answer(page, tmp_path, "b", {"subject-000": "ours", "subject-002": "ours"})])
+    with pytest.raises(DataError, match=r"c\.json: 'mine-000' is no question"):
+        tally([answer(page, tmp_path, "c", {"subject-000": "ours", "mine-000": "ours"})])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowmem_db.adaptation.lora_file import LoraFile, lora_file, put_into, write_lora
 from lowmem_db.adaptation.low_rank import merge, peft_settings
 from lowmem_db.errors import ModelError
+from lowmem_db.exporting import request
 from lowmem_db.exporting.extraction import extract_lora
 from lowmem_db.exporting.lora import LoraSource, export_lora, kohya_state
 from lowmem_db.exporting.merging import merge_into_folder
@@ -192,3 +193,19 @@ def test_requests_are_met(tiny_model: Path, tmp_path: Path, capsys: pytest.Captu
     made = export_model(Request(source=str(merged), extract_rank=4, base=str(tiny_model), out=tmp_path / "made"))
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in read_tensors(made)[0]
     assert "rank 4 keeps 100.0% of the change of all" in capsys.readouterr().err
+
+
+def test_nothing_is_computed_for_a_file_that_will_not_be_written(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request, "extract_lora", lambda *_: pytest.fail("computed"))
+    (tmp_path / "there").touch()
+    for given in ({"extract_rank": 2, "base": str(tiny_model), "out": tmp_path / "there"}, {"out": tmp_path / "there"}):
+        with pytest.raises(ModelError, match="there exists and will not be overwritten"):
+            export_model(Request(source=str(tiny_model), **given))
+    (tmp_path / f"{tiny_model.name}-lora-kohya.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="exists and will not be overwritten"):
+        export_model(Request(source=str(tiny_model), extract_rank=2, base=str(tiny_model)))
+    with pytest.raises(ModelError, match="kohya's layout has no names for adapters of DeepFloyd IF"):
+        export_model(Request(source="demo_if", extract_rank=2, base="demo_if"))

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from diffusers import DDPMScheduler, IFPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -254,16 +255,17 @@ def test_small_model_of_this_package_draws_as_in_diffusers() -> None:
 
 
 @pytest.mark.long
-def test_small_model_of_this_package_trains(run: Run, tmp_path: Path) -> None:
-    few = (
-        "training.max_train_steps=2",
-        "training.lr_warmup_steps=0",
-        "prior.num_class_images=2",
-        "prior.num_inference_steps=2",
-    )
-    places = (f"output_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}", "sampling.num_inference_steps=2")
-    assert run("train", "demo_cascade", *few, *places).code == 0
-    assert find_model(str(tmp_path / "run")).resolution == 16
+def test_small_cascade_of_this_package_trains_and_draws(run: Run, tmp_path: Path) -> None:
+    few = ("training.max_train_steps=2", "training.lr_warmup_steps=0", f"cache_dir={tmp_path / 'cache'}")
+    of_class = ("prior.num_class_images=2", "prior.num_inference_steps=2", "sampling.num_inference_steps=2")
+    first, second = (f"output_dir={tmp_path / name}" for name in ("first", "second"))
+    assert run("train", "demo_cascade", *few, *of_class, first).code == 0
+    assert run("train", "demo_cascade_ii", *few, second).code == 0
+    assert [find_model(str(tmp_path / name)).resolution for name in ("first", "second")] == [16, 64]
+    drawn = ("--num-images", 1, "--num-inference-steps", 2, "--output", tmp_path / "drawn")
+    assert run("generate", tmp_path / "first", "--upscale", tmp_path / "second", *drawn).code == 0
+    with Image.open(tmp_path / "drawn" / "00-00.png") as image:
+        assert image.size == (64, 64)
 
 
 @pytest.mark.long

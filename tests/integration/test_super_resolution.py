@@ -20,7 +20,7 @@ from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import resolve
 from lowmem_db.engine.build import build_step
 from lowmem_db.engine.draw import Artist, Given, Job
-from lowmem_db.engine.enlarging import without_identifier
+from lowmem_db.engine.enlarging import find_stages, without_identifier
 from lowmem_db.engine.fitting import check_fits
 from lowmem_db.errors import ConfigError
 from lowmem_db.models.denoiser import Denoiser
@@ -153,6 +153,7 @@ def test_stages_are_trained_and_chained(run: Run, fields: dict[str, object], tmp
     noisier = fields | {"super_resolution.noise_augmentation": 1e-3}  # it is drawn as it was trained
     done = run("train", *(f"{field}={json.dumps(value)}" for field, value in noisier.items()))
     assert done.code == 0, done.err
+    assert "lowmem-db generate FIRST_STAGE --upscale " in done.err
     final = tmp_path / "run" / "final"
     assert pipeline_of(final).scheduler.config["variance_type"] == "fixed_small"
     assert "noise_level=13" in (final / "README.md").read_text()
@@ -172,6 +173,10 @@ def test_stages_are_trained_and_chained(run: Run, fields: dict[str, object], tmp
     assert (refused.code, "name the model that draws them, and this one as --upscale" in refused.err) == (2, True)
     refused = run("generate", stage_1, *drawing, "--upscale", stage_1, "-o", tmp_path / "none")
     assert (refused.code, "does not enlarge pictures" in refused.err) == (2, True)
+    refused = run("generate", stage_1, *drawing, "--width", 32, "--upscale", tmp_path / "run", "-o", tmp_path / "none")
+    assert (refused.code, "--upscale: enlarges squares, but --width 32 and --height 16" in refused.err) == (2, True)
+    refused = run("evaluate", tmp_path / "run")
+    assert (refused.code, "draws none itself; draw them (lowmem-db generate FIRST_STAGE" in refused.err) == (2, True)
 
 
 @pytest.mark.long
@@ -217,6 +222,16 @@ def test_command_of_diffusers_documentation_runs(
 def test_stage_that_is_not_fine_tuned_is_not_told_the_identifier() -> None:
     assert without_identifier("a zx dog, on the beach", "a zx dog", "a dog") == "a dog, on the beach"
     assert without_identifier("a photo of ZX.", "a zx dog", "a dog") == "a photo of"
+
+
+def test_stage_that_is_not_fine_tuned_is_told_what_a_learned_word_began_as(
+    tiny_fields: dict[str, object], stage_2: Path
+) -> None:
+    of_word = {"textual_inversion.enabled": True, "textual_inversion.token": "<z>", "subject.instance_prompt": "a <z>"}
+    fields = tiny_fields | {"prior.enabled": False, "training.learning_rate": None} | of_word
+    config = load_config(None, [pair for pair in fields.items() if pair[1] is not None])
+    (stage,) = find_stages([str(stage_2)])
+    assert stage.prompts(["a <z> in the snow", "a cat"], config) == [f"a {config.initializer} in the snow", "a cat"]
 
 
 def test_plan_has_no_phase_that_draws(fields: dict[str, object]) -> None:

@@ -186,10 +186,11 @@ def test_weights_go_on_with_a_learned_word_and_the_model_keeps_it(
 
 
 def test_lora_goes_on_with_a_learned_word_and_keeps_it_without_its_run(
-    fields: dict[str, object], tiny_fields: dict[str, object]
+    fields: dict[str, object], tiny_fields: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = run_of(fields)
     run = run_of(pivotal(tiny_fields, first, **{"lora.enabled": True}))
+    assert "the identifier" not in capsys.readouterr().err  # it is the learned word, and no warning is due
     shutil.rmtree(first)
     assert [word.token for word in find_source(str(run)).model.words] == ["<z>"]
     (copied := run.parent / "copied").mkdir()
@@ -230,7 +231,10 @@ def test_prompts_are_templates_drawn_for_each_step_and_sample(fields: dict[str, 
         ({"memory.weights": "bf16_extra_bits"}, "adapters and embeddings train in fp32"),
         ({"subject.class_prompt": None}, "textual_inversion.initializer: is missing"),
         ({"textual_inversion.enabled": False}, "textual_inversion.enabled: false gives the other fields"),
-        ({"textual_inversion.token": "my word"}, "textual_inversion.token"),
+        (
+            {"textual_inversion.token": "my word"},
+            "textual_inversion.token: 'my word' is not allowed: it must be one word",
+        ),
     ],
 )
 def test_what_cannot_be_combined_is_refused(

@@ -12,6 +12,7 @@ import pytest
 from lowmem_db.errors import ModelError
 from lowmem_db.models.families.stable_diffusion import SD_OF_ANY_WIDTH
 from lowmem_db.models.finding import find_model
+from lowmem_db.storage.places import DEMO_DIR
 from tests.tiny_models import tiny_autoencoder, tiny_text_encoder, tiny_unet
 
 COMPONENTS = [component.name for component in SD_OF_ANY_WIDTH.components]
@@ -39,18 +40,27 @@ def test_folder_is_found(tiny_model: Path) -> None:
     assert (model.path, model.family.name) == (tiny_model, "Stable Diffusion architecture")
 
 
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def test_demo_is_found_wherever_the_command_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     model = find_model("demo")
     assert {path.name for path in model.path.iterdir() if path.is_dir()} == set(COMPONENTS)
-    assert sum(file.stat().st_size for file in model.path.rglob("*") if file.is_file()) <= 40 << 20
+    assert size_of(model.path) <= 30_000_000
 
 
-def test_small_pixel_model_is_found_wherever_the_command_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_small_pixel_cascade_is_found_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    model = find_model("demo_if")
-    assert (model.family.name, model.resolution) == ("DeepFloyd IF, stage I", 16)
-    assert sum(file.stat().st_size for file in model.path.rglob("*") if file.is_file()) <= 8 << 20
+    stages = [find_model(name) for name in ("demo_if", "demo_if_ii")]
+    assert [(stage.family.name, stage.resolution) for stage in stages] == [
+        ("DeepFloyd IF, stage I", 16),
+        ("DeepFloyd IF, super-resolution", 64),
+    ]
+    assert stages[0].content_key("text_encoder", "tokenizer") == stages[1].content_key("text_encoder", "tokenizer")
+    assert sum(size_of(stage.path) for stage in stages) <= 8_000_000
+    assert size_of(DEMO_DIR.parent) <= 38_000_000
 
 
 @pytest.mark.parametrize(

@@ -78,13 +78,30 @@ def test_known_words_are_refused(tokenizer: CLIPTokenizer, token: str) -> None:
 
 
 def test_the_same_word_twice_is_refused(tokenizer: CLIPTokenizer) -> None:
-    with pytest.raises(ConfigError, match="'<hat>' is already a word"):
-        add_to_tokenizer(tokenizer, [NewWord(token="<hat>"), NewWord(token="<hat>")])
+    with pytest.raises(ConfigError, match=r"b\.pt: '<hat>' is the word of model.embeddings: a\.pt too; leave one"):
+        add_to_tokenizer(
+            tokenizer, [NewWord(token="<hat>", origin=f"model.embeddings: {file}") for file in ("a.pt", "b.pt")]
+        )
 
 
-def test_words_that_would_be_read_inside_others_are_refused(tokenizer: CLIPTokenizer) -> None:
-    with pytest.raises(ConfigError, match="'sks' cannot be a new word: the tokenizer also finds it inside other words"):
-        add_to_tokenizer(tokenizer, [NewWord(token="sks")])
+def test_words_like_any_other_are_not_read_inside_others(tokenizer: CLIPTokenizer) -> None:
+    """Most embeddings of AUTOMATIC1111 are called so."""
+    prompts = ["easyhatx", "xeasyhat", "an easyhat_2 easyhats"]
+    before = [tokenizer.encode(prompt) for prompt in prompts]
+    size = len(tokenizer)
+    add_to_tokenizer(tokenizer, [NewWord(token="easyhat", num_vectors=2), NewWord(token="bad-hat.v2")])
+    assert [tokenizer.encode(expanded(tokenizer, prompt)) for prompt in prompts] == before
+    assert expanded(tokenizer, "easyhats, (easyhat)") == "easyhats, (easyhat easyhat_1)"
+    read = tokenizer.encode(expanded(tokenizer, "(easyhat) bad-hat.v2, EASYHAT"), add_special_tokens=False)
+    assert [number for number in read if number >= size] == [size, size + 1, size + 2, size]
+
+
+def test_refused_word_says_where_it_is_from_and_what_to_do(tokenizer: CLIPTokenizer) -> None:
+    word = NewWord(token="dog", origin="model.embeddings: dog.pt", way_out="rename the file")
+    with pytest.raises(ConfigError, match=r"^model.embeddings: dog\.pt: 'dog' is already .*; rename the file$"):
+        add_to_tokenizer(tokenizer, [word])
+    with pytest.raises(ConfigError, match=r"^textual_inversion.token: 'dog' is already .* such as <my-dog>$"):
+        add_to_tokenizer(tokenizer, [NewWord(token="dog")])
 
 
 def test_initializer_is_one_token(tokenizer: CLIPTokenizer) -> None:

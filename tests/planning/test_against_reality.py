@@ -45,6 +45,7 @@ STRATEGIES = {
 }  # fmt: skip
 
 
+QUICK = {"plain", "in backward", "segments", "mixture", "all", "all streamed", "step on the host"}  # each technique
 ON_HOST = ("step on the host", "nested, step on the host")
 STREAMED = {"memory__checkpointing": "segments", "memory__stream_weights": True}
 
@@ -53,7 +54,9 @@ def resolved(config, changes) -> Config:
     return resolve(changed(config, {f"memory.{name}": value for name, value in changes.items()}))
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in STRATEGIES]
+)
 def test_peak_is_that_of_real_tensors(name):
     optimizer = "adamw8bit" if name in {"nested", "streamed", "all streamed", *ON_HOST} else "adamw"
     config = make_config(
@@ -73,7 +76,15 @@ def test_peak_is_that_of_real_tensors(name):
     assert (predicted.host_bytes > 0) == bool(config.memory.stream_optimizer_state or config.memory.stream_weights)
 
 
-@pytest.mark.parametrize("fields", [{}, {"lora__dora": True}, {"memory__checkpointing": "segments"}, STREAMED])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora__dora": True},
+        STREAMED,
+        pytest.param({}, marks=pytest.mark.long),
+        pytest.param({"memory__checkpointing": "segments"}, marks=pytest.mark.long),
+    ],
+)
 def test_peak_of_adapters_is_that_of_real_tensors(fields):
     config = make_config(
         prior__enabled=False, training__train_text_encoder=True, training__train_batch_size=4, lora__enabled=True,

@@ -21,7 +21,8 @@ def tiny(tiny_model) -> dict[str, object]:
     return {
         "model__base": str(tiny_model), "data__resolution": 32, "optimizer__name": "adamw8bit",
         "prior__enabled": False, "memory__weights": "bf16_extra_bits", "memory__optimizer_in_backward": True,
-        "memory__stream_optimizer_state": True,
+        "memory__stream_optimizer_state": True, "memory__checkpointing": "segments",
+        "memory__offload_checkpoints": False, "memory__fused_layers": False,
     }  # fmt: skip
 
 

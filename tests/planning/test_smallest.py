@@ -5,10 +5,12 @@ import re
 import pytest
 
 from lowmem_db import environment
-from lowmem_db.config.strategy import changed
+from lowmem_db.config.strategy import changed, key_of
 from lowmem_db.errors import BudgetError
+from lowmem_db.planning import predictor
 from lowmem_db.planning.cards import ASSUMED
 from lowmem_db.planning.needs import Needs
+from lowmem_db.planning.phases import trace_train
 from lowmem_db.planning.plan import Planner, plan
 from lowmem_db.planning.smallest import find_smallest, given_fields, in_the_way, without
 from lowmem_db.planning.target import Target
@@ -25,6 +27,12 @@ def tiny(tiny_model) -> dict[str, object]:
         "model__base": str(tiny_model), "data__resolution": 256, "optimizer__name": "adamw8bit",
         "training__train_batch_size": 64, "prior__enabled": False,
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def opened(tiny) -> Planner:
+    """A planner for that run with everything left open; its traces serve several tests."""
+    return Planner(make_run(make_config(**tiny)))
 
 
 @pytest.mark.long
@@ -88,19 +96,31 @@ def test_refusal_names_what_the_file_gives_and_leaving_it_out_works(tiny):
         plan(config, Target(card=ASSUMED, budget_bytes=int(budgets[1] * GIB)))
 
 
-def test_nothing_is_named_where_nothing_is_given(tiny):
+def test_nothing_is_named_where_nothing_is_given(opened):
     with pytest.raises(BudgetError, match="that is enough is") as raised:
-        plan(make_config(**tiny), Target(card=ASSUMED, budget_bytes=GIB // 2))
+        opened.plan(GIB // 2)
     assert "The configuration sets" not in str(raised.value)
 
 
-def test_fields_that_change_nothing_are_not_in_the_way(tiny):
+def test_no_step_is_traced_twice_to_name_what_is_in_the_way(tiny, opened, monkeypatch):
+    def trace_once(run):
+        assert ("train", key_of(run.config, "train")) not in opened.traces.phases
+        return trace_train(run)
+
+    opened.smallest()
+    monkeypatch.setattr(predictor, "trace_train", trace_once)
+    given = Planner(make_run(make_config(**tiny, memory__checkpointing="layers")), opened.traces)
+    with pytest.raises(BudgetError, match=r"The configuration sets memory\.checkpointing=layers"):
+        given.plan(GIB // 2)
+
+
+def test_fields_that_change_nothing_are_not_in_the_way(tiny, opened):
     given = {"memory__checkpointing": "layers", "memory__weights": "bf16_stochastic", "training__clipping": "lagged"}
     config = make_config(**tiny | given)
     assert [field.path for field in given_fields(config)] == [
         "memory.weights", "memory.checkpointing", "training.clipping",
     ]  # fmt: skip
-    opened = Planner(make_run(without(config, given_fields(config))))
+    assert without(config, given_fields(config)) == opened.run.config
     named = in_the_way(config, opened.needs, opened.smallest())
     assert [field.path for field in named] == ["memory.checkpointing"]
 

@@ -79,3 +79,13 @@ def test_fields_that_are_newer_than_the_run_have_not_changed(run: RunFolder) -> 
     check_run_folder(run, with_choices_of_run(run, config_of({})), resume=True)
     with pytest.raises(CheckpointError, match=r"data\.resolution from 512 to 64"):
         check_run_folder(run, with_choices_of_run(run, config_of({"data.resolution": 64})), resume=True)
+
+
+def test_a_run_does_not_go_on_to_fewer_steps_than_it_has(run: RunFolder) -> None:
+    """It would never end."""
+    run.write_checkpoint(5, lambda folder: None)
+    fewer = with_choices_of_run(run, config_of({"training.max_train_steps": 4}))
+    with pytest.raises(ConfigError, match=r"max_train_steps: 4, .*allowed: 5 or more.*--step N; .* checkpoint-3$"):
+        check_run_folder(run, fewer, resume=True)
+    check_run_folder(run, fewer, resume=True, step=3)
+    check_run_folder(run, with_choices_of_run(run, config_of({"training.max_train_steps": 5})), resume=True)

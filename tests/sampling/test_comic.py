@@ -48,8 +48,10 @@ panels:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("panels: []", "panels: '[]': list should have at least 1 item"),
+        ("panels: []", "panels: is empty; allowed: panels: [{prompt: "),
         ("title: x", "panels: is missing"),
+        ("panels: a dog", "panels: 'a dog' is no list of panels; allowed: panels: [{prompt: "),
+        ("panels: [{prompt: ' '}]", "panels[0].prompt: is empty; write what is drawn"),
         ("- a dog", "is not a script of panels"),
         ("panels: [a dog]", "panels[0]: 'a dog' is no panel; allowed: {prompt: 'a dog', words: 'Time to eat!'}"),
         ("panels: [{words: hello}]", "panels[0].prompt: is missing"),

@@ -2,12 +2,20 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lowmem_db.config.schema import Config
 from lowmem_db.errors import DataError
-from lowmem_db.sampling.prompts import collect_prompts, read_prompt_file, read_suite, subject_names, suite_names
+from lowmem_db.sampling.prompts import (
+    collect_prompts,
+    fill_in,
+    read_prompt_file,
+    read_suite,
+    subject_names,
+    suite_names,
+)
 
 SIZES = {
     "objects": 25, "live_subjects": 25, "art_renditions": 8, "view_synthesis": 5, "property_modification": 10,
@@ -37,6 +45,13 @@ def test_suite_has_its_prompts_with_every_placeholder_filled(name: str) -> None:
 def test_names_with_braces_are_kept() -> None:
     prompts = read_suite("objects", identifier="{0}", class_noun="{class_noun}")
     assert prompts[0] == "a {0} {class_noun} in the jungle"
+
+
+def test_misspelt_name_in_braces_is_refused() -> None:
+    names: dict[str, Any] = {"identifier": "{x}", "class_noun": "dog", "run_config": None}
+    assert fill_in("--comic", ["a {identifier} {class_noun}"], **names) == ["a {x} dog"]
+    with pytest.raises(DataError, match=r"--comic: 'a \{token\} dog': \{token\} stands for nothing; allowed: "):
+        fill_in("--comic", ["a {token} dog"], **names)
 
 
 def test_unknown_suite_lists_the_known_ones() -> None:

@@ -31,7 +31,7 @@ def fill(root: Path, start: object, made: object) -> None:
 
 
 def test_an_entry_is_made_once_by_all_processes_together(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     start, made = context.Barrier(3), context.Queue()
     processes = [context.Process(target=fill, args=(tmp_path, start, made)) for _ in range(3)]
     for process in processes:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowmem_db.errors import ModelError
-from lowmem_db.storage.places import DEMO_DIR, LORA_FILE, absolute_base, place_of
+from lowmem_db.storage.places import DEMO_DIR, EMBEDDING_FILE, LORA_FILE, absolute_base, place_of
 
 
 def make(root: Path, *files: str) -> Path:
@@ -30,6 +30,7 @@ def test_places_of_models(tmp_path: Path) -> None:
     file = make(tmp_path, "one.safetensors") / "one.safetensors"
     assert place_of("demo") == DEMO_DIR
     assert place_of("demo_if") == DEMO_DIR.parent / "if"
+    assert place_of("demo_if_ii") == DEMO_DIR.parent / "if_ii"
     assert place_of(str(folder)) == folder
     assert place_of(str(run)) == run / "final"
     assert place_of(str(file)) == file
@@ -60,6 +61,16 @@ def test_folder_of_the_hub_s_cache_stands_for_its_snapshot(tmp_path: Path) -> No
             "is a run without a final model; .*lowmem-db train {root}/dog/config.yaml --resume",
         ),
         (["dog/config.yaml", f"dog/final/{LORA_FILE}"], "dog", "holds a LoRA .*lowmem-db export {root}/dog --merge"),
+        (
+            ["dog/config.yaml", f"dog/final/{EMBEDDING_FILE}"],
+            "dog",
+            "has learned a word .*Name the base of that run, and the word beside it: model.embeddings={root}/dog",
+        ),
+        (
+            ["dog/config.yaml", *(f"dog/checkpoints/step-000003/{name}" for name in ("COMPLETE", "ema.safetensors"))],
+            "dog/checkpoints/step-000003",
+            "is a checkpoint of a run; .*lowmem-db generate {root}/dog --step N",
+        ),
         ([f"dog/{LORA_FILE}"], "dog", "holds a LoRA"),
         ([f"dog/{LORA_FILE}"], f"dog/{LORA_FILE}", "holds a LoRA"),
         (

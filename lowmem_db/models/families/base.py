@@ -250,6 +250,10 @@ class Family:
         """Return the number of pixels that heights and widths must be multiples of."""
         return self.space(files).cell
 
+    def drawing_step(self, files: ModelFiles) -> int:
+        """Return the number of pixels that heights and widths of drawn pictures must be multiples of."""
+        return self.space(files).cell
+
     def predict(
         self, denoiser: nn.Module, noisy: Float[Tensor, "b c h w"], timesteps: Tensor, conditioning: Conditioning
     ) -> Float[Tensor, "b c h w"]:

@@ -150,6 +150,13 @@ class DeepFloydIF(Family):
         """Return the pixels per position at the lowest level of the UNet."""
         return 2 ** (len(files.config_of("unet")["block_out_channels"]) - 1)
 
+    def drawing_step(self, files: ModelFiles) -> int:
+        """Return the same: its blocks double sizes on the way up, and odd ones would not meet those from the way down.
+
+        The UNet of Stable Diffusion has blocks that are told their size.
+        """
+        return self.size_step(files)
+
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Float[Tensor, "b 3 h w"]:
