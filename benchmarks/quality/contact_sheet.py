@@ -53,4 +53,4 @@ def _shrunk(image: Image.Image) -> Image.Image:
 def save_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path, colours: int = COLOURS) -> None:
     """Save labelled rows as a PNG of few colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(rows).quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
+    labelled_grid(rows, least_width=THUMBNAIL).quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -17,7 +17,6 @@ from lowmem_db.storage.disk import check_path
 GRID_FILE = "grid.png"
 _MARGIN = 4
 _LABEL_HEIGHT = 18
-_LEAST_WIDTH = 96
 
 
 def to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
@@ -75,13 +74,14 @@ def save_rows(
         raise as_storage_error(error, folder) from error
 
 
-def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, least_width: int = 96) -> Image.Image:
     """Return one picture with a row for each label and the label above it.
 
     Args:
-        rows: Labels and pictures, all of one size. Small pictures are shown a whole number of times as large.
+        rows: Labels and pictures, all of one size.
+        least_width: Pictures that are narrower, in pixels, are shown a whole number of times as large.
     """
-    times = -(-_LEAST_WIDTH // rows[0][1][0].width)
+    times = -(-least_width // rows[0][1][0].width)
     width, height = (times * side for side in rows[0][1][0].size)
     columns = max(len(pictures) for _, pictures in rows)
     row_height = height + _LABEL_HEIGHT + _MARGIN

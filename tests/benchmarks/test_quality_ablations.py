@@ -97,6 +97,8 @@ def test_the_recipe_of_the_demo_has_class_images_of_other_nouns(variant: str, tm
         "demo_early_no_noun": ("a sks", "cup"),
         "demo_common_word": ("a pink cup", "cup"),
         "demo_random_letters": ("a xxy5syt00 cup", "cup"),
+        "demo_early_common_word": ("a pink cup", "cup"),
+        "demo_early_random_letters": ("a xxy5syt00 cup", "cup"),
         "demo_textual_inversion": ("a <subject>", "cup"),
     }.get(variant, ("a sks cup", "cup"))
     assert (config.subject.instance_prompt, config.subject.class_prompt) == (instance, f"a {noun}")
