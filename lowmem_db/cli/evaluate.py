@@ -207,22 +207,22 @@ def _print_json(value: Any) -> None:
 def _print_report(report: dict[str, Any], output: Path) -> None:
     from rich.table import Table
 
-    from lowmem_db.evaluation.report import comparison_rows, metric_rows, remarks
+    from lowmem_db.evaluation.report import comparison_rows, metric_rows, remarks, subject_rows
 
     out = results()
-    header, *rows = metric_rows(report)
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
+
+    def show(rows: list[list[str]], title: str | None = None) -> None:
+        if len(rows) > 1:
+            table = Table(*rows[0], title=title)
+            for row in rows[1:]:
+                table.add_row(*row)
+            out.print(table)
+
+    show(metric_rows(report))
+    show(subject_rows(report))
     for remark in remarks(report):
         out.print(remark)
-    header, *rows = comparison_rows(report)
-    if rows:
-        table = Table(*header, title="compared with arXiv:2208.12242")
-        for row in rows:
-            table.add_row(*row)
-        out.print(table)
+    show(comparison_rows(report), "compared with arXiv:2208.12242")
     typer.echo(output / "evaluation.json")
 
 

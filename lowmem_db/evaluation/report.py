@@ -130,6 +130,20 @@ def metric_rows(report: Mapping[str, Any]) -> list[list[str]]:
     return [header, *rows]
 
 
+def subject_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return a table with a row for each of several subjects or runs, header first; nothing for one."""
+    if len(report["subjects"]) < 2:
+        return []
+    names = [name for name, found in report["metrics"].items() if found["value"] is not None]
+    return [
+        ["", *names],
+        *(
+            [subject, *(_number(found["metrics"].get(name, {}).get("value")) for name in names)]
+            for subject, found in report["subjects"].items()
+        ),
+    ]
+
+
 def remarks(report: Mapping[str, Any]) -> list[str]:
     """Return remarks to the table: the encoders, why metrics are missing, and the failures of figure 9."""
     metrics = report["metrics"].items()

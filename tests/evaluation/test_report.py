@@ -10,7 +10,15 @@ from PIL import Image, ImageOps
 from lowmem_db import environment
 from lowmem_db.evaluation.encoders import EncoderFiles, find_encoders
 from lowmem_db.evaluation.folders import Limits, SubjectFiles, find_subjects
-from lowmem_db.evaluation.report import comparison_rows, evaluate, metric_rows, paper_rows, remarks, write_report
+from lowmem_db.evaluation.report import (
+    comparison_rows,
+    evaluate,
+    metric_rows,
+    paper_rows,
+    remarks,
+    subject_rows,
+    write_report,
+)
 from tests.evaluation.conftest import CPU, PHOTOGRAPHS, write_images
 
 
@@ -145,6 +153,16 @@ def test_table_stands_beside_the_papers() -> None:
     assert ["DreamBooth (Stable Diffusion)", "0.668", "-", "0.305", "0.803"] in others
     assert ["Table 3, Imagen without it", "0.712", "0.664", "0.306", "0.828"] in others
     assert comparison_rows(report | {"paper": {}}) == [[""]]
+
+
+def test_several_subjects_or_runs_have_a_row_each(subjects: list[SubjectFiles]) -> None:
+    report = evaluate(subjects, find_encoders(["en0"]), CPU)
+    header, *rows = subject_rows(report)
+    assert header == ["", "EN0-I", "EN0-DIV"]
+    assert [row[0] for row in rows] == ["dog3", "robot_toy"]
+    mean = sum(float(row[1]) for row in rows) / 2
+    assert mean == pytest.approx(report["metrics"]["EN0-I"]["value"], abs=1e-3)
+    assert subject_rows(evaluate(subjects[:1], find_encoders(["en0"]), CPU)) == []
 
 
 def test_tables_say_what_is_better_and_what_is_missing(subjects: list[SubjectFiles]) -> None:
