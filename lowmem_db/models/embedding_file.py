@@ -168,6 +168,7 @@ def _tensors_in(file: Path, content: Any) -> tuple[dict[str, Tensor], str | None
 def _as_rows(file: Path, tensor: Tensor) -> Tensor:
     rows = tensor.detach().float()
     rows = rows[None] if rows.dim() == 1 else rows
-    if rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
-        raise ModelError(f"model.embeddings: {file} holds a tensor of shape {tuple(tensor.shape)} that is no embedding")
+    if not tensor.is_floating_point() or rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
+        kind = f"{str(tensor.dtype).removeprefix('torch.')} tensor of shape {tuple(tensor.shape)}"
+        raise ModelError(f"model.embeddings: {file} holds a {kind} that is no embedding; allowed: {_ALLOWED}")
     return rows

@@ -65,13 +65,13 @@ def read_run(folder: Path) -> RunRecord:
         raise CheckpointError(f"RUN: {folder} is not a folder; give the output_dir of a run")
     try:
         config = _parsed(read_text(run.config_file))
-    except (OSError, YamlError) as error:
+    except (OSError, ValueError, YamlError) as error:
         raise CheckpointError(
             f"RUN: {folder} has no readable config.yaml ({error}); give the output_dir of a run, which holds one"
         ) from error
     return RunRecord(
         run=run,
-        config=_mapping(config),
+        config=config,
         rows=read_rows(run.metrics_file),
         scores=read_rows(run.scores_file),
         plan=_mapping(read_json(folder / "plan.json")),
@@ -105,9 +105,16 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 @lru_cache(maxsize=64)
-def _parsed(text: str) -> Any:
-    """Return the value of a YAML text, which is not to be changed: the page of a run that goes on is written often."""
-    return parse_yaml(text)
+def _parsed(text: str) -> Mapping[str, Any]:
+    """Return the fields of a YAML text: kept, because the page of a run that goes on is written often.
+
+    Raises:
+        ValueError: It has none.
+    """
+    fields = parse_yaml(text)
+    if not isinstance(fields, Mapping):
+        raise ValueError("it holds no fields")
+    return fields
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -67,7 +67,16 @@ class Evil:
 
 @pytest.mark.parametrize(
     "content",
-    [Evil(), {"a": ROWS, "b": ROWS}, {}, [ROWS], {"a": "b"}, {"a": torch.ones(1, 2, 3)}, {"a": ROWS / 0}],
+    [
+        Evil(),
+        {"a": ROWS, "b": ROWS},
+        {},
+        [ROWS],
+        {"a": "b"},
+        {"a": torch.ones(1, 2, 3)},
+        {"a": ROWS / 0},
+        {"a": ROWS.long()},
+    ],
 )
 def test_other_content_is_refused(tmp_path: Path, content: object, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(content, tmp_path / "file.pt")

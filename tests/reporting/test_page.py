@@ -96,7 +96,7 @@ def test_odd_files_give_a_page(run_folder, name, content):
     assert "</html>" in render([read_run(run_folder)])
 
 
-@pytest.mark.parametrize("config", [None, "[1", "x: " + "[" * 100])
+@pytest.mark.parametrize("config", [None, "", "- a list", "[1", "x: " + "[" * 100])
 def test_a_folder_that_is_no_run_is_named(run_folder, config):
     (run_folder / "config.yaml").unlink() if config is None else (run_folder / "config.yaml").write_text(config)
     with pytest.raises(CheckpointError, match="give the output_dir of a run"):
