@@ -75,8 +75,8 @@ def printable(text: str) -> str:
     return _CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def quoted(path: Path) -> str:
-    """Return a path as it is written in a command, in quotation marks if the shell needs them."""
+def quoted(path: Path | str) -> str:
+    """Return a path or a name as it is written in a command, in quotation marks if the shell needs them."""
     return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
 
 

@@ -118,9 +118,13 @@ def generate(
     from lowmem_db.sampling.prompts import collect_prompts
 
     del list_suites  # answered by its callback
-    _refuse_without_effect(comic, {"--prompt": prompt, "--prompt-file": prompt_file, "--suite": suite}, as_comic=True)
-    names = {"--identifier": identifier, "--class-noun": class_noun}
-    _refuse_without_effect(comic or suite, names, as_comic=False)
+    if comic and (given := _given({"--prompt": prompt, "--prompt-file": prompt_file, "--suite": suite})):
+        raise ConfigError(f"{given}: no effect with --comic, whose script has the prompts; leave it out")
+    if not (comic or suite) and (given := _given({"--identifier": identifier, "--class-noun": class_noun})):
+        raise ConfigError(
+            f"{given}: is for the prompts of --suite and --comic, and there are none; leave it out, or write it into "
+            "the prompt"
+        )
     check_source(source, base, upscale or ())
 
     from lowmem_db import api
@@ -161,13 +165,5 @@ def generate(
         typer.echo(output / ("grid.png" if comic is None else "comic.png"))
 
 
-def _refuse_without_effect(mode: object, options: Mapping[str, object], *, as_comic: bool) -> None:
-    """Refuse options that have no effect with a comic, or that have one with a suite or a comic alone."""
-    given = ", ".join(name for name, value in options.items() if value)
-    if given and as_comic and mode:
-        raise ConfigError(f"{given}: no effect with --comic, whose script has the prompts; leave it out")
-    if given and not as_comic and not mode:
-        raise ConfigError(
-            f"{given}: is for the prompts of --suite and --comic, and there are none; leave it out, or write it into "
-            "the prompt"
-        )
+def _given(options: Mapping[str, object]) -> str:
+    return ", ".join(name for name, value in options.items() if value)

@@ -22,8 +22,6 @@ from lowmem_db.errors import ConfigError
 
 Tree = dict[str, Any]
 _SHOWN_CHARACTERS = 300
-_WITHOUT_SPACES = "it must be one word, without spaces"
-"""The only pattern that a field has."""
 
 
 def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> Config:
@@ -193,13 +191,12 @@ def _describe(field: str, problems: list[dict[str, Any]]) -> str:
     if problem["type"] == "missing":
         return f"{field}: is missing; set {field}=VALUE"
     if problem["input"] is None:
-        return f"{field}: null is not allowed: it is empty; set {field}=VALUE"
+        return f"{field}: null is not allowed: it must have a value; set {field}=VALUE"
     if problem["type"] == "tuple_type":
         return (
             f"{field}: {show(problem['input'])} is not allowed: it must be a list, such as {field}=[{problem['input']}]"
         )
-    said = [_WITHOUT_SPACES if found["type"] == "string_pattern_mismatch" else found["msg"] for found in problems]
-    said = [message.removeprefix("Value error, ") for message in said]
+    said = [found["msg"].removeprefix("Value error, ") for found in problems]
     messages = dict.fromkeys(message[0].lower() + message[1:] for message in said)
     return f"{field}: {show(problem['input'])} is not allowed: {', or '.join(messages)}"
 

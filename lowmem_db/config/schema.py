@@ -32,6 +32,12 @@ def _read_budget(value: object) -> object:
     return value if value == "auto" else parse_bytes(value)
 
 
+def _one_word(text: str) -> str:
+    if len(text.split()) != 1 or text != text.strip():
+        raise ValueError("it must be one word, without spaces")
+    return text
+
+
 def _refuse_rounded_bf16(value: object) -> object:
     """Explain why weights that are rounded to the nearest bf16 do not train."""
     if value == "bf16":
@@ -315,7 +321,7 @@ class TextualInversionConfig(Section):
 
     enabled: bool = False
     """Learn an embedding instead of changing the weights."""
-    token: Annotated[str, Field(pattern=r"^\S+$")] = "<subject>"
+    token: Annotated[str, AfterValidator(_one_word)] = "<subject>"
     """Spelling of the new word, without spaces; prompts use it: ``a <subject>``."""
     initializer: str | None = None
     """Word that the embedding starts as, one token such as ``dog``. Default: the last word of

@@ -77,7 +77,7 @@ def check_prompts(config: Config, model: ModelFolder, photos: list[ImageRecord])
     if config.textual_inversion.enabled:
         return  # the new word is the identifier
     for name in model.family.names_of("tokenizer")[:1]:
-        tokenizer, listed_by = model.load(name), f"lowmem-db identifiers {quoted(Path(config.model.base))}"
+        tokenizer, listed_by = model.load(name), f"lowmem-db identifiers {quoted(config.model.base)}"
         for subject in config.subjects:
             if any(word.token in subject.instance_prompt for word in model.words):
                 continue  # a learned word is the identifier

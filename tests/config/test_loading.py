@@ -330,10 +330,10 @@ def test_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
     ("argument", "said"),
     [
         ("sampling.prompts=a dog", "sampling.prompts: 'a dog' is not allowed: it must be a list, such as "),
-        ("output_dir=", "output_dir: null is not allowed: it is empty; set output_dir=VALUE"),
+        ("output_dir=", "output_dir: null is not allowed: it must have a value; set output_dir=VALUE"),
         (
             "subject.instance_prompt=null",
-            "subject.instance_prompt: null is not allowed: it is empty; set subject.instance_prompt=VALUE",
+            "subject.instance_prompt: null is not allowed: it must have a value; set subject.instance_prompt=VALUE",
         ),
     ],
 )
