@@ -1,6 +1,7 @@
 """The list of the paper's questions on ten drawn subjects, in the recipe of ``configs/demo.yaml`` with 300 steps."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.quality.subjects import TEN
@@ -98,6 +99,71 @@ OF_ONE_TOKEN = NAMES[1:6]
 """The first five whose noun is one token of the base, as the word of Textual Inversion has to begin."""
 IN_CONTEXT, OF_CLASS = "ID-I context", "ID-PRES"
 
+TABLE_4 = Ablation(
+    title="Class noun right, wrong, missing (Table 4)",
+    question="The wrong noun is drawn at random from those of the ten subjects "
+    "(`benchmarks.quality.subjects.RANDOM_NOUNS`), and the class images are of it. With no noun (`a sks`) they are "
+    "of the right one.",
+    labels={
+        "demo": "right",
+        "demo_random_noun": "wrong",
+        "demo_no_noun": "none",
+        "demo_untrained": "untrained base, right noun",
+    },
+    reference="demo",
+    metrics=(FIDELITY, IDENTITY, IN_CONTEXT, PRESERVATION, OF_CLASS, DIVERSITY, CLASS_KEPT, PLACE),
+    paper={
+        (FIDELITY, "demo_random_noun"): -1,
+        (IDENTITY, "demo_random_noun"): -1,
+        (FIDELITY, "demo_no_noun"): -1,
+        (IDENTITY, "demo_no_noun"): -1,
+    },
+    paper_text="Table 4 (Imagen, 5 subjects; the wrong noun is drawn at random).",
+    subjects=NAMES,
+    seeds=(0, 1),
+    figures={
+        "demo": "DINO 0.744, CLIP-I 0.853",
+        "demo_random_noun": "DINO 0.454, CLIP-I 0.728",
+        "demo_no_noun": "DINO 0.303, CLIP-I 0.607",
+    },
+)
+
+IDENTIFIERS = Ablation(
+    title="Identifier: rare token, common word, random letters (section 3.2)",
+    question="`a sks shoe`, `a pink shoe`, `a xxy5syt00 shoe`.",
+    labels={
+        "demo": "rare token",
+        "demo_common_word": "common word",
+        "demo_random_letters": "random letters",
+        "demo_untrained": "untrained base",
+    },
+    reference="demo",
+    metrics=(FIDELITY, IDENTITY, IN_CONTEXT, OF_CLASS, CLASS_KEPT, PLACE),
+    paper={
+        (metric, f"demo_{words}"): -1 for words in ("common_word", "random_letters") for metric in (FIDELITY, IDENTITY)
+    },
+    paper_text="Section 3.2, in words: existing words are “suboptimal”, random characters have “similar weaknesses”.",
+    subjects=FIVE,
+)
+
+
+def _early(late: Ablation, **texts: str) -> Ablation:
+    """Return the same with a third of the steps, which the paper has no figures of, and one seed."""
+
+    def early(name: str) -> str:
+        return name.replace("demo", "demo_early", 1) if VARIANTS[name].trained else name
+
+    return replace(
+        late,
+        labels={early(name): label for name, label in late.labels.items()},
+        reference=early(late.reference),
+        paper={(metric, early(name)): direction for (metric, name), direction in late.paper.items()},
+        figures={},
+        seeds=(0,),
+        **texts,
+    )
+
+
 ABLATIONS: Mapping[str, Ablation] = {
     "table_3": Ablation(
         title="Prior preservation on and off (Table 3, figures 6 and 19)",
@@ -121,53 +187,12 @@ ABLATIONS: Mapping[str, Ablation] = {
             "demo_without_prior": "DINO 0.712, PRES 0.664, DIV 0.371",
         },
     ),
-    "table_4": Ablation(
-        title="Class noun right, wrong, missing (Table 4)",
-        question="The wrong noun is drawn at random from those of the ten subjects "
-        "(`benchmarks.quality.subjects.RANDOM_NOUNS`), and the class images are of it. With no noun (`a sks`) they are "
-        "of the right one.",
-        labels={
-            "demo": "right",
-            "demo_random_noun": "wrong",
-            "demo_no_noun": "none",
-            "demo_untrained": "untrained base, right noun",
-        },
-        reference="demo",
-        metrics=(FIDELITY, IDENTITY, IN_CONTEXT, PRESERVATION, OF_CLASS, DIVERSITY, CLASS_KEPT, PLACE),
-        paper={
-            (FIDELITY, "demo_random_noun"): -1,
-            (IDENTITY, "demo_random_noun"): -1,
-            (FIDELITY, "demo_no_noun"): -1,
-            (IDENTITY, "demo_no_noun"): -1,
-        },
-        paper_text="Table 4 (Imagen, 5 subjects; the wrong noun is drawn at random).",
-        subjects=NAMES,
-        seeds=(0, 1),
-        figures={
-            "demo": "DINO 0.744, CLIP-I 0.853",
-            "demo_random_noun": "DINO 0.454, CLIP-I 0.728",
-            "demo_no_noun": "DINO 0.303, CLIP-I 0.607",
-        },
-    ),
-    "table_4_early": Ablation(
+    "table_4": TABLE_4,
+    "table_4_early": _early(
+        TABLE_4,
         title="Class noun right, wrong, missing, after a third of the steps",
         question="Does a wrong noun only slow learning down, so that 300 steps hide it? 100 steps, all else as above.",
-        labels={
-            "demo_early": "right",
-            "demo_early_random_noun": "wrong",
-            "demo_early_no_noun": "none",
-            "demo_untrained": "untrained base, right noun",
-        },
-        reference="demo_early",
-        metrics=(FIDELITY, IDENTITY, IN_CONTEXT, PRESERVATION, OF_CLASS, DIVERSITY, CLASS_KEPT, PLACE),
-        paper={
-            (FIDELITY, "demo_early_random_noun"): -1,
-            (IDENTITY, "demo_early_random_noun"): -1,
-            (FIDELITY, "demo_early_no_noun"): -1,
-            (IDENTITY, "demo_early_no_noun"): -1,
-        },
         paper_text="Table 4, as above.",
-        subjects=NAMES,
     ),
     "table_5": Ablation(
         title="One to five pictures of the subject (Table 5)",
@@ -210,44 +235,12 @@ ABLATIONS: Mapping[str, Ablation] = {
         paper_text="Table 5, as above.",
         subjects=FIVE,
     ),
-    "identifiers": Ablation(
-        title="Identifier: rare token, common word, random letters (section 3.2)",
-        question="`a sks shoe`, `a pink shoe`, `a xxy5syt00 shoe`.",
-        labels={
-            "demo": "rare token",
-            "demo_common_word": "common word",
-            "demo_random_letters": "random letters",
-            "demo_untrained": "untrained base",
-        },
-        reference="demo",
-        metrics=(FIDELITY, IDENTITY, IN_CONTEXT, OF_CLASS, CLASS_KEPT, PLACE),
-        paper={
-            (metric, f"demo_{words}"): -1
-            for words in ("common_word", "random_letters")
-            for metric in (FIDELITY, IDENTITY)
-        },
-        paper_text="Section 3.2, in words: existing words are “suboptimal”, random characters have “similar "
-        "weaknesses”.",
-        subjects=FIVE,
-    ),
-    "identifiers_early": Ablation(
+    "identifiers": IDENTIFIERS,
+    "identifiers_early": _early(
+        IDENTIFIERS,
         title="Identifier, after a third of the steps",
         question="Has a word that means something to be unlearnt first? 100 steps, all else as above.",
-        labels={
-            "demo_early": "rare token",
-            "demo_early_common_word": "common word",
-            "demo_early_random_letters": "random letters",
-            "demo_untrained": "untrained base",
-        },
-        reference="demo_early",
-        metrics=(FIDELITY, IDENTITY, IN_CONTEXT, OF_CLASS, CLASS_KEPT, PLACE),
-        paper={
-            (metric, f"demo_early_{words}"): -1
-            for words in ("common_word", "random_letters")
-            for metric in (FIDELITY, IDENTITY)
-        },
         paper_text="Section 3.2, as above: existing words have to be disentangled from their meaning.",
-        subjects=FIVE,
     ),
     "saving_memory": Ablation(
         title="Does saving memory cost quality?",
