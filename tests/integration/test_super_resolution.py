@@ -234,6 +234,12 @@ def test_stage_that_is_not_fine_tuned_is_told_what_a_learned_word_began_as(
     assert stage.prompts(["a <z> in the snow", "a cat"], config) == [f"a {config.initializer} in the snow", "a cat"]
 
 
+def test_guidance_is_that_of_the_pipeline_but_for_the_small_model(stage_2: Path) -> None:
+    stages = find_stages([str(stage_2), "demo_if_ii"])
+    assert [stage.settings.guidance_scale for stage in stages] == [4.0, 2.0]
+    assert [stage.as_json()["guidance_scale"] for stage in stages] == [4.0, 2.0]
+
+
 def test_plan_has_no_phase_that_draws(fields: dict[str, object]) -> None:
     config = config_of(fields)
     found = plan(config, target_of_device(config, CPU))
