@@ -14,15 +14,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lowmem_db.config.schema import TextualInversionConfig
+
 METHODS = ("dreambooth", "textual_inversion")
-WORD = "<subject>"
+WORD = TextualInversionConfig().token
 A_WORD_ALONE = (
-    "prior.enabled=false", "prior.class_prompts=[]", "training.train_text_encoder=false", "lora.enabled=false",
-    "training.learning_rate=5e-6", "training.learning_rate_text_encoder=null", "ema.enabled=false",
-    "training.lr_scheduler=constant", "training.lr_warmup_steps=0",
-    "textual_inversion.enabled=true", f"textual_inversion.token={WORD}", f"subject.instance_prompt=a {WORD}",
+    "textual_inversion.enabled=true", f"subject.instance_prompt=a {WORD}", "prior.class_prompts=[]",
+    "training.train_text_encoder=false", "lora.enabled=false", "training.learning_rate=5e-6",
+    "training.learning_rate_text_encoder=null", "ema.enabled=false", "training.lr_scheduler=constant",
+    "training.lr_warmup_steps=0",
 )  # fmt: skip
-"""Fields of Textual Inversion; no weight learns, whatever its rate."""
+"""Fields of Textual Inversion, which takes back what a configuration says of weights and of class images."""
 
 
 def commands(
