@@ -1,5 +1,6 @@
 """Fixtures: a tiny model, photos, and a configuration that trains it in a second."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from lowmem_db.config.schema import Config
 from tests.tiny_models import RESOLUTION, write_tiny_model, write_tiny_sdxl
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: two run at a time, on two cores
 settings.register_profile("lowmem_db", deadline=None)  # timing never decides a test
 settings.load_profile("lowmem_db")
 
