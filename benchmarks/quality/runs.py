@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from benchmarks.demo_base.captions import article
 from benchmarks.quality.subjects import Subject
-from benchmarks.quality.ten_subjects import LIKE_DEMO
-from benchmarks.quality.variants import NUM_IMAGES, RECIPE, Variant, further_class_prompts
+from benchmarks.quality.variants import NUM_IMAGES, RECIPE, Variant
 from lowmem_db.config.loading import load_config
 from lowmem_db.config.schema import Config
 from lowmem_db.config.strategy import resolve
@@ -76,7 +75,7 @@ def base_key(model: ModelFolder) -> str:
 
 def recipe_of(variant: Variant) -> dict[str, Any]:
     """Return everything that a row depends on beside base, subject and seed."""
-    mixture = {"class_prompts": ["a noun", *further_class_prompts("noun")]} if variant.mixes_class_images else {}
+    mixture = {"class_prompts": ["a noun", *variant.further("noun")]} if variant.further else {}
     return {
         **RECIPE,
         **variant.fields,
@@ -124,8 +123,8 @@ def config_of(variant: Variant, subject: Subject, seed: int, pictures: Path, wor
         "subject.instance_prompt": variant.instance_prompt(subject),
         "subject.class_prompt": article(variant.class_noun(subject)),
     }
-    if variant.mixes_class_images and variant.fields.get("prior.enabled", True):
-        fields["prior.class_prompts"] = further_class_prompts(variant.class_noun(subject))
+    if variant.further and variant.fields.get("prior.enabled", True):
+        fields["prior.class_prompts"] = variant.further(variant.class_noun(subject))
     return load_config(None, list(fields.items()))
 
 
@@ -143,7 +142,7 @@ def run(variant: Variant, subject: Subject, seed: int, work: Path) -> tuple[dict
 
 def scores_of(drawn: Drawn, subject: Subject, variant: Variant, work: Path) -> dict[str, float]:
     """Return what a row holds of the images of a run."""
-    of_class = _embed_class(subject, work, mixed=variant.mixes_class_images)
+    of_class = _embed_class(subject, work, variant.further, _of_class_images(variant))
     scores = score(_encoder(), drawn, _embed_photos(subject), of_class)
     scores |= identify(_identity(), drawn, _identify_photos(subject))
     scores |= read_captions(_classifier(), drawn, subject)
@@ -302,11 +301,18 @@ def _embed_photos(subject: Subject) -> Float[Tensor, "m d"]:
     return _encoder().embed_images([read_photo(path) for path in subject.pictures])
 
 
+def _of_class_images(variant: Variant) -> tuple[tuple[str, Any], ...]:
+    """Return the fields of a variant that its class images depend on; none where all are of the class."""
+    names = [name for name in variant.fields if name.startswith("prior.") and name != "prior.enabled"]
+    return tuple((name, variant.fields[name]) for name in names) if variant.further else ()
+
+
 @cache
-def _embed_class(subject: Subject, work: Path, *, mixed: bool) -> Float[Tensor, "n d"]:
+def _embed_class(
+    subject: Subject, work: Path, further: Callable[[str], list[str]] | None, fields: tuple[tuple[str, Any], ...]
+) -> Float[Tensor, "n d"]:
     """Embed the images of the class that the untrained base draws."""
-    variant = Variant(fields=LIKE_DEMO, mixes_class_images=True) if mixed else Variant()
-    config = config_of(variant, subject, 0, subject.folder, work)
+    config = config_of(Variant(fields=dict(fields), further=further), subject, 0, subject.folder, work)
     size = (config.data.resolution, config.data.resolution)
     drawn = prepare_class_images(config, find_model("demo"), CPU, {size: config.prior.num_class_images})[0]
     files = [

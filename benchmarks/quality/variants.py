@@ -1,6 +1,6 @@
 """What is compared: variants of one recipe, and the ablations that put them side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,7 +45,8 @@ class Variant:
         trained: Whether anything is trained; the base as it is otherwise.
         guidance_scale: Classifier-free guidance of the images that are scored.
         contexts: What follows the prompt of the photos when the subject is drawn in new places.
-        mixes_class_images: Whether some class images are of other nouns, as in ``configs/demo.yaml``.
+        further: Returns the prompts of further class images, some of other nouns, for a class noun; None: all class
+            images are of the class.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -55,7 +56,7 @@ class Variant:
     trained: bool = True
     guidance_scale: float = 1.0
     contexts: tuple[str, ...] = ("in the snow",)
-    mixes_class_images: bool = False
+    further: Callable[[str], list[str]] | None = None
 
     def noun_of(self, subject: Subject) -> str:
         """Return the noun that stands in the prompts; empty where it is missing."""
@@ -72,10 +73,10 @@ class Variant:
         return self.noun_of(subject) or subject.noun
 
 
-def further_class_prompts(noun: str) -> list[str]:
+def with_animals(noun: str) -> list[str]:
     """Return the prompts that make five eighths of the class images of a noun, and three of others.
 
-    They are those of ``configs/demo.yaml``, with another animal where the noun is one of them.
+    Another animal stands in where the noun is one of them.
     """
     animal, flyer = "a cat" if noun != "cat" else "a dog", "a bird" if noun != "bird" else "a fish"
     own = article(noun)

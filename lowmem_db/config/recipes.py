@@ -101,7 +101,9 @@ def fields_for(wish: Wish) -> Tree:
         "instance_prompt": prompt,
         "class_prompt": class_prompt,
     }
-    tree.get("prior", {}).pop("class_prompts", None)  # of other nouns than the demo's dog
+    prior = tree.get("prior", {})
+    if "class_prompts" in prior:
+        prior["class_prompts"] = [_named(each, wish) for each in prior["class_prompts"] if _may_stay(each, wish)]
     if "textual_inversion" in tree:
         tree["textual_inversion"] |= {"initializer": wish.noun.split()[-1]}
     tree["sampling"] |= {"prompts": [prompt, f"{prompt} on the beach" if wish.recipe != "demo" else class_prompt]}
@@ -135,3 +137,8 @@ def _named(prompt: str, wish: Wish) -> str:
     """Return a prompt of a configuration in this package for another subject."""
     words = [{IDENTIFIER: wish.identifier, _NOUN: wish.noun}.get(word, word) for word in prompt.split()]
     return " ".join(words)
+
+
+def _may_stay(prompt: str, wish: Wish) -> bool:
+    """Return whether a prompt of further class images is of the class itself, or of a noun that has nothing of it."""
+    return _NOUN in prompt.split() or not {*wish.noun.lower().split()} & {*prompt.split()}

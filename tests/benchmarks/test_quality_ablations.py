@@ -12,8 +12,7 @@ from benchmarks.quality.make_subjects import SLUGS, STYLE
 from benchmarks.quality.results import read_rows
 from benchmarks.quality.runs import Drawn, config_of, read_captions, run
 from benchmarks.quality.subjects import BY_NAME, RANDOM_NOUNS, SUBJECTS, TEN, WRONG_NOUN_SEED, Subject, draw_wrong_nouns
-from benchmarks.quality.variants import Ablation, Variant, further_class_prompts, runs_of
-from lowmem_db.config.loading import load_config
+from benchmarks.quality.variants import Ablation, Variant, runs_of, with_animals
 from lowmem_db.evaluation.captions import Caption
 
 if TYPE_CHECKING:
@@ -107,22 +106,10 @@ def test_the_recipe_of_the_demo_has_class_images_of_other_nouns(variant: str, tm
     assert config.ema.enabled
 
 
-def test_the_recipe_is_that_of_the_demo_with_half_of_its_steps() -> None:
-    demo = load_config(Path("configs/demo.yaml"), [])
-    ours = config_of(VARIANTS["demo"], BY_NAME["drawn_dog"], 0, BY_NAME["drawn_dog"].folder, Path("work"))
-    assert ours.training.max_train_steps * 2 == demo.training.max_train_steps
-    assert ours.prior.class_prompts == demo.prior.class_prompts
-    for name in ("learning_rate", "learning_rate_text_encoder", "train_batch_size", "lr_scheduler", "lr_warmup_steps"):
-        assert getattr(ours.training, name) == getattr(demo.training, name)
-    assert ours.ema == demo.ema
-    assert ours.objective == demo.objective
-    assert ours.prior.num_class_images == demo.prior.num_class_images
-
-
 @pytest.mark.parametrize("noun", ["dog", "cat", "bird", "fish"])
 def test_class_images_of_other_nouns_leave_out_the_class_itself(noun: str) -> None:
-    own, others = f"a {noun}", [prompt for prompt in further_class_prompts(noun) if prompt != f"a {noun}"]
-    assert further_class_prompts(noun).count(own) == 4
+    own, others = f"a {noun}", [prompt for prompt in with_animals(noun) if prompt != f"a {noun}"]
+    assert with_animals(noun).count(own) == 4
     assert len(others) == 3
     assert not any(prompt.startswith(own) for prompt in others)
 

@@ -33,9 +33,12 @@ def test_a_recipe_differs_from_its_configuration_only_in_the_subject():
     assert made.model_dump(exclude={"subject", "output_dir", "sampling"}) == own
 
 
-def test_prompts_of_the_demos_class_images_are_not_taken_over():
-    assert load_config(Path("configs/demo.yaml")).prior.class_prompts
-    assert "class_prompts" not in fields_for(_wish(recipe="demo"))["prior"]
+def test_class_images_of_the_demo_are_of_the_new_class_and_of_nouns_that_have_nothing_of_it():
+    theirs = load_config(Path("configs/demo.yaml")).prior.class_prompts
+    kettles = fields_for(_wish(recipe="demo"))["prior"]["class_prompts"]
+    assert kettles == [prompt.replace("dog", "red kettle") for prompt in theirs if prompt != "a red car"]
+    assert fields_for(_wish(recipe="demo", noun="dog"))["prior"]["class_prompts"] == list(theirs)
+    assert "a cat" not in fields_for(_wish(recipe="demo", noun="Cat"))["prior"]["class_prompts"]
 
 
 def _flat(tree):
