@@ -22,6 +22,7 @@ IDENTIFIER = "sks"
 """The rare word of the configurations in this package."""
 MAX_LINES = 25
 _NOUN = "dog"
+_SMALL_WORDS = {"a", "an", "at", "in", "on", "the"}
 _WIDTH = 100
 _WORD = re.compile(r"[^\W_][\w-]*", re.UNICODE)
 _COMMENTS = {
@@ -141,4 +142,4 @@ def _named(prompt: str, wish: Wish) -> str:
 
 def _may_stay(prompt: str, wish: Wish) -> bool:
     """Return whether a prompt of further class images is of the class itself, or of a noun that has nothing of it."""
-    return _NOUN in prompt.split() or not {*wish.noun.lower().split()} & {*prompt.split()}
+    return _NOUN in prompt.split() or not {*wish.noun.lower().split()} & ({*prompt.split()} - _SMALL_WORDS)

@@ -39,6 +39,8 @@ def test_class_images_of_the_demo_are_of_the_new_class_and_of_nouns_that_have_no
     assert kettles == [prompt.replace("dog", "red kettle") for prompt in theirs if prompt != "a red car"]
     assert fields_for(_wish(recipe="demo", noun="dog"))["prior"]["class_prompts"] == list(theirs)
     assert "a cat" not in fields_for(_wish(recipe="demo", noun="Cat"))["prior"]["class_prompts"]
+    broken = fields_for(_wish(recipe="demo", noun="kettle with a hole in the lid"))["prior"]["class_prompts"]
+    assert len(broken) == len(theirs), "small words name nothing"
 
 
 def _flat(tree):
