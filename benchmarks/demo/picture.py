@@ -8,6 +8,7 @@ differs in it is the prompt.
 """
 
 import argparse
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from lowmem_db.config.schema import Config
 from lowmem_db.data.photos import read_photo, scan_photos
 from lowmem_db.engine.generate import generate_images
-from lowmem_db.engine.source import find_source
+from lowmem_db.engine.source import ImageSource, find_source
 from lowmem_db.sampling.latents import SamplingSettings
 
+CPU = torch.device("cpu")
 FIRST_SEED = 100
 """Of the first column; each further column has the next."""
 OF_SUBJECT = (
@@ -61,42 +63,64 @@ def compose(rows: list[Row]) -> Image.Image:
     return sheet
 
 
+def settings_of(config: Config, *, tiny: bool) -> SamplingSettings:
+    """Return how the samples of a run are drawn, in one step if ``tiny``."""
+    return SamplingSettings(
+        sampler=config.sampling.sampler,
+        num_inference_steps=1 if tiny else config.sampling.num_inference_steps,
+        guidance_scale=config.sampling.guidance_scale,
+    )
+
+
+def draw(
+    source: ImageSource,
+    columns: Iterable[Sequence[str]],
+    settings: SamplingSettings,
+    *,
+    resolution: int,
+    device: torch.device = CPU,
+) -> list[list[Image.Image]]:
+    """Return rows of images: one for each prompt of a column, whose images start from the same noise."""
+    drawn = [
+        generate_images(
+            source,
+            prompts,
+            settings,
+            num_images=1,
+            resolution=resolution,
+            seed=FIRST_SEED + column,
+            device=device,
+            dtype=torch.float32,
+        )
+        for column, prompts in enumerate(columns)
+    ]
+    return [[images[0] for _, images in row] for row in zip(*drawn, strict=True)]
+
+
 def main() -> None:
     """Draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a run of configs/demo.yaml")
     parser.add_argument("--output", type=Path, required=True, help="picture to write, .png")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--device", type=torch.device, default=CPU)
     parser.add_argument("--tiny", action="store_true", help="every image in one step, to try the script")
     options = parser.parse_args()
     source = find_source(options.run)
     config = source.run_config
     if config is None:
         parser.error(f"{options.run} is no run; train one with: lowmem-db train demo")
-    settings = SamplingSettings(
-        sampler=config.sampling.sampler,
-        num_inference_steps=1 if options.tiny else config.sampling.num_inference_steps,
-        guidance_scale=config.sampling.guidance_scale,
+    of_subject, of_class = draw(
+        source,
+        zip(OF_SUBJECT, OF_CLASS, strict=True),
+        settings_of(config, tiny=options.tiny),
+        resolution=config.data.resolution,
+        device=options.device,
     )
-    columns = [
-        generate_images(
-            source,
-            prompts,
-            settings,
-            num_images=1,
-            resolution=config.data.resolution,
-            seed=FIRST_SEED + column,
-            device=options.device,
-            dtype=torch.float32,
-        )
-        for column, prompts in enumerate(zip(OF_SUBJECT, OF_CLASS, strict=True))
-    ]
-    of_subject, of_class = ([(prompt, images[0]) for prompt, images in row] for row in zip(*columns, strict=True))
     photos = given(config)
     rows = [
         (f"the {len(photos)} pictures that it was trained on, as “{config.subject.instance_prompt}”", photos),
-        ("what it draws now: this dog in new places and colours", of_subject),
-        ("and without “sks”: dogs are still other dogs, cats still cats", of_class),
+        ("what it draws now: this dog in new places and colours", list(zip(OF_SUBJECT, of_subject, strict=True))),
+        ("and without “sks”: dogs are still other dogs, cats still cats", list(zip(OF_CLASS, of_class, strict=True))),
     ]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     compose(rows).save(options.output, optimize=True)
