@@ -5,11 +5,15 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test long slow gpu lint types site screenshots format kernels-contract kernels-static audit torture readme clean
+.PHONY: demo photographs test long slow gpu lint types site screenshots format kernels-contract kernels-static audit torture readme clean
 
 demo: $(INSTALLED)
 	$(RUN)/lowmem-db train configs/demo.yaml --resume
 	$(RUN)/python -m benchmarks.demo.picture runs/demo --output runs/demo/demo.png
+
+# Four photographed subjects with the demo's recipe; goes on where it was stopped.
+photographs: $(INSTALLED)
+	$(RUN)/python -m benchmarks.demo.photographs --work runs/photographs --output runs/photographs/photographs.jpg
 
 test: $(INSTALLED)
 	$(RUN)/python -m pytest -n 2 --dist worksteal

@@ -1,6 +1,6 @@
 """What the small model makes of photographs: the demo's recipe on the four photographed subjects of the ablations.
 
-    python -m benchmarks.demo.photographs --work runs/photographs --output runs/photographs/photographs.png
+    python -m benchmarks.demo.photographs --work runs/photographs --output runs/photographs/photographs.jpg
 
 Subjects, prompts and seeds were fixed before they were drawn, and every image of the list is shown. The same command
 goes on where it was stopped; a subject takes about four minutes of one CPU core.
@@ -39,26 +39,25 @@ def row_of(subject: Subject, work: Path, *, tiny: bool = False) -> Row:
     """Train on a subject, if that is not done yet, and return its row: two photos, new places, another of its class."""
     config = config_of(subject, work, tiny=tiny)
     train(config, resume=True)
-    named = config.subject.instance_prompt
-    prompts = [*(f"{named} {context}" for context in CONTEXTS), config.subject.class_prompt]
+    named, of_class = config.subject.instance_prompt, config.subject.class_prompt
+    columns = [*([f"{named} {context}"] for context in CONTEXTS), [of_class]]
     source = find_source(str(work / subject.name))
-    columns = ([prompt] for prompt in prompts)
     [images] = draw(source, columns, settings_of(config, tiny=tiny), resolution=config.data.resolution)
     photos = [("one of five photos", photo) for _, photo in given(config)[:2]]
-    return f"a photographed {subject.noun}", [*photos, *zip(prompts, images, strict=True)]
+    return f"“{named}” in new places, and “{of_class}”", [*photos, *zip((*CONTEXTS, of_class), images, strict=True)]
 
 
 def main() -> None:
     """Train and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs and caches")
-    parser.add_argument("--output", type=Path, required=True, help="picture to write, .png")
+    parser.add_argument("--output", type=Path, required=True, help="picture to write")
     parser.add_argument("--tiny", action="store_true", help="one subject, one step, to try the script")
     options = parser.parse_args()
     subjects = SUBJECTS[:1] if options.tiny else SUBJECTS
     rows = [row_of(subject, options.work, tiny=options.tiny) for subject in subjects]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    compose(rows).save(options.output, optimize=True)
+    compose(rows).save(options.output, quality=90)
     print(options.output)
 
 
