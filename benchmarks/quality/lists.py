@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from benchmarks.quality import first_regimes, ten_subjects
+from benchmarks.quality import first_regimes, kept_places, ten_subjects
 from benchmarks.quality.variants import Ablation, Variant
 
-VARIANTS: Mapping[str, Variant] = {**ten_subjects.VARIANTS, **first_regimes.VARIANTS}
-ABLATIONS: Mapping[str, Ablation] = {**ten_subjects.ABLATIONS, **first_regimes.ABLATIONS}
+VARIANTS: Mapping[str, Variant] = {**kept_places.VARIANTS, **ten_subjects.VARIANTS, **first_regimes.VARIANTS}
+ABLATIONS: Mapping[str, Ablation] = {**kept_places.ABLATIONS, **ten_subjects.ABLATIONS, **first_regimes.ABLATIONS}
