@@ -1,4 +1,4 @@
-"""Tables 3 and 4 on nine drawn subjects in the recipe of ``configs/demo.yaml``, with half of its steps.
+"""The questions of ``ten_subjects`` on the base as it is now, in the recipe of ``configs/demo.yaml``, half its steps.
 
 Its class images keep places with nouns that have nothing of the subject, so that a higher learning rate does no harm.
 """
@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.ten_subjects import ABLATIONS as BEFORE
-from benchmarks.quality.ten_subjects import CONTEXTS, LIKE_DEMO, NAMES
-from benchmarks.quality.variants import WITHOUT_PRIOR, Ablation, Variant
+from benchmarks.quality import ten_subjects
+from benchmarks.quality.ten_subjects import LIKE_DEMO, NAMES
+from benchmarks.quality.variants import Ablation, Variant
 from lowmem_db.config.recipes import Wish, fields_for
 
 RECIPE: Mapping[str, Any] = {
@@ -22,6 +22,12 @@ RECIPE: Mapping[str, Any] = {
 CHOSEN_ON = "drawn_cat"
 """The subject that the recipe was chosen on (``docs/log.md``), and which is left out."""
 
+NINE = tuple(name for name in NAMES if name != CHOSEN_ON)
+FIVE = NINE[:5]
+OF_NINE = ("table_3", "table_4")
+"""What is asked of all nine subjects with two seeds; the rest of the first five with one."""
+LEFT_OUT = ("table_4_early", "identifiers_early")
+
 
 def further_class_prompts(noun: str) -> list[str]:
     """Return the prompts of the demo's further class images, for another class noun."""
@@ -29,45 +35,40 @@ def further_class_prompts(noun: str) -> list[str]:
     return list(fields_for(wish)["prior"]["class_prompts"])
 
 
-def _variant(fields: Mapping[str, Any] | None = None, **others: Any) -> Variant:
-    return Variant(
-        fields={**RECIPE, **(fields or {})},
-        guidance_scale=1.5,
-        contexts=CONTEXTS,
-        further=further_class_prompts,
-        **others,
-    )
+def _named(earlier: str) -> str:
+    """Return the name here of a variant of the earlier recipe."""
+    return earlier.replace("demo", "places", 1)
+
+
+def _variant(earlier: Variant) -> Variant:
+    """Return a variant of the earlier recipe in this one: what it changes there it changes here."""
+    changed = {name: value for name, value in earlier.fields.items() if (name, value) not in LIKE_DEMO.items()}
+    return replace(earlier, fields={**RECIPE, **changed}, guidance_scale=1.5, further=further_class_prompts)
 
 
 VARIANTS: Mapping[str, Variant] = {
-    "places_untrained": _variant(trained=False),
-    "places": _variant(),
-    "places_without_prior": _variant(WITHOUT_PRIOR),
-    "places_random_noun": _variant(noun="random"),
-    "places_no_noun": _variant(noun="missing"),
-    "places_again": _variant({"training.learning_rate": 1.001 * RECIPE["training.learning_rate"]}),
+    **{_named(name): _variant(earlier) for name, earlier in ten_subjects.VARIANTS.items()},
+    "places_again": replace(
+        _variant(ten_subjects.VARIANTS["demo"]),
+        fields={**RECIPE, "training.learning_rate": 1.001 * RECIPE["training.learning_rate"]},
+    ),
 }
 
 
-def _here(ablation: Ablation, **texts: str) -> Ablation:
-    """Return an ablation of the earlier recipe in this one, with one seed."""
-
-    def ours(name: str) -> str:
-        return name.replace("demo", "places", 1)
-
+def _asked_again(name: str) -> Ablation:
+    """Return an ablation of the earlier recipe in this one."""
+    earlier = ten_subjects.ABLATIONS[name]
     return replace(
-        ablation,
-        labels={ours(name): label for name, label in ablation.labels.items()},
-        reference=ours(ablation.reference),
-        paper={(metric, ours(name)): direction for (metric, name), direction in ablation.paper.items()},
-        figures={ours(name): figure for name, figure in ablation.figures.items()},
-        subjects=tuple(name for name in NAMES if name != CHOSEN_ON),
-        seeds=(0,),
-        **texts,
+        earlier,
+        labels={_named(variant): label for variant, label in earlier.labels.items()},
+        reference=_named(earlier.reference),
+        paper={(metric, _named(variant)): direction for (metric, variant), direction in earlier.paper.items()},
+        figures={_named(variant): figure for variant, figure in earlier.figures.items()},
+        subjects=NINE if name in OF_NINE else FIVE,
+        seeds=(0, 1) if name in OF_NINE else (0,),
     )
 
 
 ABLATIONS: Mapping[str, Ablation] = {
-    "table_3_places": _here(BEFORE["table_3"], title="Table 3 again, base and recipe as they are now"),
-    "table_4_places": _here(BEFORE["table_4"], title="Table 4 again, base and recipe as they are now"),
+    f"{name}_places": _asked_again(name) for name in ten_subjects.ABLATIONS if name not in LEFT_OUT
 }
