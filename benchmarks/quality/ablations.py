@@ -1,6 +1,6 @@
 """The ablations of DreamBooth (arXiv:2208.12242) on the demo base.
 
-    python -m benchmarks.quality.ablations prior --out benchmarks/results/quality
+    python -m benchmarks.quality.ablations table_3_places --out benchmarks/results/quality
     python -m benchmarks.quality.ablations --list
 
 Runs that several ablations share are done once: a row that exists is not computed again. Rows of another base or recipe
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.quality.contact_sheet import save_strip
-from benchmarks.quality.lists import ABLATIONS, VARIANTS
+from benchmarks.quality.lists import ABLATIONS, TODAY, VARIANTS
 from benchmarks.quality.results import RUNS_FILE, Row, append_row, find_row, read_rows
 from benchmarks.quality.runs import Drawn, base_key, recipe_of, run
 from benchmarks.quality.subjects import BY_NAME, Subject
@@ -83,7 +83,7 @@ def _check(row: Row, base: str, recipe: dict[str, Any], out: Path) -> None:
 def main() -> None:
     """Run ablations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ablations", nargs="*", choices=[*ABLATIONS, []], help="which; all by default")
+    parser.add_argument("ablations", nargs="*", choices=[*ABLATIONS, []], help="by default those of today's base")
     parser.add_argument("--list", action="store_true", help="print the ablations and stop")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="class images, latents and pictures")
@@ -98,7 +98,7 @@ def main() -> None:
     until = time.time() + 60 * arguments.minutes
     torch.set_num_threads(1)
     base = base_key(find_model("demo"))
-    for name in arguments.ablations or list(ABLATIONS):
+    for name in arguments.ablations or TODAY:
         run_ablation(
             ABLATIONS[name],
             arguments.out,

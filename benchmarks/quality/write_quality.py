@@ -1,4 +1,4 @@
-"""Writes ``docs/quality.md`` and ``docs/quality_first_regimes.md`` from committed rows and hand-written notes alone.
+"""Writes the pages of quality in ``docs`` from committed rows and hand-written notes alone.
 
     python -m benchmarks.quality.write_quality [--pictures runs/quality/pictures]
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.quality import first_regimes, ten_subjects
+from benchmarks.quality import first_regimes, kept_places, ten_subjects
 from benchmarks.quality.contact_sheet import save_sheet, small, thumbnails
 from benchmarks.quality.lists import VARIANTS
 from benchmarks.quality.results import Row, read_rows, values_of
@@ -25,6 +25,7 @@ FOLDER = Path(__file__).parent
 FEW = 5
 """With fewer subjects an interval is hardly more than the spread between them, and no direction is called shown."""
 WORDS = {1: "higher", -1: "lower", 0: "no difference shown", None: "not measured"}
+OF_42_NOUNS = "23fb34b"
 CEILING = "metric_ceiling.json"
 Ceiling = Mapping[str, Mapping[str, Mapping[str, float]]]
 """What `metric_ceiling` found, by subject and metric."""
@@ -42,6 +43,7 @@ class Page:
         ceiling: The metric whose ceiling is shown.
         reached: What is shown beside it: variants and their metrics, by heading.
         pictured: Subjects of the contact sheets.
+        commit: The last commit whose package has the base that this was measured on; empty: it is today's.
     """
 
     name: str
@@ -51,21 +53,36 @@ class Page:
     ceiling: str
     reached: Mapping[str, tuple[str, str]]
     pictured: tuple[str, ...]
+    commit: str = ""
 
 
-TEN = Page(
+def _identity_reached(reference: str) -> dict[str, tuple[str, str]]:
+    return {
+        "untrained base, in contexts": (f"{reference}_untrained", "ID-I context"),
+        "reference, plain": (reference, "ID-I plain"),
+        "reference, in contexts": (reference, "ID-I context"),
+        "prior preservation off, in contexts": (f"{reference}_without_prior", "ID-I context"),
+    }
+
+
+PLACES = Page(
     name="quality",
+    ablations=kept_places.ABLATIONS,
+    reference="places",
+    control="places_again",
+    ceiling="ID-I",
+    reached=_identity_reached("places"),
+    pictured=("drawn_backpack", "drawn_shoe"),
+)
+TEN = Page(
+    name="quality_earlier_base",
     ablations=ten_subjects.ABLATIONS,
     reference="demo",
     control="demo_again",
     ceiling="ID-I",
-    reached={
-        "untrained base, in contexts": ("demo_untrained", "ID-I context"),
-        "reference, plain": ("demo", "ID-I plain"),
-        "reference, in contexts": ("demo", "ID-I context"),
-        "prior preservation off, in contexts": ("demo_without_prior", "ID-I context"),
-    },
+    reached=_identity_reached("demo"),
     pictured=("drawn_backpack", "drawn_shoe"),
+    commit=OF_42_NOUNS,
 )
 FIRST = Page(
     name="quality_first_regimes",
@@ -79,8 +96,9 @@ FIRST = Page(
         "off": ("without_prior", "EN0-I"),
     },
     pictured=("drawn_dog", "dog3"),
+    commit=OF_42_NOUNS,
 )
-PAGES = (TEN, FIRST)
+PAGES = (PLACES, TEN, FIRST)
 
 
 def write(
@@ -155,9 +173,9 @@ def _introduction(page: Page, rows: Sequence[Row], introduction: str) -> str:
         last_steps=recipe["last_steps"],
     )
     hours = sum(row["seconds"] for row in rows) / 3600
-    return text + (
-        f"* **Measured**: {len(rows)} runs, {hours:.1f} hours on one thread of a busy CPU, base {', '.join(keys)}.\n"
-    )
+    measured = f"{len(rows)} runs, {hours:.1f} hours on one thread of a busy CPU, base {', '.join(keys)}"
+    again = f"; check it out to measure a row again: `git worktree add ../earlier_base {page.commit}`"
+    return f"{text}* **Measured**: {measured}{again if page.commit else ''}.\n"
 
 
 def _all_subjects(page: Page, sheets: Path | None) -> list[str]:

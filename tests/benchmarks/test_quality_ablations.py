@@ -13,6 +13,7 @@ from benchmarks.quality.results import read_rows
 from benchmarks.quality.runs import Drawn, config_of, read_captions, run
 from benchmarks.quality.subjects import BY_NAME, RANDOM_NOUNS, SUBJECTS, TEN, WRONG_NOUN_SEED, Subject, draw_wrong_nouns
 from benchmarks.quality.variants import Ablation, Variant, runs_of, with_animals
+from lowmem_db.config.loading import load_config
 from lowmem_db.evaluation.captions import Caption
 
 if TYPE_CHECKING:
@@ -104,6 +105,20 @@ def test_the_recipe_of_the_demo_has_class_images_of_other_nouns(variant: str, tm
     others = (*[f"a {noun}"] * 2, "a cat", *[f"a {noun}"] * 2, "a cat on the beach", "a bird in the snow")
     assert config.prior.class_prompts == (others if config.prior.enabled else ())
     assert config.ema.enabled
+
+
+def test_the_recipe_is_that_of_the_demo_with_half_of_its_steps() -> None:
+    demo = load_config(Path("configs/demo.yaml"), [])
+    ours = config_of(VARIANTS["places"], BY_NAME["drawn_dog"], 0, BY_NAME["drawn_dog"].folder, Path("work"))
+    assert ours.training.max_train_steps * 2 == demo.training.max_train_steps
+    assert ours.prior.class_prompts == demo.prior.class_prompts
+    for name in ("learning_rate", "learning_rate_text_encoder", "train_batch_size", "lr_scheduler", "lr_warmup_steps"):
+        assert getattr(ours.training, name) == getattr(demo.training, name)
+    assert ours.ema == demo.ema
+    assert ours.objective == demo.objective
+    for name in ("num_class_images", "num_inference_steps", "guidance_scale"):
+        assert getattr(ours.prior, name) == getattr(demo.prior, name)
+    assert VARIANTS["places"].guidance_scale == demo.sampling.guidance_scale
 
 
 @pytest.mark.parametrize("noun", ["dog", "cat", "bird", "fish"])

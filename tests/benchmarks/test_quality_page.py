@@ -171,7 +171,7 @@ def test_a_sheet_shows_every_subject_that_was_run(tmp_path: Path) -> None:
         save_strip(drawn, tmp_path / f"demo-{subject}-0.png")
     write_subjects(TEN, tmp_path, tmp_path / "sheets")
     write_subjects(FIRST, tmp_path, tmp_path / "sheets")
-    assert [file.name for file in (tmp_path / "sheets").iterdir()] == ["quality.png"]
-    with Image.open(tmp_path / "sheets" / "quality.png") as sheet:
+    assert [file.name for file in (tmp_path / "sheets").iterdir()] == ["quality_earlier_base.png"]
+    with Image.open(tmp_path / "sheets" / "quality_earlier_base.png") as sheet:
         assert sheet.width > 12 * 80
         assert 2 * 80 < sheet.height < 3 * 80
