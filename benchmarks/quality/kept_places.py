@@ -24,9 +24,6 @@ CHOSEN_ON = "drawn_cat"
 
 NINE = tuple(name for name in NAMES if name != CHOSEN_ON)
 FIVE = NINE[:5]
-OF_NINE = ("table_3", "table_4")
-"""What is asked of all nine subjects with two seeds; the rest of the first five with one."""
-LEFT_OUT = ("table_4_early", "identifiers_early")
 
 
 def further_class_prompts(noun: str) -> list[str]:
@@ -64,11 +61,8 @@ def _asked_again(name: str) -> Ablation:
         reference=_named(earlier.reference),
         paper={(metric, _named(variant)): direction for (metric, variant), direction in earlier.paper.items()},
         figures={_named(variant): figure for variant, figure in earlier.figures.items()},
-        subjects=NINE if name in OF_NINE else FIVE,
-        seeds=(0, 1) if name in OF_NINE else (0,),
+        subjects=NINE if earlier.subjects == NAMES else FIVE,
     )
 
 
-ABLATIONS: Mapping[str, Ablation] = {
-    f"{name}_places": _asked_again(name) for name in ten_subjects.ABLATIONS if name not in LEFT_OUT
-}
+ABLATIONS: Mapping[str, Ablation] = {f"{name}_places": _asked_again(name) for name in ten_subjects.ABLATIONS}
