@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import ten_subjects
-from benchmarks.quality.ten_subjects import LIKE_DEMO, NAMES
+from benchmarks.quality.ten_subjects import LIKE_DEMO
 from benchmarks.quality.variants import Ablation, Variant
 from lowmem_db.config.recipes import Wish, fields_for
 
@@ -21,9 +21,6 @@ RECIPE: Mapping[str, Any] = {
 }
 CHOSEN_ON = "drawn_cat"
 """The subject that the recipe was chosen on (``docs/log.md``), and which is left out."""
-
-NINE = tuple(name for name in NAMES if name != CHOSEN_ON)
-FIVE = NINE[:5]
 
 
 def further_class_prompts(noun: str) -> list[str]:
@@ -61,7 +58,7 @@ def _asked_again(name: str) -> Ablation:
         reference=_named(earlier.reference),
         paper={(metric, _named(variant)): direction for (metric, variant), direction in earlier.paper.items()},
         figures={_named(variant): figure for variant, figure in earlier.figures.items()},
-        subjects=NINE if earlier.subjects == NAMES else FIVE,
+        subjects=tuple(subject for subject in earlier.subjects if subject != CHOSEN_ON),
     )
 
 
