@@ -59,6 +59,7 @@ def _asked_again(name: str) -> Ablation:
         paper={(metric, _named(variant)): direction for (metric, variant), direction in earlier.paper.items()},
         figures={_named(variant): figure for variant, figure in earlier.figures.items()},
         subjects=tuple(subject for subject in earlier.subjects if subject != CHOSEN_ON),
+        seeds=(*earlier.seeds, 2) if len(earlier.seeds) > 1 else earlier.seeds,
     )
 
 
