@@ -7,14 +7,16 @@ from PIL import Image
 from benchmarks.demo_base.nouns import noun_of
 from benchmarks.quality import first_regimes, ten_subjects
 from benchmarks.quality.ablations import run_ablation
-from benchmarks.quality.lists import ABLATIONS, VARIANTS
+from benchmarks.quality.lists import ABLATIONS, TODAY, VARIANTS
 from benchmarks.quality.make_subjects import SLUGS, STYLE
 from benchmarks.quality.results import read_rows
-from benchmarks.quality.runs import Drawn, config_of, read_captions, run
+from benchmarks.quality.runs import Drawn, base_key, config_of, read_captions, run
 from benchmarks.quality.subjects import BY_NAME, RANDOM_NOUNS, SUBJECTS, TEN, WRONG_NOUN_SEED, Subject, draw_wrong_nouns
 from benchmarks.quality.variants import Ablation, Variant, runs_of, with_animals
+from benchmarks.quality.write_quality import RESULTS
 from lowmem_db.config.loading import load_config
 from lowmem_db.evaluation.captions import Caption
+from lowmem_db.models.finding import find_model
 
 if TYPE_CHECKING:
     from lowmem_db.evaluation.encoders import Encoder
@@ -105,6 +107,12 @@ def test_the_recipe_of_the_demo_has_class_images_of_other_nouns(variant: str, tm
     others = (*[f"a {noun}"] * 2, "a cat", *[f"a {noun}"] * 2, "a cat on the beach", "a bird in the snow")
     assert config.prior.class_prompts == (others if config.prior.enabled else ())
     assert config.ema.enabled
+
+
+def test_rows_of_todays_questions_are_of_the_base_in_the_package() -> None:
+    variants = {variant for name in TODAY for variant in ABLATIONS[name].labels}
+    bases = {row["base"] for row in read_rows(RESULTS) if row["variant"] in variants}
+    assert bases == {base_key(find_model("demo"))}
 
 
 def test_the_recipe_is_that_of_the_demo_with_half_of_its_steps() -> None:
